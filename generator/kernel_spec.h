@@ -1,0 +1,64 @@
+// What a kernel is: the only thing the generator reads. Plain values with a canonical text that parses back.
+#pragma once
+
+#include <compare>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+namespace flash_attn_jit {
+
+enum class KernelKind : std::uint8_t { kForward };
+enum class DType : std::uint8_t { kFloat16, kBFloat16 };
+enum class Mask : std::uint8_t { kNone, kCausal };
+
+// How q, k, v and out are read and written in global memory.
+enum class GlobalAccess : std::uint8_t {
+  kVector16B,   // 16-byte accesses: base pointers and all strides are multiples of 16 bytes, head_dim of 8
+  kElement2B,   // one element at a time: anything whose last dimension is contiguous
+};
+
+// How one thread block covers its part of the problem. Text: "m256n16w8s4q96".
+struct TileConfig {
+  int block_m = 0;          // query rows of a block; a warp owns block_m / warps of them (16 or 32)
+  int block_n = 0;          // keys of one ring stage, which is one turn of the main loop
+  int warps = 0;            // warps of a block
+  int stages = 0;           // ring stages of K and V in shared memory
+  int q_register_dims = 0;  // head dims of Q held in registers; the rest stays in shared memory
+
+  int rows_per_warp() const { return block_m / warps; }
+  int threads() const { return warps * 32; }
+  std::string text() const;
+  static TileConfig parse(std::string_view text);  // throws SpecError
+
+  friend auto operator<=>(const TileConfig&, const TileConfig&) = default;
+};
+
+struct KernelSpec {
+  KernelKind kind = KernelKind::kForward;
+  DType dtype = DType::kFloat16;
+  int head_dim = 0;    // the caller's, 1 to 256; padded with zeros inside the kernel
+  Mask mask = Mask::kNone;
+  int group_size = 1;  // num_heads / num_heads_k
+  GlobalAccess access = GlobalAccess::kVector16B;
+  TileConfig tile;
+
+  // head_dim rounded up to the 16 dims that two tensor instructions consume.
+  int padded_head_dim() const { return (head_dim + 15) / 16 * 16; }
+
+  // Canonical form: "fwd hdim128 fp16 causal gqa8 vec16 m256n16w8s4q96".
+  std::string text() const;
+  static KernelSpec parse(std::string_view text);  // throws SpecError
+
+  // File-name form, without architecture: "flash_fwd_hdim128_fp16_causal_gqa8_vec16_m256n16w8s4q96".
+  std::string name() const;
+
+  friend auto operator<=>(const KernelSpec&, const KernelSpec&) = default;
+};
+
+std::string_view to_text(KernelKind);    // "fwd"
+std::string_view to_text(DType);         // "fp16", "bf16"
+std::string_view to_text(Mask);          // "full", "causal"
+std::string_view to_text(GlobalAccess);  // "vec16", "elem2"
+
+}  // namespace flash_attn_jit

@@ -1,0 +1,30 @@
+// What an architecture can do and which specs are legal on it: the only copy of these rules.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "generator/kernel_spec.h"
+
+namespace flash_attn_jit {
+
+// Limits of one architecture, from the CUDA C programming guide, "Technical specifications per compute capability".
+struct ArchLimits {
+  int sm = 75;                            // compute capability x 10
+  int max_shared_bytes_per_block = 0;     // with opt-in
+  int shared_bytes_per_sm = 0;
+  int registers_per_sm = 65536;
+  int max_registers_per_thread = 255;
+  int max_threads_per_sm = 1024;
+};
+
+// The limits of sm_`sm`; throws UnsupportedError below sm_75. A newer, unknown one gets those of the nearest older.
+ArchLimits arch_limits(int sm);
+
+// Parses "sm_75" or "75"; throws SpecError.
+int parse_arch(std::string_view text);
+
+// Nothing when `spec` is legal on `arch`, else the reason, as the user reads it.
+std::optional<std::string> check(const KernelSpec& spec, const ArchLimits& arch);
+
+}  // namespace flash_attn_jit

@@ -1,0 +1,30 @@
+// KernelSpec -> source. Pure: the template texts come in as an argument.
+#pragma once
+
+#include <map>
+#include <string>
+#include <string_view>
+
+#include "generator/kernel_spec.h"
+
+namespace flash_attn_jit {
+
+// File name -> text of every template.
+using TemplateSet = std::map<std::string, std::string, std::less<>>;
+
+struct RenderedKernel {
+  std::string source;         // one self-contained translation unit, with #line directives to the template files
+  std::string entry;          // the kernel's extern "C" name
+  int threads = 0;            // per block
+  int dynamic_smem = 0;       // bytes per block
+  int useful_mma = 0;         // tensor instructions one warp's turn of the unmasked main loop needs for the true head dim
+  int warp_roles = 1;         // how many different main loops the block's warps run
+};
+
+// The templates embedded at build time.
+const TemplateSet& embedded_templates();
+
+// Renders a spec. Does not check legality. Throws Error where a template includes one that is not in the set.
+RenderedKernel render(const KernelSpec& spec, const TemplateSet& templates);
+
+}  // namespace flash_attn_jit

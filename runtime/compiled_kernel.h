@@ -1,0 +1,29 @@
+// A kernel as the compiler leaves it and the cache keeps it.
+#pragma once
+
+#include <optional>
+#include <string>
+
+namespace flash_attn_jit {
+
+// What one kernel needs of the machine. Spills are unknown where the compiler's log does not tell (PTX).
+struct KernelResources {
+  int registers = 0;                 // per thread; 0 where unknown (PTX before it is loaded)
+  int static_smem = 0;               // bytes per block
+  std::optional<int> spill_stores;   // bytes
+  std::optional<int> spill_loads;    // bytes
+};
+
+struct CompiledKernel {
+  std::string image;     // ELF cubin, PTX text or host shared object
+  std::string entry;     // extern "C" name inside it
+  int threads = 0;       // per block
+  int dynamic_smem = 0;  // bytes per block
+  KernelResources resources;
+  std::string built_by;  // "nvrtc 12.9", "g++ 12.2.0 ..."
+  int min_driver_major = 0;  // a cubin loads on any driver of this CUDA major or above; 0 for host objects
+  std::string log;           // the compiler's log
+  double seconds = 0;        // it took to compile
+};
+
+}  // namespace flash_attn_jit

@@ -1,0 +1,51 @@
+// The road's two ends: a forward request, and its launch on a device or in the interpreter.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <optional>
+
+#include "generator/default_tiles.h"
+#include "generator/kernel_spec.h"
+#include "templates/flash_fwd_params.cuh"
+
+namespace flash_attn_jit {
+
+// A 4-d tensor (batch, seqlen, heads, head_dim); strides count elements; the last one is 1.
+struct TensorView {
+  void* data = nullptr;
+  std::array<std::int64_t, 4> shape{};
+  std::array<std::int64_t, 4> strides{};
+};
+
+// Checked by the caller's language layer for rank, dtype and device; forward() checks shapes against each other.
+struct ForwardRequest {
+  TensorView q;             // (batch, seqlen_q, num_heads, head_dim)
+  TensorView k, v;          // (batch, seqlen_k, num_heads_k, head_dim)
+  TensorView out;           // like q
+  float* softmax_lse = nullptr;  // (batch, num_heads, seqlen_q), float32, contiguous
+  float softmax_scale = 0;
+  Mask mask = Mask::kNone;
+  std::optional<TileConfig> tile;  // forces this tile; none: the default table decides
+};
+
+// Everything a launch needs, made from a request without touching the driver.
+struct LaunchPlan {
+  KernelSpec spec;
+  FlashFwdParams params;
+  std::int64_t blocks = 0;  // of the flat grid; 0: nothing to launch
+};
+
+// Throws ArgumentError where shapes contradict each other, UnsupportedError where no kernel can do it.
+LaunchPlan plan_forward(const ForwardRequest& request, const ArchLimits& arch, int multiprocessors);
+
+// Opaque CUstream.
+using StreamHandle = void*;
+
+// Launches on `stream` of CUDA device `device_ordinal`; loads and compiles the kernel first where needed.
+void forward_on_device(const ForwardRequest& request, int device_ordinal, StreamHandle stream);
+
+// Runs the same kernel in the interpreter, on host memory. Throws InterpreterError where a check fails.
+void forward_in_interpreter(const ForwardRequest& request);
+
+}  // namespace flash_attn_jit

@@ -1,0 +1,59 @@
+// Every machine primitive that the kernels use. They reach the machine through nothing else: the CUDA half of this
+// interface is in primitives_cuda.cuh, the host half, on which the interpreter runs the same kernels on a CPU, in
+// primitives_host.cuh. No other template asks which of the two it is compiled for.
+//
+// Index
+//   thread_in_block(), block_in_grid()            where this thread is (threads and blocks are one-dimensional)
+//
+// Global memory (addresses are ordinary pointers; every load stays where it is written: the compiler may not sink it)
+//   load_global_16B(Vec16&, ptr)                  16 bytes, ptr 16-byte aligned
+//   load_global_2B(ptr) -> unsigned               one fp16, in the low half
+//   store_global_16B(ptr, Vec16)
+//   store_global_2B(ptr, unsigned)                the low half
+//   store_global_f32(ptr, float)
+//
+// Shared memory (addresses are byte offsets into the block's dynamic shared memory, of type SharedAddress)
+//   load_shared_16B(Vec16&, address)              address 16-byte aligned
+//   load_shared_2B(address) -> unsigned
+//   store_shared_16B(address, Vec16)
+//   store_shared_4B(address, unsigned)
+//   store_shared_2B(address, unsigned)            the low half
+//   ldmatrix_x4(unsigned (&r)[4], address)        warp-wide: lanes 8i..8i+7 give the 8 row addresses (16 bytes each) of
+//   ldmatrix_x4_trans(r, address)                 8x8 matrix i; lane l gets in r[i] the elements (l/4, 2(l%4)..+1) of
+//   ldmatrix_x2_trans(unsigned (&r)[2], address)  matrix i, of its transpose for _trans. x2: lanes 0..15 give addresses
+//
+// Warp and block
+//   mma_m16n8k8(float (&c)[4], a0, a1, b)         c += A (16x8 fp16) B (8x8 fp16), fp32 accumulation
+//   mma_m16n8k8_zero(float (&c)[4], a0, a1, b)    c  = A B
+//   shuffle_xor(float, lane_mask) -> float
+//   any_in_warp(bool) -> bool
+//   warp_barrier()                                orders this warp's shared-memory accesses
+//   block_barrier()                               the same for the whole block
+//
+// Arithmetic
+//   exp2_approx(float), log2_approx(float)        ex2.approx.ftz, lg2.approx
+//   reciprocal(float)                             correctly rounded 1/x
+//   max_ignoring_nan(float, float)
+//   fma_rounded(a, b, c)                          one rounding
+//   infinity()                                    +inf
+//   pack_fp16(lo, hi) -> unsigned                 two floats rounded to nearest even fp16, lo in the low half
+//
+// Fragments of mma_m16n8k8 in a warp, g = lane / 4, t = lane % 4:
+//
+//   A 16x8: a0 = (row g, cols 2t, 2t+1)     B 8x8: b = (rows 2t, 2t+1, col g)     C 16x8: c0 c1 = (row g,   cols 2t, 2t+1)
+//           a1 = (row g+8, cols 2t, 2t+1)                                                 c2 c3 = (row g+8, cols 2t, 2t+1)
+//
+// so C's layout, packed pair by pair to fp16, is A's: the probabilities of one product are the A operand of the next.
+#pragma once
+
+struct alignas(16) Vec16 {
+  unsigned word[4];
+};
+
+using SharedAddress = unsigned;
+
+#ifdef FLASH_ATTN_JIT_HOST
+#include "primitives_host.cuh"
+#else
+#include "primitives_cuda.cuh"
+#endif
