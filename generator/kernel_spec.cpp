@@ -1,0 +1,136 @@
+#include "generator/kernel_spec.h"
+
+#include <array>
+#include <charconv>
+#include <optional>
+#include <vector>
+
+#include "generator/errors.h"
+
+namespace flash_attn_jit {
+namespace {
+
+// Reads "m256n16" piece by piece: a fixed prefix, then a decimal number without sign or leading zeros.
+class Reader {
+ public:
+  explicit Reader(std::string_view text) : rest_(text) {}
+
+  bool skip(std::string_view prefix) {
+    if (!rest_.starts_with(prefix)) return false;
+    rest_.remove_prefix(prefix.size());
+    return true;
+  }
+
+  std::optional<int> number() {
+    int value = 0;
+    const auto [end, error] = std::from_chars(rest_.data(), rest_.data() + rest_.size(), value);
+    const std::size_t digits = static_cast<std::size_t>(end - rest_.data());
+    if (error != std::errc() || rest_[0] == '-' || (rest_[0] == '0' && digits > 1)) return std::nullopt;
+    rest_.remove_prefix(digits);
+    return value;
+  }
+
+  bool at_end() const { return rest_.empty(); }
+
+ private:
+  std::string_view rest_;
+};
+
+template <typename Enum, std::size_t N>
+Enum parse_word(std::string_view word, const std::array<Enum, N>& values, std::string_view field) {
+  std::string accepted;
+  for (Enum value : values) {
+    if (word == to_text(value)) return value;
+    accepted += accepted.empty() ? "" : ", ";
+    accepted += to_text(value);
+  }
+  throw SpecError("kernel spec: " + std::string(field) + " is '" + std::string(word) + "'; accepted: " + accepted);
+}
+
+int parse_numbered(std::string_view word, std::string_view prefix, std::string_view field) {
+  Reader reader(word);
+  if (reader.skip(prefix))
+    if (const auto value = reader.number(); value && reader.at_end()) return *value;
+  throw SpecError("kernel spec: " + std::string(field) + " is '" + std::string(word) + "'; accepted: '" +
+                  std::string(prefix) + "' and a number");
+}
+
+std::vector<std::string_view> split(std::string_view text) {
+  std::vector<std::string_view> words;
+  for (std::size_t at = 0; at <= text.size();) {
+    const std::size_t end = std::min(text.find(' ', at), text.size());
+    words.push_back(text.substr(at, end - at));
+    at = end + 1;
+  }
+  return words;
+}
+
+// The spec's words in canonical order.
+std::array<std::string, 7> words_of(const KernelSpec& spec) {
+  return {std::string(to_text(spec.kind)),
+          "hdim" + std::to_string(spec.head_dim),
+          std::string(to_text(spec.dtype)),
+          std::string(to_text(spec.mask)),
+          "gqa" + std::to_string(spec.group_size),
+          std::string(to_text(spec.access)),
+          spec.tile.text()};
+}
+
+}  // namespace
+
+std::string_view to_text(KernelKind) { return "fwd"; }
+std::string_view to_text(DType dtype) { return dtype == DType::kFloat16 ? "fp16" : "bf16"; }
+std::string_view to_text(Mask mask) { return mask == Mask::kNone ? "full" : "causal"; }
+std::string_view to_text(GlobalAccess access) { return access == GlobalAccess::kVector16B ? "vec16" : "elem2"; }
+
+std::string TileConfig::text() const {
+  return "m" + std::to_string(block_m) + "n" + std::to_string(block_n) + "w" + std::to_string(warps) + "s" +
+         std::to_string(stages) + "q" + std::to_string(q_register_dims);
+}
+
+TileConfig TileConfig::parse(std::string_view text) {
+  TileConfig tile;
+  Reader reader(text);
+  const auto field = [&](std::string_view prefix, int& value) {
+    if (!reader.skip(prefix)) return false;
+    const auto number = reader.number();
+    value = number.value_or(0);
+    return number.has_value();
+  };
+  if (field("m", tile.block_m) && field("n", tile.block_n) && field("w", tile.warps) && field("s", tile.stages) &&
+      field("q", tile.q_register_dims) && reader.at_end())
+    return tile;
+  throw SpecError("tile is '" + std::string(text) +
+                  "'; accepted: a text like 'm256n16w8s4q96' (query rows, keys a stage, warps, stages, head dims of Q "
+                  "in registers)");
+}
+
+std::string KernelSpec::text() const {
+  std::string text;
+  for (const std::string& word : words_of(*this)) text += (text.empty() ? "" : " ") + word;
+  return text;
+}
+
+KernelSpec KernelSpec::parse(std::string_view text) {
+  const std::vector<std::string_view> words = split(text);
+  if (words.size() != 7)
+    throw SpecError("kernel spec is '" + std::string(text) +
+                    "'; accepted: seven words like 'fwd hdim128 fp16 causal gqa8 vec16 m256n16w8s4q96'");
+  KernelSpec spec;
+  spec.kind = parse_word(words[0], std::array{KernelKind::kForward}, "kind");
+  spec.head_dim = parse_numbered(words[1], "hdim", "head_dim");
+  spec.dtype = parse_word(words[2], std::array{DType::kFloat16, DType::kBFloat16}, "dtype");
+  spec.mask = parse_word(words[3], std::array{Mask::kNone, Mask::kCausal}, "mask");
+  spec.group_size = parse_numbered(words[4], "gqa", "group_size");
+  spec.access = parse_word(words[5], std::array{GlobalAccess::kVector16B, GlobalAccess::kElement2B}, "access");
+  spec.tile = TileConfig::parse(words[6]);
+  return spec;
+}
+
+std::string KernelSpec::name() const {
+  std::string name = "flash";
+  for (const std::string& word : words_of(*this)) name += "_" + word;
+  return name;
+}
+
+}  // namespace flash_attn_jit

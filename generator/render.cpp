@@ -1,0 +1,76 @@
+#include "generator/render.h"
+
+#include <set>
+
+#include "generator/errors.h"
+#include "generator/tile_layout.h"
+
+namespace flash_attn_jit {
+namespace {
+
+// Writes `file` into `out`, every `#include "x"` of another template replaced by its text, each file once.
+void inline_template(std::string_view file, const TemplateSet& templates, std::set<std::string, std::less<>>& seen,
+                     std::string& out) {
+  if (!seen.emplace(file).second) return;
+  const auto found = templates.find(file);
+  if (found == templates.end()) throw Error("template '" + std::string(file) + "' is not in the template set");
+  const auto line_directive = [&](int line) {
+    out += "#line " + std::to_string(line) + " \"" + std::string(file) + "\"\n";
+  };
+  line_directive(1);
+  const std::string& text = found->second;
+  int line_number = 0;
+  for (std::size_t at = 0; at < text.size();) {
+    const std::size_t end = std::min(text.find('\n', at), text.size());
+    const std::string_view line = std::string_view(text).substr(at, end - at);
+    at = end + 1;
+    ++line_number;
+    constexpr std::string_view kInclude = "#include \"";
+    if (line.starts_with(kInclude)) {
+      const std::string_view name = line.substr(kInclude.size());
+      inline_template(name.substr(0, name.find('"')), templates, seen, out);
+      line_directive(line_number + 1);
+    } else {
+      out += line == "#pragma once" ? "" : line;
+      out += '\n';
+    }
+  }
+}
+
+// The traits struct that specialises the kernel template: every number that the generator decided.
+std::string traits(const KernelSpec& spec) {
+  const TileConfig& tile = spec.tile;
+  const auto constant = [](const char* type, const char* name, const std::string& value) {
+    return std::string("  static constexpr ") + type + " " + name + " = " + value + ";\n";
+  };
+  const auto number = [&](const char* name, int value) { return constant("int", name, std::to_string(value)); };
+  const auto flag = [&](const char* name, bool value) { return constant("bool", name, value ? "true" : "false"); };
+  return "// " + spec.text() + "\nstruct Traits {\n" + number("kHeadDim", spec.head_dim) +
+         number("kGroupSize", spec.group_size) + flag("kIsCausal", spec.mask == Mask::kCausal) +
+         flag("kVectorAccess", spec.access == GlobalAccess::kVector16B) + number("kBlockM", tile.block_m) +
+         number("kBlockN", tile.block_n) + number("kNWarps", tile.warps) + number("kStages", tile.stages) +
+         number("kQRegisterDims", tile.q_register_dims) + "};\n";
+}
+
+}  // namespace
+
+RenderedKernel render(const KernelSpec& spec, const TemplateSet& templates) {
+  RenderedKernel kernel;
+  kernel.entry = spec.name();
+  kernel.threads = spec.tile.threads();
+  kernel.dynamic_smem = shared_bytes(spec);
+  kernel.useful_mma = useful_mma_per_turn(spec);
+  std::set<std::string, std::less<>> seen;
+  inline_template("flash_fwd.cuh", templates, seen, kernel.source);
+  kernel.source += "#line 1 \"" + kernel.entry + ".cu\"\n" + traits(spec) +
+                   "extern \"C\" __global__ void __launch_bounds__(" + std::to_string(kernel.threads) + ", " +
+                   std::to_string(blocks_per_multiprocessor(spec)) + ") " + kernel.entry +
+                   "(const FlashFwdParams params) {\n  flash_fwd<Traits>(params);\n}\n" +
+                   "static_assert(FlashFwdTile<Traits>::kSharedBytes == " + std::to_string(kernel.dynamic_smem) +
+                   ", \"generator/tile_layout.h and flash_fwd.cuh disagree\");\n" +
+                   "#ifdef FLASH_ATTN_JIT_HOST\nextern \"C\" void flash_attn_jit_thread(const void* params) {\n  " +
+                   kernel.entry + "(*static_cast<const FlashFwdParams*>(params));\n}\n#endif\n";
+  return kernel;
+}
+
+}  // namespace flash_attn_jit

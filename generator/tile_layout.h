@@ -1,0 +1,18 @@
+// What a spec's tile occupies: shared memory, resident blocks, tensor instructions.
+#pragma once
+
+#include "generator/kernel_spec.h"
+
+namespace flash_attn_jit {
+
+// Dynamic shared memory of a block in bytes; equals FlashFwdTile::kSharedBytes in templates/flash_fwd.cuh, which the
+// rendered source asserts.
+int shared_bytes(const KernelSpec& spec);
+
+// Blocks that the kernel is compiled to keep on one multiprocessor: 8 warps of 255 registers fill its registers.
+int blocks_per_multiprocessor(const KernelSpec& spec);
+
+// m16n8k8 tensor instructions that one warp's turn of the unmasked main loop needs for the true head dim.
+int useful_mma_per_turn(const KernelSpec& spec);
+
+}  // namespace flash_attn_jit
