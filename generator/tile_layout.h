@@ -12,6 +12,9 @@ int shared_bytes(const KernelSpec& spec);
 // Blocks that the kernel is compiled to keep on one multiprocessor: 8 warps of 255 registers fill its registers.
 int blocks_per_multiprocessor(const KernelSpec& spec);
 
+// Registers a thread needs at the least: accumulators, Q, two sets of scores, fragments and addresses.
+int estimated_registers(const KernelSpec& spec);
+
 // m16n8k8 tensor instructions that one warp's turn of the unmasked main loop needs for the true head dim.
 int useful_mma_per_turn(const KernelSpec& spec);
 

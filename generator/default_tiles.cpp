@@ -1,0 +1,77 @@
+#include "generator/default_tiles.h"
+
+#include <algorithm>
+#include <array>
+
+namespace flash_attn_jit {
+namespace {
+
+// One row of a table: for head dims up to max_head_dim, padded to 16.
+struct TileRow {
+  int max_head_dim;
+  TileConfig tile;  // q_register_dims is an upper bound: smaller head dims keep all of Q in registers
+};
+
+// Forward, sm_75 and above. For every range of head dims the row for large problems comes first.
+constexpr std::array kForwardTiles = {
+    TileRow{64, {.block_m = 128, .block_n = 32, .warps = 4, .stages = 3, .q_register_dims = 64}},
+    TileRow{64, {.block_m = 64, .block_n = 32, .warps = 4, .stages = 3, .q_register_dims = 64}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .stages = 3, .q_register_dims = 96}},
+    TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .stages = 3, .q_register_dims = 128}},
+    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .stages = 3, .q_register_dims = 192}},
+    TileRow{256, {.block_m = 64, .block_n = 16, .warps = 4, .stages = 3, .q_register_dims = 192}},
+};
+
+TileConfig fit(TileConfig tile, const KernelSpec& spec) {
+  tile.q_register_dims = std::min(tile.q_register_dims, spec.padded_head_dim());
+  return tile;
+}
+
+bool is_legal(const KernelSpec& spec, const TileConfig& tile, const ArchLimits& arch) {
+  KernelSpec with_tile = spec;
+  with_tile.tile = tile;
+  return !check(with_tile, arch);
+}
+
+// Blocks that a tile makes of a problem.
+std::int64_t blocks_of(const TileConfig& tile, const ProblemSize& size) {
+  return (size.seqlen_q + tile.block_m - 1) / tile.block_m * size.batch_heads;
+}
+
+}  // namespace
+
+std::vector<TileConfig> default_tiles(const KernelSpec& spec, const ArchLimits&) {
+  std::vector<TileConfig> tiles;
+  int range = 0;
+  for (const TileRow& row : kForwardTiles) {
+    if (spec.padded_head_dim() > row.max_head_dim) continue;
+    if (range == 0) range = row.max_head_dim;
+    if (row.max_head_dim == range) tiles.push_back(fit(row.tile, spec));
+  }
+  return tiles;
+}
+
+TileConfig choose_tile(const KernelSpec& spec, const ArchLimits& arch, const ProblemSize& size) {
+  const std::vector<TileConfig> tiles = default_tiles(spec, arch);
+  for (const TileConfig& tile : tiles)
+    if (blocks_of(tile, size) >= size.multiprocessors) return tile;
+  return tiles.back();
+}
+
+std::vector<TileConfig> tile_space(const KernelSpec& spec, const ArchLimits& arch) {
+  std::vector<TileConfig> tiles;
+  for (int warps : {2, 4, 8})
+    for (int rows : {16, 32})
+      for (int block_n : {16, 32})
+        for (int stages : {3, 4})
+          for (int q_dims : {spec.padded_head_dim(), spec.padded_head_dim() * 3 / 4 / 16 * 16}) {
+            const TileConfig tile{warps * rows, block_n, warps, stages, q_dims};
+            if (is_legal(spec, tile, arch)) tiles.push_back(tile);
+          }
+  for (const TileConfig& tile : default_tiles(spec, arch)) tiles.push_back(tile);
+  std::sort(tiles.begin(), tiles.end());
+  tiles.erase(std::unique(tiles.begin(), tiles.end()), tiles.end());
+  return tiles;
+}
+
+}  // namespace flash_attn_jit

@@ -1,0 +1,102 @@
+#include "generator/legality.h"
+
+#include <array>
+#include <charconv>
+
+#include "generator/errors.h"
+#include "generator/tile_layout.h"
+
+namespace flash_attn_jit {
+namespace {
+
+// CUDA C++ programming guide, "Technical Specifications per Compute Capability": shared memory a block may opt in to,
+// shared memory and threads of a multiprocessor.
+constexpr std::array kArchitectures = {
+    ArchLimits{.sm = 75, .max_shared_bytes_per_block = 65536, .shared_bytes_per_sm = 65536, .max_threads_per_sm = 1024},
+    ArchLimits{.sm = 80, .max_shared_bytes_per_block = 166912, .shared_bytes_per_sm = 167936, .max_threads_per_sm = 2048},
+    ArchLimits{.sm = 86, .max_shared_bytes_per_block = 101376, .shared_bytes_per_sm = 102400, .max_threads_per_sm = 1536},
+    ArchLimits{.sm = 87, .max_shared_bytes_per_block = 166912, .shared_bytes_per_sm = 167936, .max_threads_per_sm = 1536},
+    ArchLimits{.sm = 89, .max_shared_bytes_per_block = 101376, .shared_bytes_per_sm = 102400, .max_threads_per_sm = 1536},
+    ArchLimits{.sm = 90, .max_shared_bytes_per_block = 232448, .shared_bytes_per_sm = 233472, .max_threads_per_sm = 2048},
+    ArchLimits{.sm = 100, .max_shared_bytes_per_block = 232448, .shared_bytes_per_sm = 233472, .max_threads_per_sm = 2048},
+    ArchLimits{.sm = 120, .max_shared_bytes_per_block = 101376, .shared_bytes_per_sm = 102400, .max_threads_per_sm = 1536},
+};
+
+std::string arch_name(const ArchLimits& arch) { return "sm_" + std::to_string(arch.sm); }
+
+std::string quoted(const std::string& text) { return "'" + text + "'"; }
+
+std::optional<std::string> check_problem(const KernelSpec& spec, const ArchLimits& arch) {
+  if (spec.dtype == DType::kBFloat16)
+    return arch.sm < 80 ? "dtype is bfloat16, which " + arch_name(arch) +
+                              " (Turing) has no instructions for; accepted: float16. Cast with .to(torch.float16)"
+                        : "dtype is bfloat16, which is not built yet; accepted: float16. Cast with .to(torch.float16)";
+  if (spec.head_dim < 1 || spec.head_dim > 256)
+    return "head_dim is " + std::to_string(spec.head_dim) + "; accepted: 1 to 256";
+  if (spec.group_size < 1)
+    return "group_size (num_heads / num_heads_k) is " + std::to_string(spec.group_size) + "; accepted: 1 or more";
+  if (spec.access == GlobalAccess::kVector16B && spec.head_dim % 8 != 0)
+    return "access is vec16 with head_dim " + std::to_string(spec.head_dim) +
+           "; accepted: head dims that are multiples of 8, or access elem2";
+  return std::nullopt;
+}
+
+std::optional<std::string> check_tile_shape(const KernelSpec& spec) {
+  const TileConfig& tile = spec.tile;
+  const std::string name = "tile " + quoted(tile.text());
+  if (tile.warps < 1 || tile.warps > 16) return name + " has " + std::to_string(tile.warps) + " warps; accepted: 1 to 16";
+  if (tile.block_m != tile.warps * 16 && tile.block_m != tile.warps * 32)
+    return name + " has " + std::to_string(tile.block_m) + " query rows for " + std::to_string(tile.warps) +
+           " warps; accepted: 16 or 32 rows a warp";
+  if (tile.block_n < 16 || tile.block_n > 64 || tile.block_n % 16 != 0)
+    return name + " has " + std::to_string(tile.block_n) + " keys a stage; accepted: 16, 32, 48 or 64";
+  if (tile.stages < 3 || tile.stages > 8)
+    return name + " has " + std::to_string(tile.stages) + " stages; accepted: 3 to 8";
+  if (tile.q_register_dims < 0 || tile.q_register_dims > spec.padded_head_dim() || tile.q_register_dims % 16 != 0)
+    return name + " keeps " + std::to_string(tile.q_register_dims) + " head dims of Q in registers; accepted: multiples of 16 up to " +
+           std::to_string(spec.padded_head_dim());
+  return std::nullopt;
+}
+
+std::optional<std::string> check_resources(const KernelSpec& spec, const ArchLimits& arch) {
+  const std::string name = "tile " + quoted(spec.tile.text()) + " at head_dim " + std::to_string(spec.head_dim);
+  if (const int bytes = shared_bytes(spec); bytes > arch.max_shared_bytes_per_block)
+    return name + " needs " + std::to_string(bytes) + " bytes of shared memory; " + arch_name(arch) + " has " +
+           std::to_string(arch.max_shared_bytes_per_block) + " a block";
+  if (const int registers = estimated_registers(spec); registers > arch.max_registers_per_thread)
+    return name + " needs about " + std::to_string(registers) + " registers a thread; " + arch_name(arch) + " has " +
+           std::to_string(arch.max_registers_per_thread);
+  if (spec.tile.threads() * blocks_per_multiprocessor(spec) > arch.max_threads_per_sm)
+    return name + " has too many threads for " + arch_name(arch);
+  return std::nullopt;
+}
+
+}  // namespace
+
+ArchLimits arch_limits(int sm) {
+  if (sm < kArchitectures.front().sm)
+    throw UnsupportedError("the GPU's architecture is sm_" + std::to_string(sm) +
+                           "; accepted: sm_75 (Turing: Tesla T4, RTX 20) or newer");
+  ArchLimits limits = kArchitectures.front();
+  for (const ArchLimits& known : kArchitectures)
+    if (known.sm <= sm) limits = known;
+  limits.sm = sm;
+  return limits;
+}
+
+int parse_arch(std::string_view text) {
+  const std::string_view digits = text.starts_with("sm_") ? text.substr(3) : text;
+  int sm = 0;
+  const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), sm);
+  if (error != std::errc() || end != digits.data() + digits.size() || sm < 10)
+    throw SpecError("arch is " + quoted(std::string(text)) + "; accepted: a text like 'sm_75'");
+  return sm;
+}
+
+std::optional<std::string> check(const KernelSpec& spec, const ArchLimits& arch) {
+  if (auto reason = check_problem(spec, arch)) return reason;
+  if (auto reason = check_tile_shape(spec)) return reason;
+  return check_resources(spec, arch);
+}
+
+}  // namespace flash_attn_jit
