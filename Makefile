@@ -1,0 +1,83 @@
+# make demo, make test and make test-all set up what they need on the first run and then do their job.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -ec
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON3 ?= python3
+JOBS ?= $(shell nproc)
+
+venv := .venv
+python := $(venv)/bin/python
+stamps := $(venv)/.stamps
+build := build-make
+build_sanitized := build-sanitized
+
+sources := $(shell find generator templates runtime python -type f -not -path '*/__pycache__/*') \
+           CMakeLists.txt pyproject.toml README.md LICENSE
+cpp_tests := $(shell find tests/cpp -type f)
+
+.PHONY: help setup demo test test-all clean
+help:
+	@echo 'make demo      prebuild kernels for sm_75, run attention, compare it with float64'
+	@echo 'make test      build, C++ tests (plain and under sanitizers), Python tests'
+	@echo 'make test-all  the same with the full grids'
+	@echo 'make setup     only install what those need; make clean removes every build and .venv'
+
+$(stamps)/system: tests/setup/system_packages.sh
+	@echo '== system packages'
+	@tests/setup/system_packages.sh $(PYTHON3)
+	@mkdir -p $(@D) && touch $@
+
+$(stamps)/venv: $(stamps)/system
+	@echo '== $(venv)'
+	@$(PYTHON3) -m venv $(venv)
+	@$(python) -m pip install -q 'pip>=22.3' 'scikit-build-core>=0.10' 'pybind11>=2.11' ninja
+	@cmake --version >/dev/null 2>&1 || $(python) -m pip install -q 'cmake>=3.22'
+	@touch $@
+
+$(stamps)/torch: $(stamps)/venv tests/setup/install_torch.py pyproject.toml
+	@echo '== torch'
+	@$(python) tests/setup/install_torch.py pyproject.toml
+	@touch $@
+
+# The wheel's build folder is kept, so that only what changed is compiled again; it holds the C++ tests too.
+$(stamps)/package: $(stamps)/torch $(sources) $(cpp_tests)
+	@echo '== build and install flash-attn-jit into $(venv) (log: $(build)/install.log)'
+	@mkdir -p $(build)
+	@PATH="$(abspath $(venv))/bin:$$PATH" CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(python) -m pip install -v \
+	  --no-build-isolation -Cbuild-dir=$(build) -Ccmake.define.FLASH_ATTN_JIT_TESTS=ON '.[test]' 2>&1 \
+	  | tee $(build)/install.log \
+	  | { grep --line-buffered -E '^ *(\[[0-9]+/[0-9]+\]|.*(warning|error):|CMake (Warning|Error)|Downloading|Successfully)' || true; } \
+	  || { tail -n 60 $(build)/install.log; exit 1; }
+	@touch $@
+
+$(stamps)/sanitized: $(stamps)/package $(cpp_tests)
+	@echo '== build the C++ tests under AddressSanitizer and UBSan'
+	@PATH="$(abspath $(venv))/bin:$$PATH" cmake -S . -B $(build_sanitized) -G Ninja --log-level=WARNING \
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASH_ATTN_JIT_SANITIZE=ON
+	@PATH="$(abspath $(venv))/bin:$$PATH" cmake --build $(build_sanitized) -j $(JOBS)
+	@touch $@
+
+setup: $(stamps)/package
+
+demo: $(stamps)/package
+	@echo '== demo'
+	@$(python) -m flash_attn_jit.demo
+
+# Where the C++ tests find both NVRTCs.
+export FLASH_ATTN_JIT_TEST_SITE_PACKAGES = $(shell $(python) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
+test test-all: $(stamps)/package $(stamps)/sanitized
+	@echo '== C++ tests'
+	@ctest --test-dir $(build) --output-on-failure -j $(JOBS)
+	@echo '== C++ tests under AddressSanitizer and UBSan'
+	@ctest --test-dir $(build_sanitized) --output-on-failure -j $(JOBS)
+	@echo '== Python tests'
+	@$(python) -m pytest -m 'not gpu'
+
+test-all: export FLASH_ATTN_JIT_TEST_ALL = 1
+
+clean:
+	rm -rf $(venv) $(build) $(build_sanitized) build
