@@ -21,9 +21,19 @@ struct CompiledKernel {
   int dynamic_smem = 0;  // bytes per block
   KernelResources resources;
   std::string built_by;  // "nvrtc 12.9", "g++ 12.2.0 ..."
-  int min_driver_major = 0;  // a cubin loads on any driver of this CUDA major or above; 0 for host objects
+  // The oldest driver that loads it, counted as cuDriverGetVersion does (12090 is 12.9): for a cubin the first of its
+  // NVRTC's major, for PTX its NVRTC's own version; 0 for host objects.
+  int min_driver = 0;
   std::string log;           // the compiler's log
   double seconds = 0;        // it took to compile
+};
+
+// Where a kernel came from, for reports and tests.
+enum class KernelOrigin { kPrebuilt, kDiskCache, kCompiled };
+
+struct FoundKernel {
+  CompiledKernel kernel;
+  KernelOrigin origin;
 };
 
 }  // namespace flash_attn_jit

@@ -13,6 +13,8 @@
 #include "generator/render.h"
 #include "runtime/compile_target.h"
 #include "runtime/compiled_kernel.h"
+#include "runtime/config.h"
+#include "runtime/kernel_cache.h"
 
 namespace flash_attn_jit {
 
@@ -34,19 +36,63 @@ struct DriverError : Error {
   using Error::Error;
 };
 
-// Where a kernel came from, for reports and tests.
-enum class KernelOrigin { kPrebuilt, kDiskCache, kCompiled };
-
-struct FoundKernel {
-  CompiledKernel kernel;
-  KernelOrigin origin;
-};
-
 // The templates in force: FLASH_ATTN_JIT_TEMPLATES's folder where set, else those embedded.
 const TemplateSet& active_templates();
 
-// A kernel for a GPU. Several threads or processes that ask for one kernel compile it once.
-// Throws CompileError, MissingKernelError, UnsupportedError (check()'s reason).
+// The templates that `config` names: its folder's *.cuh files, else those embedded. Throws ConfigError.
+TemplateSet load_templates(const Config& config);
+
+class Nvrtc;
+
+// A cache with a compiler behind it.
+class KernelLibrary {
+ public:
+  struct Settings {
+    Config config;
+    KernelCacheSettings cache;
+    // The driver that shall load the kernels, as cuDriverGetVersion counts. Nothing: any driver.
+    std::optional<int> driver_version;
+  };
+  explicit KernelLibrary(Settings settings);
+  ~KernelLibrary();
+
+  // A kernel for a GPU. Several threads or processes that ask for one kernel compile it once. PTX is not stored: looked
+  // for in the pack, else compiled. Throws CompileError, MissingKernelError, UnsupportedError (check()'s reason).
+  FoundKernel find_or_compile(const KernelSpec& spec, const CompileTarget& target);
+
+  // The kernel as a cubin of `device_sm` that `link` makes from the `ptx_sm` PTX; that cubin is stored, for this driver
+  // version and this `purpose` alone.
+  using LinkPtx = std::function<std::string(const std::string& ptx, const std::string& name)>;
+  FoundKernel find_or_link(const KernelSpec& spec, int ptx_sm, int device_sm, const std::string& purpose,
+                           const LinkPtx& link);
+
+  // find_or_compile() without the compiler.
+  std::optional<FoundKernel> find(const KernelSpec& spec, const CompileTarget& target);
+
+  // Whether the NVRTC at hand compiles for sm_`sm`. Opens it. Throws Error where there is none.
+  bool can_compile_for(int sm);
+
+  KernelCache& cache() { return cache_; }
+
+  // How many NVRTC libraries this object opened: a hit opens none.
+  int nvrtc_opened() const;
+
+ private:
+  CompiledKernel compile(const KernelSpec& spec, const RenderedKernel& rendered, const CompileTarget& target,
+                         const KernelId& id);
+  const Nvrtc& nvrtc_for(CodeKind code);
+
+  Settings settings_;
+  TemplateSet templates_;
+  KernelCache cache_;
+  struct Compilers;
+  std::unique_ptr<Compilers> compilers_;
+};
+
+// The process's own library, as config() and the driver at hand say.
+KernelLibrary& process_library();
+
+// A kernel for a GPU, from the process's own library.
 FoundKernel find_or_compile(const KernelSpec& spec, const CompileTarget& target);
 
 // A kernel for the interpreter: the same source, compiled by the host compiler into a shared object; same cache.

@@ -1,0 +1,22 @@
+// What the library tells without being asked: warnings, and the one line about a slow compile.
+#pragma once
+
+#include <functional>
+#include <string>
+
+namespace flash_attn_jit {
+
+enum class LogLevel { kInfo, kWarning };
+
+using LogSink = std::function<void(LogLevel, const std::string&)>;
+
+// Replaces the sink; an empty one restores the default, stderr. The sink is called on whatever thread has something to
+// say, never with a lock of this library held, so that it may take a lock of its own (Python's).
+void set_log_sink(LogSink sink);
+
+void log(LogLevel level, const std::string& message);
+
+// Logs a warning the first time that this process gives this text.
+void warn_once(const std::string& message);
+
+}  // namespace flash_attn_jit
