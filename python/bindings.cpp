@@ -1,0 +1,143 @@
+// The module flash_attn_jit._core: what the Python package needs of the runtime, and no policy.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "generator/legality.h"
+#include "python/bindings_errors.h"
+#include "python/bindings_forward.h"
+#include "python/bindings_tensors.h"
+#include "runtime/config.h"
+#include "runtime/driver.h"
+#include "runtime/interpreter/interpreter.h"
+#include "runtime/kernel_library.h"
+#include "runtime/kernel_selection.h"
+#include "runtime/log.h"
+#include "runtime/nvrtc.h"
+
+namespace py = pybind11;
+using namespace flash_attn_jit;
+
+namespace {
+
+// Python's logging levels.
+int python_level(LogLevel level) { return level == LogLevel::kWarning ? 30 : 20; }
+
+// `logger.log(level, message)` for everything that the library tells. The logger is leaked: a thread may log while the
+// interpreter goes down.
+void set_logger(const py::object& logger) {
+  const auto* log_method = new py::object(logger.attr("log"));
+  set_log_sink([log_method](LogLevel level, const std::string& message) {
+    if (!Py_IsInitialized()) return;
+    const py::gil_scoped_acquire gil;
+    try {
+      // As an argument of "%s": a message is no format string.
+      (*log_method)(python_level(level), "%s", message);
+    } catch (py::error_already_set& error) {
+      error.discard_as_unraisable("flash_attn_jit's logger");
+    }
+  });
+}
+
+py::list devices() {
+  py::list found;
+  Driver* driver = process_driver();
+  for (int i = 0; driver && i < driver->device_count(); ++i) {
+    const DeviceInfo info = driver->device_info(i);
+    py::dict device;
+    device["ordinal"] = info.ordinal;
+    device["name"] = info.name;
+    device["sm"] = info.sm;
+    device["multiprocessors"] = info.multiprocessors;
+    device["driver_version"] = driver->version();
+    found.append(device);
+  }
+  return found;
+}
+
+std::vector<std::string> select_forward_kernels(const std::vector<int>& head_dims, const std::vector<bool>& causal,
+                                                const std::vector<int>& group_sizes, const std::string& arch) {
+  KernelSelection selection;
+  selection.head_dims = head_dims;
+  for (const bool c : causal) selection.masks.push_back(c ? Mask::kCausal : Mask::kNone);
+  selection.group_sizes = group_sizes;
+  std::vector<std::string> texts;
+  for (const KernelSpec& spec : select_kernels(selection, arch_limits(parse_arch(arch))))
+    texts.push_back(spec.text());
+  return texts;
+}
+
+const char* origin_text(KernelOrigin origin) {
+  switch (origin) {
+    case KernelOrigin::kPrebuilt:
+      return "prebuilt";
+    case KernelOrigin::kDiskCache:
+      return "cache";
+    case KernelOrigin::kCompiled:
+      return "compiled";
+  }
+  return "";
+}
+
+py::dict find_kernel(const std::string& spec_text, const std::string& arch) {
+  const KernelSpec spec = KernelSpec::parse(spec_text);
+  const CompileTarget target{parse_arch(arch), CodeKind::kCubin};
+  FoundKernel found;
+  {
+    const py::gil_scoped_release without_gil;
+    found = find_or_compile(spec, target);
+  }
+  const CompiledKernel& kernel = found.kernel;
+  py::dict result;
+  result["name"] = spec.name();
+  result["tile"] = spec.tile.text();
+  result["origin"] = origin_text(found.origin);
+  result["built_by"] = kernel.built_by;
+  result["threads"] = kernel.threads;
+  result["dynamic_smem"] = kernel.dynamic_smem;
+  result["registers"] = kernel.resources.registers;
+  result["spill_stores"] = kernel.resources.spill_stores;
+  result["spill_loads"] = kernel.resources.spill_loads;
+  result["seconds"] = kernel.seconds;
+  result["image"] = py::bytes(kernel.image);
+  return result;
+}
+
+void bind_interpreter_report(py::module_& module) {
+  py::class_<AccessCount>(module, "AccessCount",
+                          "Shared-memory traffic of one access kind; one count a warp-wide access.")
+      .def_readonly("accesses", &AccessCount::accesses, "Warp-wide accesses.")
+      .def_readonly("cycles", &AccessCount::cycles, "Cycles that the 32 banks need for them.")
+      .def_readonly("ideal_cycles", &AccessCount::ideal_cycles, "Cycles that they would need without conflicts.")
+      .def_property_readonly("factor", &AccessCount::factor, "cycles / ideal_cycles.");
+  py::class_<InterpreterReport>(module, "InterpreterReport", "What the interpreter saw in one kernel's run.")
+      .def_readonly("kernel", &InterpreterReport::kernel, "The kernel's name; empty before the first run.")
+      .def_readonly("blocks", &InterpreterReport::blocks, "Thread blocks that ran.")
+      .def_readonly("shared", &InterpreterReport::shared, "Access kind -> AccessCount.")
+      .def("json", &InterpreterReport::json, "The report as a JSON text.")
+      .def("__str__", &InterpreterReport::text)
+      .def("__repr__", &InterpreterReport::text);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "The compiled part of flash_attn_jit. Private: use the package's own functions.";
+  bindings::register_error_translator();
+  bind_interpreter_report(module);
+
+  module.def("connect_torch", &bindings::connect_torch, py::arg("torch"));
+  module.def("uses_exchange_api", &bindings::uses_exchange_api);
+  module.def("set_logger", &set_logger, py::arg("logger"));
+  module.def("set_python_search_path", [](const std::vector<std::string>& folders) {
+    set_python_search_path({folders.begin(), folders.end()});
+  });
+
+  module.def("forward", &bindings::forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
+             py::arg("softmax_lse"), py::arg("softmax_scale"), py::arg("causal"), py::arg("tile") = py::none());
+  module.def("interpreter_report", &last_interpreter_report);
+  module.def("interprets", [] { return config().interpret; });
+  module.def("devices", &devices);
+  module.def("select_forward_kernels", &select_forward_kernels, py::arg("head_dims"), py::arg("causal"),
+             py::arg("group_sizes"), py::arg("arch"));
+  module.def("find_kernel", &find_kernel, py::arg("spec"), py::arg("arch"));
+}

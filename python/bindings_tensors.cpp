@@ -1,0 +1,148 @@
+#include "python/bindings_tensors.h"
+
+#include <algorithm>
+
+#include "generator/errors.h"
+#include "python/dlpack_abi.h"
+
+namespace py = pybind11;
+
+namespace flash_attn_jit::bindings {
+namespace {
+
+// What is read of torch. Leaked, because it must outlive the interpreter's own teardown.
+struct Torch {
+  const dlpack::ExchangeApi* exchange = nullptr;  // null: read attributes instead
+  py::object tensor_type, float16, bfloat16, float32;
+  py::object current_raw_stream;  // None in a torch without CUDA
+};
+Torch* torch = nullptr;
+
+const dlpack::ExchangeApi* find_exchange_api(const py::object& tensor_type) {
+  if (!py::hasattr(tensor_type, dlpack::kExchangeAttribute)) return nullptr;
+  const py::object capsule = tensor_type.attr(dlpack::kExchangeAttribute);
+  if (!PyCapsule_IsValid(capsule.ptr(), dlpack::kCapsuleName)) return nullptr;
+  auto* header =
+      static_cast<dlpack::ExchangeHeader*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
+  while (header && header->version.major != dlpack::kMajorVersion) header = header->previous;
+  const auto* api = reinterpret_cast<const dlpack::ExchangeApi*>(header);
+  return api && api->tensor_from_object && api->current_stream ? api : nullptr;
+}
+
+DeviceKind kind_of(const dlpack::Device& device) {
+  if (device.type == dlpack::kCPU) return DeviceKind::kCpu;
+  return device.type == dlpack::kCUDA ? DeviceKind::kCuda : DeviceKind::kOther;
+}
+
+ElementType type_of(const dlpack::DataType& type) {
+  if (type.lanes != 1) return ElementType::kOther;
+  if (type.code == dlpack::kBFloat && type.bits == 16) return ElementType::kBFloat16;
+  if (type.code != dlpack::kFloat) return ElementType::kOther;
+  if (type.bits == 16) return ElementType::kFloat16;
+  return type.bits == 32 ? ElementType::kFloat32 : ElementType::kOther;
+}
+
+TensorInfo read_by_exchange(py::handle tensor) {
+  dlpack::Tensor view;
+  if (torch->exchange->tensor_from_object(tensor.ptr(), &view) != 0) throw py::error_already_set();
+  TensorInfo info;
+  info.data = view.data ? static_cast<char*>(view.data) + view.byte_offset : nullptr;
+  info.device.kind = kind_of(view.device);
+  info.device.ordinal = info.device.kind == DeviceKind::kCuda ? view.device.id : 0;
+  info.dtype = type_of(view.dtype);
+  info.rank = view.ndim;
+  const int kept = std::min(info.rank, TensorInfo::kMaxRank);
+  std::copy_n(view.shape, kept, info.shape.begin());
+  std::copy_n(view.strides, kept, info.strides.begin());
+  return info;
+}
+
+ElementType type_of(const py::object& dtype) {
+  if (dtype.is(torch->float16)) return ElementType::kFloat16;
+  if (dtype.is(torch->bfloat16)) return ElementType::kBFloat16;
+  return dtype.is(torch->float32) ? ElementType::kFloat32 : ElementType::kOther;
+}
+
+Device device_of(const py::object& device) {
+  const auto type = device.attr("type").cast<std::string>();
+  if (type == "cpu") return {DeviceKind::kCpu, 0};
+  if (type == "cuda") return {DeviceKind::kCuda, device.attr("index").cast<int>()};
+  return {};
+}
+
+TensorInfo read_by_attributes(py::handle tensor) {
+  TensorInfo info;
+  info.device = device_of(tensor.attr("device"));
+  info.dtype = type_of(py::object(tensor.attr("dtype")));
+  const py::tuple shape(tensor.attr("shape"));
+  const py::tuple strides(tensor.attr("stride")());
+  info.rank = static_cast<int>(shape.size());
+  for (int i = 0; i < std::min(info.rank, TensorInfo::kMaxRank); ++i) {
+    info.shape[i] = shape[i].cast<std::int64_t>();
+    info.strides[i] = strides[i].cast<std::int64_t>();
+  }
+  info.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<std::uintptr_t>());
+  return info;
+}
+
+TensorInfo read(py::handle tensor, const char* argument) {
+  try {
+    return torch->exchange ? read_by_exchange(tensor) : read_by_attributes(tensor);
+  } catch (py::error_already_set& error) {
+    throw ArgumentError(std::string(argument) + ": this tensor's memory cannot be read (" +
+                        py::str(error.value()).cast<std::string>() +
+                        "). Accepted: a dense torch.Tensor on a CUDA device, or on the CPU for the interpreter.");
+  }
+}
+
+std::string text_of(const py::object& value) { return py::str(value).cast<std::string>(); }
+
+}  // namespace
+
+bool TensorInfo::has_elements() const {
+  return std::find(shape.begin(), shape.begin() + std::min(rank, kMaxRank), 0) ==
+         shape.begin() + std::min(rank, kMaxRank);
+}
+
+void connect_torch(py::module_ module) {
+  auto* found = new Torch;
+  found->tensor_type = module.attr("Tensor");
+  found->float16 = module.attr("float16");
+  found->bfloat16 = module.attr("bfloat16");
+  found->float32 = module.attr("float32");
+  found->exchange = find_exchange_api(found->tensor_type);
+  found->current_raw_stream = py::getattr(module.attr("_C"), "_cuda_getCurrentRawStream", py::none());
+  torch = found;
+}
+
+TensorInfo read_tensor(py::handle tensor, const char* argument) {
+  if (!torch) throw Error("connect_torch() was not called");
+  const int is_tensor = PyObject_IsInstance(tensor.ptr(), torch->tensor_type.ptr());
+  if (is_tensor < 0) throw py::error_already_set();
+  if (!is_tensor)
+    throw ArgumentError(std::string(argument) + " is a " +
+                        text_of(py::type::of(tensor).attr("__name__")) + ". Accepted: a torch.Tensor.");
+  const TensorInfo info = read(tensor, argument);
+  if (!info.data && info.has_elements())
+    throw ArgumentError(std::string(argument) +
+                        " has elements but no memory: it is a fake tensor, on which no kernel can run.");
+  return info;
+}
+
+void* current_cuda_stream(int ordinal) {
+  if (torch->exchange) {
+    void* stream = nullptr;
+    if (torch->exchange->current_stream(dlpack::kCUDA, ordinal, &stream) != 0) throw py::error_already_set();
+    return stream;
+  }
+  return reinterpret_cast<void*>(torch->current_raw_stream(ordinal).cast<std::uintptr_t>());
+}
+
+bool uses_exchange_api() { return torch && torch->exchange; }
+
+std::string dtype_text(py::handle tensor) { return text_of(tensor.attr("dtype")); }
+std::string device_text(py::handle tensor) { return text_of(tensor.attr("device")); }
+std::string shape_text(py::handle tensor) { return text_of(py::tuple(tensor.attr("shape"))); }
+std::string strides_text(py::handle tensor) { return text_of(tensor.attr("stride")()); }
+
+}  // namespace flash_attn_jit::bindings

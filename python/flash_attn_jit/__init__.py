@@ -1,0 +1,38 @@
+"""FlashAttention for Turing GPUs: kernels that are generated and compiled when they are first needed."""
+
+import sys
+
+if not sys.platform.startswith("linux"):
+    raise ImportError("flash_attn_jit is for Linux.")
+
+from importlib.metadata import version as _version
+
+from ._torch_check import require_torch as _require_torch
+
+_require_torch()
+
+from ._core import InterpreterReport
+from .errors import (
+    CompileError,
+    ConfigError,
+    DriverError,
+    InterpreterError,
+    MissingKernelError,
+    UnsupportedError,
+)
+from .interface import flash_attn_func, interpreter_report
+
+__version__: str = _version("flash-attn-jit")
+
+__all__ = [
+    "CompileError",
+    "ConfigError",
+    "DriverError",
+    "InterpreterError",
+    "InterpreterReport",
+    "MissingKernelError",
+    "UnsupportedError",
+    "__version__",
+    "flash_attn_func",
+    "interpreter_report",
+]

@@ -1,0 +1,142 @@
+"""The public functions: flash-attn 2's Python interface."""
+
+from numbers import Real
+from typing import Any, Optional, Sequence, Tuple, Union
+
+import torch
+from torch.autograd import forward_ad
+
+from . import _core, ops
+
+_UNBOUNDED = (-1, -1)  # the default's identity lets a call skip the look at it
+
+
+def _reject_unbuilt(dropout_p: float, window_size: Any, softcap: float, alibi_slopes: Any) -> None:
+    """Raises NotImplementedError for the first argument that asks for what is not built yet."""
+    if dropout_p != 0.0:
+        raise NotImplementedError(f"dropout_p={dropout_p} is not built yet. Accepted: 0.0.")
+    if window_size is not _UNBOUNDED:
+        left, right = _window(window_size)
+        if left >= 0 or right >= 0:
+            raise NotImplementedError(f"window_size=({left}, {right}) is not built yet. Accepted: (-1, -1).")
+    if softcap != 0.0:
+        raise NotImplementedError(f"softcap={softcap} is not built yet. Accepted: 0.0.")
+    if alibi_slopes is not None:
+        raise NotImplementedError("alibi_slopes is not built yet. Accepted: None.")
+
+
+def _window(window_size: Any) -> Tuple[int, int]:
+    """(left, right) from a sequence or a tensor of two."""
+    values = window_size.tolist() if isinstance(window_size, torch.Tensor) else window_size
+    try:
+        left, right = values
+        return int(left), int(right)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"window_size is {window_size!r}. Accepted: two integers, (left, right), -1 for unbounded."
+        ) from None
+
+
+def _scale(softmax_scale: Any) -> float:
+    if isinstance(softmax_scale, bool):
+        raise ValueError(
+            f"softmax_scale is {softmax_scale}. Accepted: a number, or None for 1/sqrt(head_dim). "
+            f"For a causal mask write causal={softmax_scale}."
+        )
+    if isinstance(softmax_scale, Real):
+        return float(softmax_scale)
+    raise ValueError(
+        f"softmax_scale is a {type(softmax_scale).__name__}. Accepted: a number, or None for 1/sqrt(head_dim)."
+    )
+
+
+def _reject_what_is_no_tensor(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}. Accepted: a torch.Tensor.")
+
+
+def _reject_gradients(**inputs: torch.Tensor) -> None:
+    for name, tensor in inputs.items():
+        if tensor.requires_grad:
+            raise NotImplementedError(
+                f"{name} requires gradients, and the backward pass is not built yet. "
+                f"Call under torch.no_grad(), or pass {name}.detach()."
+            )
+
+
+def _reject_tangents(**inputs: torch.Tensor) -> None:
+    for name, tensor in inputs.items():
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"{name} carries a forward-mode tangent, and forward mode is not built yet.")
+
+
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: Optional[float] = None,
+    causal: bool = False,
+    window_size: Union[Sequence[int], torch.Tensor] = _UNBOUNDED,
+    softcap: float = 0.0,
+    alibi_slopes: Optional[torch.Tensor] = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Attention: softmax(q k^T * softmax_scale + mask) v, head by head, in fp16 with fp32 accumulation.
+
+    Work goes on the tensors' device and that device's current stream. The first call that needs a kernel compiles
+    it, unless the cache or a prebuilt pack has it. CPU tensors run in the interpreter where
+    ``FLASH_ATTN_JIT_INTERPRET=1`` is set.
+
+    Args:
+        q: (batch, seqlen_q, num_heads, head_dim), float16. Head dims 1 to 256. Of every tensor only the last
+            dimension must be contiguous; the other strides are read as they are.
+        k: (batch, seqlen_k, num_heads_k, head_dim), float16. num_heads is a multiple of num_heads_k: query head i
+            reads key head i // (num_heads / num_heads_k).
+        v: like k.
+        dropout_p: not built yet: 0.0.
+        softmax_scale: a factor for the scores before the softmax; 1/sqrt(head_dim) where None.
+        causal: query i sees key j where j <= i + seqlen_k - seqlen_q (aligned bottom-right).
+        window_size: not built yet: (-1, -1), unbounded on both sides.
+        softcap: not built yet: 0.0.
+        alibi_slopes: not built yet: None.
+        deterministic: accepted; the result is the same bits every time with either value.
+        return_attn_probs: also return softmax_lse and S_dmask.
+
+    Returns:
+        out (batch, seqlen_q, num_heads, head_dim), float16 and contiguous; or, with ``return_attn_probs``,
+        (out, softmax_lse, S_dmask): softmax_lse (batch, num_heads, seqlen_q), float32, is the natural logarithm of
+        the softmax's denominator, and S_dmask is an empty tensor. A query that sees no key has out 0 and
+        softmax_lse +inf.
+
+    Raises:
+        ValueError: an argument that does not fit; names the argument, what came and what is accepted.
+        UnsupportedError: a ValueError for what the device cannot do.
+        NotImplementedError: an argument that is not built yet, or inputs that need gradients where grad mode is on.
+        CompileError, MissingKernelError, DriverError, InterpreterError, ConfigError: RuntimeErrors, see
+            ``flash_attn_jit.errors``.
+    """
+    _reject_unbuilt(dropout_p, window_size, softcap, alibi_slopes)
+    if softmax_scale is not None and type(softmax_scale) is not float:
+        softmax_scale = _scale(softmax_scale)
+    if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
+        _reject_what_is_no_tensor(q=q, k=k, v=v)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        _reject_gradients(q=q, k=k, v=v)
+    if forward_ad._current_level >= 0:
+        _reject_tangents(q=q, k=k, v=v)
+    out, softmax_lse = ops.forward(q, k, v, softmax_scale, causal)
+    if not return_attn_probs:
+        return out
+    return out, softmax_lse, torch.empty(0, dtype=out.dtype, device=out.device)
+
+
+def interpreter_report() -> Optional[_core.InterpreterReport]:
+    """The report of the interpreter's last run in this process: shared-memory traffic and bank conflicts per kind of
+    access. None before the first run. A race, an out-of-bounds access or a read of memory never written does not get
+    here: it raises InterpreterError.
+    """
+    report = _core.interpreter_report()
+    return report if report.kernel else None
