@@ -1,0 +1,177 @@
+// The host half of primitives.cuh. What touches memory or other threads goes to the interpreter's engine through the
+// table of host_engine.cuh; arithmetic is done here. No standard header: a kernel compiles in a fraction of the time.
+#pragma once
+
+#include "host_engine.cuh"
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+#define FLASH_ATTN_JIT_EXPORT extern "C" __attribute__((visibility("default")))
+
+// What the interpreter looks up: the table to fill in, and the kernel's body for one thread.
+FLASH_ATTN_JIT_EXPORT HostEngine flash_attn_jit_engine;
+HostEngine flash_attn_jit_engine;
+FLASH_ATTN_JIT_EXPORT void flash_attn_jit_thread(const void* params);
+
+// The template's line that called a primitive, as trailing default arguments of it.
+#define FLASH_ATTN_JIT_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+inline int thread_in_block() { return flash_attn_jit_engine.thread_in_block(); }
+inline int block_in_grid() { return flash_attn_jit_engine.block_in_grid(); }
+
+// ---- global memory ----
+
+inline void load_global_16B(Vec16& v, const void* p, FLASH_ATTN_JIT_SITE) {
+  flash_attn_jit_engine.load_global(HostAccess::kLoadGlobal16B, &v, p, file, line);
+}
+
+inline unsigned load_global_2B(const void* p, FLASH_ATTN_JIT_SITE) {
+  unsigned short v;
+  flash_attn_jit_engine.load_global(HostAccess::kLoadGlobal2B, &v, p, file, line);
+  return v;
+}
+
+inline void store_global_16B(void* p, const Vec16& v, FLASH_ATTN_JIT_SITE) {
+  flash_attn_jit_engine.store_global(HostAccess::kStoreGlobal16B, p, &v, file, line);
+}
+
+inline void store_global_2B(void* p, unsigned v, FLASH_ATTN_JIT_SITE) {
+  const unsigned short low = static_cast<unsigned short>(v);
+  flash_attn_jit_engine.store_global(HostAccess::kStoreGlobal2B, p, &low, file, line);
+}
+
+inline void store_global_f32(float* p, float v, FLASH_ATTN_JIT_SITE) {
+  flash_attn_jit_engine.store_global(HostAccess::kStoreGlobalF32, p, &v, file, line);
+}
+
+// ---- shared memory ----
+
+inline void load_shared_16B(Vec16& v, SharedAddress a, FLASH_ATTN_JIT_SITE) {
+  flash_attn_jit_engine.load_shared(HostAccess::kLoadShared16B, &v, a, file, line);
+}
+
+inline unsigned load_shared_2B(SharedAddress a, FLASH_ATTN_JIT_SITE) {
+  unsigned short v;
+  flash_attn_jit_engine.load_shared(HostAccess::kLoadShared2B, &v, a, file, line);
+  return v;
+}
+
+inline void store_shared_16B(SharedAddress a, const Vec16& v, FLASH_ATTN_JIT_SITE) {
+  flash_attn_jit_engine.store_shared(HostAccess::kStoreShared16B, a, &v, file, line);
+}
+
+inline void store_shared_4B(SharedAddress a, unsigned v, FLASH_ATTN_JIT_SITE) {
+  flash_attn_jit_engine.store_shared(HostAccess::kStoreShared4B, a, &v, file, line);
+}
+
+inline void store_shared_2B(SharedAddress a, unsigned v, FLASH_ATTN_JIT_SITE) {
+  const unsigned short low = static_cast<unsigned short>(v);
+  flash_attn_jit_engine.store_shared(HostAccess::kStoreShared2B, a, &low, file, line);
+}
+
+inline void ldmatrix_x4(unsigned (&r)[4], SharedAddress a, FLASH_ATTN_JIT_SITE) {
+  flash_attn_jit_engine.ldmatrix(HostAccess::kLdmatrixX4, r, a, file, line);
+}
+
+inline void ldmatrix_x4_trans(unsigned (&r)[4], SharedAddress a, FLASH_ATTN_JIT_SITE) {
+  flash_attn_jit_engine.ldmatrix(HostAccess::kLdmatrixX4Trans, r, a, file, line);
+}
+
+inline void ldmatrix_x2_trans(unsigned (&r)[2], SharedAddress a, FLASH_ATTN_JIT_SITE) {
+  flash_attn_jit_engine.ldmatrix(HostAccess::kLdmatrixX2Trans, r, a, file, line);
+}
+
+// ---- warp and block ----
+
+inline void mma_m16n8k8(float (&c)[4], unsigned a0, unsigned a1, unsigned b, FLASH_ATTN_JIT_SITE) {
+  flash_attn_jit_engine.mma(1, c, a0, a1, b, file, line);
+}
+
+inline void mma_m16n8k8_zero(float (&c)[4], unsigned a0, unsigned a1, unsigned b, FLASH_ATTN_JIT_SITE) {
+  flash_attn_jit_engine.mma(0, c, a0, a1, b, file, line);
+}
+
+inline float shuffle_xor(float v, int lane_mask, FLASH_ATTN_JIT_SITE) {
+  return flash_attn_jit_engine.shuffle_xor(v, lane_mask, file, line);
+}
+
+inline bool any_in_warp(bool p, FLASH_ATTN_JIT_SITE) { return flash_attn_jit_engine.any_in_warp(p, file, line) != 0; }
+
+inline void warp_barrier(FLASH_ATTN_JIT_SITE) { flash_attn_jit_engine.warp_barrier(file, line); }
+inline void block_barrier(FLASH_ATTN_JIT_SITE) { flash_attn_jit_engine.block_barrier(file, line); }
+
+// ---- arithmetic ----
+
+inline unsigned float_bits(float x) {
+  unsigned u;
+  __builtin_memcpy(&u, &x, sizeof u);
+  return u;
+}
+
+inline float bits_float(unsigned u) {
+  float x;
+  __builtin_memcpy(&x, &u, sizeof x);
+  return x;
+}
+
+// .ftz: a subnormal becomes a zero of its sign.
+inline float flush_subnormal(float x) { return __builtin_fabsf(x) < 0x1p-126f ? __builtin_copysignf(0.0f, x) : x; }
+
+inline float exp2_approx(float x) { return flush_subnormal(__builtin_exp2f(flush_subnormal(x))); }
+inline float log2_approx(float x) { return __builtin_log2f(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
+inline float fma_rounded(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline float infinity() { return __builtin_inff(); }
+
+// As max.f32: the other one where one is NaN, and +0 above -0.
+inline float max_ignoring_nan(float a, float b) {
+  if (a != a) return b;
+  if (b != b) return a;
+  if (a != b) return a > b ? a : b;
+  return bits_float(float_bits(a) & float_bits(b));
+}
+
+// As cvt.rn.f16.f32: rounds to nearest even, above 65504 and its rounding to infinity, NaN to 0x7fff.
+inline unsigned fp16_bits(float x) {
+  const unsigned sign = float_bits(x) >> 16 & 0x8000u;
+  const unsigned magnitude = float_bits(x) & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return 0x7fffu;
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;
+  // Below 2^-14 fp16 counts in steps of 2^-24, which is the last bit of a float next to 0.5.
+  if (magnitude < 0x38800000u) return sign | (float_bits(bits_float(magnitude) + 0.5f) - float_bits(0.5f));
+  const unsigned half_way = 0xfffu + (magnitude >> 13 & 1u);
+  return sign | (((magnitude + half_way) >> 13) - (112u << 10));
+}
+
+inline unsigned pack_fp16(float lo, float hi) { return fp16_bits(lo) | fp16_bits(hi) << 16; }
+
+// ---- undefined behaviour: the handlers that -fsanitize=undefined calls, so that no sanitizer library is needed.
+// What each is given starts with the place in the source. ----
+
+struct SanitizerPlace {
+  const char* file;
+  unsigned line, column;
+};
+
+#define FLASH_ATTN_JIT_HANDLER(name, what, ...)                                                   \
+  extern "C" void __ubsan_handle_##name(const SanitizerPlace* place, ##__VA_ARGS__) {             \
+    flash_attn_jit_engine.undefined_behaviour(what, place->file, static_cast<int>(place->line));  \
+  }
+
+FLASH_ATTN_JIT_HANDLER(add_overflow, "a signed addition overflows")
+FLASH_ATTN_JIT_HANDLER(sub_overflow, "a signed subtraction overflows")
+FLASH_ATTN_JIT_HANDLER(mul_overflow, "a signed multiplication overflows")
+FLASH_ATTN_JIT_HANDLER(negate_overflow, "a signed negation overflows")
+FLASH_ATTN_JIT_HANDLER(divrem_overflow, "a division by zero, or one that overflows")
+FLASH_ATTN_JIT_HANDLER(shift_out_of_bounds, "a shift by too much, by a negative amount or of a negative value")
+FLASH_ATTN_JIT_HANDLER(out_of_bounds, "an array index out of bounds")
+FLASH_ATTN_JIT_HANDLER(load_invalid_value, "a bool or enum holds no value of its type")
+FLASH_ATTN_JIT_HANDLER(float_cast_overflow, "a float that its integer type cannot hold")
+FLASH_ATTN_JIT_HANDLER(pointer_overflow, "pointer arithmetic overflows")
+FLASH_ATTN_JIT_HANDLER(vla_bound_not_positive, "an array of no positive length")
+FLASH_ATTN_JIT_HANDLER(builtin_unreachable, "unreachable code is reached")
+FLASH_ATTN_JIT_HANDLER(missing_return, "a function ends without a return")
+#undef FLASH_ATTN_JIT_HANDLER
