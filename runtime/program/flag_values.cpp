@@ -1,0 +1,94 @@
+#include "runtime/program/flag_values.h"
+
+#include <algorithm>
+#include <charconv>
+#include <limits>
+
+#include "generator/default_tiles.h"
+#include "runtime/program/command.h"
+
+namespace flash_attn_jit::program {
+namespace {
+
+[[noreturn]] void refuse(const std::string& flag, const std::string& came, const std::string& accepted) {
+  throw UsageError(flag + " is '" + came + "'; accepted: " + accepted);
+}
+
+// The rule and its reason are check()'s.
+void require_legal(const std::string& flag, const std::string& came, const KernelSpec& spec, const ArchLimits& arch) {
+  if (const auto reason = check(spec, arch)) throw UsageError(flag + " is '" + came + "': " + *reason);
+}
+
+}  // namespace
+
+std::int64_t parse_number(const std::string& flag, const std::string& text, std::int64_t least, std::int64_t most) {
+  std::int64_t value = 0;
+  const char* const end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, value);
+  if (error != std::errc() || stop != end || value < least || value > most)
+    refuse(flag, text, "a whole number from " + std::to_string(least) + " to " + std::to_string(most));
+  return value;
+}
+
+std::vector<int> parse_numbers(const std::string& flag, const std::vector<std::string>& texts, int least, int most) {
+  std::vector<int> values;
+  for (const std::string& text : texts) {
+    const int value = static_cast<int>(parse_number(flag, text, least, most));
+    if (std::find(values.begin(), values.end(), value) == values.end()) values.push_back(value);
+  }
+  return values;
+}
+
+ArchLimits parse_arch_flag(const std::string& flag, const std::string& text) {
+  try {
+    return arch_limits(parse_arch(text));
+  } catch (const Error& error) {
+    throw UsageError(flag + " is '" + text + "': " + error.what());
+  }
+}
+
+KernelKind parse_kind(const std::string& flag, const std::string& text) {
+  if (text != to_text(KernelKind::kForward)) refuse(flag, text, std::string(to_text(KernelKind::kForward)));
+  return KernelKind::kForward;
+}
+
+std::vector<KernelKind> parse_kinds(const std::string& flag, const std::vector<std::string>& texts) {
+  std::vector<KernelKind> kinds;
+  for (const std::string& text : texts) {
+    const KernelKind kind = parse_kind(flag, text);
+    if (std::find(kinds.begin(), kinds.end(), kind) == kinds.end()) kinds.push_back(kind);
+  }
+  return kinds;
+}
+
+std::vector<Mask> parse_masks(const std::string& flag, const std::string& text) {
+  if (text == "both") return {Mask::kNone, Mask::kCausal};
+  if (text == "yes") return {Mask::kCausal};
+  if (text == "no") return {Mask::kNone};
+  refuse(flag, text, "both, yes, no");
+}
+
+KernelSpec parse_kernel(const KernelFlags& flags, const ArchLimits& arch) {
+  constexpr int kMost = std::numeric_limits<int>::max();
+  KernelSpec spec;
+  spec.kind = parse_kind("--kind", flags.kind);
+  spec.head_dim = static_cast<int>(parse_number("--head-dim", flags.head_dim, 1, kMost));
+  spec.mask = flags.causal ? Mask::kCausal : Mask::kNone;
+  spec.group_size = static_cast<int>(parse_number("--gqa", flags.gqa, 1, kMost));
+  spec.access = spec.head_dim % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
+
+  const std::vector<TileConfig> tiles = default_tiles(spec, arch);
+  if (!tiles.empty()) spec.tile = tiles.front();
+  require_legal("--head-dim", flags.head_dim, spec, arch);
+  if (flags.tile == "auto") return spec;
+
+  try {
+    spec.tile = TileConfig::parse(flags.tile);
+  } catch (const SpecError& error) {
+    throw UsageError("--tile is '" + flags.tile + "'; accepted: auto, or a tile's text: " + error.what());
+  }
+  require_legal("--tile", flags.tile, spec, arch);
+  return spec;
+}
+
+}  // namespace flash_attn_jit::program

@@ -1,0 +1,152 @@
+// flash-attn-jit inspect: one kernel, as its spec, its source, its code or what it needs of the machine.
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <map>
+#include <string>
+#include <string_view>
+
+#include <nlohmann/json.hpp>
+#include <unistd.h>
+
+#include "generator/render.h"
+#include "runtime/config.h"
+#include "runtime/kernel_library.h"
+#include "runtime/program/command.h"
+#include "runtime/program/flag_values.h"
+
+namespace flash_attn_jit::program {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+enum class Emit { kSpec, kSource, kPtx, kCubin, kResources };
+
+constexpr std::pair<std::string_view, Emit> kEmitNames[] = {{"spec", Emit::kSpec},
+                                                            {"source", Emit::kSource},
+                                                            {"ptx", Emit::kPtx},
+                                                            {"cubin", Emit::kCubin},
+                                                            {"resources", Emit::kResources}};
+
+struct InspectFlags {
+  KernelFlags kernel;
+  std::string arch = "sm_75";
+  std::string emit;
+  std::string output;
+  std::string nvrtc;
+};
+
+Emit parse_emit(const std::string& text) {
+  for (const auto& [name, emit] : kEmitNames)
+    if (text == name) return emit;
+  throw UsageError("--emit is '" + text + "'; accepted: spec, source, ptx, cubin, resources");
+}
+
+// A folder for the compiler's output, removed with its content unless a source was kept in it.
+class ScratchFolder {
+ public:
+  ScratchFolder() {
+    std::string pattern = (std::filesystem::temp_directory_path() / "flash-attn-jit-inspect-XXXXXX").string();
+    if (!mkdtemp(pattern.data())) throw Error("no folder could be made at " + pattern + "; set TMPDIR to one that can be written");
+    path_ = pattern;
+  }
+  ~ScratchFolder() {
+    std::error_code ignored;
+    if (!kept_) std::filesystem::remove_all(path_, ignored);
+  }
+  ScratchFolder(const ScratchFolder&) = delete;
+  ScratchFolder& operator=(const ScratchFolder&) = delete;
+  const std::filesystem::path& path() const { return path_; }
+  void keep() { kept_ = true; }
+
+ private:
+  std::filesystem::path path_;
+  bool kept_ = false;
+};
+
+// Compiles afresh: what a cache holds may come from another NVRTC than the one that the flags or variables name.
+CompiledKernel compile(const KernelSpec& spec, const CompileTarget& target, const std::string& nvrtc) {
+  Config settings = config();
+  if (!nvrtc.empty()) settings.nvrtc = nvrtc;
+  ScratchFolder scratch;
+  KernelLibrary library({.config = settings, .cache = {.dir = scratch.path(), .prebuilt = {}}, .driver_version = {}});
+  try {
+    return library.find_or_compile(spec, target).kernel;
+  } catch (const CompileError&) {
+    scratch.keep();  // it holds the source that the error names
+    throw;
+  }
+}
+
+Json spill_json(const std::optional<int>& bytes) { return bytes ? Json(*bytes) : Json("unknown"); }
+
+Json resources_json(const KernelSpec& spec, const RenderedKernel& rendered, const CompiledKernel& kernel) {
+  return {{"threads", kernel.threads},
+          {"registers", kernel.resources.registers},
+          {"static_smem", kernel.resources.static_smem},
+          {"dynamic_smem", kernel.dynamic_smem},
+          {"spill_stores", spill_json(kernel.resources.spill_stores)},
+          {"spill_loads", spill_json(kernel.resources.spill_loads)},
+          {"tile", spec.tile.text()},
+          {"useful_mma", rendered.useful_mma},
+          {"warp_roles", rendered.warp_roles},
+          {"seconds", kernel.seconds},
+          {"spec", spec.text()},
+          {"built_by", kernel.built_by}};
+}
+
+std::string content(const InspectFlags& flags) {
+  const ArchLimits arch = parse_arch_flag("--arch", flags.arch);
+  const Emit emit = parse_emit(flags.emit);
+  const KernelSpec spec = parse_kernel(flags.kernel, arch);
+  if (emit == Emit::kSpec) return spec.text() + "\n";
+
+  const RenderedKernel rendered = render(spec, active_templates());
+  if (emit == Emit::kSource) return rendered.source;
+  if (emit == Emit::kPtx) return compile(spec, {.sm = arch.sm, .code = CodeKind::kPtx}, flags.nvrtc).image;
+
+  const CompiledKernel kernel = compile(spec, {.sm = arch.sm, .code = CodeKind::kCubin}, flags.nvrtc);
+  if (emit == Emit::kCubin) return kernel.image;
+  return resources_json(spec, rendered, kernel).dump(2) + "\n";
+}
+
+void write_file(const std::string& path, const std::string& bytes) {
+  std::ofstream file(path, std::ios::binary | std::ios::trunc);
+  file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  file.close();
+  if (!file) throw Error("-o " + path + " could not be written; name a file in a folder that is there and can be written");
+}
+
+int run_inspect(const InspectFlags& flags) {
+  const bool to_file = !flags.output.empty();
+  if (!to_file && flags.emit == "cubin" && isatty(STDOUT_FILENO) == 1)
+    throw UsageError("--emit is 'cubin', which is binary, and standard output is a terminal; accepted: -o FILE, or a pipe");
+  const std::string bytes = content(flags);
+  if (to_file)
+    write_file(flags.output, bytes);
+  else
+    std::cout << bytes;
+  return kSuccess;
+}
+
+}  // namespace
+
+void add_inspect(CLI::App& app, Action& chosen) {
+  CLI::App* const command = app.add_subcommand("inspect", "Show one kernel: its spec, source, code or resources");
+  const auto flags = std::make_shared<InspectFlags>();
+  command->add_option("--kind", flags->kernel.kind, "Kind of kernel: fwd")->capture_default_str();
+  command->add_option("--head-dim", flags->kernel.head_dim, "Head dim, 1 to 256")->required();
+  command->add_flag("--causal", flags->kernel.causal, "With the causal mask");
+  command->add_option("--gqa", flags->kernel.gqa, "Group size: num_heads / num_heads_k")->capture_default_str();
+  command->add_option("--arch", flags->arch, "Architecture to compile for")->capture_default_str();
+  command->add_option("--tile", flags->kernel.tile, "auto (the default for large problems) or a tile like m128n32w4s3q64")
+      ->capture_default_str();
+  command->add_option("--emit", flags->emit, "spec, source, ptx, cubin (raw ELF) or resources (JSON)")->required();
+  command->add_option("-o", flags->output, "Write to this file instead of standard output");
+  command->add_option("--nvrtc", flags->nvrtc, "The libnvrtc to compile with, or the folder that has it");
+  command->callback([&chosen, flags] { chosen = [flags] { return run_inspect(*flags); }; });
+}
+
+}  // namespace flash_attn_jit::program

@@ -1,0 +1,187 @@
+// flash-attn-jit prebuild: makes a pack, every kernel that the runtime may choose for the problems named.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <filesystem>
+#include <iostream>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "runtime/config.h"
+#include "runtime/kernel_library.h"
+#include "runtime/kernel_selection.h"
+#include "runtime/pack.h"
+#include "runtime/program/command.h"
+#include "runtime/program/flag_values.h"
+#include "runtime/program/progress.h"
+
+namespace flash_attn_jit::program {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr int kMostJobs = 1024;
+constexpr int kMostInt = std::numeric_limits<int>::max();
+
+struct PrebuildFlags {
+  std::string arch;
+  std::vector<std::string> kinds;
+  std::vector<std::string> head_dims;
+  std::string causal;
+  std::vector<std::string> gqa;
+  std::string out;
+  std::string jobs;
+  std::string nvrtc;
+  bool json = false;
+};
+
+struct Failure {
+  std::string kernel, reason;
+};
+
+struct Outcome {
+  std::size_t built = 0, skipped = 0;
+  std::vector<Failure> failures;
+  double seconds = 0;
+};
+
+KernelSelection parse_selection(const PrebuildFlags& flags) {
+  KernelSelection selection;
+  selection.kinds = parse_kinds("--kinds", flags.kinds);
+  selection.head_dims = parse_numbers("--head-dims", flags.head_dims, 1, kMostInt);
+  selection.masks = parse_masks("--causal", flags.causal);
+  selection.group_sizes = parse_numbers("--gqa", flags.gqa, 1, kMostInt);
+  return selection;
+}
+
+// What is illegal about a selection that parsed is its head dims.
+std::vector<KernelSpec> kernels_of(const PrebuildFlags& flags, const ArchLimits& arch) {
+  try {
+    return select_kernels(parse_selection(flags), arch);
+  } catch (const UnsupportedError& error) {
+    throw UsageError(std::string("--head-dims: ") + error.what());
+  }
+}
+
+int parse_jobs(const std::string& text) {
+  if (text.empty()) return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  return static_cast<int>(parse_number("--jobs", text, 1, kMostJobs));
+}
+
+std::string seconds_text(double seconds) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.2f s", seconds);
+  return text;
+}
+
+// Hands the specs out to threads; each kernel goes the way of a first call.
+class PackBuilder {
+ public:
+  PackBuilder(KernelLibrary& library, const std::vector<KernelSpec>& specs, const CompileTarget& target)
+      : library_(library), specs_(specs), target_(target), progress_(specs.size()) {}
+
+  Outcome run(int jobs) {
+    const auto start = std::chrono::steady_clock::now();
+    std::vector<std::thread> workers;
+    for (int worker = 1; worker < jobs && static_cast<std::size_t>(worker) < specs_.size(); ++worker)
+      workers.emplace_back([this] { work(); });
+    work();
+    for (std::thread& worker : workers) worker.join();
+    progress_.finish();
+    outcome_.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    std::sort(outcome_.failures.begin(), outcome_.failures.end(),
+              [](const Failure& a, const Failure& b) { return a.kernel < b.kernel; });
+    return outcome_;
+  }
+
+ private:
+  void work() {
+    for (std::size_t i = next_++; i < specs_.size(); i = next_++) build(specs_[i]);
+  }
+
+  void build(const KernelSpec& spec) {
+    try {
+      const FoundKernel found = library_.find_or_compile(spec, target_);
+      const bool is_new = found.origin == KernelOrigin::kCompiled;
+      const std::lock_guard lock(mutex_);
+      ++(is_new ? outcome_.built : outcome_.skipped);
+      progress_.step(is_new ? "built " + spec.name() + " in " + seconds_text(found.kernel.seconds)
+                            : "there already: " + spec.name());
+    } catch (const std::exception& error) {
+      const std::lock_guard lock(mutex_);
+      outcome_.failures.push_back({spec.name(), error.what()});
+      progress_.step("FAILED " + spec.name());
+    }
+  }
+
+  KernelLibrary& library_;
+  const std::vector<KernelSpec>& specs_;
+  const CompileTarget target_;
+  std::atomic<std::size_t> next_ = 0;
+  std::mutex mutex_;  // guards outcome_
+  Outcome outcome_;
+  Progress progress_;
+};
+
+void print_failures(const Outcome& outcome) {
+  for (const Failure& failure : outcome.failures)
+    std::cerr << "flash-attn-jit prebuild: " << failure.kernel << " failed: " << failure.reason << "\n";
+}
+
+Json outcome_json(const Outcome& outcome, const std::string& out, const CompileTarget& target) {
+  Json failures = Json::array();
+  for (const Failure& failure : outcome.failures) failures.push_back({{"kernel", failure.kernel}, {"reason", failure.reason}});
+  return {{"out", out},
+          {"arch", target.text()},
+          {"built", outcome.built},
+          {"skipped", outcome.skipped},
+          {"failures", failures},
+          {"seconds", outcome.seconds}};
+}
+
+int run_prebuild(const PrebuildFlags& flags) {
+  const ArchLimits arch = parse_arch_flag("--arch", flags.arch);
+  const std::vector<KernelSpec> specs = kernels_of(flags, arch);
+  const int jobs = parse_jobs(flags.jobs);
+  const CompileTarget target{.sm = arch.sm, .code = CodeKind::kCubin};
+
+  Config settings = config();
+  if (!flags.nvrtc.empty()) settings.nvrtc = flags.nvrtc;
+  const std::unique_ptr<KernelLibrary> library = open_pack_for_writing(settings, flags.out);
+  const Outcome outcome = PackBuilder(*library, specs, target).run(jobs);
+  write_manifest(flags.out);
+
+  print_failures(outcome);
+  if (flags.json)
+    std::cout << outcome_json(outcome, flags.out, target).dump(2) << "\n";
+  else
+    std::cout << flags.out << ": " << outcome.built << " built, " << outcome.skipped << " there already, "
+              << outcome.failures.size() << " failed, " << seconds_text(outcome.seconds) << "\n";
+  return outcome.failures.empty() ? kSuccess : kFailure;
+}
+
+}  // namespace
+
+void add_prebuild(CLI::App& app, Action& chosen) {
+  CLI::App* const command = app.add_subcommand("prebuild", "Build a pack of kernels; needs no GPU");
+  const auto flags = std::make_shared<PrebuildFlags>();
+  command->add_option("--arch", flags->arch, "Architecture to build for: sm_75 or newer")->required();
+  command->add_option("--kinds", flags->kinds, "Kinds of kernels: fwd")->required()->delimiter(',');
+  command->add_option("--head-dims", flags->head_dims, "Head dims, 1 to 256: 64,128")->required()->delimiter(',');
+  command->add_option("--causal", flags->causal, "both, yes or no")->required();
+  command->add_option("--gqa", flags->gqa, "Group sizes (num_heads / num_heads_k): 1,2,4,8")->required()->delimiter(',');
+  command->add_option("--out", flags->out, "The pack's folder; made where it is not there")->required();
+  command->add_option("--jobs", flags->jobs, "Kernels to compile at once; default: one a core");
+  command->add_option("--nvrtc", flags->nvrtc, "The libnvrtc to compile with; default: the newest 12.x found");
+  command->add_flag("--json", flags->json, "Print JSON");
+  command->callback([&chosen, flags] { chosen = [flags] { return run_prebuild(*flags); }; });
+}
+
+}  // namespace flash_attn_jit::program
