@@ -13,6 +13,7 @@
 #include "runtime/kernel_selection.h"
 #include "runtime/log.h"
 #include "runtime/nvrtc.h"
+#include "runtime/pack.h"
 
 namespace py = pybind11;
 using namespace flash_attn_jit;
@@ -78,14 +79,7 @@ const char* origin_text(KernelOrigin origin) {
   return "";
 }
 
-py::dict find_kernel(const std::string& spec_text, const std::string& arch) {
-  const KernelSpec spec = KernelSpec::parse(spec_text);
-  const CompileTarget target{parse_arch(arch), CodeKind::kCubin};
-  FoundKernel found;
-  {
-    const py::gil_scoped_release without_gil;
-    found = find_or_compile(spec, target);
-  }
+py::dict describe(const KernelSpec& spec, const FoundKernel& found) {
   const CompiledKernel& kernel = found.kernel;
   py::dict result;
   result["name"] = spec.name();
@@ -98,8 +92,27 @@ py::dict find_kernel(const std::string& spec_text, const std::string& arch) {
   result["spill_stores"] = kernel.resources.spill_stores;
   result["spill_loads"] = kernel.resources.spill_loads;
   result["seconds"] = kernel.seconds;
-  result["image"] = py::bytes(kernel.image);
   return result;
+}
+
+py::dict find_kernel(KernelLibrary& library, const std::string& spec_text, const std::string& arch) {
+  const KernelSpec spec = KernelSpec::parse(spec_text);
+  const CompileTarget target{parse_arch(arch), CodeKind::kCubin};
+  std::optional<FoundKernel> found;
+  {
+    const py::gil_scoped_release without_gil;
+    found = library.find_or_compile(spec, target);
+  }
+  return describe(spec, *found);
+}
+
+void bind_kernel_library(py::module_& module) {
+  py::class_<KernelLibrary>(module, "KernelLibrary", "A cache with a compiler behind it.")
+      .def("find_or_compile", &find_kernel, py::arg("spec"), py::arg("arch"));
+  module.def("process_library", &process_library, py::return_value_policy::reference);
+  module.def("open_pack_for_writing",
+             [](const std::string& dir) { return open_pack_for_writing(config(), dir); });
+  module.def("write_manifest", [](const std::string& dir) { write_manifest(dir); });
 }
 
 void bind_interpreter_report(py::module_& module) {
@@ -124,6 +137,7 @@ PYBIND11_MODULE(_core, module) {
   module.doc() = "The compiled part of flash_attn_jit. Private: use the package's own functions.";
   bindings::register_error_translator();
   bind_interpreter_report(module);
+  bind_kernel_library(module);
 
   module.def("connect_torch", &bindings::connect_torch, py::arg("torch"));
   module.def("uses_exchange_api", &bindings::uses_exchange_api);
@@ -139,5 +153,4 @@ PYBIND11_MODULE(_core, module) {
   module.def("devices", &devices);
   module.def("select_forward_kernels", &select_forward_kernels, py::arg("head_dims"), py::arg("causal"),
              py::arg("group_sizes"), py::arg("arch"));
-  module.def("find_kernel", &find_kernel, py::arg("spec"), py::arg("arch"));
 }

@@ -1,0 +1,135 @@
+"""The command line of ``python -m flash_attn_jit.bench``."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional, Sequence
+
+import torch
+
+from .. import __version__, _core
+from . import accuracy, host_cost, plot, timing
+from .backends import NAMES
+from .problem import Problem, sweep
+
+_TARGET_VARIABLE = "FLASH_ATTN_JIT_TARGET"
+
+
+def _integers(text: str) -> List[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _backends(text: str) -> List[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown backend {unknown[0]!r}; there are {', '.join(NAMES)}")
+    return names
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m flash_attn_jit.bench",
+        description="Times forward attention against PyTorch SDPA's backends and writes the figures as JSON.",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--accuracy", action="store_true", help="errors against float64 instead of times, sequences up to 4096")
+    what.add_argument("--host-cost", action="store_true", help="the cost of a Python call beside SDPA's instead of times")
+    what.add_argument("--plot", type=Path, metavar="JSON", help="measure nothing: draw the PNG of this timing run")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON to write (default: bench.json), or --plot's PNG")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--heads-k", type=int, help="heads of k and v (default: as many as --heads)")
+    parser.add_argument("--head-dims", type=_integers, default=[64, 128], metavar="64,128")
+    parser.add_argument("--seqlens", type=_integers, default=[512, 1024, 2048, 4096, 8192, 16384], metavar="512,...")
+    parser.add_argument("--causal", choices=["both", "yes", "no"], default="both")
+    parser.add_argument("--backends", type=_backends, default=list(NAMES), metavar=",".join(NAMES))
+    parser.add_argument("--rounds", type=int, default=5, help="samples of each backend, taken in turns (default: 5)")
+    parser.add_argument("--burst-ms", type=float, default=50.0, help="calls back to back in a sample last about this long")
+    parser.add_argument("--seeds", type=int, default=5, help="--accuracy: how many (default: 5)")
+    parser.add_argument("--target", choices=["native", "compute_75"],
+                        help=f"sets {_TARGET_VARIABLE}: compute_75 runs the Turing code on a newer GPU")
+    return parser.parse_args(arguments)
+
+
+def restart_with_target(target: Optional[str], arguments: Sequence[str]) -> None:
+    """The configuration reads its variable once, so a process that lacks it is replaced by one that has it."""
+    if target is None or os.environ.get(_TARGET_VARIABLE) == target:
+        return
+    environment = {**os.environ, _TARGET_VARIABLE: target}
+    os.execve(sys.executable, [sys.executable, "-m", __package__, *arguments], environment)
+
+
+def machine() -> Dict[str, Any]:
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "devices": _core.devices(),
+        "target": os.environ.get(_TARGET_VARIABLE, "native"),
+        "torch": torch.__version__,
+        "cuda_of_torch": torch.version.cuda,
+        "flash_attn_jit": __version__,
+    }
+
+
+def _problems(options: argparse.Namespace, longest: Optional[int] = None) -> Iterable[Problem]:
+    causal = {"both": [False, True], "yes": [True], "no": [False]}[options.causal]
+    seqlens = [seqlen for seqlen in options.seqlens if longest is None or seqlen <= longest]
+    heads = (options.heads, options.heads_k or options.heads)
+    return sweep(options.batch, heads, options.head_dims, seqlens, causal)
+
+
+def _measure(options: argparse.Namespace) -> List[Dict[str, Any]]:
+    rows: List[Dict[str, Any]] = []
+    if options.host_cost:
+        rows = host_cost.run()
+        for row in rows:
+            print(f"{row['backend']:16} {row['device']:5} grad {row['grad_mode']:4} {row['us_median']:8.2f} us a call"
+                  f"  ({row['us_min']:.2f} to {row['us_max']:.2f})")
+    elif options.accuracy:
+        for problem in _problems(options, longest=4096):
+            rows += _print_rows(problem, accuracy.run(problem, options.backends, range(options.seeds)))
+    else:
+        for problem in _problems(options):
+            rows += _print_rows(problem, timing.run(problem, options.backends, options.rounds, options.burst_ms))
+    return rows
+
+
+def _print_rows(problem: Problem, rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    for row in rows:
+        print(f"{problem!s:32} {row['backend']:16} {_figures(row)}", flush=True)
+    return rows
+
+
+def _figures(row: Dict[str, Any]) -> str:
+    if "skipped" in row:
+        return f"does not run: {row['skipped']}"
+    if "tflops" in row:
+        return (f"{row['ms_median']:9.3f} ms  {row['tflops']:7.1f} TFLOP/s"
+                f"  (median of {len(row['ms_samples'])}, {row['ms_min']:.3f} to {row['ms_max']:.3f} ms)")
+    text = f"max {row['max_error']:.3e}  rms {row['rms_error']:.3e}"
+    if "max_over_flash" in row:
+        text += f"  over SDPA flash: {row['max_over_flash']:.2f} and {row['rms_over_flash']:.2f}"
+    return text
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parse_arguments(arguments)
+    if options.plot:
+        png = options.output or options.plot.with_suffix(".png")
+        plot.plot(json.loads(options.plot.read_text()), png)
+        print(png)
+        return
+    restart_with_target(options.target, arguments)
+    if not torch.cuda.is_available() and not options.host_cost:
+        raise SystemExit("This measures on a GPU, and torch sees none. --plot JSON and --host-cost run without one.")
+    kind = "host_cost" if options.host_cost else "accuracy" if options.accuracy else "timing"
+    record = {"kind": kind, "machine": machine(), "command": list(arguments), "rows": _measure(options)}
+    output = options.output or Path("bench.json")
+    output.write_text(json.dumps(record, indent=1) + "\n")
+    print(output)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
