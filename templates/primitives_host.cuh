@@ -156,9 +156,9 @@ struct SanitizerPlace {
   unsigned line, column;
 };
 
-#define FLASH_ATTN_JIT_HANDLER(name, what, ...)                                                   \
-  extern "C" void __ubsan_handle_##name(const SanitizerPlace* place, ##__VA_ARGS__) {             \
-    flash_attn_jit_engine.undefined_behaviour(what, place->file, static_cast<int>(place->line));  \
+#define FLASH_ATTN_JIT_HANDLER(name, what)                                                                    \
+  extern "C" __attribute__((visibility("hidden"))) void __ubsan_handle_##name(const SanitizerPlace* place) { \
+    flash_attn_jit_engine.undefined_behaviour(what, place->file, static_cast<int>(place->line));             \
   }
 
 FLASH_ATTN_JIT_HANDLER(add_overflow, "a signed addition overflows")
@@ -168,6 +168,7 @@ FLASH_ATTN_JIT_HANDLER(negate_overflow, "a signed negation overflows")
 FLASH_ATTN_JIT_HANDLER(divrem_overflow, "a division by zero, or one that overflows")
 FLASH_ATTN_JIT_HANDLER(shift_out_of_bounds, "a shift by too much, by a negative amount or of a negative value")
 FLASH_ATTN_JIT_HANDLER(out_of_bounds, "an array index out of bounds")
+FLASH_ATTN_JIT_HANDLER(local_out_of_bounds, "an access outside its object")
 FLASH_ATTN_JIT_HANDLER(load_invalid_value, "a bool or enum holds no value of its type")
 FLASH_ATTN_JIT_HANDLER(float_cast_overflow, "a float that its integer type cannot hold")
 FLASH_ATTN_JIT_HANDLER(pointer_overflow, "pointer arithmetic overflows")

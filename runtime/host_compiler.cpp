@@ -1,0 +1,179 @@
+#include "runtime/host_compiler.h"
+
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <fstream>
+#include <sstream>
+
+#include "runtime/config.h"
+#include "runtime/kernel_cache.h"
+#include "runtime/kernel_library.h"
+#include "runtime/subprocess.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#define FLASH_ATTN_JIT_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define FLASH_ATTN_JIT_ASAN 1
+#endif
+#endif
+
+namespace flash_attn_jit {
+namespace {
+
+#if defined(__x86_64__)
+constexpr const char* kMachine = "x86_64";
+#elif defined(__aarch64__)
+constexpr const char* kMachine = "aarch64";
+#else
+constexpr const char* kMachine = "other";
+#endif
+
+class TemporaryFolder {
+ public:
+  TemporaryFolder() {
+    std::string pattern = (std::filesystem::temp_directory_path() / "flash-attn-jit-XXXXXX").string();
+    if (mkdtemp(pattern.data()) == nullptr)
+      throw Error("no temporary folder for the interpreter's compiler can be made in " +
+                  std::filesystem::temp_directory_path().string() + "; set TMPDIR to a folder that can be written");
+    path_ = pattern;
+  }
+  ~TemporaryFolder() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+
+  const std::filesystem::path& path() const { return path_; }
+
+ private:
+  std::filesystem::path path_;
+};
+
+void write_file(const std::filesystem::path& path, const std::string& text) {
+  std::ofstream file(path, std::ios::binary);
+  file << text;
+  file.close();
+  if (!file) throw Error("the kernel's source cannot be written to " + path.string() + "; is the disk full?");
+}
+
+std::string read_file(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream text;
+  text << file.rdbuf();
+  return text.str();
+}
+
+std::optional<HostCompiler> try_compiler(const std::string& name) {
+  const ProgramResult result = run_program({name, "--version"});
+  if (result.status != 0) return std::nullopt;
+  return HostCompiler{name, result.output.substr(0, result.output.find('\n'))};
+}
+
+std::string joined(const std::vector<std::string>& words) {
+  std::string text;
+  for (const std::string& word : words) text += (text.empty() ? "" : " ") + word;
+  return text;
+}
+
+KernelId id_for_host(const KernelSpec& spec, const RenderedKernel& rendered, const HostCompiler& compiler) {
+  const std::string target = std::string("host_") + kMachine;
+  KernelId id;
+  id.key = make_key({{"source", rendered.source},
+                     {"target", target},
+                     {"compiler", compiler.version},
+                     {"flags", joined(host_compiler_flags())}});
+  id.name = spec.name() + "_" + target;
+  id.spec = spec.text();
+  id.target = target;
+  return id;
+}
+
+CompiledKernel compile_or_explain(const KernelSpec& spec, const KernelId& id, const RenderedKernel& rendered,
+                                  const HostCompiler& compiler) {
+  try {
+    return compile_for_host(rendered, compiler);
+  } catch (const HostCompileFailure& failure) {
+    const std::string kept = process_cache().keep_refused_source(id, rendered.source);
+    throw CompileError(spec.text() + ": " + failure.what() + "\nsource: " + kept + "\n" + failure.log, failure.log,
+                       joined(host_compiler_flags()), kept);
+  }
+}
+
+}  // namespace
+
+HostCompiler find_host_compiler(const std::optional<std::string>& choice) {
+  if (choice) {
+    if (auto compiler = try_compiler(*choice)) return *compiler;
+    throw ConfigError("FLASH_ATTN_JIT_CXX is '" + *choice +
+                      "', which does not run; accepted: the path or name of a C++ compiler (GCC 11, Clang 15 or newer)");
+  }
+  for (const char* name : {"c++", "g++", "clang++"})
+    if (auto compiler = try_compiler(name)) return *compiler;
+  throw ConfigError(
+      "the interpreter needs a C++ compiler, and none of c++, g++ and clang++ is on PATH; install one (Debian, Ubuntu: "
+      "apt-get install g++) or name it in FLASH_ATTN_JIT_CXX");
+}
+
+const HostCompiler& host_compiler() {
+  static const HostCompiler compiler = find_host_compiler(config().cxx);
+  return compiler;
+}
+
+std::vector<std::string> host_compiler_flags() {
+  return {
+      "-std=c++17", "-DFLASH_ATTN_JIT_HOST", "-w", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti",
+      // GCC 12: compiles in half the time of -O1, and the object runs as fast.
+      "-Og",
+      // One rounding for each operation, as the source says.
+      "-ffp-contract=off",
+      // Every check that needs nothing from its surroundings. The handlers are in primitives_host.cuh: no sanitizer
+      // library, hence -nodefaultlibs.
+      "-fsanitize=shift,integer-divide-by-zero,unreachable,return,signed-integer-overflow,bounds,"
+      "float-cast-overflow,bool,enum,pointer-overflow",
+      "-nodefaultlibs",
+#ifdef FLASH_ATTN_JIT_ASAN
+      // The process has AddressSanitizer's library, so an object may use it.
+      "-fsanitize=address", "-fno-omit-frame-pointer", "-g",
+#else
+      "-s",
+#endif
+  };
+}
+
+CompiledKernel compile_for_host(const RenderedKernel& kernel, const HostCompiler& compiler) {
+  const TemporaryFolder folder;
+  const std::filesystem::path source = folder.path() / "kernel.cpp", object = folder.path() / "kernel.so";
+  write_file(source, kernel.source);
+  std::vector<std::string> command{compiler.path.string()};
+  for (std::string& flag : host_compiler_flags()) command.push_back(std::move(flag));
+  for (const char* argument : {"-o", object.c_str(), source.c_str(), "-lm", "-lc"}) command.push_back(argument);
+
+  const auto begin = std::chrono::steady_clock::now();
+  const ProgramResult result = run_program(command);
+  if (result.status != 0)
+    throw HostCompileFailure("the host compiler (" + compiler.version + ") ended with status " +
+                                 std::to_string(result.status),
+                             result.output);
+  CompiledKernel compiled;
+  compiled.image = read_file(object);
+  compiled.entry = kernel.entry;
+  compiled.threads = kernel.threads;
+  compiled.dynamic_smem = kernel.dynamic_smem;
+  compiled.built_by = compiler.version;
+  compiled.log = result.output;
+  compiled.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  return compiled;
+}
+
+FoundKernel find_or_compile_for_host(const KernelSpec& spec) {
+  const RenderedKernel rendered = render(spec, active_templates());
+  const HostCompiler& compiler = host_compiler();
+  const KernelId id = id_for_host(spec, rendered, compiler);
+  return process_cache().get_or_build(id, [&] { return compile_or_explain(spec, id, rendered, compiler); });
+}
+
+}  // namespace flash_attn_jit
