@@ -66,8 +66,9 @@ demo: $(stamps)/package
 	@echo '== demo'
 	@$(python) -m flash_attn_jit.demo
 
+test-all: export FLASH_ATTN_JIT_TEST_ALL = 1
 # Where the C++ tests find both NVRTCs.
-export FLASH_ATTN_JIT_TEST_SITE_PACKAGES = $(shell $(python) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+test test-all: export FLASH_ATTN_JIT_TEST_SITE_PACKAGES = $(shell $(python) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 test test-all: $(stamps)/package $(stamps)/sanitized
 	@echo '== C++ tests'
@@ -76,8 +77,6 @@ test test-all: $(stamps)/package $(stamps)/sanitized
 	@ctest --test-dir $(build_sanitized) --output-on-failure -j $(JOBS)
 	@echo '== Python tests'
 	@$(python) -m pytest -m 'not gpu'
-
-test-all: export FLASH_ATTN_JIT_TEST_ALL = 1
 
 clean:
 	rm -rf $(venv) $(build) $(build_sanitized) build
