@@ -21,6 +21,8 @@ FLASH_ATTN_JIT_EXPORT void flash_attn_jit_thread(const void* params);
 
 inline int thread_in_block() { return flash_attn_jit_engine.thread_in_block(); }
 inline int block_in_grid() { return flash_attn_jit_engine.block_in_grid(); }
+inline int reread_thread_in_block() { return thread_in_block(); }
+inline int reread_block_in_grid() { return block_in_grid(); }
 
 // ---- global memory ----
 
@@ -122,7 +124,7 @@ inline float flush_subnormal(float x) { return __builtin_fabsf(x) < 0x1p-126f ? 
 
 inline float exp2_approx(float x) { return flush_subnormal(__builtin_exp2f(flush_subnormal(x))); }
 inline float log2_approx(float x) { return __builtin_log2f(x); }
-inline float reciprocal(float x) { return 1.0f / x; }
+inline float reciprocal(float x) { return flush_subnormal(1.0f / flush_subnormal(x)); }
 inline float fma_rounded(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float infinity() { return __builtin_inff(); }
 
