@@ -1,0 +1,98 @@
+"""Runs before flash_attn_jit reads its variables: CPU tensors go through the interpreter, and the cache is the tests' own."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+
+_folder = tempfile.TemporaryDirectory(prefix="flash-attn-jit-tests-")
+os.environ["FLASH_ATTN_JIT_CACHE_DIR"] = str(Path(_folder.name) / "cache")
+os.environ["FLASH_ATTN_JIT_INTERPRET"] = "1"
+for _variable in ("FLASH_ATTN_JIT_PREBUILT", "FLASH_ATTN_JIT_TEMPLATES"):
+    os.environ.pop(_variable, None)
+
+
+def environment(**changes: Any) -> Dict[str, str]:
+    """This process's environment with some variables set, or unset where None."""
+    values = {**os.environ, **{name: str(value) for name, value in changes.items() if value is not None}}
+    return {name: value for name, value in values.items() if changes.get(name, "") is not None}
+
+
+def run_python(code: str, **changes: Any) -> "subprocess.CompletedProcess[str]":
+    """A fresh interpreter runs `code`, outside of any folder that holds a package."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(**changes),
+        cwd=_folder.name,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def program_path() -> Path:
+    path = Path(sysconfig.get_path("scripts")) / "flash-attn-jit"
+    assert path.exists(), f"the program is not installed at {path}"
+    return path
+
+
+def run_program(*arguments: Any, **changes: Any) -> "subprocess.CompletedProcess[bytes]":
+    command = [str(program_path()), *(str(argument) for argument in arguments)]
+    return subprocess.run(command, env=environment(**changes), cwd=_folder.name, capture_output=True, timeout=900)
+
+
+def find_nvrtc(major: int) -> Path:
+    """libnvrtc of the Python package that the extra cu12 or cu13 brings."""
+    folder = {12: "cuda_nvrtc", 13: "cu13"}[major]
+    for site in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        library = Path(site) / "nvidia" / folder / "lib" / f"libnvrtc.so.{major}"
+        if library.exists():
+            return library
+    pytest.fail(f"NVRTC {major} is not installed: pip install 'flash-attn-jit[cu{major}]'")
+
+
+DEFAULT_PACK = ["--kinds", "fwd", "--head-dims", "64,128", "--causal", "both", "--gqa", "1,2,4,8"]
+
+
+class Pack:
+    """The default pack of sm_75, made by the program with one NVRTC."""
+
+    def __init__(self, folder: Path, nvrtc: Path):
+        self.folder, self.nvrtc = folder, nvrtc
+        self.result = self.build()
+
+    def build(self) -> Dict[str, Any]:
+        done = run_program(
+            "prebuild", "--arch", "sm_75", *DEFAULT_PACK, "--out", self.folder, "--nvrtc", self.nvrtc, "--json"
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        return json.loads(done.stdout)
+
+    def kernels(self) -> List[Dict[str, Any]]:
+        """What the verified files say of themselves."""
+        done = run_python(
+            "import json, sys; from flash_attn_jit import _core\n"
+            "library = _core.open_pack_for_writing(sys.argv[1])\n"
+            "specs = _core.select_forward_kernels([64, 128], [False, True], [1, 2, 4, 8], 'sm_75')\n"
+            "print(json.dumps([library.find_or_compile(spec, 'sm_75') for spec in specs]))".replace(
+                "sys.argv[1]", repr(str(self.folder))
+            )
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="session")
+def pack_12(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    return Pack(tmp_path_factory.mktemp("packs") / "nvrtc12", find_nvrtc(12))
+
+
+@pytest.fixture(scope="session")
+def pack_13(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    return Pack(tmp_path_factory.mktemp("packs") / "nvrtc13", find_nvrtc(13))

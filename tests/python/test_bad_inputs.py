@@ -1,0 +1,159 @@
+"""Every refusal names the argument, what came and what is accepted, before any kernel runs."""
+
+import re
+
+import pytest
+import torch
+from attention_reference import normal, normal_qkv
+
+import flash_attn_jit
+from flash_attn_jit import flash_attn_func
+
+
+def refused(error, *words, q=None, k=None, v=None, **arguments):
+    """Calls with good tensors in the place of those not given; every word must stand in the message."""
+    good = normal_qkv(1, 8, 8, 2, 2, 64)
+    before = flash_attn_jit.interpreter_report()
+    with pytest.raises(error) as raised:
+        flash_attn_func(*(good[i] if given is None else given for i, given in enumerate((q, k, v))), **arguments)
+    after = flash_attn_jit.interpreter_report()
+    assert (before is None and after is None) or before.json() == after.json()
+    for word in words:
+        assert re.search(word, str(raised.value)), f"{word!r} is not in: {raised.value}"
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"dropout_p": 0.1}, ["dropout_p", "0.1", "0.0"]),
+        ({"window_size": (5, 0)}, ["window_size", r"\(5, 0\)", r"\(-1, -1\)"]),
+        ({"window_size": [-1, 0]}, ["window_size", r"\(-1, 0\)"]),
+        ({"window_size": torch.tensor([3, -1])}, ["window_size", r"\(3, -1\)"]),
+        ({"softcap": 30.0}, ["softcap", "30", "0.0"]),
+        ({"alibi_slopes": torch.ones(2)}, ["alibi_slopes", "None"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_not_built(arguments, words):
+    refused(NotImplementedError, *words, **arguments)
+
+
+@pytest.mark.parametrize("window_size", [3, (1, 2, 3), "ab", None])
+def test_window_of_another_shape(window_size):
+    refused(ValueError, "window_size", "two integers", window_size=window_size)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_gradients(name):
+    leaf = normal(1, 8, 2, 64).requires_grad_()
+    refused(NotImplementedError, f"{name} requires gradients", r"no_grad", "detach", **{name: leaf})
+
+
+def test_forward_mode():
+    primal = normal(1, 8, 2, 64)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(primal, torch.ones_like(primal))
+        refused(NotImplementedError, "k carries", "tangent", k=dual)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_bool_as_softmax_scale(value):
+    refused(ValueError, "softmax_scale", str(value), f"causal={value}", softmax_scale=value)
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.5), "0.5"], ids=["tensor", "text"])
+def test_softmax_scale_of_another_type(value):
+    refused(ValueError, "softmax_scale", type(value).__name__, "number", softmax_scale=value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_softmax_scale_that_is_not_finite(value):
+    refused(ValueError, "softmax_scale", "finite", softmax_scale=value)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_no_tensor(name):
+    refused(ValueError, f"{name} is a list", r"torch\.Tensor", **{name: [1.0]})
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("shape", [(8, 2, 64), (1, 1, 8, 2, 64), ()], ids=str)
+def test_rank(name, shape):
+    refused(ValueError, f"{name} has {len(shape)} dimensions", re.escape(str(shape)), "4", **{name: normal(*shape)})
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_dtype(name, dtype):
+    words = [f"{name} has dtype {dtype}", r"torch\.float16", re.escape(f"{name}.to(torch.float16)")]
+    refused(ValueError, *words, **{name: normal(1, 8, 2, 64).to(dtype)})
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_bfloat16(name):
+    words = [f"{name} has dtype torch.bfloat16", "sm_75", re.escape(f"{name}.to(torch.float16)")]
+    refused(flash_attn_jit.UnsupportedError, *words, **{name: normal(1, 8, 2, 64).bfloat16()})
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_last_dimension_not_contiguous(name):
+    words = [f"{name} has strides", r"\(1024, 128, 64, 2\)|\(2048, 256, 128, 2\)", "contiguous"]
+    refused(ValueError, *words, **{name: normal(1, 8, 2, 128)[..., ::2]})
+
+
+@pytest.mark.parametrize("head_dim", [0, 257])
+def test_head_dim(head_dim):
+    q = normal(1, 8, 2, head_dim)
+    refused(flash_attn_jit.UnsupportedError, "head_dim", str(head_dim), "256", q=q, k=q, v=q)
+
+
+@pytest.mark.parametrize(
+    "shapes, words",
+    [
+        ({"k": (2, 8, 2, 64), "v": (2, 8, 2, 64)}, ["k", "2", "1"]),
+        ({"k": (1, 8, 2, 32), "v": (1, 8, 2, 32)}, ["k", "32", "64"]),
+        ({"v": (1, 9, 2, 64)}, ["v", "9", "8"]),
+        ({"v": (1, 8, 1, 64)}, ["v", "1", "2"]),
+        ({"v": (1, 8, 2, 32)}, ["v", "32", "64"]),
+        ({"k": (1, 8, 3, 64), "v": (1, 8, 3, 64)}, ["num_heads", "2", "3"]),
+        ({"k": (1, 8, 0, 64), "v": (1, 8, 0, 64)}, ["num_heads", "0"]),
+    ],
+    ids=["batch", "head_dim", "seqlen", "heads of v", "head_dim of v", "no multiple", "no heads"],
+)
+def test_shapes_that_do_not_go_together(shapes, words):
+    refused(ValueError, *words, **{name: normal(*shape) for name, shape in shapes.items()})
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_meta_device_beside_the_cpu(name):
+    with pytest.raises(ValueError, match=r"on device meta|no memory|cannot be read"):
+        tensors = dict(zip("qkv", normal_qkv(1, 8, 8, 2, 2, 64)))
+        tensors[name] = tensors[name].to("meta")
+        flash_attn_jit._core.forward(
+            *tensors.values(), normal(1, 8, 2, 64), torch.empty(1, 2, 8), None, False
+        )
+
+
+def test_fake_tensor_has_no_memory():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = torch.empty(1, 8, 2, 64, dtype=torch.float16)
+    out, softmax_lse = normal(1, 8, 2, 64), torch.empty(1, 2, 8)
+    with pytest.raises(ValueError, match=r"^q.*(fake|memory)"):
+        flash_attn_jit._core.forward(fake, fake, fake, out, softmax_lse, None, False)
+
+
+def test_sparse_tensor():
+    sparse = normal(1, 8, 2, 64).to_sparse()
+    with pytest.raises(Exception, match="q|Sparse|sparse"):
+        flash_attn_func(sparse, sparse, sparse)
+
+
+def test_a_tile_that_is_not_legal():
+    q = normal(1, 8, 2, 64)
+    with pytest.raises(ValueError, match="m7"):
+        flash_attn_jit._core.forward(
+            q, q, q, torch.empty_like(q), torch.empty(1, 2, 8), None, False, tile="m7n32w4s3q64"
+        )

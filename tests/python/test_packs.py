@@ -1,0 +1,93 @@
+"""The default pack of sm_75 with both NVRTCs, and the runtime on a pack with NVRTC hidden."""
+
+import json
+
+import pytest
+from conftest import find_nvrtc, run_python
+
+# Whatever its place in the search, an empty folder that is named must end it; the second call proves that it does.
+LOOK_UP = """
+import json
+from flash_attn_jit import MissingKernelError, _core
+_core.set_python_search_path([])
+specs = _core.select_forward_kernels([64, 128], [False, True], [1, 2, 4, 8], "sm_75")
+origins = [_core.process_library().find_or_compile(spec, "sm_75")["origin"] for spec in specs]
+(not_there, *_) = _core.select_forward_kernels([80], [False], [1], "sm_75")
+try:
+    _core.process_library().find_or_compile(not_there, "sm_75")
+except MissingKernelError as error:
+    missing = {"message": str(error), "spec": error.spec, "command": error.prebuild_command}
+print(json.dumps({"origins": origins, "missing": missing, "not_there": not_there}))
+"""
+
+
+@pytest.mark.parametrize("major", [12, 13])
+def test_no_kernel_spills(major, request):
+    pack = request.getfixturevalue(f"pack_{major}")
+    kernels = pack.kernels()
+    assert len(kernels) >= 16 * 2  # head dims x masks x groups, each with aligned and unaligned loads at least
+    for kernel in kernels:
+        assert kernel["origin"] == "cache", kernel
+        assert (kernel["spill_stores"], kernel["spill_loads"]) == (0, 0), kernel
+        assert 0 < kernel["registers"] <= 255
+        assert f"{major}." in kernel["built_by"]
+
+
+def test_everything_that_the_runtime_may_choose_is_there_with_nvrtc_hidden(pack_12, tmp_path):
+    empty = tmp_path / "nothing"
+    empty.mkdir()
+    done = run_python(
+        LOOK_UP,
+        FLASH_ATTN_JIT_PREBUILT=pack_12.folder,
+        FLASH_ATTN_JIT_CACHE_DIR=tmp_path / "cache",
+        FLASH_ATTN_JIT_NVRTC=empty,
+        VIRTUAL_ENV=None,
+        CONDA_PREFIX=None,
+        CUDA_HOME=None,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(result["origins"]) == {"prebuilt"}
+    missing = result["missing"]
+    assert missing["spec"] == result["not_there"]
+    assert missing["command"] in missing["message"]
+    for part in ("flash-attn-jit prebuild", "--arch sm_75", "--head-dims 80", "--gqa 1"):
+        assert part in missing["command"]
+
+
+def test_the_pack_holds_what_the_jit_makes(pack_12, tmp_path):
+    code = """
+import hashlib, json, sys
+from flash_attn_jit import _core
+specs = _core.select_forward_kernels([64], [False, True], [1], "sm_75")
+library = _core.open_pack_for_writing(FOLDER) if FOLDER else _core.process_library()
+kernels = [library.find_or_compile(spec, "sm_75") for spec in specs]
+print(json.dumps([{key: kernel[key] for key in ("name", "registers", "built_by", "dynamic_smem", "origin")} for kernel in kernels]))
+"""
+    results = []
+    for folder in (str(pack_12.folder), None):
+        done = run_python(
+            f"FOLDER = {folder!r}\n" + code,
+            FLASH_ATTN_JIT_CACHE_DIR=tmp_path / "cache",
+            FLASH_ATTN_JIT_NVRTC=find_nvrtc(12),
+        )
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout))
+    packed, compiled = results
+    assert {kernel.pop("origin") for kernel in packed} == {"cache"}
+    assert {kernel.pop("origin") for kernel in compiled} == {"compiled"}
+    assert packed == compiled
+
+
+def test_manifest_lists_the_files(pack_12):
+    manifest = json.loads((pack_12.folder / "manifest.json").read_text())
+    files = sorted(path.name for path in pack_12.folder.glob("*.kernel"))
+    assert sorted(entry["file"] for entry in manifest["kernels"]) == files
+    assert len(files) == pack_12.result["built"]
+
+
+def test_a_second_run_builds_nothing(pack_12):
+    before = {path: path.read_bytes() for path in pack_12.folder.glob("*.kernel")}
+    again = pack_12.build()
+    assert (again["built"], again["skipped"]) == (0, len(before))
+    assert {path: path.read_bytes() for path in pack_12.folder.glob("*.kernel")} == before
