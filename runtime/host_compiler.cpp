@@ -8,8 +8,6 @@
 #include <sstream>
 
 #include "runtime/config.h"
-#include "runtime/kernel_cache.h"
-#include "runtime/kernel_library.h"
 #include "runtime/subprocess.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -22,14 +20,6 @@
 
 namespace flash_attn_jit {
 namespace {
-
-#if defined(__x86_64__)
-constexpr const char* kMachine = "x86_64";
-#elif defined(__aarch64__)
-constexpr const char* kMachine = "aarch64";
-#else
-constexpr const char* kMachine = "other";
-#endif
 
 class TemporaryFolder {
  public:
@@ -71,36 +61,6 @@ std::optional<HostCompiler> try_compiler(const std::string& name) {
   const ProgramResult result = run_program({name, "--version"});
   if (result.status != 0) return std::nullopt;
   return HostCompiler{name, result.output.substr(0, result.output.find('\n'))};
-}
-
-std::string joined(const std::vector<std::string>& words) {
-  std::string text;
-  for (const std::string& word : words) text += (text.empty() ? "" : " ") + word;
-  return text;
-}
-
-KernelId id_for_host(const KernelSpec& spec, const RenderedKernel& rendered, const HostCompiler& compiler) {
-  const std::string target = std::string("host_") + kMachine;
-  KernelId id;
-  id.key = make_key({{"source", rendered.source},
-                     {"target", target},
-                     {"compiler", compiler.version},
-                     {"flags", joined(host_compiler_flags())}});
-  id.name = spec.name() + "_" + target;
-  id.spec = spec.text();
-  id.target = target;
-  return id;
-}
-
-CompiledKernel compile_or_explain(const KernelSpec& spec, const KernelId& id, const RenderedKernel& rendered,
-                                  const HostCompiler& compiler) {
-  try {
-    return compile_for_host(rendered, compiler);
-  } catch (const HostCompileFailure& failure) {
-    const std::string kept = process_cache().keep_refused_source(id, rendered.source);
-    throw CompileError(spec.text() + ": " + failure.what() + "\nsource: " + kept + "\n" + failure.log, failure.log,
-                       joined(host_compiler_flags()), kept);
-  }
 }
 
 }  // namespace
@@ -167,13 +127,6 @@ CompiledKernel compile_for_host(const RenderedKernel& kernel, const HostCompiler
   compiled.log = result.output;
   compiled.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   return compiled;
-}
-
-FoundKernel find_or_compile_for_host(const KernelSpec& spec) {
-  const RenderedKernel rendered = render(spec, active_templates());
-  const HostCompiler& compiler = host_compiler();
-  const KernelId id = id_for_host(spec, rendered, compiler);
-  return process_cache().get_or_build(id, [&] { return compile_or_explain(spec, id, rendered, compiler); });
 }
 
 }  // namespace flash_attn_jit

@@ -1,0 +1,58 @@
+// A kernel for the interpreter: from the cache, or from the host compiler.
+#include "generator/legality.h"
+#include "runtime/host_compiler.h"
+#include "runtime/kernel_cache.h"
+#include "runtime/kernel_library.h"
+
+namespace flash_attn_jit {
+namespace {
+
+#if defined(__x86_64__)
+constexpr const char* kMachine = "x86_64";
+#elif defined(__aarch64__)
+constexpr const char* kMachine = "aarch64";
+#else
+constexpr const char* kMachine = "other";
+#endif
+
+std::string joined(const std::vector<std::string>& words) {
+  std::string text;
+  for (const std::string& word : words) text += (text.empty() ? "" : " ") + word;
+  return text;
+}
+
+KernelId id_for_host(const KernelSpec& spec, const RenderedKernel& rendered, const HostCompiler& compiler) {
+  const std::string target = std::string("host_") + kMachine;
+  KernelId id;
+  id.key = make_key({{"source", rendered.source},
+                     {"target", target},
+                     {"compiler", compiler.version},
+                     {"flags", joined(host_compiler_flags())}});
+  id.name = spec.name() + "_" + target;
+  id.spec = spec.text();
+  id.target = target;
+  return id;
+}
+
+CompiledKernel compile_or_explain(const KernelSpec& spec, const KernelId& id, const RenderedKernel& rendered,
+                                  const HostCompiler& compiler) {
+  try {
+    return compile_for_host(rendered, compiler);
+  } catch (const HostCompileFailure& failure) {
+    const std::string kept = process_cache().keep_refused_source(id, rendered.source);
+    throw CompileError(spec.text() + ": " + failure.what() + "\nsource: " + kept + "\n" + failure.log, failure.log,
+                       joined(host_compiler_flags()), kept);
+  }
+}
+
+}  // namespace
+
+FoundKernel find_or_compile_for_host(const KernelSpec& spec) {
+  if (const auto reason = check(spec, arch_limits(75))) throw UnsupportedError(spec.text() + ": " + *reason);
+  const RenderedKernel rendered = render(spec, active_templates());
+  const HostCompiler& compiler = host_compiler();
+  const KernelId id = id_for_host(spec, rendered, compiler);
+  return process_cache().get_or_build(id, [&] { return compile_or_explain(spec, id, rendered, compiler); });
+}
+
+}  // namespace flash_attn_jit
