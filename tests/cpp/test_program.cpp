@@ -1,0 +1,229 @@
+// The flash-attn-jit program, run as its users run it.
+#include <doctest/doctest.h>
+
+#include <sys/wait.h>
+
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <string>
+
+#include <nlohmann/json.hpp>
+
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::json;
+
+struct ProgramRun {
+  int exit_code = -1;
+  std::string out, err;
+};
+
+std::string content(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+bool holds(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+// A folder of its own, which is also the program's cache.
+class Program {
+ public:
+  Program() {
+    std::string pattern = (fs::temp_directory_path() / "flash-attn-jit-program-XXXXXX").string();
+    REQUIRE(mkdtemp(pattern.data()) != nullptr);
+    folder_ = pattern;
+  }
+  ~Program() { fs::remove_all(folder_); }
+
+  // `variables` stand before the command, as a shell takes them.
+  ProgramRun run(const std::string& arguments, const std::string& variables = "") const {
+    const std::string command = "env FLASH_ATTN_JIT_CACHE_DIR='" + (folder_ / "cache").string() + "' " + variables + " '" +
+                                FLASH_ATTN_JIT_PROGRAM + "' " + arguments + " >'" + (folder_ / "out").string() + "' 2>'" +
+                                (folder_ / "err").string() + "' </dev/null";
+    const int status = std::system(command.c_str());
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, content(folder_ / "out"), content(folder_ / "err")};
+  }
+
+  const fs::path& folder() const { return folder_; }
+
+ private:
+  fs::path folder_;
+};
+
+std::string nvrtc_12() {
+  const char* site_packages = std::getenv("FLASH_ATTN_JIT_TEST_SITE_PACKAGES");
+  if (!site_packages) return "";
+  return "FLASH_ATTN_JIT_NVRTC='" + (fs::path(site_packages) / "nvidia/cuda_nvrtc/lib").string() + "'";
+}
+
+}  // namespace
+
+TEST_CASE("a wrong call names the flag, what came and what is accepted, and exits with 2") {
+  const Program program;
+  const auto refused = [&](const std::string& arguments, const std::string& flag, const std::string& came,
+                           const std::string& accepted) {
+    CAPTURE(arguments);
+    const ProgramRun run = program.run(arguments);
+    CAPTURE(run.err);
+    CHECK(run.exit_code == 2);
+    CHECK(run.out.empty());
+    CHECK(holds(run.err, flag));
+    CHECK(holds(run.err, came));
+    CHECK(holds(run.err, accepted));
+  };
+  refused("", "subcommand", "", "devices, inspect, prebuild, cache");
+  refused("inspect --emit spec", "--head-dim", "required", "--gqa");
+  refused("inspect --head-dim 64 --emit elf", "--emit", "'elf'", "spec, source, ptx, cubin, resources");
+  refused("inspect --head-dim 64x --emit spec", "--head-dim", "'64x'", "a whole number");
+  refused("inspect --head-dim 300 --emit spec", "--head-dim", "300", "1 to 256");
+  refused("inspect --head-dim 64 --gqa 0 --emit spec", "--gqa", "'0'", "from 1");
+  refused("inspect --head-dim 64 --kind bwd --emit spec", "--kind", "'bwd'", "fwd");
+  refused("inspect --head-dim 64 --arch sm_70 --emit spec", "--arch", "sm_70", "sm_75");
+  refused("inspect --head-dim 64 --arch turing --emit spec", "--arch", "turing", "sm_75");
+  refused("inspect --head-dim 64 --tile huge --emit spec", "--tile", "'huge'", "auto");
+  refused("inspect --head-dim 64 --emit spec --frobnicate", "--frobnicate", "", "--head-dim");
+  const std::string pack = "prebuild --arch sm_75 --out " + (program.folder() / "pack").string();
+  refused(pack + " --kinds fwd --head-dims 64 --causal maybe --gqa 1", "--causal", "'maybe'", "both, yes, no");
+  refused(pack + " --kinds fwd --head-dims 64,300 --causal no --gqa 1", "--head-dims", "300", "1 to 256");
+  refused(pack + " --kinds fwd --head-dims 64 --causal no --gqa 1,x", "--gqa", "'x'", "a whole number");
+  refused(pack + " --kinds fwd --head-dims 64 --causal no --gqa 1 --jobs 0", "--jobs", "'0'", "from 1");
+  refused("cache prune --max-bytes lots", "--max-bytes", "'lots'", "a whole number");
+  refused("cache list --max-bytes 5", "--max-bytes", "", "--json");
+  CHECK_FALSE(fs::exists(program.folder() / "pack"));
+}
+
+TEST_CASE("a bad variable is named and exits with 2") {
+  const ProgramRun run = Program().run("cache path", "FLASH_ATTN_JIT_CACHE_MAX_BYTES=1G");
+  CHECK(run.exit_code == 2);
+  CHECK(holds(run.err, "FLASH_ATTN_JIT_CACHE_MAX_BYTES"));
+}
+
+TEST_CASE("inspect prints the spec and the source without a compiler") {
+  const Program program;
+  const ProgramRun spec = program.run("inspect --kind fwd --head-dim 128 --causal --gqa 4 --emit spec");
+  CHECK(spec.exit_code == 0);
+  CHECK(spec.out.starts_with("fwd hdim128 fp16 causal gqa4 vec16 m"));
+  CHECK(program.run("inspect --head-dim 63 --emit spec").out.starts_with("fwd hdim63 fp16 full gqa1 elem2 m"));
+
+  const fs::path file = program.folder() / "kernel.cu";
+  const ProgramRun source = program.run("inspect --head-dim 64 --emit source -o " + file.string());
+  CHECK(source.exit_code == 0);
+  CHECK(source.out.empty());
+  CHECK(holds(content(file), "flash_fwd_hdim64"));
+  const ProgramRun nowhere = program.run("inspect --head-dim 64 --emit source -o " + (program.folder() / "a/b").string());
+  CHECK(nowhere.exit_code == 1);
+  CHECK(holds(nowhere.err, "a/b"));
+}
+
+TEST_CASE("inspect compiles to what --emit says") {
+  if (nvrtc_12().empty()) {
+    MESSAGE("left out: FLASH_ATTN_JIT_TEST_SITE_PACKAGES names no folder with NVRTC");
+    return;
+  }
+  const Program program;
+  const ProgramRun resources = program.run("inspect --head-dim 64 --emit resources", nvrtc_12());
+  CAPTURE(resources.err);
+  REQUIRE(resources.exit_code == 0);
+  const Json json = Json::parse(resources.out);
+  CHECK(json["threads"].get<int>() % 32 == 0);
+  CHECK(json["registers"].get<int>() > 32);
+  CHECK(json["registers"].get<int>() <= 255);
+  CHECK(json["static_smem"].get<int>() + json["dynamic_smem"].get<int>() > 0);
+  CHECK(json["spill_stores"] == 0);
+  CHECK(json["spill_loads"] == 0);
+  CHECK(json["useful_mma"].get<int>() > 0);
+  CHECK(json["warp_roles"].get<int>() >= 1);
+  CHECK(json["seconds"].get<double>() > 0);
+
+  const std::string tile = json["tile"];
+  const ProgramRun same = program.run("inspect --head-dim 64 --emit cubin --tile " + tile, nvrtc_12());
+  CHECK(same.out.starts_with("\x7f" "ELF"));
+  const ProgramRun ptx = program.run("inspect --head-dim 64 --emit ptx", nvrtc_12());
+  CHECK(holds(ptx.out, ".target sm_75"));
+}
+
+TEST_CASE("prebuild writes a pack and its manifest, and does nothing twice") {
+  if (nvrtc_12().empty()) {
+    MESSAGE("left out: FLASH_ATTN_JIT_TEST_SITE_PACKAGES names no folder with NVRTC");
+    return;
+  }
+  const Program program;
+  const fs::path pack = program.folder() / "pack";
+  const std::string arguments =
+      "prebuild --arch sm_75 --kinds fwd --head-dims 40 --causal no --gqa 1 --jobs 2 --json --out " + pack.string();
+  const ProgramRun first = program.run(arguments, nvrtc_12());
+  CAPTURE(first.err);
+  REQUIRE(first.exit_code == 0);
+  const Json built = Json::parse(first.out);
+  const int kernels = built["built"];
+  CHECK(kernels >= 2);  // aligned and unaligned at least
+  CHECK(built["skipped"] == 0);
+  CHECK(holds(first.err, "[" + std::to_string(kernels) + "/" + std::to_string(kernels) + "]"));
+  REQUIRE(fs::exists(pack / "manifest.json"));
+
+  const Json again = Json::parse(program.run(arguments, nvrtc_12()).out);
+  CHECK(again["built"] == 0);
+  CHECK(again["skipped"] == kernels);
+
+  fs::path broken;
+  for (const fs::directory_entry& entry : fs::directory_iterator(pack))
+    if (entry.path().extension() == ".kernel") broken = entry.path();
+  fs::resize_file(broken, fs::file_size(broken) / 2);
+  CHECK(Json::parse(program.run(arguments, nvrtc_12()).out)["built"] == 1);
+}
+
+TEST_CASE("prebuild names every kernel that fails and exits with 1") {
+  if (nvrtc_12().empty()) {
+    MESSAGE("left out: FLASH_ATTN_JIT_TEST_SITE_PACKAGES names no folder with NVRTC");
+    return;
+  }
+  const Program program;
+  const fs::path templates = program.folder() / "templates";
+  fs::copy(fs::path(FLASH_ATTN_JIT_SOURCE_DIR) / "templates", templates);
+  std::ofstream(templates / "mask.cuh", std::ios::app) << "\nthis is no C++\n";
+  const ProgramRun run =
+      program.run("prebuild --arch sm_75 --kinds fwd --head-dims 64 --causal no --gqa 1 --json --out " +
+                      (program.folder() / "pack").string(),
+                  nvrtc_12() + " FLASH_ATTN_JIT_TEMPLATES='" + templates.string() + "'");
+  CHECK(run.exit_code == 1);
+  const Json json = Json::parse(run.out);
+  CHECK(json["built"] == 0);
+  REQUIRE(json["failures"].size() >= 2);
+  for (const Json& failure : json["failures"]) {
+    CHECK(holds(run.err, failure["kernel"].get<std::string>() + " failed"));
+    CHECK(holds(failure["reason"].get<std::string>(), "mask.cuh"));
+  }
+}
+
+TEST_CASE("cache shows, verifies and clears") {
+  const Program program;
+  const fs::path cache = program.folder() / "cache";
+  CHECK(program.run("cache path").out == cache.string() + "\n");
+  CHECK(Json::parse(program.run("cache list --json").out)["kernels"].empty());
+  CHECK(program.run("cache verify").exit_code == 0);
+
+  fs::create_directory(cache);
+  fs::permissions(cache, fs::perms::owner_all);
+  std::ofstream(cache / ("x." + std::string(64, '0') + ".kernel")) << "not a kernel";
+  const ProgramRun verified = program.run("cache verify --json");
+  CHECK(verified.exit_code == 1);
+  CHECK(Json::parse(verified.out)["broken"].size() == 1);
+  CHECK(program.run("cache clear").exit_code == 0);
+  CHECK(Json::parse(program.run("cache list --json").out)["kernels"].empty());
+}
+
+TEST_CASE("devices lists every place where NVRTC was looked for, with or without a GPU") {
+  const ProgramRun run = Program().run("devices --json");
+  CHECK(run.exit_code == 0);
+  const Json json = Json::parse(run.out);
+  CHECK(json["nvrtc"]["searched"].size() >= 1);
+  CHECK(json["devices"].is_array());
+  CHECK((json["driver"]["found"] || !json["driver"]["reason"].get<std::string>().empty()));
+  CHECK(holds(Program().run("devices").out, "NVRTC"));
+}
