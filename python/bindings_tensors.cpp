@@ -142,7 +142,7 @@ bool uses_exchange_api() { return torch && torch->exchange; }
 
 std::string dtype_text(py::handle tensor) { return text_of(tensor.attr("dtype")); }
 std::string device_text(py::handle tensor) { return text_of(tensor.attr("device")); }
-std::string shape_text(py::handle tensor) { return text_of(py::tuple(tensor.attr("shape"))); }
+std::string shape_text(py::handle tensor) { return text_of(py::tuple(py::list(tensor.attr("shape")))); }
 std::string strides_text(py::handle tensor) { return text_of(tensor.attr("stride")()); }
 
 }  // namespace flash_attn_jit::bindings

@@ -24,9 +24,11 @@ def _allocate(q: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
             f"q has {q.dim()} dimensions, shape {tuple(q.shape)}. "
             "Accepted: 4, (batch, seqlen_q, num_heads, head_dim)."
         )
+    if q.layout is not torch.strided:
+        raise ValueError(f"q has layout {q.layout}. Accepted: torch.strided. Use q.to_dense().")
     batch, seqlen_q, num_heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    softmax_lse = torch.empty((batch, num_heads, seqlen_q), dtype=torch.float32, device=q.device)
+    softmax_lse = torch.empty(batch, num_heads, seqlen_q, dtype=torch.float32, device=q.device)
     return out, softmax_lse
 
 
