@@ -36,6 +36,14 @@ def run_python(code: str, **changes: Any) -> "subprocess.CompletedProcess[str]":
     )
 
 
+def run_module(name: str, *arguments: Any, cwd: Path, **changes: Any) -> "subprocess.CompletedProcess[str]":
+    """`python -m flash_attn_jit.NAME ...` in the folder `cwd`."""
+    command = [sys.executable, "-m", f"flash_attn_jit.{name}", *(str(argument) for argument in arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=900
+    )
+
+
 def program_path() -> Path:
     path = Path(sysconfig.get_path("scripts")) / "flash-attn-jit"
     assert path.exists(), f"the program is not installed at {path}"

@@ -1,22 +1,16 @@
-"""The program flash-attn-jit, as the package installs it."""
+"""The program flash-attn-jit as the package installs it, on real kernels; tests/cpp/test_program.cpp has its flags."""
 
 import json
 import subprocess
 
 import pytest
-from conftest import environment, find_nvrtc, program_path, run_program
+from conftest import environment, find_nvrtc, program_path, run_program, run_python
 
 
 def succeeds(*arguments, **changes):
     done = run_program(*arguments, **changes)
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout
-
-
-def fails(*arguments, **changes):
-    done = run_program(*arguments, **changes)
-    assert done.returncode not in (0, -6, -11), done.stdout
-    return done.stderr.decode()
 
 
 def inspect(emit, *more):
@@ -41,16 +35,6 @@ def test_devices_lists_every_place_where_nvrtc_is_not(tmp_path):
     nowhere.mkdir()
     text = run_program("devices", FLASH_ATTN_JIT_NVRTC=nowhere).stdout.decode()
     assert str(nowhere) in text
-
-
-def test_inspect_spec():
-    spec = inspect("spec", "--causal", "--gqa", 4).decode()
-    assert spec.startswith("fwd hdim64 fp16 causal gqa4 vec16 m")
-
-
-def test_inspect_source():
-    source = inspect("source").decode()
-    assert 'extern "C"' in source and "#line" in source
 
 
 def test_inspect_ptx():
@@ -82,28 +66,6 @@ def test_inspect_a_tile_by_its_text():
     assert inspect("spec", "--tile", "auto") == inspect("spec")
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["inspect", "--head-dim", "300", "--emit", "spec"], ["--head-dim", "300", "256"]),
-        (["inspect", "--head-dim", "x", "--emit", "spec"], ["--head-dim", "x"]),
-        (["inspect", "--head-dim", "64", "--emit", "sass"], ["--emit", "sass", "resources"]),
-        (["inspect", "--head-dim", "64", "--arch", "sm_70", "--emit", "spec"], ["--arch", "sm_70", "75"]),
-        (["inspect", "--head-dim", "64", "--tile", "m7", "--emit", "spec"], ["--tile", "m7"]),
-        (["inspect", "--kind", "bwd", "--head-dim", "64", "--emit", "spec"], ["--kind", "bwd", "fwd"]),
-        (["prebuild", "--arch", "sm_75", "--kinds", "fwd", "--head-dims", "64", "--causal", "maybe", "--gqa", "1",
-          "--out", "never"], ["--causal", "maybe", "both"]),
-        (["cache", "shrink"], ["shrink", "prune"]),
-        ([], ["prebuild", "inspect"]),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) and value and "-" in value[0] else "",
-)
-def test_bad_usage(arguments, words):
-    error = fails(*arguments)
-    for word in words:
-        assert word in error
-
-
 def prebuild(out, *more, **changes):
     return run_program("prebuild", "--arch", "sm_75", "--kinds", "fwd", "--head-dims", "64", "--causal", "no",
                        "--gqa", "1", "--out", out, *more, **changes)
@@ -131,28 +93,9 @@ def test_prebuild_builds_what_is_broken_again(tmp_path):
     assert len(kernel.read_bytes()) > len(whole) // 2
 
 
-def broken_templates(tmp_path):
-    """A copy of the embedded templates, as the sources show them, with an error in the kernel."""
-    folder = tmp_path / "templates"
-    folder.mkdir()
-    (folder / "flash_fwd.cuh").write_text("this is no CUDA C++\n")
-    return folder
-
-
-def test_prebuild_names_every_failure(tmp_path):
-    done = prebuild(tmp_path / "pack", "--json", FLASH_ATTN_JIT_TEMPLATES=broken_templates(tmp_path))
-    assert done.returncode not in (0, -6, -11)
-    names = {failure["kernel"] for failure in json.loads(done.stdout)["failures"]} if done.stdout else set()
-    for name in names:
-        assert name in done.stderr.decode()
-    assert not list((tmp_path / "pack").glob("*.kernel"))
-
-
 @pytest.fixture
 def cache(tmp_path):
     """A cache with two kernels in it, as the interpreter's first calls leave them."""
-    from conftest import run_python
-
     folder = tmp_path / "cache"
     code = """
 from flash_attn_jit import _core
@@ -167,10 +110,6 @@ for spec in _core.select_forward_kernels([64], [False], [1], "sm_75")[:2]:
 
 def of_cache(folder, *arguments):
     return json.loads(succeeds("cache", *arguments, "--json", FLASH_ATTN_JIT_CACHE_DIR=folder))
-
-
-def test_cache_path(tmp_path):
-    assert succeeds("cache", "path", FLASH_ATTN_JIT_CACHE_DIR=tmp_path / "c").decode().strip() == str(tmp_path / "c")
 
 
 def test_cache_list(cache):

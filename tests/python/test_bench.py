@@ -1,24 +1,14 @@
-"""The bench where there is no GPU, and the demo."""
+"""The bench, as far as it goes without a GPU."""
 
 import json
-import re
-import subprocess
-import sys
 
 import pytest
 import torch
 from attention_reference import attention, normal_qkv
-from conftest import environment
+from conftest import run_module
 
 from flash_attn_jit.bench import accuracy, timing
 from flash_attn_jit.bench.problem import Problem, sweep
-
-
-def run_module(name, *arguments, cwd, **changes):
-    return subprocess.run(
-        [sys.executable, "-m", f"flash_attn_jit.{name}", *(str(argument) for argument in arguments)],
-        cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=900,
-    )
 
 
 def test_default_sweep():
@@ -96,28 +86,3 @@ def test_plot_of_no_timings(tmp_path):
     (tmp_path / "cost.json").write_text(json.dumps({"kind": "host_cost", "machine": {}, "rows": []}))
     done = run_module("bench", "--plot", "cost.json", cwd=tmp_path)
     assert done.returncode != 0 and "no timings" in done.stderr
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    return folder, run_module("demo", cwd=folder)
-
-
-def test_demo(demo):
-    folder, done = demo
-    assert done.returncode == 0, done.stderr
-    heading, *rows = [line for line in done.stdout.splitlines() if re.search(r"registers| B  ", line)]
-    assert {row.split()[0] for row in rows} == {"Llama-3-8B", "Qwen2.5-7B", "GPT-2", "SDXL"}
-    for row in rows:
-        *_, registers, spills, _, seconds, _, error = row.split()
-        assert 0 < int(registers) <= 255 and spills == "0" and 0 < float(seconds) and 0 < float(error) < 4e-3
-    assert f"{len(rows)}/{len(rows)}" in done.stderr
-    assert len(list((folder / "demo-pack").glob("*.kernel"))) == len(rows)
-
-
-def test_demo_again_builds_nothing(demo):
-    folder, first = demo
-    again = run_module("demo", cwd=folder)
-    assert again.returncode == 0, again.stderr
-    assert "built" not in again.stderr and again.stderr.count("there already") == first.stderr.count("built")
