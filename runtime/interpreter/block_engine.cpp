@@ -76,7 +76,6 @@ int BlockEngine::runnable_warp_after(int warp) const {
 
 void BlockEngine::exit_thread() {
   Warp& own = warps_[warp()];
-  own.accesses.flush(counts_);
   ++own.exited;
   if (own.waiting > 0) fail_exit();
   if (own.exited < 32) {
@@ -85,6 +84,7 @@ void BlockEngine::exit_thread() {
     current_ = next;
     fibers_[previous_].leave_to(fibers_[next]);
   }
+  own.accesses.flush(counts_);
   ++finished_warps_;
   const int other = runnable_warp_after(warp());
   previous_ = current_;
