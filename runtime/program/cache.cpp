@@ -51,7 +51,8 @@ Json entry_json(const CacheEntry& entry) {
 void print_entry(const CacheEntry& entry) {
   std::cout << utc_text(entry.last_used) << "  " << entry.bytes << " bytes  ";
   if (entry.file)
-    std::cout << entry.file->id.spec << "  " << entry.file->id.target << "  " << entry.file->kernel.built_by << "\n";
+    std::cout << entry.file->id.spec << "  " << entry.file->id.target << "  " << entry.file->kernel.built_by
+              << "\n";
   else
     std::cout << entry.path.filename().string() << "  BROKEN: " << entry.fault << "\n";
 }
@@ -74,7 +75,8 @@ int list(const CacheFlags& flags) {
       print_entry(entry);
   }
   if (flags.json)
-    std::cout << Json{{"path", config().cache_dir.string()}, {"bytes", bytes}, {"kernels", kernels}}.dump(2) << "\n";
+    std::cout << Json{{"path", config().cache_dir.string()}, {"bytes", bytes}, {"kernels", kernels}}.dump(2)
+              << "\n";
   else
     std::cout << config().cache_dir.string() << ": " << entries.size() << " kernels, " << bytes << " bytes\n";
   return kSuccess;
@@ -89,7 +91,8 @@ int verify(const CacheFlags& flags) {
     if (!flags.json) print_entry(entry);
   }
   if (flags.json)
-    std::cout << Json{{"path", config().cache_dir.string()}, {"verified", entries.size()}, {"broken", broken}}.dump(2)
+    std::cout << Json{{"path", config().cache_dir.string()}, {"verified", entries.size()}, {"broken", broken}}
+                     .dump(2)
               << "\n";
   else
     std::cout << config().cache_dir.string() << ": " << entries.size() << " kernels read, " << broken.size()
@@ -105,7 +108,8 @@ int report_removal(const CacheFlags& flags, const CacheRemoval& removed) {
                      .dump(2)
               << "\n";
   else
-    std::cout << config().cache_dir.string() << ": removed " << removed.files << " files, " << removed.bytes << " bytes\n";
+    std::cout << config().cache_dir.string() << ": removed " << removed.files << " files, " << removed.bytes
+              << " bytes\n";
   return kSuccess;
 }
 
@@ -122,7 +126,8 @@ int clear(const CacheFlags& flags) { return report_removal(flags, clear_cache(co
 }  // namespace
 
 void add_cache(CLI::App& app, Action& chosen) {
-  CLI::App* const cache = app.add_subcommand("cache", "Show and look after the disk cache of compiled kernels");
+  CLI::App* const cache =
+      app.add_subcommand("cache", "Show and look after the disk cache of compiled kernels");
   cache->require_subcommand(1);
   const auto flags = std::make_shared<CacheFlags>();
   const auto add = [&](const char* name, const char* what, int (*work)(const CacheFlags&)) {
@@ -135,7 +140,8 @@ void add_cache(CLI::App& app, Action& chosen) {
   add("list", "List the kernels, the last used first", list);
   add("verify", "Read every kernel and check it; fails where one is broken", verify);
   add("prune", "Remove leftovers, then the least recently used kernels beyond a size", prune)
-      ->add_option("--max-bytes", flags->max_bytes, "Keep at most this many bytes; default: FLASH_ATTN_JIT_CACHE_MAX_BYTES");
+      ->add_option("--max-bytes", flags->max_bytes,
+                   "Keep at most this many bytes; default: FLASH_ATTN_JIT_CACHE_MAX_BYTES");
   add("clear", "Remove everything that the cache wrote", clear);
 }
 

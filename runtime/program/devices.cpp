@@ -39,8 +39,10 @@ struct Choice {
 std::vector<Choice> choices(const NvrtcSearch& search, std::optional<int> driver_version) {
   std::vector<Choice> found;
   if (driver_version) {
-    found.push_back({"machine code for this driver", choose_nvrtc(search.candidates, {CodeKind::kCubin, driver_version})});
-    found.push_back({"PTX for this driver", choose_nvrtc(search.candidates, {CodeKind::kPtx, driver_version})});
+    found.push_back({"machine code for this driver",
+                     choose_nvrtc(search.candidates, {CodeKind::kCubin, driver_version})});
+    found.push_back(
+        {"PTX for this driver", choose_nvrtc(search.candidates, {CodeKind::kPtx, driver_version})});
   }
   found.push_back({"packs", choose_nvrtc(search.candidates, {CodeKind::kCubin, std::nullopt})});
   return found;
@@ -48,7 +50,8 @@ std::vector<Choice> choices(const NvrtcSearch& search, std::optional<int> driver
 
 Json driver_json(Driver* driver) {
   if (!driver) return {{"found", false}, {"reason", process_driver_absence()}};
-  return {{"found", true}, {"path", driver->path().string()}, {"cuda_version", version_text(driver->version())}};
+  return {
+      {"found", true}, {"path", driver->path().string()}, {"cuda_version", version_text(driver->version())}};
 }
 
 Json devices_json(Driver* driver) {
@@ -93,11 +96,13 @@ std::string text_of(const Json& value) { return value.is_null() ? "none" : value
 void print_nvrtc(const Json& nvrtc) {
   std::cout << "NVRTC:\n";
   if (nvrtc["found"].empty())
-    std::cout << "  none found. 'pip install flash-attn-jit[cu12]' or 'pip install flash-attn-jit[cu13]' brings one.\n";
+    std::cout << "  none found. 'pip install flash-attn-jit[cu12]' or 'pip install flash-attn-jit[cu13]' "
+                 "brings one.\n";
   for (const Json& found : nvrtc["found"])
     std::cout << "  " << (found["version"].is_null() ? "unknown version" : text_of(found["version"])) << "  "
               << text_of(found["path"]) << "  (" << text_of(found["place"]) << ")\n";
-  for (const auto& [use, path] : nvrtc["used_for"].items()) std::cout << "  for " << use << ": " << text_of(path) << "\n";
+  for (const auto& [use, path] : nvrtc["used_for"].items())
+    std::cout << "  for " << use << ": " << text_of(path) << "\n";
   std::cout << "  looked in:\n";
   for (const Json& place : nvrtc["searched"])
     std::cout << "    " << text_of(place["place"]) << ": " << text_of(place["path"]) << ": "
@@ -108,13 +113,14 @@ void print(const Json& report) {
   std::cout << "flash-attn-jit " << text_of(report["version"]) << "\n";
   const Json& driver = report["driver"];
   if (driver["found"].get<bool>())
-    std::cout << "CUDA driver: " << text_of(driver["cuda_version"]) << ", " << text_of(driver["path"]) << "\n";
+    std::cout << "CUDA driver: " << text_of(driver["cuda_version"]) << ", " << text_of(driver["path"])
+              << "\n";
   else
     std::cout << "CUDA driver: none (" << text_of(driver["reason"]) << ")\n";
   std::cout << "GPUs:" << (report["devices"].empty() ? " none\n" : "\n");
   for (const Json& device : report["devices"])
-    std::cout << "  " << device["ordinal"] << ": " << text_of(device["name"]) << ", " << text_of(device["arch"]) << ", "
-              << device["multiprocessors"] << " multiprocessors"
+    std::cout << "  " << device["ordinal"] << ": " << text_of(device["name"]) << ", "
+              << text_of(device["arch"]) << ", " << device["multiprocessors"] << " multiprocessors"
               << (device["supported"].get<bool>() ? "" : " (not supported)") << "\n";
   print_nvrtc(report["nvrtc"]);
   std::cout << "Cache: " << text_of(report["cache"]) << "\n";
@@ -123,7 +129,8 @@ void print(const Json& report) {
 }  // namespace
 
 void add_devices(CLI::App& app, Action& chosen) {
-  CLI::App* const command = app.add_subcommand("devices", "Show the driver, its GPUs, and the NVRTCs found and where");
+  CLI::App* const command =
+      app.add_subcommand("devices", "Show the driver, its GPUs, and the NVRTCs found and where");
   const auto as_json = std::make_shared<bool>(false);
   command->add_flag("--json", *as_json, "Print JSON");
   command->callback([&chosen, as_json] {

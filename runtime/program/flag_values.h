@@ -1,4 +1,5 @@
-// Texts of flags -> values. Every function throws UsageError, which names the flag, what came and what is accepted.
+// Texts of flags -> values. Every function throws UsageError, which names the flag, what came and what is
+// accepted.
 #pragma once
 
 #include <cstdint>
@@ -11,17 +12,20 @@
 namespace flash_attn_jit::program {
 
 // A whole number from `least` to `most`.
-std::int64_t parse_number(const std::string& flag, const std::string& text, std::int64_t least, std::int64_t most);
+std::int64_t parse_number(const std::string& flag, const std::string& text, std::int64_t least,
+                          std::int64_t most);
 
 // As parse_number(), for each element of a list. What is named twice counts once, here and in parse_kinds().
-std::vector<int> parse_numbers(const std::string& flag, const std::vector<std::string>& texts, int least, int most);
+std::vector<int> parse_numbers(const std::string& flag, const std::vector<std::string>& texts, int least,
+                               int most);
 
 ArchLimits parse_arch_flag(const std::string& flag, const std::string& text);  // "sm_75"
-KernelKind parse_kind(const std::string& flag, const std::string& text);  // "fwd"
+KernelKind parse_kind(const std::string& flag, const std::string& text);       // "fwd"
 std::vector<KernelKind> parse_kinds(const std::string& flag, const std::vector<std::string>& texts);
 std::vector<Mask> parse_masks(const std::string& flag, const std::string& text);  // "both", "yes", "no"
 
-// A kernel of one problem class with its tile: `tile_text` is "auto", the default for large problems, or a tile's text.
+// A kernel of one problem class with its tile: `tile_text` is "auto", the default for large problems, or a
+// tile's text.
 struct KernelFlags {
   std::string kind = "fwd";
   std::string head_dim;

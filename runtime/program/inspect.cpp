@@ -8,8 +8,8 @@
 #include <string>
 #include <string_view>
 
-#include <nlohmann/json.hpp>
 #include <unistd.h>
+#include <nlohmann/json.hpp>
 
 #include "generator/render.h"
 #include "runtime/config.h"
@@ -49,7 +49,8 @@ class ScratchFolder {
  public:
   ScratchFolder() {
     std::string pattern = (std::filesystem::temp_directory_path() / "flash-attn-jit-inspect-XXXXXX").string();
-    if (!mkdtemp(pattern.data())) throw Error("no folder could be made at " + pattern + "; set TMPDIR to one that can be written");
+    if (!mkdtemp(pattern.data()))
+      throw Error("no folder could be made at " + pattern + "; set TMPDIR to one that can be written");
     path_ = pattern;
   }
   ~ScratchFolder() {
@@ -66,12 +67,14 @@ class ScratchFolder {
   bool kept_ = false;
 };
 
-// Compiles afresh: what a cache holds may come from another NVRTC than the one that the flags or variables name.
+// Compiles afresh: what a cache holds may come from another NVRTC than the one that the flags or variables
+// name.
 CompiledKernel compile(const KernelSpec& spec, const CompileTarget& target, const std::string& nvrtc) {
   Config settings = config();
   if (!nvrtc.empty()) settings.nvrtc = nvrtc;
   ScratchFolder scratch;
-  KernelLibrary library({.config = settings, .cache = {.dir = scratch.path(), .prebuilt = {}}, .driver_version = {}});
+  KernelLibrary library(
+      {.config = settings, .cache = {.dir = scratch.path(), .prebuilt = {}}, .driver_version = {}});
   try {
     return library.find_or_compile(spec, target).kernel;
   } catch (const CompileError&) {
@@ -116,13 +119,17 @@ void write_file(const std::string& path, const std::string& bytes) {
   std::ofstream file(path, std::ios::binary | std::ios::trunc);
   file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
   file.close();
-  if (!file) throw Error("-o " + path + " could not be written; name a file in a folder that is there and can be written");
+  if (!file)
+    throw Error("-o " + path +
+                " could not be written; name a file in a folder that is there and can be written");
 }
 
 int run_inspect(const InspectFlags& flags) {
   const bool to_file = !flags.output.empty();
   if (!to_file && flags.emit == "cubin" && isatty(STDOUT_FILENO) == 1)
-    throw UsageError("--emit is 'cubin', which is binary, and standard output is a terminal; accepted: -o FILE, or a pipe");
+    throw UsageError(
+        "--emit is 'cubin', which is binary, and standard output is a terminal; accepted: -o FILE, or a "
+        "pipe");
   const std::string bytes = content(flags);
   if (to_file)
     write_file(flags.output, bytes);
@@ -134,16 +141,21 @@ int run_inspect(const InspectFlags& flags) {
 }  // namespace
 
 void add_inspect(CLI::App& app, Action& chosen) {
-  CLI::App* const command = app.add_subcommand("inspect", "Show one kernel: its spec, source, code or resources");
+  CLI::App* const command =
+      app.add_subcommand("inspect", "Show one kernel: its spec, source, code or resources");
   const auto flags = std::make_shared<InspectFlags>();
   command->add_option("--kind", flags->kernel.kind, "Kind of kernel: fwd")->capture_default_str();
   command->add_option("--head-dim", flags->kernel.head_dim, "Head dim, 1 to 256")->required();
   command->add_flag("--causal", flags->kernel.causal, "With the causal mask");
-  command->add_option("--gqa", flags->kernel.gqa, "Group size: num_heads / num_heads_k")->capture_default_str();
-  command->add_option("--arch", flags->arch, "Architecture to compile for")->capture_default_str();
-  command->add_option("--tile", flags->kernel.tile, "auto (the default for large problems) or a tile like m128n32w4s3q64")
+  command->add_option("--gqa", flags->kernel.gqa, "Group size: num_heads / num_heads_k")
       ->capture_default_str();
-  command->add_option("--emit", flags->emit, "spec, source, ptx, cubin (raw ELF) or resources (JSON)")->required();
+  command->add_option("--arch", flags->arch, "Architecture to compile for")->capture_default_str();
+  command
+      ->add_option("--tile", flags->kernel.tile,
+                   "auto (the default for large problems) or a tile like m128n32w4s3q64")
+      ->capture_default_str();
+  command->add_option("--emit", flags->emit, "spec, source, ptx, cubin (raw ELF) or resources (JSON)")
+      ->required();
   command->add_option("-o", flags->output, "Write to this file instead of standard output");
   command->add_option("--nvrtc", flags->nvrtc, "The libnvrtc to compile with, or the folder that has it");
   command->callback([&chosen, flags] { chosen = [flags] { return run_inspect(*flags); }; });

@@ -43,9 +43,10 @@ class Program {
 
   // `variables` stand before the command, as a shell takes them.
   ProgramRun run(const std::string& arguments, const std::string& variables = "") const {
-    const std::string command = "env FLASH_ATTN_JIT_CACHE_DIR='" + (folder_ / "cache").string() + "' " + variables + " '" +
-                                FLASH_ATTN_JIT_PROGRAM + "' " + arguments + " >'" + (folder_ / "out").string() + "' 2>'" +
-                                (folder_ / "err").string() + "' </dev/null";
+    const std::string command = "env FLASH_ATTN_JIT_CACHE_DIR='" + (folder_ / "cache").string() + "' " +
+                                variables + " '" + FLASH_ATTN_JIT_PROGRAM + "' " + arguments + " >'" +
+                                (folder_ / "out").string() + "' 2>'" + (folder_ / "err").string() +
+                                "' </dev/null";
     const int status = std::system(command.c_str());
     return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, content(folder_ / "out"), content(folder_ / "err")};
   }
@@ -89,7 +90,8 @@ TEST_CASE("a wrong call names the flag, what came and what is accepted, and exit
   refused("inspect --head-dim 64 --tile huge --emit spec", "--tile", "'huge'", "auto");
   refused("inspect --head-dim 64 --emit spec --frobnicate", "--frobnicate", "", "--head-dim");
   const std::string pack = "prebuild --arch sm_75 --out " + (program.folder() / "pack").string();
-  refused(pack + " --kinds fwd --head-dims 64 --causal maybe --gqa 1", "--causal", "'maybe'", "both, yes, no");
+  refused(pack + " --kinds fwd --head-dims 64 --causal maybe --gqa 1", "--causal", "'maybe'",
+          "both, yes, no");
   refused(pack + " --kinds fwd --head-dims 64,300 --causal no --gqa 1", "--head-dims", "300", "1 to 256");
   refused(pack + " --kinds fwd --head-dims 64 --causal no --gqa 1,x", "--gqa", "'x'", "a whole number");
   refused(pack + " --kinds fwd --head-dims 64 --causal no --gqa 1 --jobs 0", "--jobs", "'0'", "from 1");
@@ -109,14 +111,16 @@ TEST_CASE("inspect prints the spec and the source without a compiler") {
   const ProgramRun spec = program.run("inspect --kind fwd --head-dim 128 --causal --gqa 4 --emit spec");
   CHECK(spec.exit_code == 0);
   CHECK(spec.out.starts_with("fwd hdim128 fp16 causal gqa4 vec16 m"));
-  CHECK(program.run("inspect --head-dim 63 --emit spec").out.starts_with("fwd hdim63 fp16 full gqa1 elem2 m"));
+  CHECK(
+      program.run("inspect --head-dim 63 --emit spec").out.starts_with("fwd hdim63 fp16 full gqa1 elem2 m"));
 
   const fs::path file = program.folder() / "kernel.cu";
   const ProgramRun source = program.run("inspect --head-dim 64 --emit source -o " + file.string());
   CHECK(source.exit_code == 0);
   CHECK(source.out.empty());
   CHECK(holds(content(file), "flash_fwd_hdim64"));
-  const ProgramRun nowhere = program.run("inspect --head-dim 64 --emit source -o " + (program.folder() / "a/b").string());
+  const ProgramRun nowhere =
+      program.run("inspect --head-dim 64 --emit source -o " + (program.folder() / "a/b").string());
   CHECK(nowhere.exit_code == 1);
   CHECK(holds(nowhere.err, "a/b"));
 }
@@ -143,7 +147,9 @@ TEST_CASE("inspect compiles to what --emit says") {
 
   const std::string tile = json["tile"];
   const ProgramRun same = program.run("inspect --head-dim 64 --emit cubin --tile " + tile, nvrtc_12());
-  CHECK(same.out.starts_with("\x7f" "ELF"));
+  CHECK(
+      same.out.starts_with("\x7f"
+                           "ELF"));
   const ProgramRun ptx = program.run("inspect --head-dim 64 --emit ptx", nvrtc_12());
   CHECK(holds(ptx.out, ".target sm_75"));
 }
@@ -156,7 +162,8 @@ TEST_CASE("prebuild writes a pack and its manifest, and does nothing twice") {
   const Program program;
   const fs::path pack = program.folder() / "pack";
   const std::string arguments =
-      "prebuild --arch sm_75 --kinds fwd --head-dims 40 --causal no --gqa 1 --jobs 2 --json --out " + pack.string();
+      "prebuild --arch sm_75 --kinds fwd --head-dims 40 --causal no --gqa 1 --jobs 2 --json --out " +
+      pack.string();
   const ProgramRun first = program.run(arguments, nvrtc_12());
   CAPTURE(first.err);
   REQUIRE(first.exit_code == 0);
