@@ -47,7 +47,7 @@ TEST_CASE("4-byte accesses: all lanes in one phase") {
   check_cycles(cycles_of(4, [](int) { return 64; }), 1, 1);                // one word for all
   check_cycles(cycles_of(4, [](int lane) { return lane * 8; }), 2, 1);     // every second bank
   check_cycles(cycles_of(4, [](int lane) { return lane * 128; }), 32, 1);  // one bank
-  check_cycles(cycles_of(4, [](int lane) { return lane / 4 * 132 + lane % 4 * 4; }), 2,
+  check_cycles(cycles_of(4, [](int lane) { return lane / 4 * 132 + lane % 4 * 4; }), 4,
                1);  // rows of 33 words overlap
   check_cycles(cycles_of(4, [](int lane) { return lane / 4 * 144 + lane % 4 * 4; }), 1,
                1);  // rows of 36 words do not
