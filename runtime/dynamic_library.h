@@ -35,14 +35,10 @@ class DynamicLibrary {
   // The file that the loader opened.
   std::filesystem::path path() const;
 
-  // Never closes the library: for those that do not survive it (drivers, compilers).
-  void keep_open() { handle_kept_ = true; }
-
  private:
   void* require(const char* symbol) const;
 
   void* handle_ = nullptr;
-  bool handle_kept_ = false;
 };
 
 }  // namespace flash_attn_jit

@@ -1,12 +1,9 @@
 // The disk cache of compiled kernels, in front of it a read-only pack. Threads and processes may share one folder.
 //
-//   <dir>/<name>.<key>.kernel          a kernel; its modification time is its last use
-//   <dir>/<name>.<key>.kernel.broken   set aside because it did not verify
-//   <dir>/<name>.<key>.cu              a source that its compiler refused
-//   <dir>/<key>.lock                   held while the kernel of that key is built
-//   <dir>/<key>.<process>-<n>.tmp      being written
+// What lies in the folder is told in cache_folder.h.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -15,9 +12,9 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "runtime/compiled_kernel.h"
+#include "runtime/files.h"
 #include "runtime/kernel_file.h"
 
 namespace flash_attn_jit {
@@ -51,20 +48,24 @@ class KernelCache {
   // a lock that callers of other keys need.
   FoundKernel get_or_build(const KernelId& id, const Build& build, const Objection& objection = {});
 
-  // Keeps a source that was refused, for its author to look at. The path, or why it could not be kept.
+  // Keeps a source that was refused, for its author to look at. The path, or "nowhere: " and the reason.
   std::string keep_refused_source(const KernelId& id, std::string_view source);
 
   const KernelCacheSettings& settings() const { return settings_; }
 
  private:
-  struct Stored;
+  enum class Fault { kLeave, kSetAside };
   FoundKernel build_and_store(const KernelId& id, const Build& build, const Objection& objection);
-  std::optional<FoundKernel> find_on_disk(const KernelId& id, const Objection& objection, bool set_aside);
+  std::optional<FoundKernel> find_in_pack(const KernelId& id, const Objection& objection);
+  std::optional<FoundKernel> find_in_folder(const KernelId& id, const Objection& objection, Fault fault);
   std::optional<FoundKernel> find_in_memory(const KernelId& id, const Objection& objection);
-  bool folder_is_usable();
-  bool store(const KernelId& id, const CompiledKernel& kernel);
+  void store(const KernelId& id, const CompiledKernel& kernel);
+  std::optional<FileLock> lock_for(const KernelId& id);
+  std::optional<std::string> distrust() const;
+  void warn_about_folder(const std::string& reason);
 
   KernelCacheSettings settings_;
+  std::atomic<bool> warned_about_folder_ = false;
   std::mutex mutex_;  // guards the two maps; never held while building, reading or writing
   std::map<KernelKey, std::shared_future<FoundKernel>> in_flight_;
   std::map<KernelKey, CompiledKernel> in_memory_;  // what could not be stored
@@ -72,31 +73,5 @@ class KernelCache {
 
 // The process's own cache, as config() says.
 KernelCache& process_cache();
-
-// ---- for the command line ----
-
-struct CacheEntry {
-  std::filesystem::path path;
-  std::uint64_t bytes = 0;
-  std::filesystem::file_time_type last_used;
-  std::optional<KernelFile> file;  // without its image; nothing where it does not verify
-  std::string fault;               // why it does not
-};
-
-// Every kernel file of a folder, most recently used first, those set aside included. A folder that is not there is empty.
-// Reads and verifies each.
-std::vector<CacheEntry> list_cache(const std::filesystem::path& dir);
-
-struct CacheRemoval {
-  std::size_t files = 0;
-  std::uint64_t bytes = 0;
-};
-
-// Removes what was set aside, what dead processes left, refused sources, then the least recently used kernels until no
-// more than `max_bytes` are left.
-CacheRemoval prune_cache(const std::filesystem::path& dir, std::uint64_t max_bytes);
-
-// Removes every file that is the cache's own; others stay.
-CacheRemoval clear_cache(const std::filesystem::path& dir);
 
 }  // namespace flash_attn_jit

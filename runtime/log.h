@@ -11,7 +11,8 @@ enum class LogLevel { kInfo, kWarning };
 using LogSink = std::function<void(LogLevel, const std::string&)>;
 
 // Replaces the sink; an empty one restores the default, stderr. The sink is called on whatever thread has something to
-// say, never with a lock of this library held, so that it may take a lock of its own (Python's).
+// say, while other threads may wait for a kernel that this thread builds: a caller that holds a lock which the sink
+// takes (Python's) must release it around every call that may compile.
 void set_log_sink(LogSink sink);
 
 void log(LogLevel level, const std::string& message);

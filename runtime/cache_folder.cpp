@@ -1,0 +1,167 @@
+#include "runtime/cache_folder.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <functional>
+
+#include "runtime/files.h"
+
+namespace flash_attn_jit {
+namespace {
+
+namespace fs = std::filesystem;
+
+enum class FileKind { kKernel, kBroken, kSource, kTemporary, kLock };
+
+struct OwnFile {
+  fs::path path;
+  FileKind kind;
+  std::string key;  // in hex
+  std::uint64_t bytes;
+  fs::file_time_type last_used;
+};
+
+bool is_key(std::string_view text) {
+  return text.size() == 64 && text.find_first_not_of("0123456789abcdef") == std::string_view::npos;
+}
+
+bool remove_suffix(std::string_view& text, std::string_view suffix) {
+  if (!text.ends_with(suffix)) return false;
+  text.remove_suffix(suffix.size());
+  return true;
+}
+
+// What a name of ours tells; nothing for the files of others.
+std::optional<std::pair<FileKind, std::string>> classify(std::string_view name) {
+  const auto when_key = [](FileKind kind, std::string_view key) -> std::optional<std::pair<FileKind, std::string>> {
+    if (!is_key(key)) return std::nullopt;
+    return std::pair{kind, std::string(key)};
+  };
+  if (remove_suffix(name, ".lock")) return when_key(FileKind::kLock, name);
+  if (remove_suffix(name, ".tmp")) return when_key(FileKind::kTemporary, name.substr(0, name.find('.')));
+  const bool broken = remove_suffix(name, kBrokenSuffix);
+  const bool source = !broken && remove_suffix(name, ".cu");
+  if (!source && !remove_suffix(name, ".kernel")) return std::nullopt;
+  const std::size_t dot = name.rfind('.');
+  if (dot == std::string_view::npos) return std::nullopt;
+  return when_key(broken ? FileKind::kBroken : source ? FileKind::kSource : FileKind::kKernel, name.substr(dot + 1));
+}
+
+// Least recently used first. Files may vanish while the folder is read.
+std::vector<OwnFile> own_files(const fs::path& dir) {
+  std::vector<OwnFile> files;
+  std::error_code error;
+  for (fs::directory_iterator entry(dir, error), end; !error && entry != end; entry.increment(error)) {
+    const auto what = classify(entry->path().filename().string());
+    std::error_code vanished;
+    const std::uint64_t bytes = what ? fs::file_size(entry->path(), vanished) : 0;
+    if (!what || vanished) continue;
+    const fs::file_time_type last_used = fs::last_write_time(entry->path(), vanished);
+    if (!vanished) files.push_back({entry->path(), what->first, what->second, bytes, last_used});
+  }
+  if (error && error != std::errc::no_such_file_or_directory)
+    throw FileError("cannot read the folder " + dir.string() + ": " + error.message());
+  std::sort(files.begin(), files.end(), [](const OwnFile& a, const OwnFile& b) {
+    return std::tie(a.last_used, a.path) < std::tie(b.last_used, b.path);
+  });
+  return files;
+}
+
+void remove(const OwnFile& file, CacheRemoval& removal) {
+  if (::unlink(file.path.c_str()) != 0) return;  // somebody else was faster
+  removal.files += 1;
+  removal.bytes += file.bytes;
+}
+
+// What belongs to a process that builds: removed only where nobody holds the key's lock, which frees the lock's file too.
+void remove_unless_in_use(const OwnFile& file, CacheRemoval& removal) {
+  const auto lock = FileLock::acquire(file.path.parent_path() / (file.key + ".lock"), FileLock::Wait::kNot);
+  if (!lock) return;
+  if (file.kind == FileKind::kTemporary) remove(file, removal);
+}
+
+bool belongs_to_a_builder(const OwnFile& file) {
+  return file.kind == FileKind::kTemporary || file.kind == FileKind::kLock;
+}
+
+CacheRemoval remove_where(const fs::path& dir, const std::function<bool(const OwnFile&)>& condition) {
+  CacheRemoval removal;
+  for (const OwnFile& file : own_files(dir)) {
+    if (belongs_to_a_builder(file))
+      remove_unless_in_use(file, removal);
+    else if (condition(file))
+      remove(file, removal);
+  }
+  return removal;
+}
+
+}  // namespace
+
+std::string lock_name(const KernelKey& key) { return to_hex(key) + ".lock"; }
+
+std::string temporary_name(const KernelKey& key) {
+  static std::atomic<unsigned> count = 0;
+  return to_hex(key) + "." + std::to_string(::getpid()) + "-" + std::to_string(count++) + ".tmp";
+}
+
+std::string source_name(const KernelId& id) { return id.name + "." + to_hex(id.key) + ".cu"; }
+
+void mark_used(const fs::path& path) { ::utimensat(AT_FDCWD, path.c_str(), nullptr, 0); }
+
+std::vector<CacheEntry> list_cache(const fs::path& dir) {
+  std::vector<CacheEntry> entries;
+  for (const OwnFile& own : own_files(dir)) {
+    if (own.kind != FileKind::kKernel && own.kind != FileKind::kBroken) continue;
+    CacheEntry entry{own.path, own.bytes, own.last_used, std::nullopt, ""};
+    try {
+      const auto bytes = read_file(own.path);
+      if (!bytes) continue;
+      auto parsed = parse_kernel_file(*bytes);
+      if (const auto* fault = std::get_if<KernelFileFault>(&parsed))
+        entry.fault = fault->reason;
+      else if (to_hex(std::get<KernelFile>(parsed).id.key) != own.key)
+        entry.fault = "it holds the kernel of another key";
+      else
+        entry.file = std::get<KernelFile>(std::move(parsed));
+      if (entry.file) entry.file->kernel.image.clear();
+    } catch (const FileError& error) {
+      entry.fault = error.what();
+    }
+    entries.push_back(std::move(entry));
+  }
+  std::reverse(entries.begin(), entries.end());
+  return entries;
+}
+
+CacheRemoval evict(const fs::path& dir, std::uint64_t max_bytes) {
+  const std::vector<OwnFile> files = own_files(dir);
+  std::uint64_t total = 0;
+  for (const OwnFile& file : files) total += file.bytes;
+  CacheRemoval removal;
+  for (const OwnFile& file : files) {
+    if (total <= max_bytes) break;
+    if (belongs_to_a_builder(file))
+      remove_unless_in_use(file, removal);
+    else
+      remove(file, removal);
+    total -= file.bytes;
+  }
+  return removal;
+}
+
+CacheRemoval prune_cache(const fs::path& dir, std::uint64_t max_bytes) {
+  CacheRemoval removal = remove_where(
+      dir, [](const OwnFile& file) { return file.kind == FileKind::kBroken || file.kind == FileKind::kSource; });
+  const CacheRemoval evicted = evict(dir, max_bytes);
+  return {removal.files + evicted.files, removal.bytes + evicted.bytes};
+}
+
+CacheRemoval clear_cache(const fs::path& dir) {
+  return remove_where(dir, [](const OwnFile&) { return true; });
+}
+
+}  // namespace flash_attn_jit

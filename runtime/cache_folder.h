@@ -1,0 +1,56 @@
+// The cache's folder: names, recency, bounds, housekeeping.
+//
+//   <name>.<key>.kernel          a kernel; its modification time is its last use, kept by us
+//   <name>.<key>.kernel.broken   set aside because it did not verify
+//   <name>.<key>.cu              a source that its compiler refused
+//   <key>.lock                   held while the kernel of that key is built
+//   <key>.<process>-<n>.tmp      being written, under that lock
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "runtime/kernel_file.h"
+
+namespace flash_attn_jit {
+
+inline constexpr std::string_view kBrokenSuffix = ".broken";
+
+std::string lock_name(const KernelKey& key);
+std::string temporary_name(const KernelKey& key);  // another one at every call
+std::string source_name(const KernelId& id);
+
+// Makes a kernel the most recently used. A folder that cannot be written keeps its order.
+void mark_used(const std::filesystem::path& path);
+
+struct CacheEntry {
+  std::filesystem::path path;
+  std::uint64_t bytes = 0;
+  std::filesystem::file_time_type last_used;
+  std::optional<KernelFile> file;  // without its image; nothing where it does not verify
+  std::string fault;               // why it does not
+};
+
+// Every kernel file of a folder, most recently used first, those set aside included. A folder that is not there is
+// empty. Reads and verifies each. Throws FileError where the folder cannot be read.
+std::vector<CacheEntry> list_cache(const std::filesystem::path& dir);
+
+struct CacheRemoval {
+  std::size_t files = 0;
+  std::uint64_t bytes = 0;
+};
+
+// Removes the least recently used kernels, broken files and refused sources until no more than `max_bytes` are left.
+CacheRemoval evict(const std::filesystem::path& dir, std::uint64_t max_bytes);
+
+// Removes what was set aside, what dead processes left and refused sources, then evicts.
+CacheRemoval prune_cache(const std::filesystem::path& dir, std::uint64_t max_bytes);
+
+// Removes every file that is the cache's own and not in use; others stay.
+CacheRemoval clear_cache(const std::filesystem::path& dir);
+
+}  // namespace flash_attn_jit

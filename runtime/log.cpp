@@ -1,0 +1,53 @@
+#include "runtime/log.h"
+
+#include <iostream>
+#include <memory>
+#include <mutex>
+#include <set>
+
+namespace flash_attn_jit {
+namespace {
+
+void write_to_stderr(LogLevel level, const std::string& message) {
+  const char* prefix = level == LogLevel::kWarning ? "flash_attn_jit: warning: " : "flash_attn_jit: ";
+  std::cerr << prefix + message + "\n";
+}
+
+struct State {
+  std::mutex mutex;
+  std::shared_ptr<const LogSink> sink = std::make_shared<const LogSink>(write_to_stderr);
+  std::set<std::string> warned;
+};
+
+// Never destroyed: threads may still log while the process ends.
+State& state() {
+  static State& process_state = *new State;
+  return process_state;
+}
+
+}  // namespace
+
+void set_log_sink(LogSink sink) {
+  auto shared = std::make_shared<const LogSink>(sink ? std::move(sink) : LogSink(write_to_stderr));
+  const std::lock_guard lock(state().mutex);
+  state().sink.swap(shared);
+}
+
+void log(LogLevel level, const std::string& message) {
+  std::shared_ptr<const LogSink> sink;
+  {
+    const std::lock_guard lock(state().mutex);
+    sink = state().sink;
+  }
+  (*sink)(level, message);
+}
+
+void warn_once(const std::string& message) {
+  {
+    const std::lock_guard lock(state().mutex);
+    if (!state().warned.insert(message).second) return;
+  }
+  log(LogLevel::kWarning, message);
+}
+
+}  // namespace flash_attn_jit
