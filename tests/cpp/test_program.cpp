@@ -1,4 +1,5 @@
-// The flash-attn-jit program, run as its users run it.
+// The flash-attn-jit program, run as its users run it: its flags and exit codes. tests/python/test_program.py has its
+// work on real kernels.
 #include <doctest/doctest.h>
 
 #include <sys/wait.h>
@@ -123,66 +124,6 @@ TEST_CASE("inspect prints the spec and the source without a compiler") {
       program.run("inspect --head-dim 64 --emit source -o " + (program.folder() / "a/b").string());
   CHECK(nowhere.exit_code == 1);
   CHECK(holds(nowhere.err, "a/b"));
-}
-
-TEST_CASE("inspect compiles to what --emit says") {
-  if (nvrtc_12().empty()) {
-    MESSAGE("left out: FLASH_ATTN_JIT_TEST_SITE_PACKAGES names no folder with NVRTC");
-    return;
-  }
-  const Program program;
-  const ProgramRun resources = program.run("inspect --head-dim 64 --emit resources", nvrtc_12());
-  CAPTURE(resources.err);
-  REQUIRE(resources.exit_code == 0);
-  const Json json = Json::parse(resources.out);
-  CHECK(json["threads"].get<int>() % 32 == 0);
-  CHECK(json["registers"].get<int>() > 32);
-  CHECK(json["registers"].get<int>() <= 255);
-  CHECK(json["static_smem"].get<int>() + json["dynamic_smem"].get<int>() > 0);
-  CHECK(json["spill_stores"] == 0);
-  CHECK(json["spill_loads"] == 0);
-  CHECK(json["useful_mma"].get<int>() > 0);
-  CHECK(json["warp_roles"].get<int>() >= 1);
-  CHECK(json["seconds"].get<double>() > 0);
-
-  const std::string tile = json["tile"];
-  const ProgramRun same = program.run("inspect --head-dim 64 --emit cubin --tile " + tile, nvrtc_12());
-  CHECK(
-      same.out.starts_with("\x7f"
-                           "ELF"));
-  const ProgramRun ptx = program.run("inspect --head-dim 64 --emit ptx", nvrtc_12());
-  CHECK(holds(ptx.out, ".target sm_75"));
-}
-
-TEST_CASE("prebuild writes a pack and its manifest, and does nothing twice") {
-  if (nvrtc_12().empty()) {
-    MESSAGE("left out: FLASH_ATTN_JIT_TEST_SITE_PACKAGES names no folder with NVRTC");
-    return;
-  }
-  const Program program;
-  const fs::path pack = program.folder() / "pack";
-  const std::string arguments =
-      "prebuild --arch sm_75 --kinds fwd --head-dims 40 --causal no --gqa 1 --jobs 2 --json --out " +
-      pack.string();
-  const ProgramRun first = program.run(arguments, nvrtc_12());
-  CAPTURE(first.err);
-  REQUIRE(first.exit_code == 0);
-  const Json built = Json::parse(first.out);
-  const int kernels = built["built"];
-  CHECK(kernels >= 2);  // aligned and unaligned at least
-  CHECK(built["skipped"] == 0);
-  CHECK(holds(first.err, "[" + std::to_string(kernels) + "/" + std::to_string(kernels) + "]"));
-  REQUIRE(fs::exists(pack / "manifest.json"));
-
-  const Json again = Json::parse(program.run(arguments, nvrtc_12()).out);
-  CHECK(again["built"] == 0);
-  CHECK(again["skipped"] == kernels);
-
-  fs::path broken;
-  for (const fs::directory_entry& entry : fs::directory_iterator(pack))
-    if (entry.path().extension() == ".kernel") broken = entry.path();
-  fs::resize_file(broken, fs::file_size(broken) / 2);
-  CHECK(Json::parse(program.run(arguments, nvrtc_12()).out)["built"] == 1);
 }
 
 TEST_CASE("prebuild names every kernel that fails and exits with 1") {
