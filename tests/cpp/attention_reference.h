@@ -1,0 +1,66 @@
+// Attention in float64 and in emulated fp16/fp32, and tensors whose surroundings are watched.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "runtime/forward.h"
+
+namespace flash_attn_jit::testing {
+
+// How a (batch, seqlen, heads, head_dim) tensor lies in memory.
+enum class Layout {
+  kContiguous,  // (batch, seqlen, heads, head_dim)
+  kTransposed,  // (batch, heads, seqlen, head_dim) seen with two dims swapped
+  kRowGaps,     // rows, heads and batches apart, by multiples of 16 bytes
+  kOddStrides,  // the same by odd numbers of elements
+  kMisaligned,  // contiguous, from an address that is 2 bytes behind a multiple of 16
+};
+
+// Owns its memory. Elements start as NaN; gaps and some bytes on both sides hold a pattern that must stay.
+class WatchedTensor {
+ public:
+  WatchedTensor(std::array<std::int64_t, 4> shape, Layout layout);
+
+  TensorView view();
+  std::uint16_t& at(std::int64_t b, std::int64_t s, std::int64_t h, std::int64_t d) {
+    return memory_[first_ + b * strides_[0] + s * strides_[1] + h * strides_[2] + d];
+  }
+  const std::array<std::int64_t, 4>& shape() const { return shape_; }
+
+  // Whether everything but the elements still holds the pattern.
+  bool surroundings_are_untouched() const;
+
+ private:
+  std::vector<bool> element_map() const;
+
+  std::array<std::int64_t, 4> shape_, strides_;
+  std::int64_t first_ = 0;
+  std::vector<std::uint16_t> memory_;
+};
+
+struct AttentionProblem {
+  WatchedTensor* q;
+  WatchedTensor* k;
+  WatchedTensor* v;
+  float softmax_scale;
+  Mask mask;
+};
+
+// out is (batch, seqlen_q, heads, head_dim), lse is (batch, heads, seqlen_q); both contiguous.
+struct AttentionResult {
+  std::vector<double> out, lse;
+};
+
+// In float64. A row that sees no key: out 0, lse +inf.
+AttentionResult attention_float64(const AttentionProblem& problem);
+
+// In float32, with probabilities (relative to the row's maximum) and out rounded to fp16: the error that any
+// kernel with fp16 operands has to make.
+AttentionResult attention_emulated(const AttentionProblem& problem);
+
+// Whether query row `row` may see key `key`: all of them, or bottom-right causal.
+bool sees(Mask mask, std::int64_t seqlen_q, std::int64_t seqlen_k, std::int64_t row, std::int64_t key);
+
+}  // namespace flash_attn_jit::testing

@@ -1,0 +1,229 @@
+#include "forward_case.h"
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <sstream>
+#include <utility>
+
+#include "fp16.h"
+#include "generator/errors.h"
+
+namespace flash_attn_jit::testing {
+namespace {
+
+constexpr std::array<std::pair<Layout, const char*>, 5> kLayouts = {{{Layout::kContiguous, "contiguous"},
+                                                                     {Layout::kTransposed, "transposed"},
+                                                                     {Layout::kRowGaps, "rowgaps"},
+                                                                     {Layout::kOddStrides, "oddstrides"},
+                                                                     {Layout::kMisaligned, "misaligned"}}};
+
+constexpr std::array<std::pair<Inputs, const char*>, 4> kInputs = {{{Inputs::kNormal, "normal"},
+                                                                    {Inputs::kRising, "rising"},
+                                                                    {Inputs::kFalling, "falling"},
+                                                                    {Inputs::kThousand, "thousand"}}};
+
+template <class Names, class Value>
+std::string name_of(const Names& names, Value value) {
+  for (const auto& [each, name] : names)
+    if (each == value) return name;
+  return "";
+}
+
+std::string number_text(double x) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", x);
+  return text;
+}
+
+// "sq257" with prefix "sq" -> 257; false where the word is something else.
+template <class Number>
+bool take_number(std::string_view word, std::string_view prefix, Number& value) {
+  if (!word.starts_with(prefix) || word.size() == prefix.size()) return false;
+  const std::string digits(word.substr(prefix.size()));
+  char* end = nullptr;
+  const double parsed = std::strtod(digits.c_str(), &end);
+  if (*end != '\0') return false;
+  value = static_cast<Number>(parsed);
+  return true;
+}
+
+bool take_word(std::string_view word, ForwardCase& c) {
+  for (const auto& [layout, name] : kLayouts)
+    if (word == name) return c.layout = layout, true;
+  for (const auto& [inputs, name] : kInputs) {
+    if (word == name) return c.inputs = inputs, true;
+    if (take_number(word, name, c.rise)) return c.inputs = inputs, true;
+  }
+  if (word == "causal" || word == "full")
+    return c.mask = word == "causal" ? Mask::kCausal : Mask::kNone, true;
+  if (float scale; take_number(word, "scale", scale)) return c.softmax_scale = scale, true;
+  return take_number(word, "hdim", c.head_dim) || take_number(word, "gqa", c.group_size) ||
+         take_number(word, "batch", c.batch) || take_number(word, "headsk", c.num_heads_k) ||
+         take_number(word, "sq", c.seqlen_q) || take_number(word, "sk", c.seqlen_k) ||
+         take_number(word, "seed", c.seed);
+}
+
+void fill_normal(WatchedTensor& tensor, std::mt19937& random, double factor) {
+  std::normal_distribution<double> normal;
+  const auto [batch, seqlen, heads, dim] = tensor.shape();
+  for (std::int64_t b = 0; b < batch; ++b)
+    for (std::int64_t s = 0; s < seqlen; ++s)
+      for (std::int64_t h = 0; h < heads; ++h)
+        for (std::int64_t d = 0; d < dim; ++d) tensor.at(b, s, h, d) = to_fp16(normal(random) * factor);
+}
+
+// Sets the first element of each row of q to 16 and of each row of k so that the score has `score(key)`
+// added.
+template <class Score>
+void add_scores(ForwardTensors& t, Score score) {
+  const auto set_first = [](WatchedTensor& tensor, auto value) {
+    const auto [batch, seqlen, heads, dim] = tensor.shape();
+    for (std::int64_t b = 0; b < batch; ++b)
+      for (std::int64_t s = 0; s < seqlen; ++s)
+        for (std::int64_t h = 0; h < heads; ++h) tensor.at(b, s, h, 0) = to_fp16(value(s));
+  };
+  set_first(t.q, [](std::int64_t) { return 16.0; });
+  set_first(t.k, [&](std::int64_t key) { return score(key) / (16.0 * t.softmax_scale); });
+}
+
+void fill_inputs(const ForwardCase& c, ForwardTensors& t) {
+  std::mt19937 random(c.seed);
+  fill_normal(t.q, random, 1);
+  fill_normal(t.k, random, 1);
+  fill_normal(t.v, random, 1);
+  if (c.softmax_scale == 0.0f) return;
+  const std::int64_t keys = c.tile ? c.tile->block_n : 32, last = (c.seqlen_k - 1) / keys;
+  std::normal_distribution<double> normal;
+  switch (c.inputs) {
+    case Inputs::kNormal:
+      return;
+    case Inputs::kRising:
+      return add_scores(t, [&](std::int64_t key) { return c.rise * (last - key / keys); });
+    case Inputs::kFalling:
+      return add_scores(t, [&](std::int64_t key) { return c.rise * (key / keys); });
+    case Inputs::kThousand:
+      return add_scores(t, [&](std::int64_t) { return 1000 * std::copysign(1.0, normal(random)); });
+  }
+}
+
+void add_fault(ForwardOutcome& outcome, const ForwardCase& c, const std::string& what) {
+  outcome.fault += (outcome.fault.empty() ? c.text() + ": " : "; ") + what;
+}
+
+// max |x - exact|, where both infinite and of one sign counts as equal and any other NaN or infinity as
+// infinite.
+double max_error(const std::vector<double>& x, const std::vector<double>& exact) {
+  double worst = 0;
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    if (x[i] == exact[i]) continue;
+    const double error = std::fabs(x[i] - exact[i]);
+    worst = std::isfinite(error) ? std::max(worst, error) : INFINITY;
+  }
+  return worst;
+}
+
+std::vector<double> values_of(WatchedTensor& tensor) {
+  std::vector<double> values;
+  const auto [batch, seqlen, heads, dim] = tensor.shape();
+  for (std::int64_t b = 0; b < batch; ++b)
+    for (std::int64_t s = 0; s < seqlen; ++s)
+      for (std::int64_t h = 0; h < heads; ++h)
+        for (std::int64_t d = 0; d < dim; ++d) values.push_back(from_fp16(tensor.at(b, s, h, d)));
+  return values;
+}
+
+double largest_finite(const std::vector<double>& values) {
+  double largest = 0;
+  for (double x : values)
+    if (std::isfinite(x)) largest = std::max(largest, std::fabs(x));
+  return largest;
+}
+
+void compare(const ForwardCase& c, ForwardTensors& t, ForwardOutcome& outcome) {
+  const AttentionProblem problem = t.problem();
+  const AttentionResult exact = attention_float64(problem), emulated = attention_emulated(problem);
+  outcome.out_error = max_error(values_of(t.out), exact.out);
+  outcome.out_bound = 2 * max_error(emulated.out, exact.out) + 1e-5;
+  outcome.lse_error = max_error({t.lse.begin(), t.lse.end()}, exact.lse);
+  // A float near 1000 is 6e-5 from the next one.
+  outcome.lse_bound = 2 * max_error(emulated.lse, exact.lse) + 1e-5 + largest_finite(exact.lse) * 0x1p-22;
+  if (!(outcome.out_error <= outcome.out_bound))
+    add_fault(
+        outcome, c,
+        "out is off by " + number_text(outcome.out_error) + ", bound " + number_text(outcome.out_bound));
+  if (!(outcome.lse_error <= outcome.lse_bound))
+    add_fault(
+        outcome, c,
+        "lse is off by " + number_text(outcome.lse_error) + ", bound " + number_text(outcome.lse_bound));
+}
+
+}  // namespace
+
+std::string ForwardCase::text() const {
+  std::string text = "hdim" + std::to_string(head_dim) + (mask == Mask::kCausal ? " causal" : " full") +
+                     " gqa" + std::to_string(group_size) + " batch" + std::to_string(batch) + " headsk" +
+                     std::to_string(num_heads_k) + " sq" + std::to_string(seqlen_q) + " sk" +
+                     std::to_string(seqlen_k) + " " + name_of(kLayouts, layout) + " " +
+                     name_of(kInputs, inputs);
+  if (inputs == Inputs::kRising || inputs == Inputs::kFalling) text += number_text(rise);
+  if (softmax_scale) text += " scale" + number_text(*softmax_scale);
+  if (seed != 1) text += " seed" + std::to_string(seed);
+  if (tile) text += " " + tile->text();
+  return text;
+}
+
+ForwardCase ForwardCase::parse(std::string_view text) {
+  ForwardCase c;
+  std::istringstream words{std::string(text)};
+  for (std::string word; words >> word;)
+    if (!take_word(word, c)) c.tile = TileConfig::parse(word);
+  return c;
+}
+
+float ForwardCase::scale() const {
+  return softmax_scale.value_or(static_cast<float>(1 / std::sqrt(static_cast<double>(head_dim))));
+}
+
+ForwardTensors::ForwardTensors(const ForwardCase& c)
+    : q({c.batch, c.seqlen_q, c.num_heads_k * c.group_size, c.head_dim}, c.layout),
+      k({c.batch, c.seqlen_k, c.num_heads_k, c.head_dim}, c.layout),
+      v({c.batch, c.seqlen_k, c.num_heads_k, c.head_dim}, c.layout),
+      out({c.batch, c.seqlen_q, c.num_heads_k * c.group_size, c.head_dim}, c.layout),
+      lse(c.batch * c.num_heads_k * c.group_size * c.seqlen_q, NAN),
+      softmax_scale(c.scale()),
+      mask(c.mask),
+      tile(c.tile) {
+  fill_inputs(c, *this);
+}
+
+ForwardRequest ForwardTensors::request() {
+  return {.q = q.view(),
+          .k = k.view(),
+          .v = v.view(),
+          .out = out.view(),
+          .softmax_lse = lse.data(),
+          .softmax_scale = softmax_scale,
+          .mask = mask,
+          .tile = tile};
+}
+
+ForwardOutcome run_forward_case(const ForwardCase& c) {
+  ForwardOutcome outcome;
+  try {
+    ForwardTensors tensors(c);
+    forward_in_interpreter(tensors.request());
+    compare(c, tensors, outcome);
+    for (WatchedTensor* tensor : {&tensors.q, &tensors.k, &tensors.v, &tensors.out})
+      if (!tensor->surroundings_are_untouched()) add_fault(outcome, c, "memory outside a tensor has changed");
+  } catch (const Error& error) {
+    add_fault(outcome, c, error.what());
+  }
+  return outcome;
+}
+
+}  // namespace flash_attn_jit::testing

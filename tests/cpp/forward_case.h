@@ -1,0 +1,64 @@
+// One forward problem of the numerics tests: what it is, and how far the kernel's result lies from float64.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "attention_reference.h"
+#include "generator/kernel_spec.h"
+
+namespace flash_attn_jit::testing {
+
+enum class Inputs {
+  kNormal,  // N(0, 1)
+  kRising,  // plus a score that grows by `rise` from each tile of keys to the one before, as the kernel walks
+  kFalling,   // the other way round
+  kThousand,  // scores of about +-1000
+};
+
+struct ForwardCase {
+  int head_dim = 64;
+  Mask mask = Mask::kNone;
+  int group_size = 1;
+  std::int64_t batch = 1, num_heads_k = 1, seqlen_q = 64, seqlen_k = 64;
+  Layout layout = Layout::kContiguous;
+  Inputs inputs = Inputs::kNormal;
+  double rise = 0;                     // natural logarithm
+  std::optional<float> softmax_scale;  // none: 1 / sqrt(head_dim)
+  std::optional<TileConfig> tile;      // none: the library chooses
+  unsigned seed = 1;
+
+  // "hdim64 causal gqa2 batch1 headsk1 sq257 sk129 rowgaps rising9 scale-0.5 m128n32w4s3q64"
+  std::string text() const;
+  // Words in any order; those left out keep their defaults. Throws SpecError.
+  static ForwardCase parse(std::string_view text);
+
+  float scale() const;
+};
+
+struct ForwardOutcome {
+  double out_error = 0, out_bound = 0;  // maxima over all elements
+  double lse_error = 0, lse_bound = 0;
+  std::string fault;  // empty where all is well, else what went wrong, with the case
+};
+
+// The inputs of a case, all freshly drawn.
+struct ForwardTensors {
+  explicit ForwardTensors(const ForwardCase& c);
+
+  AttentionProblem problem() { return {&q, &k, &v, softmax_scale, mask}; }
+  ForwardRequest request();
+
+  WatchedTensor q, k, v, out;
+  std::vector<float> lse;
+  float softmax_scale;
+  Mask mask;
+  std::optional<TileConfig> tile;
+};
+
+// Runs a case in the interpreter. The bound is twice the error of attention_emulated(), plus 1e-5.
+ForwardOutcome run_forward_case(const ForwardCase& c);
+
+}  // namespace flash_attn_jit::testing
