@@ -23,8 +23,8 @@ namespace {
 // Python's logging levels.
 int python_level(LogLevel level) { return level == LogLevel::kWarning ? 30 : 20; }
 
-// `logger.log(level, message)` for everything that the library tells. The logger is leaked: a thread may log while the
-// interpreter goes down.
+// `logger.log(level, message)` for everything that the library tells. The logger is leaked: a thread may log
+// while the interpreter goes down.
 void set_logger(const py::object& logger) {
   const auto* log_method = new py::object(logger.attr("log"));
   set_log_sink([log_method](LogLevel level, const std::string& message) {
@@ -55,8 +55,10 @@ py::list devices() {
   return found;
 }
 
-std::vector<std::string> select_forward_kernels(const std::vector<int>& head_dims, const std::vector<bool>& causal,
-                                                const std::vector<int>& group_sizes, const std::string& arch) {
+std::vector<std::string> select_forward_kernels(const std::vector<int>& head_dims,
+                                                const std::vector<bool>& causal,
+                                                const std::vector<int>& group_sizes,
+                                                const std::string& arch) {
   KernelSelection selection;
   selection.head_dims = head_dims;
   for (const bool c : causal) selection.masks.push_back(c ? Mask::kCausal : Mask::kNone);
@@ -120,7 +122,8 @@ void bind_interpreter_report(py::module_& module) {
                           "Shared-memory traffic of one access kind; one count a warp-wide access.")
       .def_readonly("accesses", &AccessCount::accesses, "Warp-wide accesses.")
       .def_readonly("cycles", &AccessCount::cycles, "Cycles that the 32 banks need for them.")
-      .def_readonly("ideal_cycles", &AccessCount::ideal_cycles, "Cycles that they would need without conflicts.")
+      .def_readonly("ideal_cycles", &AccessCount::ideal_cycles,
+                    "Cycles that they would need without conflicts.")
       .def_property_readonly("factor", &AccessCount::factor, "cycles / ideal_cycles.");
   py::class_<InterpreterReport>(module, "InterpreterReport", "What the interpreter saw in one kernel's run.")
       .def_readonly("kernel", &InterpreterReport::kernel, "The kernel's name; empty before the first run.")
@@ -147,9 +150,9 @@ PYBIND11_MODULE(_core, module) {
   });
 
   module.def("forward", &bindings::forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
-             py::arg("softmax_lse"), py::arg("softmax_scale"), py::arg("causal"), py::arg("tile") = py::none());
+             py::arg("softmax_lse"), py::arg("softmax_scale"), py::arg("causal"),
+             py::arg("tile") = py::none());
   module.def("interpreter_report", &last_interpreter_report);
-  module.def("interprets", [] { return config().interpret; });
   module.def("devices", &devices);
   module.def("select_forward_kernels", &select_forward_kernels, py::arg("head_dims"), py::arg("causal"),
              py::arg("group_sizes"), py::arg("arch"));

@@ -40,9 +40,10 @@ void check_device(const Argument& argument) {
       return;
     case DeviceKind::kCpu:
       if (config().interpret) return;
-      throw ArgumentError(quoted_device(argument) +
-                          ". Accepted: a CUDA device. To run CPU tensors in the interpreter, slow and checked, set "
-                          "FLASH_ATTN_JIT_INTERPRET=1 before Python starts.");
+      throw ArgumentError(
+          quoted_device(argument) +
+          ". Accepted: a CUDA device. To run CPU tensors in the interpreter, slow and checked, set "
+          "FLASH_ATTN_JIT_INTERPRET=1 before Python starts.");
     case DeviceKind::kOther:
       throw ArgumentError(quoted_device(argument) + ". Accepted: a CUDA device.");
   }
@@ -104,18 +105,20 @@ bool is_contiguous(const TensorInfo& tensor) {
   return true;
 }
 
-// `out` and `softmax_lse` are the package's own allocations, so this names a bug rather than a user's mistake.
+// `out` and `softmax_lse` are the package's own allocations, so this names a bug rather than a user's
+// mistake.
 void check_outputs(const Argument& q, const Argument& out, const Argument& lse) {
   const auto& [batch, seqlen_q, num_heads, head_dim] = q.info.shape;
   const TensorInfo& l = lse.info;
   const bool lse_fits = l.rank == 3 && l.dtype == ElementType::kFloat32 && l.device == q.info.device &&
                         l.shape == std::array<std::int64_t, 4>{batch, num_heads, seqlen_q, 0};
   if (!lse_fits || !is_contiguous(l))
-    throw ArgumentError("softmax_lse has shape " + shape_text(lse.object) + " and dtype " +
-                        dtype_text(lse.object) +
-                        ". Accepted: (batch, num_heads, seqlen_q), torch.float32, contiguous, on q's device.");
+    throw ArgumentError(
+        "softmax_lse has shape " + shape_text(lse.object) + " and dtype " + dtype_text(lse.object) +
+        ". Accepted: (batch, num_heads, seqlen_q), torch.float32, contiguous, on q's device.");
   if (out.info.shape != q.info.shape)
-    throw ArgumentError("out has shape " + shape_text(out.object) + ". Accepted: q's, " + shape_text(q.object) + ".");
+    throw ArgumentError("out has shape " + shape_text(out.object) + ". Accepted: q's, " +
+                        shape_text(q.object) + ".");
 }
 
 TensorView view(const Argument& argument) {

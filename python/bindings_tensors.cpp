@@ -89,9 +89,10 @@ TensorInfo read(py::handle tensor, const char* argument) {
   try {
     return torch->exchange ? read_by_exchange(tensor) : read_by_attributes(tensor);
   } catch (py::error_already_set& error) {
-    throw ArgumentError(std::string(argument) + ": this tensor's memory cannot be read (" +
-                        py::str(error.value()).cast<std::string>() +
-                        "). Accepted: a dense torch.Tensor on a CUDA device, or on the CPU for the interpreter.");
+    throw ArgumentError(
+        std::string(argument) + ": this tensor's memory cannot be read (" +
+        py::str(error.value()).cast<std::string>() +
+        "). Accepted: a dense torch.Tensor on a CUDA device, or on the CPU for the interpreter.");
   }
 }
 
@@ -120,8 +121,8 @@ TensorInfo read_tensor(py::handle tensor, const char* argument) {
   const int is_tensor = PyObject_IsInstance(tensor.ptr(), torch->tensor_type.ptr());
   if (is_tensor < 0) throw py::error_already_set();
   if (!is_tensor)
-    throw ArgumentError(std::string(argument) + " is a " +
-                        text_of(py::type::of(tensor).attr("__name__")) + ". Accepted: a torch.Tensor.");
+    throw ArgumentError(std::string(argument) + " is a " + text_of(py::type::of(tensor).attr("__name__")) +
+                        ". Accepted: a torch.Tensor.");
   const TensorInfo info = read(tensor, argument);
   if (!info.data && info.has_elements())
     throw ArgumentError(std::string(argument) +

@@ -37,8 +37,9 @@ struct TensorInfo {
 // Looks up what is read of torch; called once, when the package is imported.
 void connect_torch(pybind11::module_ torch);
 
-// The metadata of `tensor`: through DLPack's C exchange interface where torch.Tensor has it, else by reading its
-// Python attributes. `argument` names it in errors. Throws ArgumentError for what is no tensor with memory.
+// The metadata of `tensor`: through DLPack's C exchange interface where torch.Tensor has it, else by reading
+// its Python attributes. `argument` names it in errors. Throws ArgumentError for what is no tensor with
+// memory.
 TensorInfo read_tensor(pybind11::handle tensor, const char* argument);
 
 // torch's current stream on a CUDA device, as an opaque CUstream.

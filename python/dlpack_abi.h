@@ -1,5 +1,5 @@
-// The part of DLPack's C exchange interface (version 1) that reading a tensor takes. Its layout is a public ABI:
-// https://dmlc.github.io/dlpack/latest/c_api.html
+// The part of DLPack's C exchange interface (version 1) that reading a tensor takes. Its layout is a public
+// ABI: https://dmlc.github.io/dlpack/latest/c_api.html
 #pragma once
 
 #include <cstdint>
@@ -49,7 +49,8 @@ struct ExchangeApi {
   void* managed_tensor_allocator;
   void* managed_tensor_from_object;
   void* managed_tensor_to_object;
-  // Fills `out` with a view of the tensor `object`; -1 with a Python exception set where it cannot. May be null.
+  // Fills `out` with a view of the tensor `object`; -1 with a Python exception set where it cannot. May be
+  // null.
   int (*tensor_from_object)(void* object, Tensor* out);
   // The producer's current stream on a device; -1 with a Python exception set where it cannot.
   int (*current_stream)(std::int32_t device_type, std::int32_t device_id, void** out);

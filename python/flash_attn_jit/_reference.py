@@ -13,6 +13,8 @@ def reference_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: b
     scores = q.double() @ k.double().transpose(-1, -2) / sqrt(q.shape[-1])
     if causal:
         seqlen_q, seqlen_k = scores.shape[-2:]
-        hidden = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device).triu(1 + seqlen_k - seqlen_q)
+        hidden = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device).triu(
+            1 + seqlen_k - seqlen_q
+        )
         scores.masked_fill_(hidden, float("-inf"))
     return torch.softmax(scores, -1) @ v.double()

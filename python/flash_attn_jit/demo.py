@@ -125,7 +125,9 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m flash_attn_jit.demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("demo-pack"), help="the pack's folder (default: demo-pack)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-pack"), help="the pack's folder (default: demo-pack)"
+    )
     out: Path = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)
     device = choose_device(out)
@@ -133,7 +135,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     specs = {model: _specs(model) for model in MODELS}
     kernels = prebuild([spec for of_model in specs.values() for spec in of_model], out)
     where = torch.cuda.get_device_name() if device == "cuda" else "the interpreter"
-    print(f"Kernels for sm_75 in {out}; FLASH_ATTN_JIT_PREBUILT={out} makes a T4 load them. Running each on {where}.")
+    print(
+        f"Kernels for sm_75 in {out}; FLASH_ATTN_JIT_PREBUILT={out} makes a T4 load them. Running each on {where}."
+    )
     rows = [["model", "kernel", "tile", "registers", "spills", "compiled in", "max error vs float64"]]
     for model, of_model in specs.items():
         for spec in of_model:

@@ -68,7 +68,9 @@ def _reject_gradients(**inputs: torch.Tensor) -> None:
 def _reject_tangents(**inputs: torch.Tensor) -> None:
     for name, tensor in inputs.items():
         if forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(f"{name} carries a forward-mode tangent, and forward mode is not built yet.")
+            raise NotImplementedError(
+                f"{name} carries a forward-mode tangent, and forward mode is not built yet."
+            )
 
 
 def flash_attn_func(

@@ -18,7 +18,11 @@ def _probabilities(
         j = torch.arange(seqlen_k, device=q.device)[None, :]
         scores = scores.masked_fill(j > i + seqlen_k - seqlen_q, float("-inf"))
     if seqlen_k == 0:
-        return scores, scores.sum(-1, keepdim=True), torch.full(scores.shape[:-1], float("inf"), dtype=dtype, device=q.device)
+        return (
+            scores,
+            scores.sum(-1, keepdim=True),
+            torch.full(scores.shape[:-1], float("inf"), dtype=dtype, device=q.device),
+        )
     row_max = scores.amax(-1, keepdim=True)
     row_max = torch.where(row_max == float("-inf"), 0.0, row_max)
     p = torch.exp(scores - row_max)
@@ -35,7 +39,11 @@ def _times_v(p: torch.Tensor, row_sum: torch.Tensor, v: torch.Tensor) -> torch.T
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False, softmax_scale: Optional[float] = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool = False,
+    softmax_scale: Optional[float] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """(out, softmax_lse) in float64; q, k, v (batch, seqlen, heads, head_dim)."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -44,7 +52,11 @@ def attention(
 
 
 def error_bound(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False, softmax_scale: Optional[float] = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool = False,
+    softmax_scale: Optional[float] = None,
 ) -> float:
     """Twice the greatest error of float32 arithmetic that rounds P and out to fp16, plus 1e-5."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -74,7 +86,9 @@ def check_attention(
     if softmax_lse is not None:
         assert softmax_lse.shape == (q.shape[0], q.shape[2], q.shape[1])
         assert softmax_lse.dtype == torch.float32
-        torch.testing.assert_close(softmax_lse.double(), expected_lse.to(softmax_lse.device), atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            softmax_lse.double(), expected_lse.to(softmax_lse.device), atol=2e-5, rtol=1e-5
+        )
 
 
 def normal(*shape: int, seed: int = 0, device: str = "cpu") -> torch.Tensor:
@@ -83,7 +97,13 @@ def normal(*shape: int, seed: int = 0, device: str = "cpu") -> torch.Tensor:
 
 
 def normal_qkv(
-    batch: int, seqlen_q: int, seqlen_k: int, num_heads: int, num_heads_k: int, head_dim: int, device: str = "cpu"
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    num_heads: int,
+    num_heads_k: int,
+    head_dim: int,
+    device: str = "cpu",
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         normal(batch, seqlen_q, num_heads, head_dim, seed=1, device=device),

@@ -1,4 +1,4 @@
-"""Runs before flash_attn_jit reads its variables: CPU tensors go through the interpreter, and the cache is the tests' own."""
+"""Set before flash_attn_jit reads its variables: CPU tensors are interpreted, the cache is the tests' own."""
 
 import json
 import os
@@ -52,7 +52,9 @@ def program_path() -> Path:
 
 def run_program(*arguments: Any, **changes: Any) -> "subprocess.CompletedProcess[bytes]":
     command = [str(program_path()), *(str(argument) for argument in arguments)]
-    return subprocess.run(command, env=environment(**changes), cwd=_folder.name, capture_output=True, timeout=900)
+    return subprocess.run(
+        command, env=environment(**changes), cwd=_folder.name, capture_output=True, timeout=900
+    )
 
 
 def find_nvrtc(major: int) -> Path:
@@ -77,7 +79,15 @@ class Pack:
 
     def build(self) -> Dict[str, Any]:
         done = run_program(
-            "prebuild", "--arch", "sm_75", *DEFAULT_PACK, "--out", self.folder, "--nvrtc", self.nvrtc, "--json"
+            "prebuild",
+            "--arch",
+            "sm_75",
+            *DEFAULT_PACK,
+            "--out",
+            self.folder,
+            "--nvrtc",
+            self.nvrtc,
+            "--json",
         )
         assert done.returncode == 0, done.stderr.decode()
         return json.loads(done.stdout)

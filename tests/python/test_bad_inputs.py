@@ -15,7 +15,9 @@ def refused(error, *words, q=None, k=None, v=None, **arguments):
     good = normal_qkv(1, 8, 8, 2, 2, 64)
     before = flash_attn_jit.interpreter_report()
     with pytest.raises(error) as raised:
-        flash_attn_func(*(good[i] if given is None else given for i, given in enumerate((q, k, v))), **arguments)
+        flash_attn_func(
+            *(good[i] if given is None else given for i, given in enumerate((q, k, v))), **arguments
+        )
     after = flash_attn_jit.interpreter_report()
     assert (before is None and after is None) or before.json() == after.json()
     for word in words:
@@ -80,7 +82,13 @@ def test_no_tensor(name):
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("shape", [(8, 2, 64), (1, 1, 8, 2, 64), ()], ids=str)
 def test_rank(name, shape):
-    refused(ValueError, f"{name} has {len(shape)} dimensions", re.escape(str(shape)), "4", **{name: normal(*shape)})
+    refused(
+        ValueError,
+        f"{name} has {len(shape)} dimensions",
+        re.escape(str(shape)),
+        "4",
+        **{name: normal(*shape)},
+    )
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])

@@ -49,8 +49,16 @@ def test_timing_without_a_gpu_says_so(tmp_path):
 
 
 def test_target_is_set_before_it_is_read(tmp_path):
-    done = run_module("bench", "--host-cost", "--target", "compute_75", "--output", "cost.json", cwd=tmp_path,
-                      FLASH_ATTN_JIT_TARGET=None)
+    done = run_module(
+        "bench",
+        "--host-cost",
+        "--target",
+        "compute_75",
+        "--output",
+        "cost.json",
+        cwd=tmp_path,
+        FLASH_ATTN_JIT_TARGET=None,
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "cost.json").read_text())
     assert record["machine"]["target"] == "compute_75"
@@ -68,7 +76,9 @@ def timing_record():
     rows = []
     for problem in sweep(4, (16, 16), [64, 128], [512, 1024], [False, True]):
         for backend, ms in (("flash_attn_jit", 1.0), ("sdpa_efficient", 2.0)):
-            rows.append({**problem.record(), "backend": backend, **timing.summary(problem, [ms, ms * 1.1, ms * 0.9])})
+            rows.append(
+                {**problem.record(), "backend": backend, **timing.summary(problem, [ms, ms * 1.1, ms * 0.9])}
+            )
         rows.append({**problem.record(), "backend": "sdpa_cudnn", "skipped": "not here"})
     return {"kind": "timing", "machine": {"gpu": "Tesla T4", "target": "native"}, "rows": rows}
 

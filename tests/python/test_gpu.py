@@ -98,7 +98,9 @@ def heads_first(t):
 
 
 def part_of_a_wider_row(t, before=8, after=16):
-    wide = torch.full((*t.shape[:-1], before + t.shape[-1] + after), float("nan"), dtype=t.dtype, device=t.device)
+    wide = torch.full(
+        (*t.shape[:-1], before + t.shape[-1] + after), float("nan"), dtype=t.dtype, device=t.device
+    )
     wide[..., before : before + t.shape[-1]] = t
     return wide[..., before : before + t.shape[-1]]
 
@@ -301,8 +303,11 @@ for head_dim in (64, 128, 33):
 
 def compute_sanitizer():
     cuda_home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-    places = [shutil.which("compute-sanitizer"), cuda_home / "bin/compute-sanitizer",
-              cuda_home / "compute-sanitizer/compute-sanitizer"]
+    places = [
+        shutil.which("compute-sanitizer"),
+        cuda_home / "bin/compute-sanitizer",
+        cuda_home / "compute-sanitizer/compute-sanitizer",
+    ]
     found = [str(place) for place in places if place and Path(place).exists()]
     if not found:
         pytest.skip("compute-sanitizer is neither on PATH nor below CUDA_HOME")
@@ -311,11 +316,26 @@ def compute_sanitizer():
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer(tool):
-    command = [compute_sanitizer(), "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no",
-               sys.executable, "-c", SANITIZED.format(folder=str(Path(__file__).parent))]
+    command = [
+        compute_sanitizer(),
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        "--report-api-errors",
+        "no",
+        sys.executable,
+        "-c",
+        SANITIZED.format(folder=str(Path(__file__).parent)),
+    ]
     # Without torch's pool every tensor is an allocation of its own, so that memcheck knows where it ends.
-    done = subprocess.run(command, env=environment(PYTORCH_NO_CUDA_MEMORY_CACHING=1), capture_output=True, text=True,
-                          timeout=1800)
+    done = subprocess.run(
+        command,
+        env=environment(PYTORCH_NO_CUDA_MEMORY_CACHING=1),
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
     summary = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
     print(f"{TARGET} {tool}: {summary}")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -325,7 +345,13 @@ def test_compute_sanitizer(tool):
 @pytest.mark.skipif(TARGET == "compute_75", reason="this is that run")
 def test_again_through_compute_75():
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment(FLASH_ATTN_JIT_TARGET="compute_75"), capture_output=True, text=True,
-                          timeout=3600, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        command,
+        env=environment(FLASH_ATTN_JIT_TARGET="compute_75"),
+        capture_output=True,
+        text=True,
+        timeout=3600,
+        cwd=Path(__file__).parents[2],
+    )
     print(done.stdout[-2000:])
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]

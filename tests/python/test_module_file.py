@@ -29,7 +29,8 @@ def dynamic_entries(image):
     entries = list(struct.iter_unpack("<qQ", image[dynamic[2] : dynamic[2] + dynamic[5] // 16 * 16]))
     address = dict(entries)[DT_STRTAB]
     (strings,) = [
-        header[2] + address - header[3] for header in headers
+        header[2] + address - header[3]
+        for header in headers
         if header[0] == PT_LOAD and header[3] <= address < header[3] + header[5]
     ]
     return entries, strings
@@ -40,7 +41,8 @@ def test_needed_libraries():
     entries, strings = dynamic_entries(image)
     needed = {
         image[strings + value : image.index(b"\0", strings + value)].decode()
-        for tag, value in entries if tag == DT_NEEDED
+        for tag, value in entries
+        if tag == DT_NEEDED
     }
     assert "libc.so.6" in needed
     assert needed <= ALLOWED

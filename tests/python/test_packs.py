@@ -25,7 +25,9 @@ print(json.dumps({"origins": origins, "missing": missing, "not_there": not_there
 def test_no_kernel_spills(major, request):
     pack = request.getfixturevalue(f"pack_{major}")
     kernels = pack.kernels()
-    assert len(kernels) >= 16 * 2  # head dims x masks x groups, each with aligned and unaligned loads at least
+    assert (
+        len(kernels) >= 16 * 2
+    )  # head dims x masks x groups, each with aligned and unaligned loads at least
     for kernel in kernels:
         assert kernel["origin"] == "cache", kernel
         assert (kernel["spill_stores"], kernel["spill_loads"]) == (0, 0), kernel
@@ -62,7 +64,8 @@ from flash_attn_jit import _core
 specs = _core.select_forward_kernels([64], [False, True], [1], "sm_75")
 library = _core.open_pack_for_writing(FOLDER) if FOLDER else _core.process_library()
 kernels = [library.find_or_compile(spec, "sm_75") for spec in specs]
-print(json.dumps([{key: kernel[key] for key in ("name", "registers", "built_by", "dynamic_smem", "origin")} for kernel in kernels]))
+compared = ("name", "registers", "built_by", "dynamic_smem", "origin")
+print(json.dumps([{key: kernel[key] for key in compared} for kernel in kernels]))
 """
     results = []
     for folder in (str(pack_12.folder), None):

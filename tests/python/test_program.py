@@ -67,8 +67,23 @@ def test_inspect_a_tile_by_its_text():
 
 
 def prebuild(out, *more, **changes):
-    return run_program("prebuild", "--arch", "sm_75", "--kinds", "fwd", "--head-dims", "64", "--causal", "no",
-                       "--gqa", "1", "--out", out, *more, **changes)
+    return run_program(
+        "prebuild",
+        "--arch",
+        "sm_75",
+        "--kinds",
+        "fwd",
+        "--head-dims",
+        "64",
+        "--causal",
+        "no",
+        "--gqa",
+        "1",
+        "--out",
+        out,
+        *more,
+        **changes,
+    )
 
 
 def test_prebuild_then_skip(tmp_path):
@@ -145,5 +160,7 @@ def test_cache_clear_leaves_what_is_not_its_own(cache):
 
 def test_output_that_cannot_be_written():
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([str(program_path()), "cache", "path"], stdout=full, stderr=subprocess.PIPE, env=environment())
+        done = subprocess.run(
+            [str(program_path()), "cache", "path"], stdout=full, stderr=subprocess.PIPE, env=environment()
+        )
     assert done.returncode != 0 and b"output" in done.stderr

@@ -21,7 +21,9 @@ class CountingBackend:
         return graph.forward
 
     def operators(self):
-        return [node.target for graph in self.graphs for node in graph.graph.nodes if node.op == "call_function"]
+        return [
+            node.target for graph in self.graphs for node in graph.graph.nodes if node.op == "call_function"
+        ]
 
 
 def test_one_operator_and_no_graph_break():

@@ -1,9 +1,16 @@
-"""torch before 2.10 lacks DLPack's C exchange interface: then tensors are read through their Python attributes."""
+"""torch without DLPack's C exchange interface: tensors are read through their Python attributes."""
+
+from pathlib import Path
 
 import torch
 from conftest import run_python
 
-HIDE = f"import torch; del torch.Tensor.__dlpack_c_exchange_api__; import sys; sys.path.insert(0, {__file__.rsplit('/', 1)[0]!r})\n"
+HIDE = f"""
+import sys
+import torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+del torch.Tensor.__dlpack_c_exchange_api__
+"""
 
 
 def run_hidden(code):

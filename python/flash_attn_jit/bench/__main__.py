@@ -35,22 +35,41 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         description="Times forward attention against PyTorch SDPA's backends and writes the figures as JSON.",
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--accuracy", action="store_true", help="errors against float64 instead of times, sequences up to 4096")
-    what.add_argument("--host-cost", action="store_true", help="the cost of a Python call beside SDPA's instead of times")
-    what.add_argument("--plot", type=Path, metavar="JSON", help="measure nothing: draw the PNG of this timing run")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON to write (default: bench.json), or --plot's PNG")
+    what.add_argument(
+        "--accuracy",
+        action="store_true",
+        help="errors against float64 instead of times, sequences up to 4096",
+    )
+    what.add_argument(
+        "--host-cost", action="store_true", help="the cost of a Python call beside SDPA's instead of times"
+    )
+    what.add_argument(
+        "--plot", type=Path, metavar="JSON", help="measure nothing: draw the PNG of this timing run"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="JSON to write (default: bench.json), or --plot's PNG"
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--heads-k", type=int, help="heads of k and v (default: as many as --heads)")
     parser.add_argument("--head-dims", type=_integers, default=[64, 128], metavar="64,128")
-    parser.add_argument("--seqlens", type=_integers, default=[512, 1024, 2048, 4096, 8192, 16384], metavar="512,...")
+    parser.add_argument(
+        "--seqlens", type=_integers, default=[512, 1024, 2048, 4096, 8192, 16384], metavar="512,..."
+    )
     parser.add_argument("--causal", choices=["both", "yes", "no"], default="both")
     parser.add_argument("--backends", type=_backends, default=list(NAMES), metavar=",".join(NAMES))
-    parser.add_argument("--rounds", type=int, default=5, help="samples of each backend, taken in turns (default: 5)")
-    parser.add_argument("--burst-ms", type=float, default=50.0, help="calls back to back in a sample last about this long")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="samples of each backend, taken in turns (default: 5)"
+    )
+    parser.add_argument(
+        "--burst-ms", type=float, default=50.0, help="calls back to back in a sample last about this long"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="--accuracy: how many (default: 5)")
-    parser.add_argument("--target", choices=["native", "compute_75"],
-                        help=f"sets {_TARGET_VARIABLE}: compute_75 runs the Turing code on a newer GPU")
+    parser.add_argument(
+        "--target",
+        choices=["native", "compute_75"],
+        help=f"sets {_TARGET_VARIABLE}: compute_75 runs the Turing code on a newer GPU",
+    )
     return parser.parse_args(arguments)
 
 
@@ -85,14 +104,18 @@ def _measure(options: argparse.Namespace) -> List[Dict[str, Any]]:
     if options.host_cost:
         rows = host_cost.run()
         for row in rows:
-            print(f"{row['backend']:16} {row['device']:5} grad {row['grad_mode']:4} {row['us_median']:8.2f} us a call"
-                  f"  ({row['us_min']:.2f} to {row['us_max']:.2f})")
+            print(
+                f"{row['backend']:16} {row['device']:5} grad {row['grad_mode']:4} {row['us_median']:8.2f} us a call"
+                f"  ({row['us_min']:.2f} to {row['us_max']:.2f})"
+            )
     elif options.accuracy:
         for problem in _problems(options, longest=4096):
             rows += _print_rows(problem, accuracy.run(problem, options.backends, range(options.seeds)))
     else:
         for problem in _problems(options):
-            rows += _print_rows(problem, timing.run(problem, options.backends, options.rounds, options.burst_ms))
+            rows += _print_rows(
+                problem, timing.run(problem, options.backends, options.rounds, options.burst_ms)
+            )
     return rows
 
 
@@ -106,8 +129,10 @@ def _figures(row: Dict[str, Any]) -> str:
     if "skipped" in row:
         return f"does not run: {row['skipped']}"
     if "tflops" in row:
-        return (f"{row['ms_median']:9.3f} ms  {row['tflops']:7.1f} TFLOP/s"
-                f"  (median of {len(row['ms_samples'])}, {row['ms_min']:.3f} to {row['ms_max']:.3f} ms)")
+        return (
+            f"{row['ms_median']:9.3f} ms  {row['tflops']:7.1f} TFLOP/s"
+            f"  (median of {len(row['ms_samples'])}, {row['ms_min']:.3f} to {row['ms_max']:.3f} ms)"
+        )
     text = f"max {row['max_error']:.3e}  rms {row['rms_error']:.3e}"
     if "max_over_flash" in row:
         text += f"  over SDPA flash: {row['max_over_flash']:.2f} and {row['rms_over_flash']:.2f}"
@@ -123,7 +148,9 @@ def main(arguments: Sequence[str]) -> None:
         return
     restart_with_target(options.target, arguments)
     if not torch.cuda.is_available() and not options.host_cost:
-        raise SystemExit("This measures on a GPU, and torch sees none. --plot JSON and --host-cost run without one.")
+        raise SystemExit(
+            "This measures on a GPU, and torch sees none. --plot JSON and --host-cost run without one."
+        )
     kind = "host_cost" if options.host_cost else "accuracy" if options.accuracy else "timing"
     record = {"kind": kind, "machine": machine(), "command": list(arguments), "rows": _measure(options)}
     output = options.output or Path("bench.json")

@@ -2,7 +2,7 @@
 
 import warnings
 from contextlib import nullcontext
-from typing import Callable, ContextManager, Dict
+from typing import Callable, ContextManager, Dict, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +36,15 @@ class Backend:
         return self._ours if self.name == OURS else self._sdpa
 
     def _ours(self, inputs: Inputs) -> torch.Tensor:
-        return flash_attn_func(*inputs, causal=self._problem.causal)
+        return cast(torch.Tensor, flash_attn_func(*inputs, causal=self._problem.causal))
 
     def _sdpa(self, inputs: Inputs) -> torch.Tensor:
         q, k, v = (tensor.transpose(1, 2) for tensor in inputs)
-        gqa = {} if self._problem.num_heads == self._problem.num_heads_k else {"enable_gqa": True}
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=self._problem.causal, **gqa)
+        causal = self._problem.causal
+        if self._problem.num_heads == self._problem.num_heads_k:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        else:  # an argument that torch has from 2.5 on
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
         return out.transpose(1, 2)
 
     def why_not(self, inputs: Inputs) -> str:

@@ -46,7 +46,9 @@ def plot(record: Dict[str, Any], png: Path) -> None:
     head_dims = sorted({row["head_dim"] for row in rows})
     masks = sorted({row["causal"] for row in rows})
     size: Tuple[float, float] = (6.4 * len(masks), 3.6 * len(head_dims))
-    figure, grid = pyplot.subplots(len(head_dims), len(masks), figsize=size, squeeze=False, layout="constrained")
+    figure, grid = pyplot.subplots(
+        len(head_dims), len(masks), figsize=size, squeeze=False, layout="constrained"
+    )
     for head_dim, line in zip(head_dims, grid):
         for causal, axes in zip(masks, line):
             _bars(axes, [row for row in rows if row["head_dim"] == head_dim and row["causal"] == causal])

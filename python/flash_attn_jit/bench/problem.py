@@ -44,7 +44,11 @@ class Problem:
 
     def __str__(self) -> str:
         mask = "causal" if self.causal else "full"
-        heads = f"{self.num_heads}" if self.num_heads == self.num_heads_k else f"{self.num_heads}/{self.num_heads_k}"
+        heads = (
+            f"{self.num_heads}"
+            if self.num_heads == self.num_heads_k
+            else f"{self.num_heads}/{self.num_heads_k}"
+        )
         return f"b{self.batch} h{heads} d{self.head_dim} s{self.seqlen} {mask}"
 
 
