@@ -44,8 +44,8 @@ std::optional<FoundKernel> accept(const KernelId& id, CompiledKernel kernel, Ker
   return FoundKernel{std::move(kernel), origin};
 }
 
-mode_t folder_mode(FolderAccess access) { return access == FolderAccess::kPrivate ? 0700 : 0755; }
-mode_t file_mode(FolderAccess access) { return access == FolderAccess::kPrivate ? 0600 : 0644; }
+mode_t folder_mode(FolderUse use) { return use == FolderUse::kCache ? 0700 : 0755; }
+mode_t file_mode(FolderUse use) { return use == FolderUse::kCache ? 0600 : 0644; }
 
 }  // namespace
 
@@ -142,9 +142,10 @@ std::optional<FoundKernel> KernelCache::find_in_memory(const KernelId& id, const
 std::optional<FileLock> KernelCache::lock_for(const KernelId& id) {
   if (distrust()) return std::nullopt;
   try {
-    create_folders(settings_.dir, folder_mode(settings_.access));
+    create_folders(settings_.dir, folder_mode(settings_.use));
     return FileLock::acquire(settings_.dir / lock_name(id.key), FileLock::Wait::kUntilFree);
   } catch (const FileError& error) {
+    if (settings_.use == FolderUse::kPack) throw;
     warn_about_folder(error.what());
     return std::nullopt;
   }
@@ -163,11 +164,12 @@ void KernelCache::store(const KernelId& id, const CompiledKernel& kernel) {
     return keep_in_memory();
   }
   try {
-    create_folders(settings_.dir, folder_mode(settings_.access));
+    create_folders(settings_.dir, folder_mode(settings_.use));
     write_file(settings_.dir / id.file_name(), settings_.dir / temporary_name(id.key), bytes,
-               file_mode(settings_.access));
+               file_mode(settings_.use));
     evict(settings_.dir, settings_.max_bytes);
   } catch (const FileError& error) {
+    if (settings_.use == FolderUse::kPack) throw;
     warn_about_folder(error.what());
     keep_in_memory();
   }
@@ -177,8 +179,8 @@ std::string KernelCache::keep_refused_source(const KernelId& id, std::string_vie
   const fs::path path = settings_.dir / source_name(id);
   try {
     if (const auto reason = distrust()) throw FileError(*reason);
-    create_folders(settings_.dir, folder_mode(settings_.access));
-    write_file(path, settings_.dir / temporary_name(id.key), source, file_mode(settings_.access));
+    create_folders(settings_.dir, folder_mode(settings_.use));
+    write_file(path, settings_.dir / temporary_name(id.key), source, file_mode(settings_.use));
   } catch (const FileError& error) {
     return std::string("nowhere: ") + error.what();
   }
@@ -187,7 +189,7 @@ std::string KernelCache::keep_refused_source(const KernelId& id, std::string_vie
 
 // Why kernels of this folder must not be run: somebody else could have put them there.
 std::optional<std::string> KernelCache::distrust() const {
-  if (settings_.access == FolderAccess::kShared) return std::nullopt;
+  if (settings_.use == FolderUse::kPack) return std::nullopt;
   struct stat status {};
   if (::stat(settings_.dir.c_str(), &status) != 0) return std::nullopt;
   if (status.st_uid != ::geteuid())
@@ -203,7 +205,5 @@ void KernelCache::warn_about_folder(const std::string& reason) {
   log(LogLevel::kWarning, "compiled kernels are kept in memory only: " + reason +
                               ". Set FLASH_ATTN_JIT_CACHE_DIR to a folder of your own");
 }
-
-KernelCache& process_cache() { return process_library().cache(); }
 
 }  // namespace flash_attn_jit

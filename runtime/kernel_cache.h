@@ -19,17 +19,16 @@
 
 namespace flash_attn_jit {
 
-// Who may read a folder that the cache creates.
-enum class FolderAccess {
-  kPrivate,  // a user's cache: 0700
-  kShared,   // a pack that is being made: 0755
+enum class FolderUse {
+  kCache,  // a user's own: 0700, nobody else may write it, and where it cannot be written memory serves
+  kPack,   // a pack that is being made: 0755, and what cannot be written is a FileError
 };
 
 struct KernelCacheSettings {
   std::filesystem::path dir;
   std::uint64_t max_bytes = std::uint64_t{1} << 30;
   std::optional<std::filesystem::path> prebuilt;  // searched first, never written
-  FolderAccess access = FolderAccess::kPrivate;
+  FolderUse use = FolderUse::kCache;
 };
 
 class KernelCache {

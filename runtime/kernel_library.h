@@ -42,7 +42,15 @@ const TemplateSet& active_templates();
 // The templates that `config` names: its folder's *.cuh files, else those embedded. Throws ConfigError.
 TemplateSet load_templates(const Config& config);
 
-class Nvrtc;
+class NvrtcChoice;
+
+// Machine code that the driver makes of PTX.
+struct LinkTarget {
+  int ptx_sm = 75;
+  int device_sm = 0;
+  // Why PTX was taken: what one purpose stored, another does not find.
+  std::string purpose;
+};
 
 // A cache with a compiler behind it.
 class KernelLibrary {
@@ -53,26 +61,29 @@ class KernelLibrary {
     // The driver that shall load the kernels, as cuDriverGetVersion counts. Nothing: any driver.
     std::optional<int> driver_version;
   };
-  explicit KernelLibrary(Settings settings);
+  explicit KernelLibrary(const Settings& settings);
+  KernelLibrary(const Config& config, std::shared_ptr<KernelCache> cache, std::optional<int> driver_version);
   ~KernelLibrary();
 
-  // A kernel for a GPU. Several threads or processes that ask for one kernel compile it once. PTX is not stored: looked
-  // for in the pack, else compiled. Throws CompileError, MissingKernelError, UnsupportedError (check()'s reason).
+  // A kernel for a GPU. Several threads or processes that ask for one kernel compile it once. PTX is not stored: it is
+  // looked for in the pack, else compiled. Throws CompileError, MissingKernelError, UnsupportedError (check()'s reason).
   FoundKernel find_or_compile(const KernelSpec& spec, const CompileTarget& target);
-
-  // The kernel as a cubin of `device_sm` that `link` makes from the `ptx_sm` PTX; that cubin is stored, for this driver
-  // version and this `purpose` alone.
-  using LinkPtx = std::function<std::string(const std::string& ptx, const std::string& name)>;
-  FoundKernel find_or_link(const KernelSpec& spec, int ptx_sm, int device_sm, const std::string& purpose,
-                           const LinkPtx& link);
 
   // find_or_compile() without the compiler.
   std::optional<FoundKernel> find(const KernelSpec& spec, const CompileTarget& target);
 
-  // Whether the NVRTC at hand compiles for sm_`sm`. Opens it. Throws Error where there is none.
-  bool can_compile_for(int sm);
+  // Turns a PTX kernel into one of machine code, resources included.
+  using LinkPtx = std::function<CompiledKernel(CompiledKernel ptx)>;
 
-  KernelCache& cache() { return cache_; }
+  // The kernel as machine code made of PTX by `link`; that code is stored, for this driver version alone. Throws as
+  // find_or_compile(), and what `link` throws.
+  FoundKernel find_or_link(const KernelSpec& spec, const LinkTarget& target, const LinkPtx& link);
+  std::optional<FoundKernel> find_linked(const KernelSpec& spec, const LinkTarget& target);
+
+  // Whether there is an NVRTC and it does not know sm_`sm`. Opens it.
+  bool compiler_lacks(int sm);
+
+  KernelCache& cache() { return *cache_; }
 
   // How many NVRTC libraries this object opened: a hit opens none.
   int nvrtc_opened() const;
@@ -80,14 +91,17 @@ class KernelLibrary {
  private:
   CompiledKernel compile(const KernelSpec& spec, const RenderedKernel& rendered, const CompileTarget& target,
                          const KernelId& id);
-  const Nvrtc& nvrtc_for(CodeKind code);
+  std::optional<std::string> objection_to(const CompiledKernel& kernel) const;
 
-  Settings settings_;
+  Config config_;
+  std::shared_ptr<KernelCache> cache_;
+  std::optional<int> driver_version_;
   TemplateSet templates_;
-  KernelCache cache_;
-  struct Compilers;
-  std::unique_ptr<Compilers> compilers_;
+  std::unique_ptr<NvrtcChoice> compilers_;
 };
+
+// Where the process's kernels are kept and looked for, as `config` says.
+KernelCacheSettings cache_settings(const Config& config);
 
 // The process's own library, as config() and the driver at hand say.
 KernelLibrary& process_library();

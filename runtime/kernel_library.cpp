@@ -1,0 +1,216 @@
+#include "runtime/kernel_library.h"
+
+#include <algorithm>
+#include <cstdio>
+
+#include "generator/legality.h"
+#include "runtime/compiler.h"
+#include "runtime/driver.h"
+#include "runtime/log.h"
+#include "runtime/nvrtc_choice.h"
+
+namespace flash_attn_jit {
+namespace {
+
+constexpr double kSlowCompileSeconds = 0.5;
+
+KernelSpec checked(const KernelSpec& spec, int sm) {
+  if (const auto reason = check(spec, arch_limits(sm))) throw UnsupportedError(*reason);
+  return spec;
+}
+
+std::string architecture_in_name(CodeKind code, int sm) {
+  return (code == CodeKind::kPtx ? "compute" : "sm") + std::to_string(sm);
+}
+
+KernelId id_of(const KernelSpec& spec, const RenderedKernel& rendered, const CompileTarget& target) {
+  KernelId id;
+  id.key = make_key({{"source", rendered.source},
+                     {"options", joined(compile_options(target))},
+                     {"target", target.text()}});
+  id.name = spec.name() + "_" + architecture_in_name(target.code, target.sm);
+  id.spec = spec.text();
+  id.target = target.text();
+  return id;
+}
+
+KernelId id_of_linked(const KernelSpec& spec, const RenderedKernel& rendered, const LinkTarget& target,
+                      int driver_version) {
+  const CompileTarget ptx{target.ptx_sm, CodeKind::kPtx};
+  const std::string machine = "sm_" + std::to_string(target.device_sm);
+  KernelId id;
+  id.key = make_key({{"source", rendered.source},
+                     {"options", joined(compile_options(ptx))},
+                     {"target", ptx.text()},
+                     {"linked for", machine},
+                     {"driver", std::to_string(driver_version)},
+                     {"purpose", target.purpose}});
+  id.name = spec.name() + "_" + architecture_in_name(CodeKind::kPtx, target.ptx_sm) + "_on_" +
+            architecture_in_name(CodeKind::kCubin, target.device_sm);
+  id.spec = spec.text();
+  id.target = ptx.text() + " linked for " + machine;
+  return id;
+}
+
+// How a kernel is launched is the generator's knowledge, not the file's.
+FoundKernel with_launch_shape(FoundKernel found, const RenderedKernel& rendered) {
+  found.kernel.entry = rendered.entry;
+  found.kernel.threads = rendered.threads;
+  found.kernel.dynamic_smem = rendered.dynamic_smem;
+  return found;
+}
+
+CompiledKernel tell_if_slow(const KernelId& id, CompiledKernel kernel) {
+  if (kernel.seconds > kSlowCompileSeconds) {
+    char seconds[32];
+    std::snprintf(seconds, sizeof seconds, "%.2f", kernel.seconds);
+    log(LogLevel::kInfo, "compiled " + id.name + " in " + seconds + " s (" + kernel.built_by + ")");
+  }
+  return kernel;
+}
+
+std::string prebuild_command(const KernelSpec& spec, int sm) {
+  return "flash-attn-jit prebuild --arch sm_" + std::to_string(sm) + " --kinds " + std::string(to_text(spec.kind)) +
+         " --head-dims " + std::to_string(spec.head_dim) + " --causal " +
+         (spec.mask == Mask::kCausal ? "yes" : "no") + " --gqa " + std::to_string(spec.group_size) + " --out DIR";
+}
+
+MissingKernelError missing(const KernelSpec& spec, const CompileTarget& target, const KernelCache& cache,
+                           const std::string& no_compiler) {
+  std::string message = "kernel '" + spec.text() + "' for " + target.text() + " is neither in the cache (" +
+                        cache.settings().dir.string() + ") nor in " +
+                        (cache.settings().prebuilt ? "the pack " + cache.settings().prebuilt->string()
+                                                   : "a pack (FLASH_ATTN_JIT_PREBUILT is not set)") +
+                        ", and it cannot be compiled here: " + no_compiler;
+  // PTX depends on the driver that links it, so that no pack can stand in for the compiler.
+  if (target.code == CodeKind::kPtx) return {message, spec, ""};
+  const std::string command = prebuild_command(spec, target.sm);
+  return {message + "\nOr build a pack where there is an NVRTC, and set FLASH_ATTN_JIT_PREBUILT to it here: " + command,
+          spec, command};
+}
+
+}  // namespace
+
+CompileError::CompileError(const std::string& message, std::string log, std::string options, std::string source_path)
+    : Error(message), log(std::move(log)), options(std::move(options)), source_path(std::move(source_path)) {}
+
+MissingKernelError::MissingKernelError(const std::string& message, KernelSpec spec, std::string prebuild_command)
+    : Error(message), spec(spec), prebuild_command(std::move(prebuild_command)) {}
+
+KernelLibrary::KernelLibrary(const Settings& settings)
+    : KernelLibrary(settings.config, std::make_shared<KernelCache>(settings.cache), settings.driver_version) {}
+
+KernelLibrary::KernelLibrary(const Config& config, std::shared_ptr<KernelCache> cache,
+                             std::optional<int> driver_version)
+    : config_(config),
+      cache_(std::move(cache)),
+      driver_version_(driver_version),
+      templates_(load_templates(config)),
+      compilers_(std::make_unique<NvrtcChoice>(config, driver_version)) {}
+
+KernelLibrary::~KernelLibrary() = default;
+
+FoundKernel KernelLibrary::find_or_compile(const KernelSpec& spec, const CompileTarget& target) {
+  const RenderedKernel rendered = render(checked(spec, target.sm), templates_);
+  const KernelId id = id_of(spec, rendered, target);
+  const auto objection = [this](const CompiledKernel& kernel) { return objection_to(kernel); };
+  const auto build = [&] { return tell_if_slow(id, compile(spec, rendered, target, id)); };
+  if (target.code == CodeKind::kCubin)
+    return with_launch_shape(cache_->get_or_build(id, build, objection), rendered);
+  if (auto found = cache_->find(id, objection)) return with_launch_shape(*std::move(found), rendered);
+  return {build(), KernelOrigin::kCompiled};
+}
+
+std::optional<FoundKernel> KernelLibrary::find(const KernelSpec& spec, const CompileTarget& target) {
+  const RenderedKernel rendered = render(checked(spec, target.sm), templates_);
+  auto found = cache_->find(id_of(spec, rendered, target),
+                            [this](const CompiledKernel& kernel) { return objection_to(kernel); });
+  if (found) found = with_launch_shape(*std::move(found), rendered);
+  return found;
+}
+
+FoundKernel KernelLibrary::find_or_link(const KernelSpec& spec, const LinkTarget& target, const LinkPtx& link) {
+  const RenderedKernel rendered = render(checked(spec, target.ptx_sm), templates_);
+  const KernelId id = id_of_linked(spec, rendered, target, driver_version_.value_or(0));
+  const FoundKernel found = cache_->get_or_build(id, [&] {
+    const CompileTarget ptx{target.ptx_sm, CodeKind::kPtx};
+    auto packed = find(spec, ptx);
+    return tell_if_slow(id, link(packed ? packed->kernel : compile(spec, rendered, ptx, id)));
+  });
+  return with_launch_shape(found, rendered);
+}
+
+std::optional<FoundKernel> KernelLibrary::find_linked(const KernelSpec& spec, const LinkTarget& target) {
+  const RenderedKernel rendered = render(checked(spec, target.ptx_sm), templates_);
+  auto found = cache_->find(id_of_linked(spec, rendered, target, driver_version_.value_or(0)));
+  if (found) found = with_launch_shape(*std::move(found), rendered);
+  return found;
+}
+
+bool KernelLibrary::compiler_lacks(int sm) {
+  std::string reason;
+  const Nvrtc* nvrtc = compilers_->best(CodeKind::kCubin, reason);
+  if (nvrtc == nullptr) return false;
+  const std::vector<int>& known = nvrtc->supported_architectures();
+  return std::find(known.begin(), known.end(), sm) == known.end();
+}
+
+int KernelLibrary::nvrtc_opened() const { return compilers_->opened(); }
+
+CompiledKernel KernelLibrary::compile(const KernelSpec& spec, const RenderedKernel& rendered,
+                                      const CompileTarget& target, const KernelId& id) {
+  std::string reason;
+  const Nvrtc* nvrtc = compilers_->best(target.code, reason);
+  if (nvrtc == nullptr) throw missing(spec, target, *cache_, reason);
+  try {
+    return compile_with(*nvrtc, rendered, target);
+  } catch (const NvrtcFailure& failure) {
+    const std::string kept = cache_->keep_refused_source(id, rendered.source);
+    const std::string options = joined(compile_options(target));
+    throw CompileError("NVRTC " + nvrtc->version().text() + " refused kernel '" + spec.text() + "': " + failure.what() +
+                           "\noptions: " + options + "\nsource: " + kept + "\nlog:\n" + failure.log,
+                       failure.log, options, kept);
+  }
+}
+
+std::optional<std::string> KernelLibrary::objection_to(const CompiledKernel& kernel) const {
+  if (!driver_version_ || kernel.min_driver <= *driver_version_) return std::nullopt;
+  return "it was built by " + kernel.built_by + " and needs a CUDA " + driver_version_text(kernel.min_driver) +
+         " driver or newer; this one is " + driver_version_text(*driver_version_);
+}
+
+KernelCacheSettings cache_settings(const Config& config) {
+  return {.dir = config.cache_dir, .max_bytes = config.cache_max_bytes, .prebuilt = config.prebuilt};
+}
+
+// None of the process's own objects is ever destroyed: threads may still use them while the process ends.
+
+const TemplateSet& active_templates() {
+  static const TemplateSet& templates = *new TemplateSet(load_templates(config()));
+  return templates;
+}
+
+namespace {
+
+const std::shared_ptr<KernelCache>& shared_process_cache() {
+  static const auto& cache = *new std::shared_ptr(std::make_shared<KernelCache>(cache_settings(config())));
+  return cache;
+}
+
+}  // namespace
+
+KernelCache& process_cache() { return *shared_process_cache(); }
+
+KernelLibrary& process_library() {
+  static KernelLibrary& library = *[] {
+    const Driver* driver = process_driver();
+    return new KernelLibrary(config(), shared_process_cache(), driver ? std::optional(driver->version()) : std::nullopt);
+  }();
+  return library;
+}
+
+FoundKernel find_or_compile(const KernelSpec& spec, const CompileTarget& target) {
+  return process_library().find_or_compile(spec, target);
+}
+
+}  // namespace flash_attn_jit

@@ -1,0 +1,55 @@
+#include "runtime/pack.h"
+
+#include <algorithm>
+#include <limits>
+#include <nlohmann/json.hpp>
+
+#include "runtime/cache_folder.h"
+#include "runtime/files.h"
+
+namespace flash_attn_jit {
+namespace {
+
+using nlohmann::ordered_json;
+
+ordered_json entry_of(const CacheEntry& entry) {
+  const KernelFile& file = *entry.file;
+  const auto bytes_or_null = [](const std::optional<int>& bytes) { return bytes ? ordered_json(*bytes) : ordered_json(); };
+  return {{"file", entry.path.filename().string()},
+          {"bytes", entry.bytes},
+          {"spec", file.id.spec},
+          {"target", file.id.target},
+          {"built_by", file.kernel.built_by},
+          {"min_driver", file.kernel.min_driver},
+          {"threads", file.kernel.threads},
+          {"registers", file.kernel.resources.registers},
+          {"static_smem", file.kernel.resources.static_smem},
+          {"dynamic_smem", file.kernel.dynamic_smem},
+          {"spill_stores", bytes_or_null(file.kernel.resources.spill_stores)},
+          {"spill_loads", bytes_or_null(file.kernel.resources.spill_loads)},
+          {"seconds", file.kernel.seconds}};
+}
+
+}  // namespace
+
+std::unique_ptr<KernelLibrary> open_pack_for_writing(const Config& config, const std::filesystem::path& out_dir) {
+  create_folders(out_dir, 0755);
+  KernelCacheSettings settings{.dir = out_dir,
+                               .max_bytes = std::numeric_limits<std::uint64_t>::max(),
+                               .prebuilt = std::nullopt,
+                               .use = FolderUse::kPack};
+  return std::make_unique<KernelLibrary>(config, std::make_shared<KernelCache>(std::move(settings)), std::nullopt);
+}
+
+void write_manifest(const std::filesystem::path& out_dir) {
+  std::vector<CacheEntry> entries = list_cache(out_dir);
+  std::sort(entries.begin(), entries.end(), [](const CacheEntry& a, const CacheEntry& b) { return a.path < b.path; });
+  ordered_json kernels = ordered_json::array();
+  for (const CacheEntry& entry : entries)
+    if (entry.file) kernels.push_back(entry_of(entry));
+  const ordered_json manifest = {{"library", FLASH_ATTN_JIT_VERSION}, {"kernels", kernels}};
+  const std::filesystem::path path = out_dir / "manifest.json";
+  write_file(path, out_dir / temporary_name(sha256(path.string())), manifest.dump(2) + "\n", 0644);
+}
+
+}  // namespace flash_attn_jit
