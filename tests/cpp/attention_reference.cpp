@@ -53,7 +53,6 @@ Number dot(const Number* x, const Number* y, std::int64_t n) {
 }
 
 struct ExactRounding {
-  static constexpr double kLag = 0;
   static double probability(double p) { return p; }
   static double out(double x) { return x; }
 };
@@ -69,7 +68,8 @@ struct Fp16Rounding {
 template <class Number, class Rounding>
 class Attention {
  public:
-  explicit Attention(const AttentionProblem& problem) : problem_(problem), shape_(problem.q->shape()) {
+  Attention(const AttentionProblem& problem, Number lag)
+      : problem_(problem), shape_(problem.q->shape()), lag_(lag) {
     result_.out.resize(shape_[0] * shape_[1] * shape_[2] * shape_[3]);
     result_.lse.resize(shape_[0] * shape_[2] * shape_[1]);
   }
@@ -108,7 +108,7 @@ class Attention {
       has_nan |= std::isnan(p[j]);
       maximum = std::max(maximum, p[j]);
     }
-    maximum -= Rounding::kLag;
+    maximum -= lag_;
     if (has_nan) maximum = std::numeric_limits<Number>::quiet_NaN();
     for (std::int64_t j = 0; j < visible; ++j) {
       const Number each = std::exp(p[j] - maximum);
@@ -122,6 +122,7 @@ class Attention {
 
   const AttentionProblem& problem_;
   std::array<std::int64_t, 4> shape_;
+  Number lag_;  // by which the maximum that is subtracted lies below the row's
   std::vector<Number> q_, k_, v_;
   AttentionResult result_;
 };
@@ -165,11 +166,11 @@ bool sees(Mask mask, std::int64_t seqlen_q, std::int64_t seqlen_k, std::int64_t 
 }
 
 AttentionResult attention_float64(const AttentionProblem& problem) {
-  return Attention<double, ExactRounding>(problem).run();
+  return Attention<double, ExactRounding>(problem, 0).run();
 }
 
-AttentionResult attention_emulated(const AttentionProblem& problem) {
-  return Attention<float, Fp16Rounding>(problem).run();
+AttentionResult attention_emulated(const AttentionProblem& problem, float lag) {
+  return Attention<float, Fp16Rounding>(problem, lag).run();
 }
 
 }  // namespace flash_attn_jit::testing
