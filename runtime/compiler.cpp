@@ -25,7 +25,9 @@ std::string CompileTarget::text() const {
 }
 
 std::vector<std::string> compile_options(const CompileTarget& target) {
-  std::vector<std::string> options = {"--gpu-architecture=" + target.text(), "--std=c++17"};
+  // The templates' constexpr functions are plain C++, which the interpreter's compiler takes as they are.
+  std::vector<std::string> options = {"--gpu-architecture=" + target.text(), "--std=c++17",
+                                      "--device-as-default-execution-space"};
   if (target.code == CodeKind::kCubin) options.push_back("--ptxas-options=-v");
   return options;
 }
