@@ -1,0 +1,376 @@
+// A libcuda for tests: as much of a driver as the library calls. It loads only what a real one would: machine code of
+// the device's architecture, made by a CUDA major not above the driver's, and PTX of a version that the driver knows.
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string_view>
+#include <utility>
+
+#include "tests/cpp/stub_libcuda/stub_control.h"
+
+namespace {
+
+// cuda.h
+enum Result {
+  kSuccess = 0,
+  kInvalidValue = 1,
+  kNotInitialised = 3,
+  kNoDevice = 100,
+  kInvalidDevice = 101,
+  kInvalidImage = 200,
+  kInvalidContext = 201,
+  kNoBinaryForGpu = 209,
+  kUnsupportedPtxVersion = 222,
+  kInvalidHandle = 400,
+  kNotFound = 500,
+};
+
+constexpr std::string_view kElfMagic = "\x7f" "ELF";
+
+struct Module {
+  int device = 0;
+  std::string image;
+};
+
+struct Function {
+  int device = 0;
+  std::string name;
+};
+
+struct Link {
+  int device = 0;
+  std::string entry, cubin;
+};
+
+struct State {
+  mutable std::mutex mutex;
+  int driver_version = 12040;
+  std::vector<StubDevice> devices;
+  bool initialised = false;
+  std::atomic<bool> recording = true;
+  std::vector<StubLaunch> launches;
+  std::map<std::string, std::pair<int, int>> failures;  // call -> code, times
+  std::map<std::string, std::unique_ptr<std::atomic<int>>> calls;
+  std::map<std::pair<int, std::string>, int> allowed_smem;
+  std::vector<std::unique_ptr<Module>> modules;
+  std::vector<std::unique_ptr<Function>> functions;
+  std::atomic<int> pending_failures = 0;
+};
+
+State& state() {
+  static State the_state;
+  return the_state;
+}
+
+// A context is its device's ordinal plus one, as a pointer.
+thread_local std::vector<int> context_stack;
+
+int current_device() { return context_stack.empty() ? -1 : context_stack.back(); }
+
+std::atomic<int>& counter(const char* call) {
+  const std::lock_guard lock(state().mutex);
+  auto& count = state().calls[call];
+  if (!count) count = std::make_unique<std::atomic<int>>(0);
+  return *count;
+}
+
+// The failure that a test ordered, if any.
+int ordered_failure(const char* call) {
+  if (state().pending_failures == 0) return kSuccess;
+  const std::lock_guard lock(state().mutex);
+  const auto failure = state().failures.find(call);
+  if (failure == state().failures.end() || failure->second.second == 0) return kSuccess;
+  --failure->second.second;
+  --state().pending_failures;
+  return failure->second.first;
+}
+
+#define ENTRY_POINT()                                   \
+  static std::atomic<int>& count = counter(__func__);   \
+  ++count;                                              \
+  if (const int code = ordered_failure(__func__)) return code
+
+// The layout of a cubin's ELF header: its ABI version tells the toolkit's major, its flags the architecture.
+constexpr std::size_t kAbiByte = 8, kFlagsByte = 48, kHeaderBytes = 64;
+constexpr unsigned char kAbiOfCuda12 = 7;
+
+unsigned char byte_at(std::string_view image, std::size_t at) { return static_cast<unsigned char>(image[at]); }
+
+int architecture_of(std::string_view cubin) {
+  return byte_at(cubin, kFlagsByte + (byte_at(cubin, kAbiByte) > kAbiOfCuda12 ? 1 : 0));
+}
+
+int driver_major() { return state().driver_version / 1000; }
+
+// "8.4" for CUDA 12.4 and so on: PTX ISA, "Release notes". CUDA 12.9 has 8.8.
+int newest_ptx_version() {
+  const int minor = state().driver_version % 1000 / 10;
+  return driver_major() == 12 ? 80 + (minor > 8 ? 8 : minor) : 90 + minor;
+}
+
+int ptx_version(std::string_view ptx) {
+  const std::size_t at = ptx.find(".version ");
+  if (at == std::string_view::npos) return 0;
+  return (ptx[at + 9] - '0') * 10 + (ptx[at + 11] - '0');
+}
+
+std::string entry_of(std::string_view ptx) {
+  constexpr std::string_view kEntry = ".entry ";
+  const std::size_t at = ptx.find(kEntry);
+  if (at == std::string_view::npos) return "";
+  const std::string_view rest = ptx.substr(at + kEntry.size());
+  return std::string(rest.substr(0, rest.find_first_of("( \n")));
+}
+
+std::string linked_cubin(int device, const std::string& entry) {
+  std::string cubin(kHeaderBytes, '\0');
+  cubin.replace(0, kElfMagic.size(), kElfMagic);
+  const unsigned char abi = driver_major() == 12 ? kAbiOfCuda12 : kAbiOfCuda12 + 1;
+  cubin[kAbiByte] = static_cast<char>(abi);
+  cubin[kFlagsByte + (abi > kAbiOfCuda12 ? 1 : 0)] =
+      static_cast<char>(state().devices[static_cast<std::size_t>(device)].sm);
+  return cubin + entry + '\0';
+}
+
+// An ELF file's length is not told to cuModuleLoadData; a copy of what surely is there is enough here.
+std::string copy_image(const char* image) {
+  std::uint64_t section_headers = 0;
+  std::uint16_t entry_bytes = 0, entries = 0;
+  std::memcpy(&section_headers, image + 40, sizeof section_headers);
+  std::memcpy(&entry_bytes, image + 58, sizeof entry_bytes);
+  std::memcpy(&entries, image + 60, sizeof entries);
+  if (section_headers == 0) return std::string(image, kHeaderBytes) + std::string(image + kHeaderBytes);
+  return std::string(image, section_headers + std::uint64_t{entry_bytes} * entries);
+}
+
+class Control final : public StubControl {
+ public:
+  void reset(int driver_version, const std::vector<StubDevice>& devices) override {
+    const std::lock_guard lock(state().mutex);
+    state().driver_version = driver_version;
+    state().devices = devices;
+    state().initialised = false;
+    state().recording = true;
+    state().launches.clear();
+    state().failures.clear();
+    state().pending_failures = 0;
+    state().allowed_smem.clear();
+    for (auto& [call, count] : state().calls) *count = 0;
+    context_stack.clear();
+  }
+
+  void fail(const std::string& call, int code, int times) override {
+    const std::lock_guard lock(state().mutex);
+    state().failures[call] = {code, times};
+    state().pending_failures += times;
+  }
+
+  int calls(const std::string& call) const override {
+    const std::lock_guard lock(state().mutex);
+    int sum = 0;
+    for (const auto& [name, count] : state().calls)
+      if (call.empty() || call == name) sum += *count;
+    return sum;
+  }
+
+  std::vector<StubLaunch> launches() const override {
+    const std::lock_guard lock(state().mutex);
+    return state().launches;
+  }
+
+  void record_launches(bool record) override { state().recording = record; }
+
+  int allowed_smem(int device, const std::string& function) const override {
+    const std::lock_guard lock(state().mutex);
+    const auto allowed = state().allowed_smem.find({device, function});
+    return allowed == state().allowed_smem.end() ? 0 : allowed->second;
+  }
+
+  void make_current(int device) override {
+    context_stack.clear();
+    if (device >= 0) context_stack.push_back(device);
+  }
+
+  int current() const override { return current_device(); }
+};
+
+}  // namespace
+
+extern "C" {
+
+StubControl* stub_control() {
+  static Control control;
+  return &control;
+}
+
+int cuInit(unsigned) {
+  ENTRY_POINT();
+  if (state().devices.empty()) return kNoDevice;
+  state().initialised = true;
+  return kSuccess;
+}
+
+int cuDriverGetVersion(int* version) {
+  ENTRY_POINT();
+  *version = state().driver_version;
+  return kSuccess;
+}
+
+int cuGetErrorName(int error, const char** name) {
+  *name = error == kInvalidImage ? "CUDA_ERROR_INVALID_IMAGE" : "CUDA_ERROR_OF_THE_STUB";
+  return kSuccess;
+}
+
+int cuGetErrorString(int, const char** text) {
+  *text = "the stub's own words";
+  return kSuccess;
+}
+
+int cuDeviceGetCount(int* count_of_devices) {
+  ENTRY_POINT();
+  if (!state().initialised) return kNotInitialised;
+  *count_of_devices = static_cast<int>(state().devices.size());
+  return kSuccess;
+}
+
+int cuDeviceGet(int* device, int ordinal) {
+  ENTRY_POINT();
+  if (ordinal < 0 || static_cast<std::size_t>(ordinal) >= state().devices.size()) return kInvalidDevice;
+  *device = ordinal;
+  return kSuccess;
+}
+
+int cuDeviceGetName(char* name, int bytes, int device) {
+  ENTRY_POINT();
+  std::strncpy(name, state().devices.at(static_cast<std::size_t>(device)).name.c_str(),
+               static_cast<std::size_t>(bytes) - 1);
+  return kSuccess;
+}
+
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  ENTRY_POINT();
+  const StubDevice& asked = state().devices.at(static_cast<std::size_t>(device));
+  constexpr int kMultiprocessors = 16, kMajor = 75, kMinor = 76;
+  if (attribute != kMultiprocessors && attribute != kMajor && attribute != kMinor) return kInvalidValue;
+  *value = attribute == kMultiprocessors ? asked.multiprocessors : attribute == kMajor ? asked.sm / 10 : asked.sm % 10;
+  return kSuccess;
+}
+
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+  ENTRY_POINT();
+  *context = reinterpret_cast<void*>(static_cast<std::intptr_t>(device) + 1);
+  return kSuccess;
+}
+
+int cuCtxPushCurrent_v2(void* context) {
+  ENTRY_POINT();
+  context_stack.push_back(static_cast<int>(reinterpret_cast<std::intptr_t>(context)) - 1);
+  return kSuccess;
+}
+
+int cuCtxPopCurrent_v2(void**) {
+  ENTRY_POINT();
+  if (context_stack.empty()) return kInvalidContext;
+  context_stack.pop_back();
+  return kSuccess;
+}
+
+int cuModuleLoadData(Module** module, const char* image) {
+  ENTRY_POINT();
+  if (current_device() < 0) return kInvalidContext;
+  if (std::string_view(image, kElfMagic.size()) != kElfMagic) return kInvalidImage;
+  const std::string copy = copy_image(image);
+  if (byte_at(copy, kAbiByte) > kAbiOfCuda12 && driver_major() < 13) return kInvalidImage;
+  const std::lock_guard lock(state().mutex);
+  if (architecture_of(copy) != state().devices[static_cast<std::size_t>(current_device())].sm) return kNoBinaryForGpu;
+  state().modules.push_back(std::make_unique<Module>(Module{current_device(), copy}));
+  *module = state().modules.back().get();
+  return kSuccess;
+}
+
+int cuModuleUnload(Module*) {
+  ENTRY_POINT();
+  return kSuccess;
+}
+
+int cuModuleGetFunction(Function** function, Module* module, const char* name) {
+  ENTRY_POINT();
+  if (module->image.find(name) == std::string::npos) return kNotFound;
+  const std::lock_guard lock(state().mutex);
+  state().functions.push_back(std::make_unique<Function>(Function{module->device, name}));
+  *function = state().functions.back().get();
+  return kSuccess;
+}
+
+int cuFuncSetAttribute(Function* function, int attribute, int value) {
+  ENTRY_POINT();
+  constexpr int kMaxDynamicSmem = 8;
+  if (attribute != kMaxDynamicSmem) return kInvalidValue;
+  const std::lock_guard lock(state().mutex);
+  state().allowed_smem[{function->device, function->name}] = value;
+  return kSuccess;
+}
+
+int cuFuncGetAttribute(int* value, int attribute, Function*) {
+  ENTRY_POINT();
+  constexpr int kStaticSmem = 1, kLocalBytes = 3, kRegisters = 4;
+  if (attribute != kStaticSmem && attribute != kLocalBytes && attribute != kRegisters) return kInvalidValue;
+  *value = attribute == kRegisters ? 42 : 0;
+  return kSuccess;
+}
+
+int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                   unsigned block_y, unsigned block_z, unsigned smem, void* stream, void** arguments, void** extra) {
+  ENTRY_POINT();
+  if (current_device() < 0) return kInvalidContext;
+  if (current_device() != function->device) return kInvalidHandle;
+  if (grid_y != 1 || grid_z != 1 || block_y != 1 || block_z != 1 || extra != nullptr) return kInvalidValue;
+  if (!state().recording) return kSuccess;
+  const std::lock_guard lock(state().mutex);
+  StubLaunch launch{function->device, function->name, grid_x, block_x, smem, stream, {}};
+  std::memcpy(&launch.params, arguments[0], sizeof launch.params);
+  state().launches.push_back(launch);
+  return kSuccess;
+}
+
+int cuLinkCreate_v2(unsigned, int*, void**, Link** link) {
+  ENTRY_POINT();
+  if (current_device() < 0) return kInvalidContext;
+  *link = new Link{current_device(), "", ""};
+  return kSuccess;
+}
+
+int cuLinkAddData_v2(Link* link, int type, const char* data, std::size_t bytes, const char*, unsigned, int*, void**) {
+  ENTRY_POINT();
+  constexpr int kPtx = 1;
+  if (type != kPtx || bytes == 0 || data[bytes - 1] != '\0') return kInvalidValue;
+  if (ptx_version(data) > newest_ptx_version()) return kUnsupportedPtxVersion;
+  link->entry = entry_of(data);
+  return kSuccess;
+}
+
+int cuLinkComplete(Link* link, void** cubin, std::size_t* bytes) {
+  ENTRY_POINT();
+  link->cubin = linked_cubin(link->device, link->entry);
+  *cubin = link->cubin.data();
+  *bytes = link->cubin.size();
+  return kSuccess;
+}
+
+int cuLinkDestroy(Link* link) {
+  ENTRY_POINT();
+  delete link;
+  return kSuccess;
+}
+
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  ENTRY_POINT();
+  static thread_local int mode_of_thread = 0;
+  std::swap(*mode, mode_of_thread);
+  return kSuccess;
+}
+
+}  // extern "C"
