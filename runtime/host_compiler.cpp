@@ -27,7 +27,8 @@ class TemporaryFolder {
     std::string pattern = (std::filesystem::temp_directory_path() / "flash-attn-jit-XXXXXX").string();
     if (mkdtemp(pattern.data()) == nullptr)
       throw Error("no temporary folder for the interpreter's compiler can be made in " +
-                  std::filesystem::temp_directory_path().string() + "; set TMPDIR to a folder that can be written");
+                  std::filesystem::temp_directory_path().string() +
+                  "; set TMPDIR to a folder that can be written");
     path_ = pattern;
   }
   ~TemporaryFolder() {
@@ -68,13 +69,15 @@ std::optional<HostCompiler> try_compiler(const std::string& name) {
 HostCompiler find_host_compiler(const std::optional<std::string>& choice) {
   if (choice) {
     if (auto compiler = try_compiler(*choice)) return *compiler;
-    throw ConfigError("FLASH_ATTN_JIT_CXX is '" + *choice +
-                      "', which does not run; accepted: the path or name of a C++ compiler (GCC 11, Clang 15 or newer)");
+    throw ConfigError(
+        "FLASH_ATTN_JIT_CXX is '" + *choice +
+        "', which does not run; accepted: the path or name of a C++ compiler (GCC 11, Clang 15 or newer)");
   }
   for (const char* name : {"c++", "g++", "clang++"})
     if (auto compiler = try_compiler(name)) return *compiler;
   throw ConfigError(
-      "the interpreter needs a C++ compiler, and none of c++, g++ and clang++ is on PATH; install one (Debian, Ubuntu: "
+      "the interpreter needs a C++ compiler, and none of c++, g++ and clang++ is on PATH; install one "
+      "(Debian, Ubuntu: "
       "apt-get install g++) or name it in FLASH_ATTN_JIT_CXX");
 }
 
@@ -85,19 +88,27 @@ const HostCompiler& host_compiler() {
 
 std::vector<std::string> host_compiler_flags() {
   return {
-      "-std=c++17", "-DFLASH_ATTN_JIT_HOST", "-w", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti",
+      "-std=c++17",
+      "-DFLASH_ATTN_JIT_HOST",
+      "-w",
+      "-fPIC",
+      "-shared",
+      "-fno-exceptions",
+      "-fno-rtti",
       // GCC 12: compiles in half the time of -O1, and the object runs as fast.
       "-Og",
       // One rounding for each operation, as the source says.
       "-ffp-contract=off",
-      // Every check that needs nothing from its surroundings. The handlers are in primitives_host.cuh: no sanitizer
-      // library, hence -nodefaultlibs.
+      // Every check that needs nothing from its surroundings. The handlers are in primitives_host.cuh: no
+      // sanitizer library, hence -nodefaultlibs.
       "-fsanitize=shift,integer-divide-by-zero,unreachable,return,signed-integer-overflow,bounds,"
       "float-cast-overflow,bool,enum,pointer-overflow",
       "-nodefaultlibs",
 #ifdef FLASH_ATTN_JIT_ASAN
       // The process has AddressSanitizer's library, so an object may use it.
-      "-fsanitize=address", "-fno-omit-frame-pointer", "-g",
+      "-fsanitize=address",
+      "-fno-omit-frame-pointer",
+      "-g",
 #else
       "-s",
 #endif
@@ -110,14 +121,15 @@ CompiledKernel compile_for_host(const RenderedKernel& kernel, const HostCompiler
   write_file(source, kernel.source);
   std::vector<std::string> command{compiler.path.string()};
   for (std::string& flag : host_compiler_flags()) command.push_back(std::move(flag));
-  for (const char* argument : {"-o", object.c_str(), source.c_str(), "-lm", "-lc"}) command.push_back(argument);
+  for (const char* argument : {"-o", object.c_str(), source.c_str(), "-lm", "-lc"})
+    command.push_back(argument);
 
   const auto begin = std::chrono::steady_clock::now();
   const ProgramResult result = run_program(command);
   if (result.status != 0)
-    throw HostCompileFailure("the host compiler (" + compiler.version + ") ended with status " +
-                                 std::to_string(result.status),
-                             result.output);
+    throw HostCompileFailure(
+        "the host compiler (" + compiler.version + ") ended with status " + std::to_string(result.status),
+        result.output);
   CompiledKernel compiled;
   compiled.image = read_file(object);
   compiled.entry = kernel.entry;

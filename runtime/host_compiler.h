@@ -18,8 +18,8 @@ struct HostCompiler {
   std::string version;  // the first line of what --version prints; names the compiler
 };
 
-// The compiler that `choice` names (FLASH_ATTN_JIT_CXX; a path or a name on PATH), else the first of c++, g++ and
-// clang++ that runs. Throws ConfigError, which names the variable and the package to install.
+// The compiler that `choice` names (FLASH_ATTN_JIT_CXX; a path or a name on PATH), else the first of c++, g++
+// and clang++ that runs. Throws ConfigError, which names the variable and the package to install.
 HostCompiler find_host_compiler(const std::optional<std::string>& choice);
 
 // The process's own, looked for once.
@@ -30,12 +30,13 @@ std::vector<std::string> host_compiler_flags();
 
 // What a failed run of the compiler printed.
 struct HostCompileFailure : Error {
-  HostCompileFailure(const std::string& message, std::string printed) : Error(message), log(std::move(printed)) {}
+  HostCompileFailure(const std::string& message, std::string printed)
+      : Error(message), log(std::move(printed)) {}
   std::string log;
 };
 
-// A shared object of a source that templates/primitives_host.cuh is part of. Throws HostCompileFailure; Error where no
-// temporary folder can be had.
+// A shared object of a source that templates/primitives_host.cuh is part of. Throws HostCompileFailure; Error
+// where no temporary folder can be had.
 CompiledKernel compile_for_host(const RenderedKernel& kernel, const HostCompiler& compiler);
 
 }  // namespace flash_attn_jit

@@ -40,8 +40,8 @@ CompiledKernel compile_or_explain(const KernelSpec& spec, const KernelId& id, co
     return compile_for_host(rendered, compiler);
   } catch (const HostCompileFailure& failure) {
     const std::string kept = process_cache().keep_refused_source(id, rendered.source);
-    throw CompileError(spec.text() + ": " + failure.what() + "\nsource: " + kept + "\n" + failure.log, failure.log,
-                       joined(host_compiler_flags()), kept);
+    throw CompileError(spec.text() + ": " + failure.what() + "\nsource: " + kept + "\n" + failure.log,
+                       failure.log, joined(host_compiler_flags()), kept);
   }
 }
 

@@ -18,13 +18,13 @@ struct BankCycles {
   int ideal = 0;
 };
 
-// One access of a warp. Lanes go together as far as their bytes fill the 128 of all banks: all 32 for accesses of up
-// to 4 bytes, 8 at a time for 16 bytes. Such a phase takes as many cycles as the fullest bank has distinct words.
-// Lanes that are not in `lanes` take no part.
+// One access of a warp. Lanes go together as far as their bytes fill the 128 of all banks: all 32 for
+// accesses of up to 4 bytes, 8 at a time for 16 bytes. Such a phase takes as many cycles as the fullest bank
+// has distinct words. Lanes that are not in `lanes` take no part.
 BankCycles bank_cycles(const std::array<std::uint32_t, 32>& addresses, std::uint32_t lanes, int bytes);
 
-// Puts the single accesses of a warp's lanes together: those that a lane makes from one source line for the nth time
-// since the last rendezvous belong with the other lanes' nth from that line.
+// Puts the single accesses of a warp's lanes together: those that a lane makes from one source line for the
+// nth time since the last rendezvous belong with the other lanes' nth from that line.
 class WarpAccesses {
  public:
   void add(int lane, HostAccess access, SiteId site, std::uint32_t address);

@@ -129,7 +129,8 @@ void BlockEngine::store_global(HostAccess access, void* address, const void* val
   __builtin_memcpy(address, value, bytes);
 }
 
-SharedAccess BlockEngine::shared_access(HostAccess access, std::uint32_t address, int lane, SiteId site) const {
+SharedAccess BlockEngine::shared_access(HostAccess access, std::uint32_t address, int lane,
+                                        SiteId site) const {
   return {.address = address,
           .bytes = access_kind(access).bytes,
           .warp = warp(),
@@ -162,7 +163,8 @@ void BlockEngine::compute_ldmatrix(HostAccess access) {
     MatrixRows rows;
     for (int r = 0; r < 8; ++r) {
       const int source = 8 * i + r;
-      if (!shared_.read(shared_access(access, operands_.addresses[source], source, site), rows[r].data(), error_))
+      if (!shared_.read(shared_access(access, operands_.addresses[source], source, site), rows[r].data(),
+                        error_))
         fail(site, source);
     }
     for (int l = 0; l < 32; ++l)
@@ -176,7 +178,8 @@ void BlockEngine::compute_ldmatrix(HostAccess access) {
   count.ideal_cycles += banks.ideal;
 }
 
-void BlockEngine::mma(bool accumulate, float* c, std::uint32_t a0, std::uint32_t a1, std::uint32_t b, SiteId site) {
+void BlockEngine::mma(bool accumulate, float* c, std::uint32_t a0, std::uint32_t a1, std::uint32_t b,
+                      SiteId site) {
   operands_.mma.c[lane()] = c;
   operands_.mma.a0[lane()] = a0;
   operands_.mma.a1[lane()] = a1;
@@ -249,12 +252,18 @@ void BlockEngine::fail(SiteId site, int lane) {
 
 const char* BlockEngine::meeting_name(Meeting meeting, int variant) {
   switch (meeting) {
-    case Meeting::kLdmatrix: return access_kind(static_cast<HostAccess>(variant)).name;
-    case Meeting::kMma: return variant == kMmaAccumulate ? "mma_m16n8k8" : "mma_m16n8k8_zero";
-    case Meeting::kShuffle: return "shuffle_xor";
-    case Meeting::kVote: return "any_in_warp";
-    case Meeting::kWarpBarrier: return "warp_barrier";
-    case Meeting::kBlockBarrier: return "block_barrier";
+    case Meeting::kLdmatrix:
+      return access_kind(static_cast<HostAccess>(variant)).name;
+    case Meeting::kMma:
+      return variant == kMmaAccumulate ? "mma_m16n8k8" : "mma_m16n8k8_zero";
+    case Meeting::kShuffle:
+      return "shuffle_xor";
+    case Meeting::kVote:
+      return "any_in_warp";
+    case Meeting::kWarpBarrier:
+      return "warp_barrier";
+    case Meeting::kBlockBarrier:
+      return "block_barrier";
   }
   return "";
 }
@@ -274,7 +283,8 @@ void BlockEngine::fail_divergence(Meeting meeting, int variant, SiteId site) {
 void BlockEngine::fail_exit() {
   const Warp& own = warps_[warp()];
   error_ = std::string("divergence: this lane has left the kernel while ") + std::to_string(own.waiting) +
-           " lanes of its warp wait at " + meeting_name(own.meeting, own.variant) + " (" + sites_.text(own.site) + ")";
+           " lanes of its warp wait at " + meeting_name(own.meeting, own.variant) + " (" +
+           sites_.text(own.site) + ")";
   fail(own.site);
 }
 
@@ -288,7 +298,8 @@ void BlockEngine::describe_missing_warps() {
     if (first_waiting < 0) first_waiting = w;
     waiting += " " + std::to_string(w);
   }
-  error_ = "block barrier that not every warp reaches: waiting are warps" + waiting + ", gone from the kernel are warps" + gone;
+  error_ = "block barrier that not every warp reaches: waiting are warps" + waiting +
+           ", gone from the kernel are warps" + gone;
   error_site_ = sites_.text(warps_[first_waiting].site);
   error_thread_ = first_waiting * 32;
 }
@@ -304,36 +315,42 @@ HostEngine BlockEngine::primitives() {
   return {
       .thread_in_block = [] { return running->current_; },
       .block_in_grid = [] { return static_cast<int>(running->block_); },
-      .load_global = [](HostAccess access, void* value, const void* address, const char* file, int line) {
-        running->load_global(access, value, address, running->sites_.id(file, line));
-      },
-      .store_global = [](HostAccess access, void* address, const void* value, const char* file, int line) {
-        running->store_global(access, address, value, running->sites_.id(file, line));
-      },
-      .load_shared = [](HostAccess access, void* value, unsigned address, const char* file, int line) {
-        running->load_shared(access, value, address, running->sites_.id(file, line));
-      },
-      .store_shared = [](HostAccess access, unsigned address, const void* value, const char* file, int line) {
-        running->store_shared(access, address, value, running->sites_.id(file, line));
-      },
-      .ldmatrix = [](HostAccess access, unsigned* r, unsigned address, const char* file, int line) {
-        running->ldmatrix(access, r, address, running->sites_.id(file, line));
-      },
-      .mma = [](int accumulate, float* c, unsigned a0, unsigned a1, unsigned b, const char* file, int line) {
-        running->mma(accumulate != 0, c, a0, a1, b, running->sites_.id(file, line));
-      },
-      .shuffle_xor = [](float value, int lane_mask, const char* file, int line) {
-        return running->shuffle_xor(value, lane_mask, running->sites_.id(file, line));
-      },
+      .load_global =
+          [](HostAccess access, void* value, const void* address, const char* file, int line) {
+            running->load_global(access, value, address, running->sites_.id(file, line));
+          },
+      .store_global =
+          [](HostAccess access, void* address, const void* value, const char* file, int line) {
+            running->store_global(access, address, value, running->sites_.id(file, line));
+          },
+      .load_shared =
+          [](HostAccess access, void* value, unsigned address, const char* file, int line) {
+            running->load_shared(access, value, address, running->sites_.id(file, line));
+          },
+      .store_shared =
+          [](HostAccess access, unsigned address, const void* value, const char* file, int line) {
+            running->store_shared(access, address, value, running->sites_.id(file, line));
+          },
+      .ldmatrix = [](HostAccess access, unsigned* r, unsigned address, const char* file,
+                     int line) { running->ldmatrix(access, r, address, running->sites_.id(file, line)); },
+      .mma = [](int accumulate, float* c, unsigned a0, unsigned a1, unsigned b, const char* file,
+                int line) { running->mma(accumulate != 0, c, a0, a1, b, running->sites_.id(file, line)); },
+      .shuffle_xor =
+          [](float value, int lane_mask, const char* file, int line) {
+            return running->shuffle_xor(value, lane_mask, running->sites_.id(file, line));
+          },
       .any_in_warp = [](int predicate, const char* file, int line) -> int {
         return running->any_in_warp(predicate != 0, running->sites_.id(file, line));
       },
-      .warp_barrier = [](const char* file, int line) { running->warp_barrier(running->sites_.id(file, line)); },
-      .block_barrier = [](const char* file, int line) { running->block_barrier(running->sites_.id(file, line)); },
-      .undefined_behaviour = [](const char* what, const char* file, int line) {
-        running->error_ = std::string("undefined behaviour: ") + what;
-        running->fail(running->sites_.id(file, line));
-      },
+      .warp_barrier = [](const char* file,
+                         int line) { running->warp_barrier(running->sites_.id(file, line)); },
+      .block_barrier = [](const char* file,
+                          int line) { running->block_barrier(running->sites_.id(file, line)); },
+      .undefined_behaviour =
+          [](const char* what, const char* file, int line) {
+            running->error_ = std::string("undefined behaviour: ") + what;
+            running->fail(running->sites_.id(file, line));
+          },
   };
 }
 

@@ -1,8 +1,9 @@
 // Runs the threads of one block at a time as fibers, and is what their primitives call.
 //
-// All lanes of a warp meet at each warp-wide primitive: a lane leaves its operands and switches to the next lane; the
-// last one computes the whole warp's result and runs on, to the next such primitive, where the others follow it. So
-// each lane costs one switch for each primitive. At a block barrier a whole warp waits and another one goes on.
+// All lanes of a warp meet at each warp-wide primitive: a lane leaves its operands and switches to the next
+// lane; the last one computes the whole warp's result and runs on, to the next such primitive, where the
+// others follow it. So each lane costs one switch for each primitive. At a block barrier a whole warp waits
+// and another one goes on.
 #pragma once
 
 #include <array>
@@ -28,7 +29,8 @@ class BlockEngine {
   // `threads` is a multiple of 32, at most 1024. `tensors` must outlive the engine.
   BlockEngine(std::string kernel, int threads, int dynamic_smem, GlobalMemory& tensors);
 
-  // Runs one block from start to end. Throws InterpreterError at the first failed check; the engine is then spent.
+  // Runs one block from start to end. Throws InterpreterError at the first failed check; the engine is then
+  // spent.
   void run_block(std::int64_t block, ThreadFunction thread, const void* params);
 
   const std::array<AccessCount, kHostAccesses>& access_counts() const { return counts_; }
@@ -73,8 +75,8 @@ class BlockEngine {
   void warp_barrier(SiteId site);
   void block_barrier(SiteId site);
 
-  // True for the last lane to arrive, which has to compute the result before it returns to the kernel. The others
-  // return false once that is done.
+  // True for the last lane to arrive, which has to compute the result before it returns to the kernel. The
+  // others return false once that is done.
   bool meet(Meeting meeting, int variant, SiteId site);
   void compute_ldmatrix(HostAccess access);
   void compute_shuffle();
@@ -111,7 +113,7 @@ class BlockEngine {
   Operands operands_;
   std::array<AccessCount, kHostAccesses> counts_;
 
-  int current_ = 0;  // thread
+  int current_ = 0;    // thread
   int previous_ = -1;  // what switched here; -1: main_
   int finished_warps_ = 0;
   int warps_at_barrier_ = 0;

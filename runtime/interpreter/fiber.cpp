@@ -21,8 +21,8 @@
 #endif
 
 #ifndef FLASH_ATTN_JIT_UCONTEXT_FIBERS
-// Saves the callee-saved registers on the running stack, its pointer in *save, and continues at `load`. The floating
-// point modes are left alone: kernels do not change them.
+// Saves the callee-saved registers on the running stack, its pointer in *save, and continues at `load`. The
+// floating point modes are left alone: kernels do not change them.
 extern "C" void flash_attn_jit_switch_stack(void** save, void* load);
 #endif
 
@@ -98,7 +98,9 @@ std::size_t page_bytes() { return static_cast<std::size_t>(sysconf(_SC_PAGESIZE)
 // A stack as flash_attn_jit_switch_stack leaves one, of a function that is about to return to `entry`.
 void* first_frame(std::byte* top, void (*entry)()) {
 #if defined(__x86_64__)
-  constexpr int kSlots = 8, kReturnAddress = 6;  // 6 registers, the address, and what entry takes for its own return address
+  constexpr int kSlots = 8,
+                kReturnAddress =
+                    6;  // 6 registers, the address, and what entry takes for its own return address
 #else
   constexpr int kSlots = 20, kReturnAddress = 11;  // x30
 #endif
@@ -115,7 +117,8 @@ void* first_frame(std::byte* top, void (*entry)()) {
 FiberStacks::FiberStacks(int count) {
   const std::size_t page = page_bytes();
   mapped_bytes_ = static_cast<std::size_t>(count) * (kBytes + page);
-  void* memory = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   memory_ = static_cast<std::byte*>(memory);
   for (int i = 0; i < count; ++i) mprotect(bottom(i) - page, page, PROT_NONE);

@@ -1,4 +1,5 @@
-// Fibers: stacks that one system thread switches between. A switch is a few instructions on x86-64 and aarch64.
+// Fibers: stacks that one system thread switches between. A switch is a few instructions on x86-64 and
+// aarch64.
 #pragma once
 
 #include <cstddef>
@@ -32,8 +33,8 @@ class Fiber {
  public:
   Fiber() = default;  // the running thread itself: leave it with switch_to()
 
-  // Places the fiber at the start of `entry`, which must never return. `stagger` moves its frames by some cache
-  // lines, so that the fibers of a warp do not all use the same cache sets.
+  // Places the fiber at the start of `entry`, which must never return. `stagger` moves its frames by some
+  // cache lines, so that the fibers of a warp do not all use the same cache sets.
   void prepare(std::byte* stack_bottom, std::size_t stack_bytes, std::size_t stagger, void (*entry)());
 
   // Leaves the running fiber, which is *this, and continues `next`. Returns when something switches back.

@@ -35,8 +35,10 @@ void forward_in_interpreter(const ForwardRequest& request) {
   if (plan.blocks == 0) return;
   const FoundKernel found = find_or_compile_for_host(plan.spec);
   const TensorExtent tensors[] = {
-      extent("q", request.q, TensorUse::kRead),       extent("k", request.k, TensorUse::kRead),
-      extent("v", request.v, TensorUse::kRead),       extent("out", request.out, TensorUse::kWrite),
+      extent("q", request.q, TensorUse::kRead),
+      extent("k", request.k, TensorUse::kRead),
+      extent("v", request.v, TensorUse::kRead),
+      extent("out", request.out, TensorUse::kWrite),
       lse_extent(request),
   };
   const GridShape grid{plan.blocks, found.kernel.threads, found.kernel.dynamic_smem};

@@ -18,7 +18,8 @@ namespace {
 constexpr std::size_t kKeptObjects = 64;
 
 [[noreturn]] void fail(const std::string& kernel, const std::string& what, const char* why) {
-  throw InterpreterError(kernel + ": the kernel's shared object cannot be " + what + ": " + (why ? why : "unknown error"));
+  throw InterpreterError(kernel + ": the kernel's shared object cannot be " + what + ": " +
+                         (why ? why : "unknown error"));
 }
 
 void write_all(int file, const std::string& bytes, const std::string& kernel) {
@@ -37,13 +38,14 @@ HostObject::HostObject(const std::string& image, const std::string& kernel) {
   if (file_ < 0) fail(kernel, "given a file in memory", std::strerror(errno));
   try {
     write_all(file_, image, kernel);
-    // The file stays open as long as the object is loaded: the loader knows objects by their path, so another one
-    // must not get this number.
+    // The file stays open as long as the object is loaded: the loader knows objects by their path, so another
+    // one must not get this number.
     handle_ = dlopen(("/proc/self/fd/" + std::to_string(file_)).c_str(), RTLD_NOW | RTLD_LOCAL);
     if (handle_ == nullptr) fail(kernel, "loaded", dlerror());
     auto* engine = static_cast<HostEngine*>(dlsym(handle_, "flash_attn_jit_engine"));
     thread_ = reinterpret_cast<BlockEngine::ThreadFunction>(dlsym(handle_, "flash_attn_jit_thread"));
-    if (engine == nullptr || thread_ == nullptr) fail(kernel, "used", "it does not define flash_attn_jit_engine and flash_attn_jit_thread");
+    if (engine == nullptr || thread_ == nullptr)
+      fail(kernel, "used", "it does not define flash_attn_jit_engine and flash_attn_jit_thread");
     *engine = BlockEngine::primitives();
   } catch (...) {
     if (handle_ != nullptr) dlclose(handle_);
@@ -61,7 +63,8 @@ std::shared_ptr<const HostObject> HostObject::load(const std::string& image, con
   static std::mutex mutex;
   static std::list<std::pair<std::string, std::shared_ptr<const HostObject>>> loaded;  // the last used first
   const std::lock_guard lock(mutex);
-  const auto found = std::find_if(loaded.begin(), loaded.end(), [&](const auto& each) { return each.first == image; });
+  const auto found =
+      std::find_if(loaded.begin(), loaded.end(), [&](const auto& each) { return each.first == image; });
   if (found != loaded.end()) {
     loaded.splice(loaded.begin(), loaded, found);
   } else {

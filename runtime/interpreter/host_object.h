@@ -10,7 +10,8 @@ namespace flash_attn_jit {
 
 class HostObject {
  public:
-  // Loads `image`, or returns the one that is loaded already. Throws InterpreterError where the system refuses.
+  // Loads `image`, or returns the one that is loaded already. Throws InterpreterError where the system
+  // refuses.
   static std::shared_ptr<const HostObject> load(const std::string& image, const std::string& kernel);
 
   HostObject(const std::string& image, const std::string& kernel);

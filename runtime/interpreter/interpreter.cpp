@@ -30,17 +30,21 @@ void check_grid(const CompiledKernel& kernel, const GridShape& grid) {
     throw ArgumentError(kernel.entry + ": a block has " + std::to_string(grid.threads) +
                         " threads; accepted: multiples of 32 up to 1024");
   if (grid.blocks < 0 || grid.blocks > 0x7fffffff)
-    throw ArgumentError(kernel.entry + ": the grid has " + std::to_string(grid.blocks) + " blocks; accepted: 0 to 2147483647");
+    throw ArgumentError(kernel.entry + ": the grid has " + std::to_string(grid.blocks) +
+                        " blocks; accepted: 0 to 2147483647");
   if (grid.dynamic_smem < 0)
-    throw ArgumentError(kernel.entry + ": a block has " + std::to_string(grid.dynamic_smem) + " bytes of shared memory");
+    throw ArgumentError(kernel.entry + ": a block has " + std::to_string(grid.dynamic_smem) +
+                        " bytes of shared memory");
 }
 
-InterpreterReport make_report(const CompiledKernel& kernel, const GridShape& grid, const BlockEngine& engine) {
+InterpreterReport make_report(const CompiledKernel& kernel, const GridShape& grid,
+                              const BlockEngine& engine) {
   InterpreterReport report;
   report.kernel = kernel.entry;
   report.blocks = grid.blocks;
   for (int i = 0; i < kHostAccesses; ++i)
-    if (engine.access_counts()[i].accesses > 0) report.shared[kAccessKinds[i].name] = engine.access_counts()[i];
+    if (engine.access_counts()[i].accesses > 0)
+      report.shared[kAccessKinds[i].name] = engine.access_counts()[i];
   return report;
 }
 
@@ -54,7 +58,8 @@ InterpreterReport interpret(const CompiledKernel& kernel, const GridShape& grid,
   BlockEngine engine(kernel.entry, grid.threads, grid.dynamic_smem, global);
   {
     const DefaultFloatingPoint mode;
-    for (std::int64_t block = 0; block < grid.blocks; ++block) engine.run_block(block, object->thread(), params);
+    for (std::int64_t block = 0; block < grid.blocks; ++block)
+      engine.run_block(block, object->thread(), params);
   }
   InterpreterReport report = make_report(kernel, grid, engine);
   const std::lock_guard lock(last_report_mutex);

@@ -35,7 +35,8 @@ struct GridShape {
   int dynamic_smem = 0;  // bytes
 };
 
-// Shared-memory traffic of one access kind ("ldmatrix_x4", "store_shared_16B", ...), one count a warp-wide access.
+// Shared-memory traffic of one access kind ("ldmatrix_x4", "store_shared_16B", ...), one count a warp-wide
+// access.
 struct AccessCount {
   std::int64_t accesses = 0;
   std::int64_t cycles = 0;        // that the 32 banks need
@@ -51,8 +52,8 @@ struct InterpreterReport {
   std::string json() const;
 };
 
-// Runs every block of `grid`; `params` is the kernel's argument struct. `kernel.image` is a host shared object.
-// Throws InterpreterError at the first race, out-of-bounds or unwritten read.
+// Runs every block of `grid`; `params` is the kernel's argument struct. `kernel.image` is a host shared
+// object. Throws InterpreterError at the first race, out-of-bounds or unwritten read.
 InterpreterReport interpret(const CompiledKernel& kernel, const GridShape& grid, const void* params,
                             std::span<const TensorExtent> tensors);
 

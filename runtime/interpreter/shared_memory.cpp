@@ -29,7 +29,8 @@ bool SharedMemory::check_place(const SharedAccess& access, std::string& error) c
             std::to_string(access.bytes);
     return false;
   }
-  if (access.address > static_cast<std::uint32_t>(bytes_) || access.address + access.bytes > static_cast<std::uint32_t>(bytes_)) {
+  if (access.address > static_cast<std::uint32_t>(bytes_) ||
+      access.address + access.bytes > static_cast<std::uint32_t>(bytes_)) {
     error = "shared memory address " + std::to_string(access.address) + " lies outside the block's " +
             std::to_string(bytes_) + " bytes";
     return false;
@@ -124,10 +125,11 @@ void SharedMemory::explain_read_race(const SharedAccess& access, const Cell& cel
   const std::uint32_t other_warps = cell.read_warps & ~(1u << access.warp);
   std::string reader;
   if (other_warps == 0)
-    reader = thread_text(access.warp, std::countr_zero(cell.read_lanes & ~(1u << access.lane))) + " read at " +
-             sites_.text(cell.read_site);
+    reader = thread_text(access.warp, std::countr_zero(cell.read_lanes & ~(1u << access.lane))) +
+             " read at " + sites_.text(cell.read_site);
   else if (cell.read_warp != access.warp)
-    reader = thread_text(cell.read_warp, std::countr_zero(cell.read_lanes)) + " read at " + sites_.text(cell.read_site);
+    reader = thread_text(cell.read_warp, std::countr_zero(cell.read_lanes)) + " read at " +
+             sites_.text(cell.read_site);
   else
     reader = "warp " + std::to_string(std::countr_zero(other_warps)) + " read";
   error = "race in shared memory: write of " + place_of(access, cell) + ", which " + reader +

@@ -1,4 +1,5 @@
-// A block's shared memory, and what is known of every two bytes of it: who wrote and read them last, and when.
+// A block's shared memory, and what is known of every two bytes of it: who wrote and read them last, and
+// when.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +31,8 @@ class SharedMemory {
  public:
   SharedMemory(int bytes, const SourceSites& sites);
 
-  // Forgets every write, and fills the memory with a pattern of NaNs. `barriers.block` of all later accesses must be
-  // at least `first_barrier`, that of all earlier ones below it.
+  // Forgets every write, and fills the memory with a pattern of NaNs. `barriers.block` of all later accesses
+  // must be at least `first_barrier`, that of all earlier ones below it.
   void begin_block(std::uint32_t first_barrier);
 
   // Reads or writes; on false a check failed, `error` says which, and nothing was copied.
@@ -58,7 +59,8 @@ class SharedMemory {
   bool races_with_write(const SharedAccess& access, const Cell& cell) const;
   bool races_with_reads(const SharedAccess& access, const Cell& cell) const;
   static void note_read(const SharedAccess& access, Cell& cell);
-  void explain_write_race(const SharedAccess& access, const Cell& cell, const char* what, std::string& error) const;
+  void explain_write_race(const SharedAccess& access, const Cell& cell, const char* what,
+                          std::string& error) const;
   void explain_read_race(const SharedAccess& access, const Cell& cell, std::string& error) const;
   std::string place_of(const SharedAccess& access, const Cell& cell) const;
 

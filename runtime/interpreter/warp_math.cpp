@@ -10,8 +10,8 @@ namespace {
 typedef float Float4 __attribute__((vector_size(16)));
 typedef std::uint32_t Uint4 __attribute__((vector_size(16)));
 
-// fp16 in the low halves -> fp32, exactly: the bits move to their place, and a product with 2^112 corrects the
-// exponent of normal and subnormal numbers alike. Infinity and NaN get fp32's exponent.
+// fp16 in the low halves -> fp32, exactly: the bits move to their place, and a product with 2^112 corrects
+// the exponent of normal and subnormal numbers alike. Infinity and NaN get fp32's exponent.
 Float4 widen(Uint4 halves) {
   const Uint4 moved = (halves & 0x7fffu) << 13;
   const Float4 finite = reinterpret_cast<Float4>(moved) * 0x1p112f;

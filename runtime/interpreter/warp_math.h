@@ -1,5 +1,5 @@
-// The tensor instruction and ldmatrix of one warp: which element lies in which lane, as templates/primitives.cuh
-// draws it.
+// The tensor instruction and ldmatrix of one warp: which element lies in which lane, as
+// templates/primitives.cuh draws it.
 #pragma once
 
 #include <array>
@@ -13,8 +13,9 @@ struct MmaOperands {
   std::array<std::uint32_t, 32> a0, a1, b;
 };
 
-// C = A B, plus C where `accumulate`. Products are exact in fp32; they are added to C one by one, k rising, each sum
-// rounded to fp32. (The hardware adds in another order and truncates: results differ in the last bits.)
+// C = A B, plus C where `accumulate`. Products are exact in fp32; they are added to C one by one, k rising,
+// each sum rounded to fp32. (The hardware adds in another order and truncates: results differ in the last
+// bits.)
 void warp_mma(const MmaOperands& operands, bool accumulate);
 
 // An 8x8 matrix of fp16: row r is the 16 bytes that lane r of an ldmatrix points at.

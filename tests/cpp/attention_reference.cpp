@@ -58,9 +58,6 @@ struct ExactRounding {
 };
 
 struct Fp16Rounding {
-  // A kernel's running maximum lags behind the row's. Without a lag the largest probability, 1, would be
-  // exact in fp16.
-  static constexpr float kLag = 0.3f;
   static float probability(float p) { return static_cast<float>(rounded_to_fp16(p)); }
   static double out(float x) { return rounded_to_fp16(x); }
 };
@@ -68,8 +65,7 @@ struct Fp16Rounding {
 template <class Number, class Rounding>
 class Attention {
  public:
-  Attention(const AttentionProblem& problem, Number lag)
-      : problem_(problem), shape_(problem.q->shape()), lag_(lag) {
+  explicit Attention(const AttentionProblem& problem) : problem_(problem), shape_(problem.q->shape()) {
     result_.out.resize(shape_[0] * shape_[1] * shape_[2] * shape_[3]);
     result_.lse.resize(shape_[0] * shape_[2] * shape_[1]);
   }
@@ -108,7 +104,6 @@ class Attention {
       has_nan |= std::isnan(p[j]);
       maximum = std::max(maximum, p[j]);
     }
-    maximum -= lag_;
     if (has_nan) maximum = std::numeric_limits<Number>::quiet_NaN();
     for (std::int64_t j = 0; j < visible; ++j) {
       const Number each = std::exp(p[j] - maximum);
@@ -122,7 +117,6 @@ class Attention {
 
   const AttentionProblem& problem_;
   std::array<std::int64_t, 4> shape_;
-  Number lag_;  // by which the maximum that is subtracted lies below the row's
   std::vector<Number> q_, k_, v_;
   AttentionResult result_;
 };
@@ -166,11 +160,11 @@ bool sees(Mask mask, std::int64_t seqlen_q, std::int64_t seqlen_k, std::int64_t 
 }
 
 AttentionResult attention_float64(const AttentionProblem& problem) {
-  return Attention<double, ExactRounding>(problem, 0).run();
+  return Attention<double, ExactRounding>(problem).run();
 }
 
-AttentionResult attention_emulated(const AttentionProblem& problem, float lag) {
-  return Attention<float, Fp16Rounding>(problem, lag).run();
+AttentionResult attention_emulated(const AttentionProblem& problem) {
+  return Attention<float, Fp16Rounding>(problem).run();
 }
 
 }  // namespace flash_attn_jit::testing

@@ -56,10 +56,9 @@ struct AttentionResult {
 // In float64. A row that sees no key: out 0, lse +inf.
 AttentionResult attention_float64(const AttentionProblem& problem);
 
-// In float32, with probabilities and out rounded to fp16: the error that any kernel with fp16 operands has to
-// make. Probabilities are relative to the row's maximum less `lag`, as a kernel's running maximum lags behind
-// the row's.
-AttentionResult attention_emulated(const AttentionProblem& problem, float lag);
+// In float32, with probabilities (relative to the row's maximum) and out rounded to fp16: the error that any
+// kernel with fp16 operands has to make.
+AttentionResult attention_emulated(const AttentionProblem& problem);
 
 // Whether query row `row` may see key `key`: all of them, or bottom-right causal.
 bool sees(Mask mask, std::int64_t seqlen_q, std::int64_t seqlen_k, std::int64_t row, std::int64_t key);

@@ -27,10 +27,6 @@ constexpr std::array<std::pair<Inputs, const char*>, 4> kInputs = {{{Inputs::kNo
                                                                     {Inputs::kFalling, "falling"},
                                                                     {Inputs::kThousand, "thousand"}}};
 
-// The emulation's error is the largest of these: in a small tensor a single one is small by luck. (Without a
-// lag the largest probability, 1, would be exact.)
-constexpr std::array kLags = {0.1f, 0.3f, 0.6f};
-
 template <class Names, class Value>
 std::string name_of(const Names& names, Value value) {
   for (const auto& [each, name] : names)
@@ -150,18 +146,16 @@ double largest_finite(const std::vector<double>& values) {
 
 void compare(const ForwardCase& c, ForwardTensors& t, ForwardOutcome& outcome) {
   const AttentionProblem problem = t.problem();
-  const AttentionResult exact = attention_float64(problem);
-  double emulated_out = 0, emulated_lse = 0;
-  for (const float lag : kLags) {
-    const AttentionResult emulated = attention_emulated(problem, lag);
-    emulated_out = std::max(emulated_out, max_error(emulated.out, exact.out));
-    emulated_lse = std::max(emulated_lse, max_error(emulated.lse, exact.lse));
-  }
+  const AttentionResult exact = attention_float64(problem), emulated = attention_emulated(problem);
+  // Rounding alone may be off by half a step of the largest element; in a small tensor the emulation is
+  // luckier.
+  const double emulated_error =
+      std::max(max_error(emulated.out, exact.out), fp16_step(largest_finite(exact.out)) / 2);
   outcome.out_error = max_error(values_of(t.out), exact.out);
-  outcome.out_bound = 2 * emulated_out + 1e-5;
+  outcome.out_bound = 2 * emulated_error + 1e-5;
   outcome.lse_error = max_error({t.lse.begin(), t.lse.end()}, exact.lse);
   // A float near 1000 is 6e-5 from the next one.
-  outcome.lse_bound = 2 * emulated_lse + 1e-5 + largest_finite(exact.lse) * 0x1p-22;
+  outcome.lse_bound = 2 * max_error(emulated.lse, exact.lse) + 1e-5 + largest_finite(exact.lse) * 0x1p-22;
   if (!(outcome.out_error <= outcome.out_bound))
     add_fault(
         outcome, c,
