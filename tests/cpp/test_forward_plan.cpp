@@ -1,0 +1,206 @@
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <limits>
+
+#include "generator/errors.h"
+#include "runtime/forward.h"
+#include "tests/cpp/containing.h"
+
+using namespace flash_attn_jit;
+using flash_attn_jit::testing::Containing;
+
+namespace {
+
+constexpr int kMultiprocessors = 40;
+
+void* address(std::uintptr_t at) { return reinterpret_cast<void*>(at); }
+
+TensorView contiguous(std::uintptr_t at, std::int64_t b, std::int64_t s, std::int64_t h, std::int64_t d) {
+  return {address(at), {b, s, h, d}, {s * h * d, h * d, d, 1}};
+}
+
+ForwardRequest request(std::int64_t b, std::int64_t sq, std::int64_t sk, std::int64_t h, std::int64_t hk,
+                       std::int64_t d) {
+  ForwardRequest r;
+  r.q = contiguous(0x1000, b, sq, h, d);
+  r.k = contiguous(0x2000, b, sk, hk, d);
+  r.v = contiguous(0x3000, b, sk, hk, d);
+  r.out = contiguous(0x4000, b, sq, h, d);
+  r.softmax_lse = reinterpret_cast<float*>(address(0x5000));
+  r.softmax_scale = 0.125f;
+  return r;
+}
+
+LaunchPlan plan(const ForwardRequest& r) { return plan_forward(r, arch_limits(75), kMultiprocessors); }
+
+template <typename Expected>
+std::string refusal(const ForwardRequest& r) {
+  try {
+    plan(r);
+  } catch (const Expected& error) {
+    return error.what();
+  }
+  return "";
+}
+
+}  // namespace
+
+TEST_CASE("plan: what the kernel is told") {
+  ForwardRequest r = request(2, 300, 500, 8, 2, 64);
+  r.mask = Mask::kCausal;
+  const LaunchPlan p = plan(r);
+  CHECK(p.spec.head_dim == 64);
+  CHECK(p.spec.mask == Mask::kCausal);
+  CHECK(p.spec.group_size == 4);
+  CHECK(p.spec.access == GlobalAccess::kVector16B);
+  const int m_blocks = (300 + p.spec.tile.block_m - 1) / p.spec.tile.block_m;
+  CHECK(p.blocks == 2 * 8 * m_blocks);
+  CHECK(p.params.num_m_blocks == m_blocks);
+  CHECK(p.params.q == address(0x1000));
+  CHECK(p.params.k == address(0x2000));
+  CHECK(p.params.v == address(0x3000));
+  CHECK(p.params.out == address(0x4000));
+  CHECK(p.params.softmax_lse == address(0x5000));
+  CHECK(p.params.seqlen_q == 300);
+  CHECK(p.params.seqlen_k == 500);
+  CHECK(p.params.num_heads == 8);
+  CHECK(p.params.q_batch_stride == 300 * 8 * 64);
+  CHECK(p.params.q_row_stride == 8 * 64);
+  CHECK(p.params.q_head_stride == 64);
+  CHECK(p.params.k_batch_stride == 500 * 2 * 64);
+  CHECK(p.params.v_row_stride == 2 * 64);
+  CHECK(p.params.out_head_stride == 64);
+  CHECK(p.params.softmax_scale_log2 == doctest::Approx(0.125 * std::log2(std::exp(1.0))));
+  CHECK(p.params.q_sign == 0);
+}
+
+TEST_CASE("plan: strides are taken as they are") {
+  ForwardRequest r = request(2, 32, 32, 4, 4, 64);
+  r.q.strides = {1'000'000'000'000, 64, 32 * 64, 1};  // (b, h, s, d) transposed, batches far apart
+  const LaunchPlan p = plan(r);
+  CHECK(p.params.q_batch_stride == 1'000'000'000'000);
+  CHECK(p.params.q_row_stride == 64);
+  CHECK(p.params.q_head_stride == 32 * 64);
+  CHECK(p.spec.access == GlobalAccess::kVector16B);
+}
+
+TEST_CASE("plan: the sign and the size of the scale") {
+  ForwardRequest r = request(1, 8, 8, 1, 1, 64);
+  r.softmax_scale = -2;
+  CHECK(plan(r).params.q_sign == 0x80008000u);
+  CHECK(plan(r).params.softmax_scale_log2 == doctest::Approx(2 * std::log2(std::exp(1.0))));
+  r.softmax_scale = 0;
+  CHECK(plan(r).params.q_sign == 0);
+  CHECK(plan(r).params.softmax_scale_log2 == 0x1p-100f);
+  for (const float bad : {std::numeric_limits<float>::infinity(), std::nanf(""), 3e38f}) {
+    r.softmax_scale = bad;
+    CHECK(refusal<ArgumentError>(r) == Containing{"softmax_scale"});
+  }
+}
+
+TEST_CASE("plan: 16-byte accesses only where everything allows them") {
+  const auto access = [](auto change, std::int64_t head_dim = 64) {
+    ForwardRequest r = request(2, 32, 32, 4, 4, head_dim);
+    change(r);
+    return plan(r).spec.access;
+  };
+  CHECK(access([](ForwardRequest&) {}) == GlobalAccess::kVector16B);
+  for (TensorView ForwardRequest::*tensor :
+       {&ForwardRequest::q, &ForwardRequest::k, &ForwardRequest::v, &ForwardRequest::out}) {
+    CHECK(access([&](ForwardRequest& r) { (r.*tensor).data = address(0x1002); }) == GlobalAccess::kElement2B);
+    CHECK(access([&](ForwardRequest& r) { (r.*tensor).data = address(0x1008); }) == GlobalAccess::kElement2B);
+    CHECK(access([&](ForwardRequest& r) { (r.*tensor).data = address(0x1010); }) == GlobalAccess::kVector16B);
+    for (const int dim : {0, 1, 2}) {
+      CHECK(access([&](ForwardRequest& r) { (r.*tensor).strides[dim] += 4; }) == GlobalAccess::kElement2B);
+      CHECK(access([&](ForwardRequest& r) { (r.*tensor).strides[dim] += 8; }) == GlobalAccess::kVector16B);
+    }
+  }
+  CHECK(access([](ForwardRequest&) {}, 72) == GlobalAccess::kVector16B);
+  CHECK(access([](ForwardRequest&) {}, 68) == GlobalAccess::kElement2B);
+  CHECK(access([](ForwardRequest&) {}, 1) == GlobalAccess::kElement2B);
+}
+
+TEST_CASE("plan: a dimension of one element may have any stride") {
+  ForwardRequest r = request(1, 32, 32, 1, 1, 64);
+  r.q.strides = {3, 64, 5, 1};
+  r.k.strides = {7, 64, 9, 1};
+  const LaunchPlan p = plan(r);
+  CHECK(p.spec.access == GlobalAccess::kVector16B);
+  CHECK(p.params.q_batch_stride == 0);
+  CHECK(p.params.q_head_stride == 0);
+  CHECK(p.params.k_batch_stride == 0);
+  CHECK(p.params.q_row_stride == 64);
+  ForwardRequest one = request(2, 8, 8, 1, 1, 1);
+  one.q.strides[3] = 77;
+  CHECK(plan(one).blocks > 0);
+}
+
+TEST_CASE("plan: nothing to launch where out has no elements, but without keys there is") {
+  CHECK(plan(request(0, 8, 8, 2, 2, 64)).blocks == 0);
+  CHECK(plan(request(2, 0, 8, 2, 2, 64)).blocks == 0);
+  CHECK(plan(request(2, 8, 8, 0, 0, 64)).blocks == 0);
+  ForwardRequest none = request(2, 0, 8, 2, 2, 64);
+  none.q.data = none.out.data = nullptr;
+  none.softmax_lse = nullptr;
+  CHECK(plan(none).blocks == 0);
+  ForwardRequest no_keys = request(2, 8, 0, 2, 2, 64);
+  no_keys.k.data = no_keys.v.data = nullptr;
+  CHECK(plan(no_keys).blocks > 0);
+  CHECK(plan(no_keys).params.seqlen_k == 0);
+}
+
+TEST_CASE("plan: a small problem gets smaller tiles than a large one") {
+  const LaunchPlan small = plan(request(1, 512, 512, 4, 4, 128)), large = plan(request(16, 4096, 4096, 16, 16, 128));
+  CHECK(small.spec.tile.block_m < large.spec.tile.block_m);
+}
+
+TEST_CASE("plan: a tile that is asked for is taken, or refused with check()'s reason") {
+  ForwardRequest r = request(1, 512, 512, 4, 4, 64);
+  r.tile = TileConfig::parse("m64n32w4s3q64");
+  CHECK(plan(r).spec.tile == *r.tile);
+  r.tile = TileConfig::parse("m64n17w4s3q64");
+  CHECK(refusal<UnsupportedError>(r) == Containing{"m64n17w4s3q64"});
+  r.tile = TileConfig{};
+  CHECK(refusal<UnsupportedError>(r) == Containing{"tile"});
+}
+
+TEST_CASE("plan: more blocks than a grid holds") {
+  ForwardRequest r = request(70'000, 100'000, 8, 1000, 1000, 64);
+  CHECK(refusal<UnsupportedError>(r) == Containing{"2147483647"});
+  CHECK(refusal<UnsupportedError>(request(1, 1ll << 31, 8, 1, 1, 64)) == Containing{"q has shape"});
+}
+
+TEST_CASE("plan: shapes that contradict each other name the argument, what came and what is accepted") {
+  ForwardRequest r = request(2, 8, 8, 4, 4, 64);
+  r.k = contiguous(0x2000, 3, 8, 4, 64);
+  CHECK(refusal<ArgumentError>(r) == Containing{"k has shape (3, 8, 4, 64); accepted: (2, 8, 4, 64)"});
+  r = request(2, 8, 8, 4, 4, 64);
+  r.k = contiguous(0x2000, 2, 8, 4, 32);
+  CHECK(refusal<ArgumentError>(r) == Containing{"k has shape"});
+  r = request(2, 8, 8, 4, 4, 64);
+  r.v = contiguous(0x3000, 2, 9, 4, 64);
+  CHECK(refusal<ArgumentError>(r) == Containing{"v has shape (2, 9, 4, 64); accepted: (2, 8, 4, 64)"});
+  r = request(2, 8, 8, 4, 4, 64);
+  r.out = contiguous(0x4000, 2, 8, 2, 64);
+  CHECK(refusal<ArgumentError>(r) == Containing{"out has shape"});
+  CHECK(refusal<ArgumentError>(request(2, 8, 8, 4, 3, 64)) == Containing{"q has 4 heads and k 3"});
+  CHECK(refusal<ArgumentError>(request(2, 8, 8, 4, 0, 64)) == Containing{"q has 4 heads and k 0"});
+}
+
+TEST_CASE("plan: memory that cannot be read") {
+  ForwardRequest r = request(2, 8, 8, 4, 4, 64);
+  r.v.data = nullptr;
+  CHECK(refusal<ArgumentError>(r) == Containing{"v has shape (2, 8, 4, 64) and no memory"});
+  r = request(2, 8, 8, 4, 4, 64);
+  r.softmax_lse = nullptr;
+  CHECK(refusal<ArgumentError>(r) == Containing{"softmax_lse"});
+  r = request(2, 8, 8, 4, 4, 64);
+  r.k.strides[3] = 2;
+  CHECK(refusal<ArgumentError>(r) == Containing{"k has strides"});
+}
+
+TEST_CASE("plan: head dims that no kernel is for") {
+  CHECK(refusal<UnsupportedError>(request(2, 8, 8, 4, 4, 257)) == Containing{"head_dim is 257; accepted: 1 to 256"});
+  CHECK(refusal<UnsupportedError>(request(2, 8, 8, 4, 4, 0)) == Containing{"head_dim is 0; accepted: 1 to 256"});
+}
