@@ -105,10 +105,11 @@ int architecture_of(std::string_view cubin) {
 
 int driver_major() { return state().driver_version / 1000; }
 
-// "8.4" for CUDA 12.4 and so on: PTX ISA, "Release notes". CUDA 12.9 has 8.8.
+// 8.4 for CUDA 12.4, 8.8 for 12.9, 9.0 for 13.0: PTX ISA, "Release Notes". Drivers yet to come read everything.
 int newest_ptx_version() {
   const int minor = state().driver_version % 1000 / 10;
-  return driver_major() == 12 ? 80 + (minor > 8 ? 8 : minor) : 90 + minor;
+  if (driver_major() == 12) return 80 + (minor > 8 ? 8 : minor);
+  return driver_major() == 13 ? 90 + minor : 999;
 }
 
 int ptx_version(std::string_view ptx) {

@@ -1,0 +1,352 @@
+// Devices, loaded kernels and launches, on a libcuda that plays drivers and GPUs.
+#include <doctest/doctest.h>
+
+#ifdef FLASH_ATTN_JIT_STUB_LIBCUDA
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <thread>
+
+#include "runtime/cache_folder.h"
+#include "runtime/loaded_kernels.h"
+#include "tests/cpp/captured_log.h"
+#include "tests/cpp/containing.h"
+#include "tests/cpp/stub_libcuda/stub_control.h"
+#include "tests/cpp/tiny_templates.h"
+
+using namespace flash_attn_jit;
+using namespace flash_attn_jit::testing;
+
+namespace {
+
+constexpr const char* kStub = FLASH_ATTN_JIT_STUB_LIBCUDA;
+const StubDevice kT4{"Tesla T4", 75, 40}, kA100{"NVIDIA A100", 80, 108};
+constexpr int kInvalidImage = 200;  // cuda.h
+
+StubControl& stub() {
+  static const DynamicLibrary library = DynamicLibrary::open(kStub);
+  return *library.function<StubControl*()>("stub_control")();
+}
+
+// A request whose tensors are never read.
+ForwardRequest request(std::int64_t head_dim = 64, std::int64_t seqlen = 64) {
+  const auto view = [&](std::uintptr_t at) {
+    return TensorView{reinterpret_cast<void*>(at), {2, seqlen, 4, head_dim},
+                      {seqlen * 4 * head_dim, 4 * head_dim, head_dim, 1}};
+  };
+  ForwardRequest r;
+  r.q = view(0x1000);
+  r.k = view(0x2000);
+  r.v = view(0x3000);
+  r.out = view(0x4000);
+  r.softmax_lse = reinterpret_cast<float*>(0x5000);
+  r.softmax_scale = 0.125f;
+  return r;
+}
+
+StreamHandle stream(std::uintptr_t number) { return reinterpret_cast<StreamHandle>(number); }
+
+// A process with a driver, its devices and an empty cache.
+struct Process {
+  TinySetting setting;
+  Driver driver;
+  KernelLibrary library;
+  DeviceRuntime runtime;
+
+  Process(int driver_version, const std::vector<StubDevice>& devices, TargetChoice target = TargetChoice::kNative)
+      : driver(started(driver_version, devices)),
+        library(setting.settings(driver_version)),
+        runtime(driver, library, target) {}
+
+  static std::filesystem::path started(int driver_version, const std::vector<StubDevice>& devices) {
+    stub().reset(driver_version, devices);
+    return kStub;
+  }
+};
+
+template <typename Expected>
+std::string refusal(const std::function<void()>& work) {
+  try {
+    work();
+  } catch (const Expected& error) {
+    return error.what();
+  }
+  return "";
+}
+
+}  // namespace
+
+TEST_CASE("driver: what it is and what it has") {
+  stub().reset(12040, {kT4, kA100});
+  Driver driver(kStub);
+  CHECK(driver.version() == 12040);
+  CHECK(driver.path() == kStub);
+  CHECK(stub().calls("cuInit") == 0);
+  CHECK(driver.device_count() == 2);
+  CHECK(driver.device_info(0).name == "Tesla T4");
+  CHECK(driver.device_info(1).sm == 80);
+  CHECK(driver.device_info(1).multiprocessors == 108);
+  CHECK(refusal<DriverError>([&] { driver.device_info(2); }) == Containing{"no CUDA device 2; the driver sees 2"});
+}
+
+TEST_CASE("driver: none, and one without devices") {
+  CHECK(refusal<DriverError>([] { Driver("libthere_is_none.so.1"); }) == Containing{"libthere_is_none.so.1"});
+  stub().reset(13000, {});
+  Driver driver(kStub);
+  CHECK(driver.device_count() == 0);
+  CHECK(driver.version() == 13000);
+}
+
+TEST_CASE("driver: an error has the call, the driver's name for it, its number and its words") {
+  stub().reset(12040, {kT4});
+  Driver driver(kStub);
+  stub().fail("cuInit", kInvalidImage);
+  CHECK(refusal<DriverError>([&] { driver.device_count(); }) ==
+        Containing{"cuInit: CUDA_ERROR_INVALID_IMAGE (200): the stub's own words"});
+}
+
+TEST_CASE("a launch: arguments as planned, on the caller's stream" * doctest::skip(!have_nvrtc())) {
+  Process process(12040, {kT4});
+  stub().make_current(0);
+  const ForwardRequest r = request();
+  process.runtime.forward(r, 0, stream(77));
+  const auto launches = stub().launches();
+  REQUIRE(launches.size() == 1);
+  const LaunchPlan plan = plan_forward(r, arch_limits(75), kT4.multiprocessors);
+  CHECK(launches[0].device == 0);
+  CHECK(launches[0].function == plan.spec.name());
+  CHECK(launches[0].blocks == plan.blocks);
+  CHECK(launches[0].threads == static_cast<unsigned>(plan.spec.tile.threads()));
+  CHECK(launches[0].stream == stream(77));
+  CHECK(std::memcmp(&launches[0].params, &plan.params, sizeof plan.params) == 0);
+  const int smem = render(plan.spec, embedded_templates()).dynamic_smem;
+  CHECK(launches[0].dynamic_smem == static_cast<unsigned>(smem));
+  CHECK(stub().allowed_smem(0, plan.spec.name()) == (smem > 48 * 1024 ? smem : 0));
+}
+
+TEST_CASE("a kernel beyond 48 KiB of shared memory is allowed it" * doctest::skip(!have_nvrtc())) {
+  Process process(12040, {kT4});
+  KernelSpec spec;
+  spec.head_dim = 128;
+  ForwardRequest r = request(128);
+  for (const TileConfig& tile : tile_space(spec, arch_limits(75))) {
+    spec.tile = tile;
+    if (render(spec, embedded_templates()).dynamic_smem > 48 * 1024) r.tile = tile;
+  }
+  REQUIRE(r.tile);
+  process.runtime.forward(r, 0, nullptr);
+  REQUIRE(stub().launches().size() == 1);
+  const StubLaunch launch = stub().launches()[0];
+  REQUIRE(launch.dynamic_smem > 48 * 1024);
+  CHECK(stub().allowed_smem(0, launch.function) == static_cast<int>(launch.dynamic_smem));
+}
+
+TEST_CASE("nothing to do launches nothing and compiles nothing") {
+  Process process(12040, {kT4});
+  ForwardRequest r = request(64, 0);
+  process.runtime.forward(r, 0, nullptr);
+  CHECK(stub().launches().empty());
+  CHECK(process.library.nvrtc_opened() == 0);
+}
+
+TEST_CASE("the hot path calls the driver once" * doctest::skip(!have_nvrtc())) {
+  Process process(12040, {kT4});
+  stub().make_current(0);
+  process.runtime.forward(request(), 0, nullptr);
+  const int before = stub().calls("");
+  for (int i = 0; i < 10; ++i) process.runtime.forward(request(), 0, nullptr);
+  CHECK(stub().calls("") - before == 10);
+  CHECK(stub().calls("cuModuleLoadData") == 1);
+  CHECK(stub().launches().size() == 11);
+}
+
+TEST_CASE("the hot path takes less than 3 microseconds" * doctest::skip(!have_nvrtc())) {
+  Process process(12040, {kT4});
+  stub().make_current(0);
+  const ForwardRequest r = request(128, 4096);
+  process.runtime.forward(r, 0, nullptr);
+  stub().record_launches(false);
+  using Clock = std::chrono::steady_clock;
+  double best = 1e9;  // of several rounds: this machine may have other work
+  for (int round = 0; round < 20; ++round) {
+    constexpr int kCalls = 2000;
+    const auto start = Clock::now();
+    for (int i = 0; i < kCalls; ++i) process.runtime.forward(r, 0, nullptr);
+    best = std::min(best, std::chrono::duration<double, std::micro>(Clock::now() - start).count() / kCalls);
+  }
+  MESSAGE("hot path: " << best << " us");
+  // Sanitizers and debug builds are several times slower.
+#if defined(NDEBUG) && !defined(__SANITIZE_ADDRESS__)
+  CHECK(best < 3.0);
+#endif
+}
+
+TEST_CASE("the machine code suits the driver: NVRTC 12 below CUDA 13" * doctest::skip(!have_nvrtc())) {
+  for (const auto& [driver_version, compiler] : {std::pair{12040, "nvrtc 12."}, {13000, "nvrtc 13."}}) {
+    Process process(driver_version, {kT4});
+    process.runtime.forward(request(), 0, nullptr);
+    CHECK(stub().launches().size() == 1);
+    const LaunchPlan plan = plan_forward(request(), arch_limits(75), kT4.multiprocessors);
+    const FoundKernel found = process.runtime.device(0).find_or_compile(plan.spec);
+    CHECK(found.kernel.built_by == Containing{compiler});
+    CHECK(found.origin == KernelOrigin::kDiskCache);
+  }
+}
+
+TEST_CASE("two devices: each loads its own" * doctest::skip(!have_nvrtc())) {
+  Process process(13000, {kT4, kA100});
+  for (int round = 0; round < 2; ++round)
+    for (const int device : {0, 1}) {
+      stub().make_current(device);
+      process.runtime.forward(request(), device, nullptr);
+    }
+  const auto launches = stub().launches();
+  REQUIRE(launches.size() == 4);
+  for (int i = 0; i < 4; ++i) CHECK(launches[static_cast<std::size_t>(i)].device == i % 2);
+  CHECK(stub().calls("cuModuleLoadData") == 2);
+  CHECK(list_cache(process.setting.config.cache_dir).size() == 2);
+}
+
+TEST_CASE("two devices of one kind: one compile, two loads" * doctest::skip(!have_nvrtc())) {
+  Process process(12040, {kT4, kT4});
+  for (const int device : {0, 1}) process.runtime.forward(request(), device, nullptr);
+  CHECK(stub().calls("cuModuleLoadData") == 2);
+  CHECK(list_cache(process.setting.config.cache_dir).size() == 1);
+  CHECK(stub().launches()[1].device == 1);
+}
+
+TEST_CASE("another device is current, or none, and stays so" * doctest::skip(!have_nvrtc())) {
+  Process process(13000, {kT4, kA100});
+  stub().make_current(1);
+  for (int i = 0; i < 2; ++i) process.runtime.forward(request(), 0, nullptr);
+  CHECK(stub().current() == 1);
+  std::thread([&] {
+    process.runtime.forward(request(), 0, nullptr);
+    CHECK(stub().current() == -1);
+  }).join();
+  const auto launches = stub().launches();
+  REQUIRE(launches.size() == 3);
+  for (const StubLaunch& launch : launches) CHECK(launch.device == 0);
+}
+
+TEST_CASE("threads that make the same first call compile and load once" * doctest::skip(!have_nvrtc())) {
+  Process process(12040, {kT4});
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 8; ++i) threads.emplace_back([&] { process.runtime.forward(request(), 0, nullptr); });
+  for (std::thread& thread : threads) thread.join();
+  CHECK(stub().launches().size() == 8);
+  CHECK(stub().calls("cuModuleLoadData") == 1);
+  CHECK(list_cache(process.setting.config.cache_dir).size() == 1);
+}
+
+TEST_CASE("a load that fails is an error that names the kernel and the device, and the next may succeed" *
+          doctest::skip(!have_nvrtc())) {
+  Process process(12040, {kT4});
+  stub().fail("cuModuleLoadData", kInvalidImage);
+  const std::string message = refusal<DriverError>([&] { process.runtime.forward(request(), 0, nullptr); });
+  for (const char* part : {"fwd hdim64", "nvrtc 12.", "Tesla T4", "CUDA 12.4", "cuModuleLoadData",
+                           "CUDA_ERROR_INVALID_IMAGE"})
+    CHECK(message == Containing{part});
+  CHECK(stub().launches().empty());
+  CHECK(stub().current() == -1);
+  process.runtime.forward(request(), 0, nullptr);
+  CHECK(stub().launches().size() == 1);
+}
+
+TEST_CASE("a launch that fails is an error that names the kernel and the device" * doctest::skip(!have_nvrtc())) {
+  Process process(12040, {kT4});
+  stub().make_current(0);
+  process.runtime.forward(request(), 0, nullptr);
+  stub().fail("cuLaunchKernel", 719);
+  const std::string message = refusal<DriverError>([&] { process.runtime.forward(request(), 0, nullptr); });
+  for (const char* part : {"launch", "fwd hdim64", "Tesla T4", "719"}) CHECK(message == Containing{part});
+}
+
+TEST_CASE("compute_75: PTX that the driver links, and the linked code is what is cached" *
+          doctest::skip(!have_nvrtc())) {
+  for (const int driver_version : {12090, 99000}) {
+    Process process(driver_version, {kA100}, TargetChoice::kCompute75);
+    process.runtime.forward(request(), 0, nullptr);
+    CHECK(stub().launches().size() == 1);
+    CHECK(stub().calls("cuLinkComplete") == 1);
+    const auto entries = list_cache(process.setting.config.cache_dir);
+    REQUIRE(entries.size() == 1);
+    REQUIRE(entries[0].file);
+    CHECK(entries[0].file->id.target == "compute_75 linked for sm_80");
+    CHECK(entries[0].file->kernel.resources.registers == 42);
+    CHECK_FALSE(entries[0].file->kernel.resources.spill_stores.has_value());
+
+    KernelLibrary next(process.setting.settings(driver_version));
+    DeviceRuntime next_process(process.driver, next, TargetChoice::kCompute75);
+    next_process.forward(request(), 0, nullptr);
+    CHECK(stub().calls("cuLinkComplete") == 1);
+    CHECK(next.nvrtc_opened() == 0);
+
+    KernelLibrary newer(process.setting.settings(driver_version + 10));
+    DeviceRuntime newer_driver(process.driver, newer, TargetChoice::kCompute75);
+    newer_driver.forward(request(), 0, nullptr);
+    CHECK(stub().calls("cuLinkComplete") == 2);
+  }
+}
+
+TEST_CASE("compute_75: the specs are those of a T4" * doctest::skip(!have_nvrtc())) {
+  Process process(12090, {kA100}, TargetChoice::kCompute75);
+  CHECK(process.runtime.device(0).limits().sm == 75);
+  CHECK(process.runtime.device(0).limits().max_shared_bytes_per_block == 65536);
+}
+
+TEST_CASE("a device newer than the NVRTC runs the Turing code, said once; a hit opens no NVRTC" *
+          doctest::skip(!have_nvrtc())) {
+  const StubDevice future{"A GPU of the future", 199, 200};
+  Process process(99000, {future});
+  const CapturedLog log;
+  process.runtime.forward(request(), 0, nullptr);
+  process.runtime.forward(request(128), 0, nullptr);
+  CHECK(stub().launches().size() == 2);
+  REQUIRE(log.warnings().size() == 1);
+  CHECK(log.warnings()[0] == Containing{"A GPU of the future"});
+  CHECK(log.warnings()[0] == Containing{"compute_75"});
+
+  KernelLibrary next(process.setting.settings(99000));
+  DeviceRuntime next_process(process.driver, next, TargetChoice::kNative);
+  next_process.forward(request(), 0, nullptr);
+  CHECK(stub().calls("cuLinkComplete") == 2);
+  CHECK(next.nvrtc_opened() == 0);
+}
+
+TEST_CASE("a device below sm_75 is refused by name") {
+  Process process(12040, {{"Tesla V100", 70, 80}});
+  const std::string message = refusal<UnsupportedError>([&] { process.runtime.forward(request(), 0, nullptr); });
+  CHECK(message == Containing{"Tesla V100"});
+  CHECK(message == Containing{"sm_70"});
+  CHECK(message == Containing{"accepted: sm_75"});
+}
+
+TEST_CASE("a device that is not there") {
+  Process process(12040, {kT4});
+  for (const int ordinal : {-1, 1})
+    CHECK(refusal<DriverError>([&] { process.runtime.forward(request(), ordinal, nullptr); }) ==
+          Containing{"no CUDA device " + std::to_string(ordinal)});
+}
+
+TEST_CASE("the table of loaded kernels finds what was inserted, every field told apart") {
+  LoadedKernelTable table;
+  std::vector<KernelSpec> specs;
+  for (int head_dim = 1; head_dim <= 256; ++head_dim)
+    for (const Mask mask : {Mask::kNone, Mask::kCausal})
+      for (const GlobalAccess access : {GlobalAccess::kVector16B, GlobalAccess::kElement2B}) {
+        KernelSpec spec;
+        spec.head_dim = head_dim;
+        spec.mask = mask;
+        spec.access = access;
+        specs.push_back(spec);
+      }
+  for (std::size_t i = 0; i < specs.size(); ++i) {
+    CHECK(table.find(specs[i]) == nullptr);
+    table.insert({.spec = specs[i], .function = nullptr, .threads = static_cast<unsigned>(i), .dynamic_smem = 0});
+  }
+  for (std::size_t i = 0; i < specs.size(); ++i) CHECK(table.find(specs[i])->threads == i);
+}
+
+#endif
