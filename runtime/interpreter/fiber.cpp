@@ -24,7 +24,6 @@
 // Saves the callee-saved registers on the running stack, its pointer in *save, and continues at `load`. The
 // floating point modes are left alone: kernels do not change them.
 extern "C" void flash_attn_jit_switch_stack(void** save, void* load);
-#endif
 
 #if defined(__x86_64__)
 asm(R"(
@@ -88,6 +87,7 @@ flash_attn_jit_switch_stack:
 .size flash_attn_jit_switch_stack, . - flash_attn_jit_switch_stack
 )");
 #endif
+#endif
 
 namespace flash_attn_jit {
 namespace {
@@ -98,9 +98,8 @@ std::size_t page_bytes() { return static_cast<std::size_t>(sysconf(_SC_PAGESIZE)
 // A stack as flash_attn_jit_switch_stack leaves one, of a function that is about to return to `entry`.
 void* first_frame(std::byte* top, void (*entry)()) {
 #if defined(__x86_64__)
-  constexpr int kSlots = 8,
-                kReturnAddress =
-                    6;  // 6 registers, the address, and what entry takes for its own return address
+  // 6 registers, the address, and what entry() takes for its own return address.
+  constexpr int kSlots = 8, kReturnAddress = 6;
 #else
   constexpr int kSlots = 20, kReturnAddress = 11;  // x30
 #endif

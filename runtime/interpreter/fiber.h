@@ -5,8 +5,10 @@
 #include <cstddef>
 #include <memory>
 
-#if !defined(__x86_64__) && !defined(__aarch64__)
+#if !defined(__x86_64__) && !defined(__aarch64__) && !defined(FLASH_ATTN_JIT_UCONTEXT_FIBERS)
 #define FLASH_ATTN_JIT_UCONTEXT_FIBERS 1
+#endif
+#ifdef FLASH_ATTN_JIT_UCONTEXT_FIBERS
 #include <ucontext.h>
 #endif
 

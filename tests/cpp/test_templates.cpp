@@ -60,8 +60,9 @@ bool asks_for_the_compiler(const std::string& word) {
 
 TEST_CASE("asm and intrinsics stand in the two halves of the primitives alone") {
   int others = 0;
-  for (const auto& [name, text] : embedded_templates()) {
-    const auto words = identifiers(code_of(text));
+  for (const auto& file : embedded_templates()) {
+    const std::string name = file.first;
+    const auto words = identifiers(code_of(file.second));
     if (name == "primitives_cuda.cuh") CHECK(std::count(words.begin(), words.end(), "asm") > 10);
     if (name.starts_with("primitives_")) continue;
     ++others;
@@ -73,8 +74,9 @@ TEST_CASE("asm and intrinsics stand in the two halves of the primitives alone") 
 
 TEST_CASE("only primitives.cuh asks which compiler it is") {
   int askers = 0;
-  for (const auto& [name, text] : embedded_templates())
-    for (const std::string& word : identifiers(code_of(text))) {
+  for (const auto& file : embedded_templates())
+    for (const std::string& word : identifiers(code_of(file.second))) {
+      const std::string& name = file.first;
       if (!asks_for_the_compiler(word)) continue;
       ++askers;
       const bool allowed =
@@ -87,8 +89,8 @@ TEST_CASE("only primitives.cuh asks which compiler it is") {
 
 TEST_CASE("templates include templates alone") {
   int includes = 0;
-  for (const auto& [name, text] : embedded_templates()) {
-    const std::string code = code_of(text), mark = "#include ";
+  for (const auto& file : embedded_templates()) {
+    const std::string name = file.first, code = code_of(file.second), mark = "#include ";
     for (std::size_t at = code.find(mark); at != std::string::npos; at = code.find(mark, at + 1)) {
       const std::size_t begin = at + mark.size(), end = code.find_first_of("\">\n", begin + 1);
       const std::string included = code.substr(begin + 1, end - begin - 1);
