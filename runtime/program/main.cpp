@@ -4,6 +4,7 @@
 #include <iostream>
 #include <string>
 
+#include "runtime/log.h"
 #include "runtime/program/command.h"
 
 namespace flash_attn_jit::program {
@@ -35,7 +36,13 @@ int report_usage(const CLI::App& app, const std::string& message) {
   return kUsage;
 }
 
+// What it does the commands tell themselves; only warnings are left.
+void print_warnings(LogLevel level, const std::string& message) {
+  if (level == LogLevel::kWarning) std::cerr << "flash-attn-jit: warning: " + message + "\n";
+}
+
 int run(int argc, char** argv) {
+  set_log_sink(print_warnings);
   CLI::App app("FlashAttention kernels for Turing GPUs: what this machine has, one kernel, packs, the cache.",
                "flash-attn-jit");
   app.set_version_flag("--version", FLASH_ATTN_JIT_VERSION);
