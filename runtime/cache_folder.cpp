@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <functional>
 
 #include "runtime/files.h"
 
@@ -88,17 +87,6 @@ bool belongs_to_a_builder(const OwnFile& file) {
   return file.kind == FileKind::kTemporary || file.kind == FileKind::kLock;
 }
 
-CacheRemoval remove_where(const fs::path& dir, const std::function<bool(const OwnFile&)>& condition) {
-  CacheRemoval removal;
-  for (const OwnFile& file : own_files(dir)) {
-    if (belongs_to_a_builder(file))
-      remove_unless_in_use(file, removal);
-    else if (condition(file))
-      remove(file, removal);
-  }
-  return removal;
-}
-
 }  // namespace
 
 std::string lock_name(const KernelKey& key) { return to_hex(key) + ".lock"; }
@@ -139,29 +127,31 @@ std::vector<CacheEntry> list_cache(const fs::path& dir) {
 
 CacheRemoval evict(const fs::path& dir, std::uint64_t max_bytes) {
   const std::vector<OwnFile> files = own_files(dir);
-  std::uint64_t total = 0;
-  for (const OwnFile& file : files) total += file.bytes;
   CacheRemoval removal;
+  std::uint64_t total = 0;
   for (const OwnFile& file : files) {
-    if (total <= max_bytes) break;
     if (belongs_to_a_builder(file))
       remove_unless_in_use(file, removal);
     else
-      remove(file, removal);
+      total += file.bytes;
+  }
+  for (const OwnFile& file : files) {
+    if (total <= max_bytes) break;
+    if (belongs_to_a_builder(file)) continue;
+    remove(file, removal);
     total -= file.bytes;
   }
   return removal;
 }
 
 CacheRemoval prune_cache(const fs::path& dir, std::uint64_t max_bytes) {
-  CacheRemoval removal = remove_where(
-      dir, [](const OwnFile& file) { return file.kind == FileKind::kBroken || file.kind == FileKind::kSource; });
+  CacheRemoval removal;
+  for (const OwnFile& file : own_files(dir))
+    if (file.kind == FileKind::kBroken || file.kind == FileKind::kSource) remove(file, removal);
   const CacheRemoval evicted = evict(dir, max_bytes);
   return {removal.files + evicted.files, removal.bytes + evicted.bytes};
 }
 
-CacheRemoval clear_cache(const fs::path& dir) {
-  return remove_where(dir, [](const OwnFile&) { return true; });
-}
+CacheRemoval clear_cache(const fs::path& dir) { return prune_cache(dir, 0); }
 
 }  // namespace flash_attn_jit

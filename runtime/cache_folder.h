@@ -44,10 +44,11 @@ struct CacheRemoval {
   std::uint64_t bytes = 0;
 };
 
-// Removes the least recently used kernels, broken files and refused sources until no more than `max_bytes` are left.
+// Removes what dead processes left, then the least recently used kernels, broken files and refused sources until no
+// more than `max_bytes` are left.
 CacheRemoval evict(const std::filesystem::path& dir, std::uint64_t max_bytes);
 
-// Removes what was set aside, what dead processes left and refused sources, then evicts.
+// Removes what was set aside and refused sources, then evicts.
 CacheRemoval prune_cache(const std::filesystem::path& dir, std::uint64_t max_bytes);
 
 // Removes every file that is the cache's own and not in use; others stay.

@@ -93,7 +93,7 @@ FoundKernel KernelCache::build_and_store(const KernelId& id, const Build& build,
   if (auto found = find_in_folder(id, objection, lock ? Fault::kSetAside : Fault::kLeave)) return *std::move(found);
   if (auto found = find_in_memory(id, objection)) return *std::move(found);
   FoundKernel found{build(), KernelOrigin::kCompiled};
-  store(id, found.kernel);
+  if (!lock || !store(id, found.kernel)) keep_in_memory(id, found.kernel);
   return found;
 }
 
@@ -151,28 +151,29 @@ std::optional<FileLock> KernelCache::lock_for(const KernelId& id) {
   }
 }
 
-void KernelCache::store(const KernelId& id, const CompiledKernel& kernel) {
+// Whether the kernel lies in the folder now.
+bool KernelCache::store(const KernelId& id, const CompiledKernel& kernel) {
   const std::string bytes = serialize({id, kernel});
-  const auto keep_in_memory = [&] {
-    const std::lock_guard guard(mutex_);
-    in_memory_.insert_or_assign(id.key, kernel);
-  };
-  if (distrust()) return keep_in_memory();
   if (bytes.size() > settings_.max_bytes) {
     warn_once("kernel " + id.name + " is kept in memory only: the cache is bounded to " +
               std::to_string(settings_.max_bytes) + " bytes and it has " + std::to_string(bytes.size()));
-    return keep_in_memory();
+    return false;
   }
   try {
-    create_folders(settings_.dir, folder_mode(settings_.use));
     write_file(settings_.dir / id.file_name(), settings_.dir / temporary_name(id.key), bytes,
                file_mode(settings_.use));
     evict(settings_.dir, settings_.max_bytes);
+    return true;
   } catch (const FileError& error) {
     if (settings_.use == FolderUse::kPack) throw;
     warn_about_folder(error.what());
-    keep_in_memory();
+    return false;
   }
+}
+
+void KernelCache::keep_in_memory(const KernelId& id, const CompiledKernel& kernel) {
+  const std::lock_guard guard(mutex_);
+  in_memory_.insert_or_assign(id.key, kernel);
 }
 
 std::string KernelCache::keep_refused_source(const KernelId& id, std::string_view source) {

@@ -58,7 +58,8 @@ class KernelCache {
   std::optional<FoundKernel> find_in_pack(const KernelId& id, const Objection& objection);
   std::optional<FoundKernel> find_in_folder(const KernelId& id, const Objection& objection, Fault fault);
   std::optional<FoundKernel> find_in_memory(const KernelId& id, const Objection& objection);
-  void store(const KernelId& id, const CompiledKernel& kernel);
+  bool store(const KernelId& id, const CompiledKernel& kernel);
+  void keep_in_memory(const KernelId& id, const CompiledKernel& kernel);
   std::optional<FileLock> lock_for(const KernelId& id);
   std::optional<std::string> distrust() const;
   void warn_about_folder(const std::string& reason);

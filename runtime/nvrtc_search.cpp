@@ -89,6 +89,7 @@ class Search {
   void folder(const std::string& place, const fs::path& folder) {
     std::error_code error;
     if (!fs::is_directory(folder, error)) return note(place, folder, "no such folder");
+    if (!folders_.insert(fs::canonical(folder, error)).second) return;
     std::string outcome;
     for (const fs::path& file : sorted_entries(folder))
       if (is_library(file)) append(outcome, take(file, place));
@@ -152,7 +153,7 @@ class Search {
   }
 
   NvrtcSearch search_;
-  std::set<fs::path> real_paths_, sites_;
+  std::set<fs::path> real_paths_, sites_, folders_;
 };
 
 // The folders that the loader searches, as /etc/ld.so.conf tells (ldconfig(8)); `include` takes a glob of one folder.
