@@ -26,7 +26,7 @@ HostCompiler find_host_compiler(const std::optional<std::string>& choice);
 const HostCompiler& host_compiler();
 
 // Everything on the command line that decides what comes out, the paths of the files not counted.
-std::vector<std::string> host_compiler_flags();
+std::vector<std::string> host_compiler_flags(const HostCompiler& compiler);
 
 // What a failed run of the compiler printed.
 struct HostCompileFailure : Error {

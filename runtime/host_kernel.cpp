@@ -27,7 +27,7 @@ KernelId id_for_host(const KernelSpec& spec, const RenderedKernel& rendered, con
   id.key = make_key({{"source", rendered.source},
                      {"target", target},
                      {"compiler", compiler.version},
-                     {"flags", joined(host_compiler_flags())}});
+                     {"flags", joined(host_compiler_flags(compiler))}});
   id.name = spec.name() + "_" + target;
   id.spec = spec.text();
   id.target = target;
@@ -41,7 +41,7 @@ CompiledKernel compile_or_explain(const KernelSpec& spec, const KernelId& id, co
   } catch (const HostCompileFailure& failure) {
     const std::string kept = process_cache().keep_refused_source(id, rendered.source);
     throw CompileError(spec.text() + ": " + failure.what() + "\nsource: " + kept + "\n" + failure.log,
-                       failure.log, joined(host_compiler_flags()), kept);
+                       failure.log, joined(host_compiler_flags(compiler)), kept);
   }
 }
 
@@ -52,7 +52,13 @@ FoundKernel find_or_compile_for_host(const KernelSpec& spec) {
   const RenderedKernel rendered = render(spec, active_templates());
   const HostCompiler& compiler = host_compiler();
   const KernelId id = id_for_host(spec, rendered, compiler);
-  return process_cache().get_or_build(id, [&] { return compile_or_explain(spec, id, rendered, compiler); });
+  FoundKernel found =
+      process_cache().get_or_build(id, [&] { return compile_or_explain(spec, id, rendered, compiler); });
+  // How a kernel is launched is the generator's knowledge, not the file's.
+  found.kernel.entry = rendered.entry;
+  found.kernel.threads = rendered.threads;
+  found.kernel.dynamic_smem = rendered.dynamic_smem;
+  return found;
 }
 
 }  // namespace flash_attn_jit

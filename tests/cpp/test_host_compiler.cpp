@@ -90,7 +90,7 @@ TEST_CASE("a refused source: the log names the template's line") {
 TEST_CASE(
     "a kernel for the interpreter: undefined behaviour is checked, and the second time it comes from the "
     "cache") {
-  const std::vector<std::string> flags = host_compiler_flags();
+  const std::vector<std::string> flags = host_compiler_flags(host_compiler());
   CHECK(std::any_of(flags.begin(), flags.end(),
                     [](const std::string& f) { return f.starts_with("-fsanitize=shift"); }));
   const FoundKernel first = find_or_compile_for_host(some_spec());
@@ -101,6 +101,8 @@ TEST_CASE(
   const FoundKernel second = find_or_compile_for_host(some_spec());
   CHECK(second.origin == KernelOrigin::kDiskCache);
   CHECK(second.kernel.image == first.kernel.image);
+  CHECK(second.kernel.entry == first.kernel.entry);
+  CHECK(second.kernel.dynamic_smem == first.kernel.dynamic_smem);
 }
 
 TEST_CASE("a spec that is not legal on a T4 is refused before it is compiled") {
