@@ -11,7 +11,9 @@
 #include <utility>
 
 #include "fp16.h"
+#include "generator/default_tiles.h"
 #include "generator/errors.h"
+#include "generator/legality.h"
 
 namespace flash_attn_jit::testing {
 namespace {
@@ -214,6 +216,19 @@ ForwardRequest ForwardTensors::request() {
           .softmax_scale = softmax_scale,
           .mask = mask,
           .tile = tile};
+}
+
+std::vector<TileConfig> tiles_of(int head_dim) {
+  KernelSpec spec;
+  spec.head_dim = head_dim;
+  spec.access = head_dim % 8 ? GlobalAccess::kElement2B : GlobalAccess::kVector16B;
+  return tile_space(spec, arch_limits(75));
+}
+
+TileConfig find_tile(int head_dim, int block_m, int block_n) {
+  for (const TileConfig& tile : tiles_of(head_dim))
+    if (tile.block_m == block_m && tile.block_n == block_n) return tile;
+  throw Error("the tile space has no m" + std::to_string(block_m) + "n" + std::to_string(block_n));
 }
 
 ForwardOutcome run_forward_case(const ForwardCase& c) {

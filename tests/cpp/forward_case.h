@@ -30,7 +30,7 @@ struct ForwardCase {
   std::optional<TileConfig> tile;      // none: the library chooses
   unsigned seed = 1;
 
-  // "hdim64 causal gqa2 batch1 headsk1 sq257 sk129 rowgaps rising9 scale-0.5 m128n32w4s3q64"
+  // "hdim64 causal gqa2 batch1 headsk1 sq257 sk129 rowgaps rising9 scale-0.5 m128n32w4s3q64l2b8k8"
   std::string text() const;
   // Words in any order; those left out keep their defaults. Throws SpecError.
   static ForwardCase parse(std::string_view text);
@@ -57,6 +57,12 @@ struct ForwardTensors {
   Mask mask;
   std::optional<TileConfig> tile;
 };
+
+// The tile space of a head dim with aligned tensors.
+std::vector<TileConfig> tiles_of(int head_dim);
+
+// The first of them with so many query rows and keys.
+TileConfig find_tile(int head_dim, int block_m, int block_n);
 
 // Runs a case in the interpreter. The bound is twice the error of attention_emulated(), plus 1e-5.
 ForwardOutcome run_forward_case(const ForwardCase& c);

@@ -3,10 +3,11 @@
 // One case from the shell, with the templates as they lie in the source tree:
 //
 //   export FLASH_ATTN_JIT_TEMPLATES=$PWD/templates
-//   export FLASH_ATTN_JIT_TEST_CASE="hdim128 causal gqa2 sq257 sk129 m64n16w4s3q128"
+//   export FLASH_ATTN_JIT_TEST_CASE="hdim128 causal gqa2 sq257 sk129"
 //   build/flash_attn_jit_tests -tc="the case of*"
 //
-// It prints errors, bounds and the interpreter's report. Words: see ForwardCase::text(); none is needed.
+// It prints errors, bounds and the interpreter's report. Words: see ForwardCase::text(), a tile among
+// them; none is needed.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -20,8 +21,6 @@
 #include <vector>
 
 #include "forward_case.h"
-#include "generator/default_tiles.h"
-#include "generator/legality.h"
 #include "runtime/interpreter/interpreter.h"
 
 using namespace flash_attn_jit;
@@ -75,13 +74,6 @@ ForwardCase make_case(const Choice& choice, std::optional<TileConfig> tile) {
       std::max<std::int64_t>(1, c.seqlen_q * c.head_dim * c.num_heads_k * c.group_size);
   c.batch = std::clamp<std::int64_t>(2048 / elements, c.group_size > 2 ? 1 : 2, 32);
   return c;
-}
-
-std::vector<TileConfig> tiles_of(int head_dim) {
-  KernelSpec spec;
-  spec.head_dim = head_dim;
-  spec.access = head_dim % 8 ? GlobalAccess::kElement2B : GlobalAccess::kVector16B;
-  return tile_space(spec, arch_limits(75));
 }
 
 // Two values of two different factors.

@@ -72,7 +72,7 @@ ForwardCase small_case(Mask mask) {
   c.num_heads_k = 2;
   c.seqlen_q = 150;
   c.seqlen_k = 170;
-  c.tile = TileConfig::parse("m64n32w4s3q32");
+  c.tile = find_tile(c.head_dim, 64, 32);
   return c;
 }
 
@@ -168,13 +168,14 @@ TEST_CASE("the same inputs give the same bits") {
 }
 
 TEST_CASE("the report names the kernel and counts its accesses") {
-  const ForwardCase c = ForwardCase::parse("hdim64 sq64 sk64 m64n32w4s3q64");
+  ForwardCase c = ForwardCase::parse("hdim64 sq64 sk64");
+  c.tile = find_tile(64, 64, 32);
   REQUIRE(run_forward_case(c).fault == "");
   const InterpreterReport report = last_interpreter_report();
-  CHECK(report.kernel == "flash_fwd_hdim64_fp16_full_gqa1_vec16_m64n32w4s3q64");
+  CHECK(report.kernel == "flash_fwd_hdim64_fp16_full_gqa1_vec16_" + c.tile->text());
   CHECK(report.blocks == 1);
-  // 4 warps read 2 K tiles of 32 keys x 64 dims, 256 elements an access.
-  CHECK(report.shared.at("ldmatrix_x4").accesses >= 4 * 2 * 8);
+  // Each warp reads 2 K tiles of 32 keys x 64 dims, 256 elements an access.
+  CHECK(report.shared.at("ldmatrix_x4").accesses >= c.tile->warps * 2 * 8);
 }
 
 TEST_CASE("element offsets beyond 2^31, in batch, head and row strides") {
@@ -185,7 +186,8 @@ TEST_CASE("element offsets beyond 2^31, in batch, head and row strides") {
     MESSAGE("this machine gives no 8 GiB of address space: not tested");
     return;
   }
-  const ForwardCase c = ForwardCase::parse("hdim16 batch2 headsk2 sq40 sk40 m64n32w4s3q16");
+  ForwardCase c = ForwardCase::parse("hdim16 batch2 headsk2 sq40 sk40");
+  c.tile = find_tile(16, 64, 32);
   // Which stride is huge: it takes the last index of its dim beyond 2^31 elements, and rows a tile beyond 4
   // GiB.
   const std::int64_t huge = (std::int64_t{1} << 31) + 64, huge_row = (std::int64_t{1} << 26) + 64;
