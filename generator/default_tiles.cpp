@@ -14,12 +14,12 @@ struct TileRow {
 
 // Forward, sm_75 and above. For every range of head dims the row for large problems comes first.
 constexpr std::array kForwardTiles = {
-    TileRow{64, {.block_m = 128, .block_n = 32, .warps = 4, .stages = 3, .q_register_dims = 64}},
-    TileRow{64, {.block_m = 64, .block_n = 32, .warps = 4, .stages = 3, .q_register_dims = 64}},
-    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .stages = 3, .q_register_dims = 96}},
-    TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .stages = 3, .q_register_dims = 128}},
-    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .stages = 3, .q_register_dims = 192}},
-    TileRow{256, {.block_m = 64, .block_n = 16, .warps = 4, .stages = 3, .q_register_dims = 192}},
+    TileRow{64, {.block_m = 128, .block_n = 16, .warps = 4, .stages = 4, .q_register_dims = 64, .schedule = {2, 4, 4}}},
+    TileRow{64, {.block_m = 64, .block_n = 16, .warps = 4, .stages = 4, .q_register_dims = 64, .schedule = {2, 4, 4}}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .stages = 4, .q_register_dims = 80, .schedule = {2, 4, 7}}},
+    TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .stages = 4, .q_register_dims = 128, .schedule = {2, 4, 7}}},
+    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .stages = 3, .q_register_dims = 192, .schedule = {2, 8, 8}}},
+    TileRow{256, {.block_m = 64, .block_n = 16, .warps = 4, .stages = 3, .q_register_dims = 192, .schedule = {2, 8, 8}}},
 };
 
 TileConfig fit(TileConfig tile, const KernelSpec& spec) {
@@ -59,16 +59,17 @@ TileConfig choose_tile(const KernelSpec& spec, const ArchLimits& arch, const Pro
 }
 
 std::vector<TileConfig> tile_space(const KernelSpec& spec, const ArchLimits& arch) {
-  std::vector<TileConfig> tiles;
+  constexpr std::array kSchedules = {LoopSchedule{2, 4, 4}, LoopSchedule{2, 4, 7}, LoopSchedule{2, 8, 8}};
+  std::vector<TileConfig> tiles = default_tiles(spec, arch);
   for (int warps : {2, 4, 8})
     for (int rows : {16, 32})
       for (int block_n : {16, 32})
-        for (int stages : {3, 4})
-          for (int q_dims : {spec.padded_head_dim(), spec.padded_head_dim() * 3 / 4 / 16 * 16}) {
-            const TileConfig tile{warps * rows, block_n, warps, stages, q_dims};
+        for (int q_dims : {spec.padded_head_dim(), spec.padded_head_dim() * 5 / 8 / 16 * 16})
+          for (const LoopSchedule& schedule : kSchedules) {
+            const int stages = schedule.barrier == 8 ? 3 : 4;
+            const TileConfig tile{warps * rows, block_n, warps, stages, q_dims, schedule};
             if (is_legal(spec, tile, arch)) tiles.push_back(tile);
           }
-  for (const TileConfig& tile : default_tiles(spec, arch)) tiles.push_back(tile);
   std::sort(tiles.begin(), tiles.end());
   tiles.erase(std::unique(tiles.begin(), tiles.end()), tiles.end());
   return tiles;

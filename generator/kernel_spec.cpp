@@ -85,7 +85,8 @@ std::string_view to_text(GlobalAccess access) { return access == GlobalAccess::k
 
 std::string TileConfig::text() const {
   return "m" + std::to_string(block_m) + "n" + std::to_string(block_n) + "w" + std::to_string(warps) + "s" +
-         std::to_string(stages) + "q" + std::to_string(q_register_dims);
+         std::to_string(stages) + "q" + std::to_string(q_register_dims) + "l" + std::to_string(schedule.load) + "b" +
+         std::to_string(schedule.barrier) + "k" + std::to_string(schedule.first_keys);
 }
 
 TileConfig TileConfig::parse(std::string_view text) {
@@ -98,11 +99,13 @@ TileConfig TileConfig::parse(std::string_view text) {
     return number.has_value();
   };
   if (field("m", tile.block_m) && field("n", tile.block_n) && field("w", tile.warps) && field("s", tile.stages) &&
-      field("q", tile.q_register_dims) && reader.at_end())
+      field("q", tile.q_register_dims) && field("l", tile.schedule.load) && field("b", tile.schedule.barrier) &&
+      field("k", tile.schedule.first_keys) && reader.at_end())
     return tile;
   throw SpecError("tile is '" + std::string(text) +
-                  "'; accepted: a text like 'm256n16w8s4q96' (query rows, keys a stage, warps, stages, head dims of Q "
-                  "in registers)");
+                  "'; accepted: a text like 'm256n16w8s4q96l2b4k7' (query rows, keys a stage, warps, stages, head dims "
+                  "of Q in registers, then where in eighths of the loop's second product the next tile is loaded, stored "
+                  "and first read)");
 }
 
 std::string KernelSpec::text() const {
@@ -115,7 +118,7 @@ KernelSpec KernelSpec::parse(std::string_view text) {
   const std::vector<std::string_view> words = split(text);
   if (words.size() != 7)
     throw SpecError("kernel spec is '" + std::string(text) +
-                    "'; accepted: seven words like 'fwd hdim128 fp16 causal gqa8 vec16 m256n16w8s4q96'");
+                    "'; accepted: seven words like 'fwd hdim128 fp16 causal gqa8 vec16 m256n16w8s4q96l2b4k7'");
   KernelSpec spec;
   spec.kind = parse_word(words[0], std::array{KernelKind::kForward}, "kind");
   spec.head_dim = parse_numbered(words[1], "hdim", "head_dim");

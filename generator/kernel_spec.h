@@ -18,13 +18,24 @@ enum class GlobalAccess : std::uint8_t {
   kElement2B,   // one element at a time: anything whose last dimension is contiguous
 };
 
-// How one thread block covers its part of the problem. Text: "m256n16w8s4q96".
+// Where the main loop's memory work stands among its second product's tensor instructions, in eighths of them. ptxas
+// keeps to barriers and volatile loads and moves nearly all else, so these decide how it schedules the whole loop.
+struct LoopSchedule {
+  int load = 2;        // the next tile is loaded from global memory
+  int barrier = 4;     // it is stored to shared memory, then the barrier
+  int first_keys = 7;  // the next turn's first K fragments are read
+
+  friend auto operator<=>(const LoopSchedule&, const LoopSchedule&) = default;
+};
+
+// How one thread block covers its part of the problem. Text: "m256n16w8s4q96l2b4k7".
 struct TileConfig {
   int block_m = 0;          // query rows of a block; a warp owns block_m / warps of them (16 or 32)
   int block_n = 0;          // keys of one ring stage, which is one turn of the main loop
   int warps = 0;            // warps of a block
   int stages = 0;           // ring stages of K and V in shared memory
   int q_register_dims = 0;  // head dims of Q held in registers; the rest stays in shared memory
+  LoopSchedule schedule;
 
   int rows_per_warp() const { return block_m / warps; }
   int threads() const { return warps * 32; }
@@ -46,11 +57,11 @@ struct KernelSpec {
   // head_dim rounded up to the 16 dims that two tensor instructions consume.
   int padded_head_dim() const { return (head_dim + 15) / 16 * 16; }
 
-  // Canonical form: "fwd hdim128 fp16 causal gqa8 vec16 m256n16w8s4q96".
+  // Canonical form: "fwd hdim128 fp16 causal gqa8 vec16 m256n16w8s4q96l2b4k7".
   std::string text() const;
   static KernelSpec parse(std::string_view text);  // throws SpecError
 
-  // File-name form, without architecture: "flash_fwd_hdim128_fp16_causal_gqa8_vec16_m256n16w8s4q96".
+  // File-name form, without architecture: "flash_fwd_hdim128_fp16_causal_gqa8_vec16_m256n16w8s4q96l2b4k7".
   std::string name() const;
 
   friend auto operator<=>(const KernelSpec&, const KernelSpec&) = default;

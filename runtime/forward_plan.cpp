@@ -88,8 +88,14 @@ bool is_aligned(const TensorView& view) {
           stride_of(view, kSeqlen) % kVectorElements == 0 && stride_of(view, kHeads) % kVectorElements == 0);
 }
 
+// Vector access counts bytes within a tile of up to 64 keys in 32 bits: see TileOffset in templates/tile_copy.cuh.
+bool tiles_fit_offsets(const TensorView& view) {
+  constexpr std::int64_t kMostKeysOfTile = 64;
+  return stride_of(view, kSeqlen) < kMostInt / (2 * kMostKeysOfTile);
+}
+
 GlobalAccess access_of(const ForwardRequest& request) {
-  const bool aligned = request.q.shape[kHeadDim] % kVectorElements == 0 && is_aligned(request.q) &&
+  const bool aligned = tiles_fit_offsets(request.k) && tiles_fit_offsets(request.v) && request.q.shape[kHeadDim] % kVectorElements == 0 && is_aligned(request.q) &&
                        is_aligned(request.k) && is_aligned(request.v) && is_aligned(request.out);
   return aligned ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
 }

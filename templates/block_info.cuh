@@ -21,8 +21,7 @@ struct BlockInfo {
   int n_block_max;   // key tiles that some row of the block sees
   int n_unmasked;    // leading ones of them that every row sees whole
 
-  __device__ __forceinline__ explicit BlockInfo(const FlashFwdParams& params) {
-    const int block = block_in_grid();
+  __device__ __forceinline__ BlockInfo(const FlashFwdParams& params, int block) {
     const int m_turn = block % params.num_m_blocks;
     const int batch_head = block / params.num_m_blocks;
     // Causal blocks with the most keys go first, so that the short ones fill the last wave.

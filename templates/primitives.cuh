@@ -4,6 +4,8 @@
 //
 // Index
 //   thread_in_block(), block_in_grid()            where this thread is (threads and blocks are one-dimensional)
+//   reread_thread_in_block(), reread_block_in_grid()  the same, read anew: what is computed from them after the main
+//                                                 loop is not kept in registers across it
 //
 // Global memory (addresses are ordinary pointers; every load stays where it is written: the compiler may not sink it)
 //   load_global_16B(Vec16&, ptr)                  16 bytes, ptr 16-byte aligned
@@ -32,7 +34,7 @@
 //
 // Arithmetic
 //   exp2_approx(float), log2_approx(float)        ex2.approx.ftz, lg2.approx
-//   reciprocal(float)                             correctly rounded 1/x
+//   reciprocal(float)                             rcp.approx.ftz: 1/x to 1 ulp; 1/0 is inf
 //   max_ignoring_nan(float, float)
 //   fma_rounded(a, b, c)                          one rounding
 //   infinity()                                    +inf

@@ -6,6 +6,18 @@ extern __shared__ unsigned char dynamic_shared_memory[];
 __device__ __forceinline__ int thread_in_block() { return threadIdx.x; }
 __device__ __forceinline__ int block_in_grid() { return blockIdx.x; }
 
+__device__ __forceinline__ int reread_thread_in_block() {
+  int i;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i));
+  return i;
+}
+
+__device__ __forceinline__ int reread_block_in_grid() {
+  int i;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(i));
+  return i;
+}
+
 // ---- global memory: volatile, so that a load stays far ahead of the store that uses its value ----
 
 __device__ __forceinline__ void load_global_16B(Vec16& v, const void* p) {
@@ -137,7 +149,7 @@ __device__ __forceinline__ float log2_approx(float x) {
 
 __device__ __forceinline__ float reciprocal(float x) {
   float r;
-  asm("rcp.rn.f32 %0, %1;" : "=f"(r) : "f"(x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
 

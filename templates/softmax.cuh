@@ -42,6 +42,13 @@ struct Softmax {
     return largest;
   }
 
+  // Takes the maxima of the first tile of scores.
+  __device__ __forceinline__ void start(const Scores& acc_s) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      row_max[r] = max_ignoring_nan(row_max[r], across_row(lane_max(acc_s, r)) * scale);
+  }
+
   // Has some row of the warp risen so far that its maximum must be corrected before these scores are used?
   __device__ __forceinline__ bool must_correct(const Scores& acc_s) const {
     bool rises = false;
@@ -50,22 +57,30 @@ struct Softmax {
     return any_in_warp(rises);
   }
 
-  // Raises the maxima to those of acc_s and rescales what was accumulated under the old ones.
+  // Raises the maxima to those of the scores acc_s and rescales what was accumulated under the old ones.
   template <int kDTiles>
   __device__ __forceinline__ void correct(const Scores& acc_s, float (&acc_o)[kMTiles][kDTiles][4]) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      float largest = lane_max(acc_s, r);
-      largest = max_ignoring_nan(largest, shuffle_xor(largest, 1));
-      largest = max_ignoring_nan(largest, shuffle_xor(largest, 2));
-      const float raised = max_ignoring_nan(row_max[r], largest * scale);
-      const float factor = exp2_approx(row_max[r] - raised);
+      const float raised = max_ignoring_nan(row_max[r], across_row(lane_max(acc_s, r)) * scale);
+      rescale(r, exp2_approx(row_max[r] - raised), acc_o);
       row_max[r] = raised;
-      row_sum[r] *= factor;
+    }
+  }
+
+  // The same where the scores have become exponents t = s * scale - row_max already: corrects those too. Only for rows
+  // that have seen a key, because kNoMaximum swallows the score.
+  template <int kDTiles>
+  __device__ __forceinline__ void correct_exponents(Scores& t, float (&acc_o)[kMTiles][kDTiles][4]) {
 #pragma unroll
-      for (int d = 0; d < kDTiles; ++d) {
-        acc_o[r / 2][d][r % 2 * 2] *= factor;
-        acc_o[r / 2][d][r % 2 * 2 + 1] *= factor;
+    for (int r = 0; r < kRows; ++r) {
+      const float rise = max_ignoring_nan(across_row(lane_max(t, r)), 0.0f);
+      rescale(r, exp2_approx(-rise), acc_o);
+      row_max[r] += rise;
+#pragma unroll
+      for (int n = 0; n < kNTiles; ++n) {
+        t[r / 2][n][r % 2 * 2] -= rise;
+        t[r / 2][n][r % 2 * 2 + 1] -= rise;
       }
     }
   }
@@ -76,5 +91,22 @@ struct Softmax {
     sum += shuffle_xor(sum, 1);
     sum += shuffle_xor(sum, 2);
     return sum;
+  }
+
+ private:
+  // The largest value in the 4 lanes that share a row.
+  static __device__ __forceinline__ float across_row(float v) {
+    v = max_ignoring_nan(v, shuffle_xor(v, 1));
+    return max_ignoring_nan(v, shuffle_xor(v, 2));
+  }
+
+  template <int kDTiles>
+  __device__ __forceinline__ void rescale(int row, float factor, float (&acc_o)[kMTiles][kDTiles][4]) {
+    row_sum[row] *= factor;
+#pragma unroll
+    for (int d = 0; d < kDTiles; ++d) {
+      acc_o[row / 2][d][row % 2 * 2] *= factor;
+      acc_o[row / 2][d][row % 2 * 2 + 1] *= factor;
+    }
   }
 };

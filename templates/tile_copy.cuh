@@ -15,79 +15,97 @@ constexpr int kChunkBytes = 16;
 // Bytes from a row to the next of a tile with `dims` head dims.
 constexpr int row_pitch(int dims) { return dims * 2 + kChunkBytes; }
 
-// One chunk of a global row: dims [dim, dim + 8) at `row`; what lies beyond kHeadDim reads as zero.
+// One chunk of a global row: dims [dim, dim + 8), the first of them at `at`; what lies beyond kHeadDim reads as zero.
 template <class Traits>
-__device__ __forceinline__ void load_chunk(Vec16& chunk, const unsigned short* row, int dim) {
-  if (Traits::kVectorAccess) {
+__device__ __forceinline__ void load_chunk(Vec16& chunk, const unsigned short* at, int dim) {
+  if constexpr (Traits::kVectorAccess) {
     if (Traits::kHeadDim % 16 == 0 || dim < Traits::kHeadDim)
-      load_global_16B(chunk, row + dim);
+      load_global_16B(chunk, at);
     else
       chunk = Vec16{};
   } else {
 #pragma unroll
     for (int i = 0; i < kChunkDims / 2; ++i) {
-      const int d = dim + 2 * i;
-      const unsigned lo = d < Traits::kHeadDim ? load_global_2B(row + d) : 0u;
-      const unsigned hi = d + 1 < Traits::kHeadDim ? load_global_2B(row + d + 1) : 0u;
+      const unsigned lo = dim + 2 * i < Traits::kHeadDim ? load_global_2B(at + 2 * i) : 0u;
+      const unsigned hi = dim + 2 * i + 1 < Traits::kHeadDim ? load_global_2B(at + 2 * i + 1) : 0u;
       chunk.word[i] = lo | hi << 16;
     }
   }
 }
 
 template <class Traits>
-__device__ __forceinline__ void store_chunk(unsigned short* row, int dim, const Vec16& chunk) {
-  if (Traits::kVectorAccess) {
-    if (Traits::kHeadDim % 16 == 0 || dim < Traits::kHeadDim) store_global_16B(row + dim, chunk);
+__device__ __forceinline__ void store_chunk(unsigned short* at, int dim, const Vec16& chunk) {
+  if constexpr (Traits::kVectorAccess) {
+    if (Traits::kHeadDim % 16 == 0 || dim < Traits::kHeadDim) store_global_16B(at, chunk);
   } else {
 #pragma unroll
     for (int i = 0; i < kChunkDims / 2; ++i) {
-      const int d = dim + 2 * i;
-      if (d < Traits::kHeadDim) store_global_2B(row + d, chunk.word[i]);
-      if (d + 1 < Traits::kHeadDim) store_global_2B(row + d + 1, chunk.word[i] >> 16);
+      if (dim + 2 * i < Traits::kHeadDim) store_global_2B(at + 2 * i, chunk.word[i]);
+      if (dim + 2 * i + 1 < Traits::kHeadDim) store_global_2B(at + 2 * i + 1, chunk.word[i] >> 16);
     }
   }
 }
+
+// Bytes between chunks of one tile: 32 bits with vector access, where the launch plan sees to it that a tile spans less
+// than 2 GiB, because the main loop is short of registers.
+template <bool kVectorAccess>
+struct TileOffset {
+  using Type = int;
+};
+template <>
+struct TileOffset<false> {
+  using Type = long long;
+};
 
 // Moves the tiles of K or V, kRows x kDims, from global to shared memory, last tile first. A tile is loaded into
 // registers early and stored late, because sm_75 has no cp.async. Every thread moves kPasses chunks of a tile.
 template <class Traits, int kRows, int kDims, int kThreads>
 class TileStream {
- public:
-  // `base` is row 0 of the sequence; the first load() reads tile `n_block`.
-  __device__ __forceinline__ TileStream(const unsigned short* base, long long row_stride, int n_block)
-      : tile_(base + n_block * kRows * row_stride), row_stride_(row_stride), n_block_(n_block) {}
-
-  // Loads the next tile; rows from `seqlen` on read as zero. After tile 0 it loads tile 0 again, which nobody uses:
-  // that costs less than a branch in the main loop.
-  template <bool kBounded>
-  __device__ __forceinline__ void load(int seqlen) {
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int row = chunk_row(pass);
-      if (!participates(pass)) continue;
-      if (!kBounded || n_block_ * kRows + row < seqlen)
-        load_chunk<Traits>(chunks_[pass], tile_ + row * row_stride_, chunk_dim(pass));
-      else
-        chunks_[pass] = Vec16{};
-    }
-    if (n_block_ > 0) {
-      --n_block_;
-      tile_ -= kRows * row_stride_;
-    }
-  }
-
-  // Stores the tile that load() brought at `tile` in shared memory.
-  __device__ __forceinline__ void store(SharedAddress tile) const {
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass)
-      if (participates(pass))
-        store_shared_16B(tile + chunk_row(pass) * row_pitch(kDims) + chunk_dim(pass) * 2, chunks_[pass]);
-  }
-
- private:
   static constexpr int kChunksPerRow = kDims / kChunkDims;
   static constexpr int kChunks = kRows * kChunksPerRow;
   static constexpr int kPasses = (kChunks + kThreads - 1) / kThreads;
+
+ public:
+  using Chunks = Vec16[kPasses];
+
+  // `base` is row 0 of the sequence; the first load() reads tile `n_block`.
+  __device__ __forceinline__ TileStream(const unsigned short* base, long long row_stride, int n_block)
+      : chunk_0_(base + n_block * kRows * row_stride + chunk_row(0) * row_stride + chunk_dim(0)),
+        row_stride_(row_stride),
+        n_block_(n_block) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass)
+      offset_[pass] = 2 * (static_cast<Offset>(chunk_row(pass) - chunk_row(0)) * static_cast<Offset>(row_stride) +
+                           chunk_dim(pass) - chunk_dim(0));
+  }
+
+  // Loads the next tile whole.
+  __device__ __forceinline__ void load(Chunks& chunks) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass)
+      if (participates(pass)) load_pass(chunks[pass], pass);
+    advance();
+  }
+
+  // Loads the next tile, of which rows from `seqlen` on read as zero.
+  __device__ __forceinline__ void load_bounded(Chunks& chunks, int seqlen) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      chunks[pass] = Vec16{};
+      if (participates(pass) && n_block_ * kRows + chunk_row(pass) < seqlen) load_pass(chunks[pass], pass);
+    }
+    advance();
+  }
+
+  static __device__ __forceinline__ void store(SharedAddress tile, const Chunks& chunks) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass)
+      if (participates(pass))
+        store_shared_16B(tile + chunk_row(pass) * row_pitch(kDims) + chunk_dim(pass) * 2, chunks[pass]);
+  }
+
+ private:
+  using Offset = typename TileOffset<Traits::kVectorAccess>::Type;
 
   static __device__ __forceinline__ int chunk(int pass) { return thread_in_block() + pass * kThreads; }
   static __device__ __forceinline__ int chunk_row(int pass) { return chunk(pass) / kChunksPerRow; }
@@ -96,50 +114,74 @@ class TileStream {
     return kChunks % kThreads == 0 || chunk(pass) < kChunks;
   }
 
-  const unsigned short* tile_;
+  __device__ __forceinline__ void load_pass(Vec16& chunk, int pass) const {
+    const char* at = reinterpret_cast<const char*>(chunk_0_) + offset_[pass];
+    load_chunk<Traits>(chunk, reinterpret_cast<const unsigned short*>(at), chunk_dim(pass));
+  }
+
+  // After tile 0 comes tile 0 again, which nobody uses: that costs less than a branch in the main loop.
+  __device__ __forceinline__ void advance() {
+    if (n_block_ > 0) {
+      --n_block_;
+      chunk_0_ -= kRows * row_stride_;
+    }
+  }
+
+  const unsigned short* chunk_0_;  // this thread's first chunk of the tile
   long long row_stride_;
   int n_block_;
-  Vec16 chunks_[kPasses];
+  Offset offset_[kPasses];         // of its chunks from the first
 };
 
-// One warp copies kRows rows x kDims dims, starting at dim `dim`, from global to its own part of shared memory.
-// Rows from `rows` on read as zero. `sign` flips the signs of the fp16 pairs.
+// What one warp copies at a time between global memory and its own part of shared memory: kRows x kDims.
 template <class Traits, int kRows, int kDims>
-__device__ __forceinline__ void load_warp_rows(SharedAddress tile, const unsigned short* base, long long row_stride,
-                                               int rows, int dim, int lane, unsigned sign) {
-  constexpr int kChunksPerRow = kDims / kChunkDims;
-  constexpr int kPasses = kRows * kChunksPerRow / 32;
+struct WarpRows {
+  static constexpr int kChunksPerRow = kDims / kChunkDims;
+  static constexpr int kPasses = kRows * kChunksPerRow / 32;
   static_assert(kRows * kChunksPerRow % 32 == 0, "a warp copies whole passes of 32 chunks");
-  Vec16 chunks[kPasses];
-#pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const int row = (lane + pass * 32) / kChunksPerRow;
-    const int chunk_dim = (lane + pass * 32) % kChunksPerRow * kChunkDims;
-    chunks[pass] = Vec16{};
-    if (row < rows) load_chunk<Traits>(chunks[pass], base + row * row_stride, dim + chunk_dim);
-  }
-#pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const int row = (lane + pass * 32) / kChunksPerRow;
-    const int chunk_dim = (lane + pass * 32) % kChunksPerRow * kChunkDims;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) chunks[pass].word[i] ^= sign;
-    store_shared_16B(tile + row * row_pitch(kDims) + chunk_dim * 2, chunks[pass]);
-  }
-}
+  using Chunks = Vec16[kPasses];
 
-// The way back: one warp writes kRows x kDims from its part of shared memory to dims [dim, dim + kDims) of `rows` rows.
-template <class Traits, int kRows, int kDims>
-__device__ __forceinline__ void store_warp_rows(unsigned short* base, long long row_stride, int rows, int dim,
-                                                SharedAddress tile, int lane) {
-  constexpr int kChunksPerRow = kDims / kChunkDims;
-#pragma unroll
-  for (int pass = 0; pass < kRows * kChunksPerRow / 32; ++pass) {
-    const int row = (lane + pass * 32) / kChunksPerRow;
-    const int chunk_dim = (lane + pass * 32) % kChunksPerRow * kChunkDims;
-    if (row >= rows) continue;
-    Vec16 chunk;
-    load_shared_16B(chunk, tile + row * row_pitch(kDims) + chunk_dim * 2);
-    store_chunk<Traits>(base + row * row_stride, dim + chunk_dim, chunk);
+  static __device__ __forceinline__ int row(int pass, int lane) { return (lane + pass * 32) / kChunksPerRow; }
+  static __device__ __forceinline__ int dim(int pass, int lane) {
+    return (lane + pass * 32) % kChunksPerRow * kChunkDims;
   }
-}
+  static __device__ __forceinline__ SharedAddress address(SharedAddress tile, int pitch, int pass, int lane) {
+    return tile + row(pass, lane) * pitch + dim(pass, lane) * 2;
+  }
+
+  // Dims [first_dim, first_dim + kDims) of the first `rows` rows from `base` on; the other rows read as zero.
+  static __device__ __forceinline__ void load(Chunks& chunks, const unsigned short* base, long long row_stride,
+                                              int rows, int first_dim, int lane) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int d = first_dim + dim(pass, lane);
+      chunks[pass] = Vec16{};
+      if (row(pass, lane) < rows) load_chunk<Traits>(chunks[pass], base + row(pass, lane) * row_stride + d, d);
+    }
+  }
+
+  // Stores them at `tile` in shared memory, rows `pitch` bytes apart, the signs of their fp16 pairs flipped by `sign`.
+  static __device__ __forceinline__ void store_shared(SharedAddress tile, int pitch, const Chunks& chunks, int lane,
+                                                      unsigned sign) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      Vec16 chunk = chunks[pass];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) chunk.word[i] ^= sign;
+      store_shared_16B(address(tile, pitch, pass, lane), chunk);
+    }
+  }
+
+  // The way back, from `tile` to dims [first_dim, first_dim + kDims) of the first `rows` rows from `base` on.
+  static __device__ __forceinline__ void write_back(unsigned short* base, long long row_stride, int rows,
+                                                    int first_dim, SharedAddress tile, int lane) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      if (row(pass, lane) >= rows) continue;
+      const int d = first_dim + dim(pass, lane);
+      Vec16 chunk;
+      load_shared_16B(chunk, address(tile, row_pitch(kDims), pass, lane));
+      store_chunk<Traits>(base + row(pass, lane) * row_stride + d, d, chunk);
+    }
+  }
+};
