@@ -1,8 +1,10 @@
 // A kernel for the interpreter: from the cache, or from the host compiler.
 #include "generator/legality.h"
+#include "runtime/compiler.h"
 #include "runtime/host_compiler.h"
 #include "runtime/kernel_cache.h"
 #include "runtime/kernel_library.h"
+#include "runtime/slow_compile.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -14,12 +16,6 @@ constexpr const char* kMachine = "aarch64";
 #else
 constexpr const char* kMachine = "other";
 #endif
-
-std::string joined(const std::vector<std::string>& words) {
-  std::string text;
-  for (const std::string& word : words) text += (text.empty() ? "" : " ") + word;
-  return text;
-}
 
 KernelId id_for_host(const KernelSpec& spec, const RenderedKernel& rendered, const HostCompiler& compiler) {
   const std::string target = std::string("host_") + kMachine;
@@ -37,7 +33,7 @@ KernelId id_for_host(const KernelSpec& spec, const RenderedKernel& rendered, con
 CompiledKernel compile_or_explain(const KernelSpec& spec, const KernelId& id, const RenderedKernel& rendered,
                                   const HostCompiler& compiler) {
   try {
-    return compile_for_host(rendered, compiler);
+    return tell_if_slow(id.name, compile_for_host(rendered, compiler));
   } catch (const HostCompileFailure& failure) {
     const std::string kept = process_cache().keep_refused_source(id, rendered.source);
     throw CompileError(spec.text() + ": " + failure.what() + "\nsource: " + kept + "\n" + failure.log,

@@ -1,18 +1,15 @@
 #include "runtime/kernel_library.h"
 
 #include <algorithm>
-#include <cstdio>
 
 #include "generator/legality.h"
 #include "runtime/compiler.h"
 #include "runtime/driver.h"
-#include "runtime/log.h"
 #include "runtime/nvrtc_choice.h"
+#include "runtime/slow_compile.h"
 
 namespace flash_attn_jit {
 namespace {
-
-constexpr double kSlowCompileSeconds = 0.5;
 
 KernelSpec checked(const KernelSpec& spec, int sm) {
   if (const auto reason = check(spec, arch_limits(sm))) throw UnsupportedError(*reason);
@@ -60,15 +57,6 @@ FoundKernel with_launch_shape(FoundKernel found, const RenderedKernel& rendered)
   return found;
 }
 
-CompiledKernel tell_if_slow(const KernelId& id, CompiledKernel kernel) {
-  if (kernel.seconds > kSlowCompileSeconds) {
-    char seconds[32];
-    std::snprintf(seconds, sizeof seconds, "%.2f", kernel.seconds);
-    log(LogLevel::kInfo, "compiled " + id.name + " in " + seconds + " s (" + kernel.built_by + ")");
-  }
-  return kernel;
-}
-
 std::string prebuild_command(const KernelSpec& spec, int sm) {
   return "flash-attn-jit prebuild --arch sm_" + std::to_string(sm) + " --kinds " + std::string(to_text(spec.kind)) +
          " --head-dims " + std::to_string(spec.head_dim) + " --causal " +
@@ -114,7 +102,7 @@ FoundKernel KernelLibrary::find_or_compile(const KernelSpec& spec, const Compile
   const RenderedKernel rendered = render(checked(spec, target.sm), templates_);
   const KernelId id = id_of(spec, rendered, target);
   const auto objection = [this](const CompiledKernel& kernel) { return objection_to(kernel); };
-  const auto build = [&] { return tell_if_slow(id, compile(spec, rendered, target, id)); };
+  const auto build = [&] { return tell_if_slow(id.name, compile(spec, rendered, target, id)); };
   if (target.code == CodeKind::kCubin)
     return with_launch_shape(cache_->get_or_build(id, build, objection), rendered);
   if (auto found = cache_->find(id, objection)) return with_launch_shape(*std::move(found), rendered);
@@ -135,7 +123,7 @@ FoundKernel KernelLibrary::find_or_link(const KernelSpec& spec, const LinkTarget
   const FoundKernel found = cache_->get_or_build(id, [&] {
     const CompileTarget ptx{target.ptx_sm, CodeKind::kPtx};
     auto packed = find(spec, ptx);
-    return tell_if_slow(id, link(packed ? packed->kernel : compile(spec, rendered, ptx, id)));
+    return tell_if_slow(id.name, link(packed ? packed->kernel : compile(spec, rendered, ptx, id)));
   });
   return with_launch_shape(found, rendered);
 }

@@ -32,6 +32,7 @@ const std::vector<int> kHeadDims = {1, 8, 16, 33, 40, 64, 72, 80, 96, 128, 160, 
 const std::vector<Mask> kMasks = {Mask::kNone, Mask::kCausal};
 const std::vector<int> kGroupSizes = {1, 2, 4, 7};
 const std::vector<int> kLengths = {0, 1, 63, 64, 65, 127, 129, 257};
+constexpr int kAlignedLayouts = 3;  // the first of these
 const std::vector<Layout> kLayouts = {Layout::kContiguous, Layout::kTransposed, Layout::kRowGaps,
                                       Layout::kOddStrides, Layout::kMisaligned};
 
@@ -141,27 +142,30 @@ std::vector<ForwardCase> pairwise_cases() {
   return cases;
 }
 
-// Every tile with both masks and every head dim, over all lengths; every length pair with every head dim,
-// mask and group size on the default tiles. Layouts, inputs and scales take turns.
+// Every tile with both masks and every head dim, over all lengths; every pair of lengths with every head dim,
+// mask and group size on the default tiles. Layouts, inputs and scales take turns. A tile keeps its group
+// size and is used either with 16-byte or with element-wise access, since each of these is another kernel to
+// compile.
 std::vector<ForwardCase> all_cases() {
   std::vector<ForwardCase> cases;
   std::mt19937 random(2);
   const Choice size = sizes();
   const auto add = [&](Choice choice, std::optional<TileConfig> tile) {
-    for (const Factor free : {kLayout, kInput, kScale})
-      choice[free] = static_cast<int>(random() % size[free]);
+    for (const Factor free : {kInput, kScale}) choice[free] = static_cast<int>(random() % size[free]);
     cases.push_back(make_case(choice, tile));
   };
   for (int d = 0; d < size[kHeadDim]; ++d)
     for (int m = 0; m < size[kMask]; ++m) {
       const std::vector<TileConfig> tiles = tiles_of(kHeadDims[d]);
-      for (std::size_t t = 0; t < tiles.size(); ++t)
-        for (int q = 0; q < size[kSeqlenQ]; ++q)
-          add({d, m, static_cast<int>(t + q) % size[kGroup], q, static_cast<int>(t + 3 * q) % size[kSeqlenK]},
-              tiles[t]);
+      for (int t = 0; t < static_cast<int>(tiles.size()); ++t)
+        for (int q = 0; q < size[kSeqlenQ]; ++q) {
+          const int layout = t / size[kGroup] % 2 ? q % kAlignedLayouts : kAlignedLayouts + q % 2;
+          add({d, m, (t + m) % size[kGroup], q, (t + 3 * q) % size[kSeqlenK], layout}, tiles[t]);
+        }
       for (int g = 0; g < size[kGroup]; ++g)
         for (int q = 0; q < size[kSeqlenQ]; ++q)
-          for (int k = 0; k < size[kSeqlenK]; ++k) add({d, m, g, q, k}, std::nullopt);
+          for (int k = 0; k < size[kSeqlenK]; ++k)
+            add({d, m, g, q, k, (q + k) % size[kLayout]}, std::nullopt);
     }
   return cases;
 }
