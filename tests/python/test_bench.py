@@ -84,7 +84,6 @@ def timing_record():
 
 
 def test_plot_from_json_alone(tmp_path):
-    pytest.importorskip("matplotlib", reason="the extra bench is not installed")
     (tmp_path / "t4.json").write_text(json.dumps(timing_record()))
     done = run_module("bench", "--plot", "t4.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -92,7 +91,6 @@ def test_plot_from_json_alone(tmp_path):
 
 
 def test_plot_of_no_timings(tmp_path):
-    pytest.importorskip("matplotlib", reason="the extra bench is not installed")
     (tmp_path / "cost.json").write_text(json.dumps({"kind": "host_cost", "machine": {}, "rows": []}))
     done = run_module("bench", "--plot", "cost.json", cwd=tmp_path)
     assert done.returncode != 0 and "no timings" in done.stderr
