@@ -1,5 +1,8 @@
 #include "runtime/nvrtc.h"
 
+#include <map>
+#include <mutex>
+
 namespace flash_attn_jit {
 namespace {
 
@@ -56,7 +59,17 @@ struct Nvrtc::Api {
   }
 };
 
-Nvrtc::Nvrtc(const NvrtcCandidate& candidate) : api_(std::make_shared<const Api>(candidate)) {
+// Opened once in a process and never closed: NVRTC does not give its memory back.
+std::shared_ptr<const Nvrtc::Api> Nvrtc::open(const NvrtcCandidate& candidate) {
+  static std::mutex mutex;
+  static auto& open_libraries = *new std::map<std::filesystem::path, std::shared_ptr<const Api>>;
+  const std::lock_guard lock(mutex);
+  std::shared_ptr<const Api>& api = open_libraries[candidate.library];
+  if (api == nullptr) api = std::make_shared<const Api>(candidate);
+  return api;
+}
+
+Nvrtc::Nvrtc(const NvrtcCandidate& candidate) : api_(open(candidate)) {
   path_ = api_->library.path();
   api_->require(api_->version(&version_.major, &version_.minor), "nvrtcVersion");
   int count = 0;

@@ -82,6 +82,8 @@ class Nvrtc {
 
  private:
   struct Api;
+  static std::shared_ptr<const Api> open(const NvrtcCandidate& candidate);
+
   std::filesystem::path path_;
   NvrtcVersion version_;
   std::vector<int> architectures_;
