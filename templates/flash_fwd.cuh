@@ -55,7 +55,8 @@ class QueryFragments {
   // fragment[m] is 16 rows x 16 dims: a0 and a1 of the first 8 dims, then of the last 8.
   using Step = unsigned[Tile::kMTiles][4];
 
-  // Rows [row, row + kRows) of `q`; those from seqlen_q on are zero. Uses `staging` and leaves it free.
+  // Rows [row, row + kRows) of `q`; those from seqlen_q on are zero. Uses `staging`. A block barrier
+  // has to follow, before get() and before `staging` is used for anything else.
   __device__ __forceinline__ void load(const FlashFwdParams& params, const unsigned short* q, int row, int lane,
                                        SharedAddress staging, SharedAddress shared) {
     const unsigned short* rows = q + row * params.q_row_stride;
@@ -78,7 +79,6 @@ class QueryFragments {
       Staged::store_shared(shared + (step - kRegisterSteps) * 32, row_pitch(Tile::kQSharedDims), chunks[step], lane,
                            params.q_sign);
     shared_ = shared + fragment_offset(0, row_pitch(Tile::kQSharedDims), lane);
-    warp_barrier();
   }
 
   __device__ __forceinline__ void get(Step& fragment, int step) const {
