@@ -38,6 +38,13 @@ std::string joined(const std::vector<std::string>& options) {
   return text;
 }
 
+// NVRTC keeps a cache of its own, in a folder that is not ours, from 12.9 on (older ones refuse the option); what comes
+// from it has an empty log, which does not tell registers and spills. Not part of the kernel's key.
+std::vector<std::string> without_nvrtc_cache(std::vector<std::string> options, const NvrtcVersion& version) {
+  if (version.as_driver_version() >= 12090) options.push_back("--no-cache");
+  return options;
+}
+
 KernelResources parse_ptxas_log(std::string_view log) {
   const auto registers = number_before(log, " registers");
   const auto stores = number_before(log, " bytes spill stores");
@@ -50,7 +57,8 @@ KernelResources parse_ptxas_log(std::string_view log) {
 
 CompiledKernel compile_with(const Nvrtc& nvrtc, const RenderedKernel& rendered, const CompileTarget& target) {
   const auto start = std::chrono::steady_clock::now();
-  NvrtcResult result = nvrtc.compile(rendered.source, rendered.entry + ".cu", compile_options(target), target.code);
+  const std::vector<std::string> options = without_nvrtc_cache(compile_options(target), nvrtc.version());
+  NvrtcResult result = nvrtc.compile(rendered.source, rendered.entry + ".cu", options, target.code);
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   if (!result.succeeded) throw NvrtcFailure(result.status, std::move(result.log));
 
