@@ -7,8 +7,8 @@
 
 #include <nlohmann/json.hpp>
 
-#include "runtime/config.h"
 #include "runtime/cache_folder.h"
+#include "runtime/config.h"
 #include "runtime/program/command.h"
 #include "runtime/program/flag_values.h"
 
