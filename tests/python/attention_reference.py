@@ -58,7 +58,11 @@ _LAGS = (0.0, 0.1, 0.3, 0.6)
 
 
 def error_bound(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False, softmax_scale: Optional[float] = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool = False,
+    softmax_scale: Optional[float] = None,
 ) -> float:
     """Twice the greatest error of float32 arithmetic that rounds P and out to fp16, plus 1e-5."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
