@@ -32,6 +32,13 @@ std::vector<std::string> compile_options(const CompileTarget& target) {
   return options;
 }
 
+std::vector<std::string> nvrtc_options(const CompileTarget& target, const NvrtcVersion& version) {
+  std::vector<std::string> options = compile_options(target);
+  // From 12.9 on NVRTC asks a cache of the driver's, whose hits come without ptxas's log.
+  if (version >= NvrtcVersion{12, 9}) options.push_back("--no-cache");
+  return options;
+}
+
 std::string joined(const std::vector<std::string>& options) {
   std::string text;
   for (const std::string& option : options) text += (text.empty() ? "" : " ") + option;

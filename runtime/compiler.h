@@ -13,8 +13,12 @@
 
 namespace flash_attn_jit {
 
-// What NVRTC is told: canonical, part of the cache's key.
+// What decides the code: canonical, part of the cache's key.
 std::vector<std::string> compile_options(const CompileTarget& target);
+
+// What an NVRTC of this version is told: compile_options() and what changes no code.
+std::vector<std::string> nvrtc_options(const CompileTarget& target, const NvrtcVersion& version);
+
 std::string joined(const std::vector<std::string>& options);
 
 // What ptxas said about a kernel (--ptxas-options=-v). Throws Error where the log does not tell.

@@ -1,6 +1,7 @@
 // Compiling with NVIDIA's own NVRTC 12.x and 13.x, and what the cache makes of it.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <thread>
 
@@ -43,6 +44,16 @@ TEST_CASE("ptxas's log tells registers, spills and static shared memory") {
   CHECK(resources.static_smem == 512);
   CHECK_THROWS_AS(parse_ptxas_log("nothing of the kind"), Error);
   CHECK_THROWS_AS(parse_ptxas_log(""), Error);
+}
+
+TEST_CASE("NVRTC's own cache is off where there is one; the key does not depend on that") {
+  const auto has = [](const std::vector<std::string>& options) {
+    return std::find(options.begin(), options.end(), "--no-cache") != options.end();
+  };
+  CHECK_FALSE(has(nvrtc_options(kCubin, {12, 8})));
+  CHECK(has(nvrtc_options(kCubin, {12, 9})));
+  CHECK(has(nvrtc_options(kPtx, {13, 0})));
+  CHECK_FALSE(has(compile_options(kCubin)));
 }
 
 TEST_CASE("both NVRTCs open, tell what they are and compile" * doctest::skip(!have_nvrtc())) {
