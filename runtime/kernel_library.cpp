@@ -154,7 +154,7 @@ CompiledKernel KernelLibrary::compile(const KernelSpec& spec, const RenderedKern
     return compile_with(*nvrtc, rendered, target);
   } catch (const NvrtcFailure& failure) {
     const std::string kept = cache_->keep_refused_source(id, rendered.source);
-    const std::string options = joined(compile_options(target));
+    const std::string options = joined(nvrtc_options(target, nvrtc->version()));
     throw CompileError("NVRTC " + nvrtc->version().text() + " refused kernel '" + spec.text() + "': " + failure.what() +
                            "\noptions: " + options + "\nsource: " + kept + "\nlog:\n" + failure.log,
                        failure.log, options, kept);
