@@ -50,6 +50,12 @@ def _scale(softmax_scale: Any) -> float:
     )
 
 
+def _causal(causal: Any) -> bool:
+    if not isinstance(causal, (torch.Tensor, float)) and causal in (0, 1):
+        return bool(causal)
+    raise ValueError(f"causal is {causal!r}. Accepted: True or False.")
+
+
 def _reject_what_is_no_tensor(**arguments: Any) -> None:
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
@@ -123,6 +129,8 @@ def flash_attn_func(
     _reject_unbuilt(dropout_p, window_size, softcap, alibi_slopes)
     if softmax_scale is not None and type(softmax_scale) is not float:
         softmax_scale = _scale(softmax_scale)
+    if causal is not True and causal is not False:
+        causal = _causal(causal)
     if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
         _reject_what_is_no_tensor(q=q, k=k, v=v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

@@ -91,6 +91,12 @@ def test_expanded_keys():
     check(q, k[:1, :, :1].expand(3, 30, 2, 64), v)
 
 
+@pytest.mark.parametrize("causal", [1, numpy.bool_(True)], ids=["int", "numpy"])
+def test_causal_as_another_languages_true(causal):
+    q, k, v = normal_qkv(1, 20, 20, 1, 1, 64)
+    assert torch.equal(flash_attn_func(q, k, v, causal=causal), flash_attn_func(q, k, v, causal=True))
+
+
 def test_the_same_tensor_thrice():
     q = normal(1, 30, 2, 64)
     check(q, q, q)

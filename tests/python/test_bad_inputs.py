@@ -69,6 +69,11 @@ def test_softmax_scale_of_another_type(value):
     refused(ValueError, "softmax_scale", type(value).__name__, "number", softmax_scale=value)
 
 
+@pytest.mark.parametrize("value", [0.125, 1.0, None, "yes", 2, torch.tensor(True)], ids=str)
+def test_causal_of_another_type(value):
+    refused(ValueError, "causal", re.escape(repr(value)), "True or False", causal=value)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
 def test_softmax_scale_that_is_not_finite(value):
     refused(ValueError, "softmax_scale", "finite", softmax_scale=value)
