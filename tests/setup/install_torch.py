@@ -6,6 +6,7 @@ usage: install_torch.py PYPROJECT_TOML
 from __future__ import annotations
 
 import glob
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -45,7 +46,18 @@ def default_is_cpu_build(requirement: str) -> bool:
     return not any(re.match(r"(nvidia|cuda)-", needed) for needed in metadata.get("requires_dist", []))
 
 
+def is_installed(requirement: str) -> bool:
+    name, _, version = requirement.partition("==")
+    try:
+        return importlib.metadata.version(name).partition("+")[0] == version
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def install(requirement: str) -> int:
+    if is_installed(requirement):
+        print(f"{requirement}: there already", flush=True)
+        return 0
     if machine_has_nvidia_gpu():
         print(f"{requirement}: the default build, for this machine's NVIDIA GPU", flush=True)
     elif default_is_cpu_build(requirement):
