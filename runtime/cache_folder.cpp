@@ -36,7 +36,8 @@ bool remove_suffix(std::string_view& text, std::string_view suffix) {
 
 // What a name of ours tells; nothing for the files of others.
 std::optional<std::pair<FileKind, std::string>> classify(std::string_view name) {
-  const auto when_key = [](FileKind kind, std::string_view key) -> std::optional<std::pair<FileKind, std::string>> {
+  const auto when_key = [](FileKind kind,
+                           std::string_view key) -> std::optional<std::pair<FileKind, std::string>> {
     if (!is_key(key)) return std::nullopt;
     return std::pair{kind, std::string(key)};
   };
@@ -47,7 +48,10 @@ std::optional<std::pair<FileKind, std::string>> classify(std::string_view name) 
   if (!source && !remove_suffix(name, ".kernel")) return std::nullopt;
   const std::size_t dot = name.rfind('.');
   if (dot == std::string_view::npos) return std::nullopt;
-  return when_key(broken ? FileKind::kBroken : source ? FileKind::kSource : FileKind::kKernel, name.substr(dot + 1));
+  return when_key(broken   ? FileKind::kBroken
+                  : source ? FileKind::kSource
+                           : FileKind::kKernel,
+                  name.substr(dot + 1));
 }
 
 // Least recently used first. Files may vanish while the folder is read.
@@ -76,7 +80,8 @@ void remove(const OwnFile& file, CacheRemoval& removal) {
   removal.bytes += file.bytes;
 }
 
-// What belongs to a process that builds: removed only where nobody holds the key's lock, which frees the lock's file too.
+// What belongs to a process that builds: removed only where nobody holds the key's lock, which frees the
+// lock's file too.
 void remove_unless_in_use(const OwnFile& file, CacheRemoval& removal) {
   const auto lock = FileLock::acquire(file.path.parent_path() / (file.key + ".lock"), FileLock::Wait::kNot);
   if (!lock) return;

@@ -35,8 +35,8 @@ struct CacheEntry {
   std::string fault;               // why it does not
 };
 
-// Every kernel file of a folder, most recently used first, those set aside included. A folder that is not there is
-// empty. Reads and verifies each. Throws FileError where the folder cannot be read.
+// Every kernel file of a folder, most recently used first, those set aside included. A folder that is not
+// there is empty. Reads and verifies each. Throws FileError where the folder cannot be read.
 std::vector<CacheEntry> list_cache(const std::filesystem::path& dir);
 
 struct CacheRemoval {
@@ -44,8 +44,8 @@ struct CacheRemoval {
   std::uint64_t bytes = 0;
 };
 
-// Removes what dead processes left, then the least recently used kernels, broken files and refused sources until no
-// more than `max_bytes` are left.
+// Removes what dead processes left, then the least recently used kernels, broken files and refused sources
+// until no more than `max_bytes` are left.
 CacheRemoval evict(const std::filesystem::path& dir, std::uint64_t max_bytes);
 
 // Removes what was set aside and refused sources, then evicts.

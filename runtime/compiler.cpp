@@ -45,8 +45,9 @@ std::string joined(const std::vector<std::string>& options) {
   return text;
 }
 
-// NVRTC keeps a cache of its own, in a folder that is not ours, from 12.9 on (older ones refuse the option); what comes
-// from it has an empty log, which does not tell registers and spills. Not part of the kernel's key.
+// NVRTC keeps a cache of its own, in a folder that is not ours, from 12.9 on (older ones refuse the option);
+// what comes from it has an empty log, which does not tell registers and spills. Not part of the kernel's
+// key.
 std::vector<std::string> without_nvrtc_cache(std::vector<std::string> options, const NvrtcVersion& version) {
   if (version.as_driver_version() >= 12090) options.push_back("--no-cache");
   return options;

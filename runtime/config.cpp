@@ -39,7 +39,8 @@ class Reader {
 
   std::optional<std::string> own(const std::string& name) const { return text(std::string(kPrefix) + name); }
 
-  [[noreturn]] static void refuse(const std::string& name, const std::string& value, const std::string& accepted) {
+  [[noreturn]] static void refuse(const std::string& name, const std::string& value,
+                                  const std::string& accepted) {
     throw ConfigError("environment variable " + std::string(kPrefix) + name + " is '" + value +
                       "'; accepted: " + accepted);
   }
@@ -50,7 +51,8 @@ class Reader {
 
 fs::path home_folder(const Reader& reader) {
   if (auto home = reader.path("HOME")) return *home;
-  if (const passwd* user = getpwuid(geteuid()); user != nullptr && user->pw_dir != nullptr) return user->pw_dir;
+  if (const passwd* user = getpwuid(geteuid()); user != nullptr && user->pw_dir != nullptr)
+    return user->pw_dir;
   throw ConfigError("no folder for the cache: HOME is not set; set FLASH_ATTN_JIT_CACHE_DIR to a folder");
 }
 
@@ -67,7 +69,8 @@ std::uint64_t byte_count(const Reader& reader, const std::string& name, std::uin
   std::uint64_t bytes = 0;
   const char* end = value->data() + value->size();
   const auto [stop, error] = std::from_chars(value->data(), end, bytes);
-  if (error != std::errc() || stop != end) Reader::refuse(name, *value, "a number of bytes, such as 1073741824");
+  if (error != std::errc() || stop != end)
+    Reader::refuse(name, *value, "a number of bytes, such as 1073741824");
   return bytes;
 }
 

@@ -1,4 +1,5 @@
-// The CUDA driver, opened at run time: the few entry points that the library calls, with errors as exceptions.
+// The CUDA driver, opened at run time: the few entry points that the library calls, with errors as
+// exceptions.
 #pragma once
 
 #include <cstdint>

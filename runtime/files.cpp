@@ -78,14 +78,16 @@ int write_and_sync(const fs::path& path, std::string_view bytes, mode_t mode) {
   return file.close() == 0 ? 0 : errno;
 }
 
-// So that the rename itself survives a power cut. Some file systems cannot; the reader verifies what it finds.
+// So that the rename itself survives a power cut. Some file systems cannot; the reader verifies what it
+// finds.
 void sync_folder(const fs::path& path) {
   const Descriptor folder(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (folder.get() >= 0) ::fsync(folder.get());
 }
 
 bool is_still_at(const fs::path& path, int fd) {
-  struct stat opened {}, named {};
+  struct stat opened {
+  }, named{};
   return ::fstat(fd, &opened) == 0 && ::stat(path.c_str(), &named) == 0 && opened.st_ino == named.st_ino &&
          opened.st_dev == named.st_dev;
 }

@@ -1,4 +1,5 @@
-// Files as the cache needs them: every call checked, writes that are whole or not there, locks that outlive no process.
+// Files as the cache needs them: every call checked, writes that are whole or not there, locks that outlive
+// no process.
 #pragma once
 
 #include <sys/types.h>
@@ -20,10 +21,10 @@ struct FileError : Error {
 // The whole file; nothing where there is none. Throws FileError.
 std::optional<std::string> read_file(const std::filesystem::path& path);
 
-// Writes `temporary`, a name that nobody else uses, then renames it to `path`: a reader finds the old file or the whole
-// new one, also after a crash. On failure removes `temporary` and throws FileError.
-void write_file(const std::filesystem::path& path, const std::filesystem::path& temporary, std::string_view bytes,
-                mode_t mode);
+// Writes `temporary`, a name that nobody else uses, then renames it to `path`: a reader finds the old file or
+// the whole new one, also after a crash. On failure removes `temporary` and throws FileError.
+void write_file(const std::filesystem::path& path, const std::filesystem::path& temporary,
+                std::string_view bytes, mode_t mode);
 
 // Creates a folder and those above it, with `mode` (less the umask). Throws FileError.
 void create_folders(const std::filesystem::path& path, mode_t mode);

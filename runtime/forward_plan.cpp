@@ -35,10 +35,11 @@ bool has_elements(const TensorView& view) {
   return std::all_of(view.shape.begin(), view.shape.end(), [](std::int64_t extent) { return extent > 0; });
 }
 
-void require_shape(const NamedTensor& tensor, const std::array<std::int64_t, 4>& expected, const std::string& why) {
+void require_shape(const NamedTensor& tensor, const std::array<std::int64_t, 4>& expected,
+                   const std::string& why) {
   if (tensor.view.shape == expected) return;
-  throw ArgumentError(std::string(tensor.name) + " has shape " + text_of(tensor.view.shape) + "; accepted: " +
-                      text_of(expected) + ", " + why);
+  throw ArgumentError(std::string(tensor.name) + " has shape " + text_of(tensor.view.shape) +
+                      "; accepted: " + text_of(expected) + ", " + why);
 }
 
 void require_readable(const NamedTensor& tensor) {
@@ -74,28 +75,35 @@ void require_arguments(const ForwardRequest& request) {
   require_heads(q.shape[kHeads], k.shape[kHeads]);
   const bool has_rows = q.shape[kBatch] > 0 && q.shape[kSeqlen] > 0 && q.shape[kHeads] > 0;
   if (request.softmax_lse == nullptr && has_rows)
-    throw ArgumentError("softmax_lse is a null pointer; accepted: memory for (batch, num_heads, seqlen_q) float32");
+    throw ArgumentError(
+        "softmax_lse is a null pointer; accepted: memory for (batch, num_heads, seqlen_q) float32");
   if (!std::isfinite(request.softmax_scale * kLog2E))
-    throw ArgumentError("softmax_scale is " + std::to_string(request.softmax_scale) + "; accepted: a finite number");
+    throw ArgumentError("softmax_scale is " + std::to_string(request.softmax_scale) +
+                        "; accepted: a finite number");
 }
 
 // A dimension of one element may come with any stride; its index is always 0.
-std::int64_t stride_of(const TensorView& view, Dim dim) { return view.shape[dim] > 1 ? view.strides[dim] : 0; }
+std::int64_t stride_of(const TensorView& view, Dim dim) {
+  return view.shape[dim] > 1 ? view.strides[dim] : 0;
+}
 
 bool is_aligned(const TensorView& view) {
   return !has_elements(view) ||
-         (reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 && stride_of(view, kBatch) % kVectorElements == 0 &&
-          stride_of(view, kSeqlen) % kVectorElements == 0 && stride_of(view, kHeads) % kVectorElements == 0);
+         (reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 &&
+          stride_of(view, kBatch) % kVectorElements == 0 && stride_of(view, kSeqlen) % kVectorElements == 0 &&
+          stride_of(view, kHeads) % kVectorElements == 0);
 }
 
-// Vector access counts bytes within a tile of up to 64 keys in 32 bits: see TileOffset in templates/tile_copy.cuh.
+// Vector access counts bytes within a tile of up to 64 keys in 32 bits: see TileOffset in
+// templates/tile_copy.cuh.
 bool tiles_fit_offsets(const TensorView& view) {
   constexpr std::int64_t kMostKeysOfTile = 64;
   return stride_of(view, kSeqlen) < kMostInt / (2 * kMostKeysOfTile);
 }
 
 GlobalAccess access_of(const ForwardRequest& request) {
-  const bool aligned = tiles_fit_offsets(request.k) && tiles_fit_offsets(request.v) && request.q.shape[kHeadDim] % kVectorElements == 0 && is_aligned(request.q) &&
+  const bool aligned = tiles_fit_offsets(request.k) && tiles_fit_offsets(request.v) &&
+                       request.q.shape[kHeadDim] % kVectorElements == 0 && is_aligned(request.q) &&
                        is_aligned(request.k) && is_aligned(request.v) && is_aligned(request.out);
   return aligned ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
 }
@@ -148,8 +156,8 @@ std::int64_t grid_blocks(const ForwardRequest& request, std::int64_t num_m_block
   if (batch_heads == 0 || num_m_blocks == 0) return 0;
   if (batch_heads > kMostInt / num_m_blocks)
     throw UnsupportedError("q has shape " + text_of(request.q.shape) + ", which takes " +
-                           std::to_string(request.q.shape[kBatch]) + " x " + std::to_string(request.q.shape[kHeads]) +
-                           " x " + std::to_string(num_m_blocks) +
+                           std::to_string(request.q.shape[kBatch]) + " x " +
+                           std::to_string(request.q.shape[kHeads]) + " x " + std::to_string(num_m_blocks) +
                            " thread blocks; accepted: at most 2147483647. Split the batch");
   return batch_heads * num_m_blocks;
 }

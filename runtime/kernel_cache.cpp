@@ -90,7 +90,8 @@ FoundKernel KernelCache::get_or_build(const KernelId& id, const Build& build, co
 FoundKernel KernelCache::build_and_store(const KernelId& id, const Build& build, const Objection& objection) {
   const std::optional<FileLock> lock = lock_for(id);
   // Whoever held the lock before may have built it.
-  if (auto found = find_in_folder(id, objection, lock ? Fault::kSetAside : Fault::kLeave)) return *std::move(found);
+  if (auto found = find_in_folder(id, objection, lock ? Fault::kSetAside : Fault::kLeave))
+    return *std::move(found);
   if (auto found = find_in_memory(id, objection)) return *std::move(found);
   FoundKernel found{build(), KernelOrigin::kCompiled};
   if (!lock || !store(id, found.kernel)) keep_in_memory(id, found.kernel);
@@ -107,7 +108,8 @@ std::optional<FoundKernel> KernelCache::find_in_pack(const KernelId& id, const O
   return std::nullopt;
 }
 
-std::optional<FoundKernel> KernelCache::find_in_folder(const KernelId& id, const Objection& objection, Fault fault) {
+std::optional<FoundKernel> KernelCache::find_in_folder(const KernelId& id, const Objection& objection,
+                                                       Fault fault) {
   if (const auto reason = distrust()) {
     warn_about_folder(*reason);
     return std::nullopt;
@@ -197,7 +199,8 @@ std::optional<std::string> KernelCache::distrust() const {
     return "the folder " + settings_.dir.string() + " belongs to user " + std::to_string(status.st_uid) +
            ", this process to " + std::to_string(::geteuid());
   if ((status.st_mode & 022) != 0)
-    return "other users may write into the folder " + settings_.dir.string() + "; take that right away (chmod 700)";
+    return "other users may write into the folder " + settings_.dir.string() +
+           "; take that right away (chmod 700)";
   return std::nullopt;
 }
 

@@ -1,6 +1,5 @@
-// The disk cache of compiled kernels, in front of it a read-only pack. Threads and processes may share one folder.
-//
-// What lies in the folder is told in cache_folder.h.
+// The disk cache of compiled kernels, in front of it a read-only pack. Threads and processes may share one
+// folder; what lies in it is told in cache_folder.h.
 #pragma once
 
 #include <atomic>
@@ -42,9 +41,9 @@ class KernelCache {
   // The pack's kernel, else the folder's, else nothing. `objection` may be empty.
   std::optional<FoundKernel> find(const KernelId& id, const Objection& objection = {});
 
-  // As find(), else `build()`, whose result is stored. Any number of threads and processes that ask for one key build it
-  // once: the others wait. What `build` throws reaches every waiting thread, and nothing is stored. `build` runs without
-  // a lock that callers of other keys need.
+  // As find(), else `build()`, whose result is stored. Any number of threads and processes that ask for one
+  // key build it once: the others wait. What `build` throws reaches every waiting thread, and nothing is
+  // stored. `build` runs without a lock that callers of other keys need.
   FoundKernel get_or_build(const KernelId& id, const Build& build, const Objection& objection = {});
 
   // Keeps a source that was refused, for its author to look at. The path, or "nowhere: " and the reason.

@@ -22,9 +22,8 @@ std::string architecture_in_name(CodeKind code, int sm) {
 
 KernelId id_of(const KernelSpec& spec, const RenderedKernel& rendered, const CompileTarget& target) {
   KernelId id;
-  id.key = make_key({{"source", rendered.source},
-                     {"options", joined(compile_options(target))},
-                     {"target", target.text()}});
+  id.key = make_key(
+      {{"source", rendered.source}, {"options", joined(compile_options(target))}, {"target", target.text()}});
   id.name = spec.name() + "_" + architecture_in_name(target.code, target.sm);
   id.spec = spec.text();
   id.target = target.text();
@@ -58,9 +57,10 @@ FoundKernel with_launch_shape(FoundKernel found, const RenderedKernel& rendered)
 }
 
 std::string prebuild_command(const KernelSpec& spec, int sm) {
-  return "flash-attn-jit prebuild --arch sm_" + std::to_string(sm) + " --kinds " + std::string(to_text(spec.kind)) +
-         " --head-dims " + std::to_string(spec.head_dim) + " --causal " +
-         (spec.mask == Mask::kCausal ? "yes" : "no") + " --gqa " + std::to_string(spec.group_size) + " --out DIR";
+  return "flash-attn-jit prebuild --arch sm_" + std::to_string(sm) + " --kinds " +
+         std::string(to_text(spec.kind)) + " --head-dims " + std::to_string(spec.head_dim) + " --causal " +
+         (spec.mask == Mask::kCausal ? "yes" : "no") + " --gqa " + std::to_string(spec.group_size) +
+         " --out DIR";
 }
 
 MissingKernelError missing(const KernelSpec& spec, const CompileTarget& target, const KernelCache& cache,
@@ -73,20 +73,25 @@ MissingKernelError missing(const KernelSpec& spec, const CompileTarget& target, 
   // PTX depends on the driver that links it, so that no pack can stand in for the compiler.
   if (target.code == CodeKind::kPtx) return {message, spec, ""};
   const std::string command = prebuild_command(spec, target.sm);
-  return {message + "\nOr build a pack where there is an NVRTC, and set FLASH_ATTN_JIT_PREBUILT to it here: " + command,
-          spec, command};
+  return {
+      message +
+          "\nOr build a pack where there is an NVRTC, and set FLASH_ATTN_JIT_PREBUILT to it here: " + command,
+      spec, command};
 }
 
 }  // namespace
 
-CompileError::CompileError(const std::string& message, std::string log, std::string options, std::string source_path)
+CompileError::CompileError(const std::string& message, std::string log, std::string options,
+                           std::string source_path)
     : Error(message), log(std::move(log)), options(std::move(options)), source_path(std::move(source_path)) {}
 
-MissingKernelError::MissingKernelError(const std::string& message, KernelSpec spec, std::string prebuild_command)
+MissingKernelError::MissingKernelError(const std::string& message, KernelSpec spec,
+                                       std::string prebuild_command)
     : Error(message), spec(spec), prebuild_command(std::move(prebuild_command)) {}
 
 KernelLibrary::KernelLibrary(const Settings& settings)
-    : KernelLibrary(settings.config, std::make_shared<KernelCache>(settings.cache), settings.driver_version) {}
+    : KernelLibrary(settings.config, std::make_shared<KernelCache>(settings.cache), settings.driver_version) {
+}
 
 KernelLibrary::KernelLibrary(const Config& config, std::shared_ptr<KernelCache> cache,
                              std::optional<int> driver_version)
@@ -117,7 +122,8 @@ std::optional<FoundKernel> KernelLibrary::find(const KernelSpec& spec, const Com
   return found;
 }
 
-FoundKernel KernelLibrary::find_or_link(const KernelSpec& spec, const LinkTarget& target, const LinkPtx& link) {
+FoundKernel KernelLibrary::find_or_link(const KernelSpec& spec, const LinkTarget& target,
+                                        const LinkPtx& link) {
   const RenderedKernel rendered = render(checked(spec, target.ptx_sm), templates_);
   const KernelId id = id_of_linked(spec, rendered, target, driver_version_.value_or(0));
   const FoundKernel found = cache_->get_or_build(id, [&] {
@@ -155,16 +161,18 @@ CompiledKernel KernelLibrary::compile(const KernelSpec& spec, const RenderedKern
   } catch (const NvrtcFailure& failure) {
     const std::string kept = cache_->keep_refused_source(id, rendered.source);
     const std::string options = joined(nvrtc_options(target, nvrtc->version()));
-    throw CompileError("NVRTC " + nvrtc->version().text() + " refused kernel '" + spec.text() + "': " + failure.what() +
-                           "\noptions: " + options + "\nsource: " + kept + "\nlog:\n" + failure.log,
+    throw CompileError("NVRTC " + nvrtc->version().text() + " refused kernel '" + spec.text() +
+                           "': " + failure.what() + "\noptions: " + options + "\nsource: " + kept +
+                           "\nlog:\n" + failure.log,
                        failure.log, options, kept);
   }
 }
 
 std::optional<std::string> KernelLibrary::objection_to(const CompiledKernel& kernel) const {
   if (!driver_version_ || kernel.min_driver <= *driver_version_) return std::nullopt;
-  return "it was built by " + kernel.built_by + " and needs a CUDA " + driver_version_text(kernel.min_driver) +
-         " driver or newer; this one is " + driver_version_text(*driver_version_);
+  return "it was built by " + kernel.built_by + " and needs a CUDA " +
+         driver_version_text(kernel.min_driver) + " driver or newer; this one is " +
+         driver_version_text(*driver_version_);
 }
 
 KernelCacheSettings cache_settings(const Config& config) {
@@ -192,7 +200,8 @@ KernelCache& process_cache() { return *shared_process_cache(); }
 KernelLibrary& process_library() {
   static KernelLibrary& library = *[] {
     const Driver* driver = process_driver();
-    return new KernelLibrary(config(), shared_process_cache(), driver ? std::optional(driver->version()) : std::nullopt);
+    return new KernelLibrary(config(), shared_process_cache(),
+                             driver ? std::optional(driver->version()) : std::nullopt);
   }();
   return library;
 }

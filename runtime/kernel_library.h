@@ -1,4 +1,5 @@
-// Spec + target -> compiled kernel: prebuilt packs first, then the disk cache, then the compiler. Thread-safe.
+// Spec + target -> compiled kernel: prebuilt packs first, then the disk cache, then the compiler.
+// Thread-safe.
 #pragma once
 
 #include <filesystem>
@@ -24,7 +25,8 @@ struct CompileError : Error {
   std::string log, options, source_path;
 };
 
-// No compiler can be had and no cache or pack holds the kernel; names the prebuild command that would make it.
+// No compiler can be had and no cache or pack holds the kernel; names the prebuild command that would make
+// it.
 struct MissingKernelError : Error {
   MissingKernelError(const std::string& message, KernelSpec spec, std::string prebuild_command);
   KernelSpec spec;
@@ -65,8 +67,9 @@ class KernelLibrary {
   KernelLibrary(const Config& config, std::shared_ptr<KernelCache> cache, std::optional<int> driver_version);
   ~KernelLibrary();
 
-  // A kernel for a GPU. Several threads or processes that ask for one kernel compile it once. PTX is not stored: it is
-  // looked for in the pack, else compiled. Throws CompileError, MissingKernelError, UnsupportedError (check()'s reason).
+  // A kernel for a GPU. Several threads or processes that ask for one kernel compile it once. PTX is not
+  // stored: it is looked for in the pack, else compiled. Throws CompileError, MissingKernelError,
+  // UnsupportedError (check()'s reason).
   FoundKernel find_or_compile(const KernelSpec& spec, const CompileTarget& target);
 
   // find_or_compile() without the compiler.
@@ -75,8 +78,8 @@ class KernelLibrary {
   // Turns a PTX kernel into one of machine code, resources included.
   using LinkPtx = std::function<CompiledKernel(CompiledKernel ptx)>;
 
-  // The kernel as machine code made of PTX by `link`; that code is stored, for this driver version alone. Throws as
-  // find_or_compile(), and what `link` throws.
+  // The kernel as machine code made of PTX by `link`; that code is stored, for this driver version alone.
+  // Throws as find_or_compile(), and what `link` throws.
   FoundKernel find_or_link(const KernelSpec& spec, const LinkTarget& target, const LinkPtx& link);
   std::optional<FoundKernel> find_linked(const KernelSpec& spec, const LinkTarget& target);
 
@@ -109,7 +112,8 @@ KernelLibrary& process_library();
 // A kernel for a GPU, from the process's own library.
 FoundKernel find_or_compile(const KernelSpec& spec, const CompileTarget& target);
 
-// A kernel for the interpreter: the same source, compiled by the host compiler into a shared object; same cache.
+// A kernel for the interpreter: the same source, compiled by the host compiler into a shared object; same
+// cache.
 FoundKernel find_or_compile_for_host(const KernelSpec& spec);
 
 }  // namespace flash_attn_jit

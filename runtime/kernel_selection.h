@@ -15,8 +15,8 @@ struct KernelSelection {
   std::vector<int> group_sizes;
 };
 
-// Every default tile, with 16-byte accesses (where the head dim is a multiple of 8) and with element-wise ones.
-// Throws UnsupportedError where one of them is not legal on `arch`.
+// Every default tile, with 16-byte accesses (where the head dim is a multiple of 8) and with element-wise
+// ones. Throws UnsupportedError where one of them is not legal on `arch`.
 std::vector<KernelSpec> select_kernels(const KernelSelection& selection, const ArchLimits& arch);
 
 }  // namespace flash_attn_jit

@@ -17,12 +17,14 @@ constexpr int kErrorInvalidContext = 201;
 constexpr int kErrorInvalidHandle = 400;
 
 std::string device_text(const DeviceInfo& info) {
-  return "CUDA device " + std::to_string(info.ordinal) + " (" + info.name + ", sm_" + std::to_string(info.sm) + ")";
+  return "CUDA device " + std::to_string(info.ordinal) + " (" + info.name + ", sm_" +
+         std::to_string(info.sm) + ")";
 }
 
 ArchLimits limits_of(const DeviceInfo& info, TargetChoice target) {
   if (info.sm < kTuring)
-    throw UnsupportedError(device_text(info) + " is not supported; accepted: sm_75 (Turing: Tesla T4, RTX 20) or newer");
+    throw UnsupportedError(device_text(info) +
+                           " is not supported; accepted: sm_75 (Turing: Tesla T4, RTX 20) or newer");
   return arch_limits(target == TargetChoice::kCompute75 ? kTuring : info.sm);
 }
 
@@ -31,9 +33,9 @@ ArchLimits limits_of(const DeviceInfo& info, TargetChoice target) {
 std::size_t LoadedKernelTable::bucket_of(const KernelSpec& spec) noexcept {
   std::size_t hash = 0;
   // What differs between the kernels of one process; tiles that share these numbers share a bucket.
-  for (const int field : {spec.head_dim, spec.group_size, spec.tile.block_m, spec.tile.block_n, spec.tile.warps,
-                          static_cast<int>(spec.kind), static_cast<int>(spec.dtype), static_cast<int>(spec.mask),
-                          static_cast<int>(spec.access)})
+  for (const int field : {spec.head_dim, spec.group_size, spec.tile.block_m, spec.tile.block_n,
+                          spec.tile.warps, static_cast<int>(spec.kind), static_cast<int>(spec.dtype),
+                          static_cast<int>(spec.mask), static_cast<int>(spec.access)})
     hash = hash * 31 + static_cast<std::size_t>(field);
   return hash % kBuckets;
 }
@@ -70,7 +72,8 @@ void Device::launch(const LaunchPlan& plan, StreamHandle stream) {
     const Driver::CurrentContext current(driver_, context_);
     code = driver_.launch(kernel.function, shape, stream, &plan.params);
   }
-  if (code != 0) driver_.require(code, "the launch of kernel '" + plan.spec.text() + "' on " + device_text(info_));
+  if (code != 0)
+    driver_.require(code, "the launch of kernel '" + plan.spec.text() + "' on " + device_text(info_));
 }
 
 const LoadedKernel& Device::load(const KernelSpec& spec) {
@@ -84,7 +87,8 @@ const LoadedKernel& Device::load(const KernelSpec& spec) {
     const CudaModule module = driver_.load_module(kernel.image);
     const CudaFunction function = driver_.find_function(module, kernel.entry);
     if (kernel.dynamic_smem > kSmemWithoutOptIn) driver_.allow_dynamic_smem(function, kernel.dynamic_smem);
-    // Modules load lazily; asking for attributes makes the driver load the function now, and not in a capture.
+    // Modules load lazily; asking for attributes makes the driver load the function now, and not in a
+    // capture.
     driver_.attributes(function);
     return table_.insert({.spec = spec,
                           .function = function,
@@ -92,7 +96,8 @@ const LoadedKernel& Device::load(const KernelSpec& spec) {
                           .dynamic_smem = static_cast<unsigned>(kernel.dynamic_smem)});
   } catch (const DriverError& error) {
     throw DriverError("kernel '" + spec.text() + "' (" + kernel.built_by + ") could not be loaded on " +
-                      device_text(info_) + ", CUDA " + driver_version_text(driver_.version()) + ": " + error.what());
+                      device_text(info_) + ", CUDA " + driver_version_text(driver_.version()) + ": " +
+                      error.what());
   }
 }
 
@@ -105,13 +110,15 @@ FoundKernel Device::find_or_compile(const KernelSpec& spec) {
   const LinkTarget fallback{kTuring, info_.sm, "compiler too old"};
   if (auto found = library_.find_linked(spec, fallback)) return *std::move(found);
   if (!library_.compiler_lacks(info_.sm)) return library_.find_or_compile(spec, native);
-  warn_once(device_text(info_) + " is newer than the NVRTC at hand: it runs the Turing code (compute_75), translated by "
+  warn_once(device_text(info_) +
+            " is newer than the NVRTC at hand: it runs the Turing code (compute_75), translated by "
             "the driver");
   return link(spec, fallback);
 }
 
 FoundKernel Device::link(const KernelSpec& spec, const LinkTarget& target) {
-  return library_.find_or_link(spec, target, [this](CompiledKernel ptx) { return machine_code_of(std::move(ptx)); });
+  return library_.find_or_link(spec, target,
+                               [this](CompiledKernel ptx) { return machine_code_of(std::move(ptx)); });
 }
 
 CompiledKernel Device::machine_code_of(CompiledKernel ptx) {
@@ -138,7 +145,8 @@ DeviceRuntime::DeviceRuntime(Driver& driver, KernelLibrary& library, TargetChoic
 
 Device& DeviceRuntime::device(int ordinal) {
   if (ordinal >= 0 && static_cast<std::size_t>(ordinal) < slots_.size())
-    if (Device* ready = slots_[static_cast<std::size_t>(ordinal)].ready.load(std::memory_order_acquire)) return *ready;
+    if (Device* ready = slots_[static_cast<std::size_t>(ordinal)].ready.load(std::memory_order_acquire))
+      return *ready;
   return set_up(ordinal);
 }
 

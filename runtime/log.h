@@ -10,9 +10,9 @@ enum class LogLevel { kInfo, kWarning };
 
 using LogSink = std::function<void(LogLevel, const std::string&)>;
 
-// Replaces the sink; an empty one restores the default, stderr. The sink is called on whatever thread has something to
-// say, while other threads may wait for a kernel that this thread builds: a caller that holds a lock which the sink
-// takes (Python's) must release it around every call that may compile.
+// Replaces the sink; an empty one restores the default, stderr. The sink is called on whatever thread has
+// something to say, while other threads may wait for a kernel that this thread builds: a caller that holds a
+// lock which the sink takes (Python's) must release it around every call that may compile.
 void set_log_sink(LogSink sink);
 
 void log(LogLevel level, const std::string& message);

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <compare>
-#include <memory>
 #include <filesystem>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -24,8 +24,9 @@ struct NvrtcVersion {
 
 struct NvrtcCandidate {
   std::filesystem::path library;
-  std::filesystem::path builtins;       // the sibling that NVRTC itself opens by bare name; empty where there is none
-  std::string place;                    // "nvidia-cuda-nvrtc of /usr/lib/python3/dist-packages"
+  std::filesystem::path
+      builtins;       // the sibling that NVRTC itself opens by bare name; empty where there is none
+  std::string place;  // "nvidia-cuda-nvrtc of /usr/lib/python3/dist-packages"
   std::optional<NvrtcVersion> version;  // what the file names tell, without opening anything
 };
 
@@ -54,8 +55,10 @@ struct NvrtcNeed {
   std::optional<int> driver_version;  // as cuDriverGetVersion counts
 };
 
-// The newest candidate that the driver can load the result of, or nothing. Those without a version are not considered.
-std::optional<NvrtcCandidate> choose_nvrtc(const std::vector<NvrtcCandidate>& candidates, const NvrtcNeed& need);
+// The newest candidate that the driver can load the result of, or nothing. Those without a version are not
+// considered.
+std::optional<NvrtcCandidate> choose_nvrtc(const std::vector<NvrtcCandidate>& candidates,
+                                           const NvrtcNeed& need);
 
 // What one compile gave.
 struct NvrtcResult {
@@ -77,8 +80,8 @@ class Nvrtc {
   const std::vector<int>& supported_architectures() const { return architectures_; }
 
   // Thread-safe. A refused source is a result, not an exception; throws Error where NVRTC itself fails.
-  NvrtcResult compile(const std::string& source, const std::string& name, const std::vector<std::string>& options,
-                      CodeKind code) const;
+  NvrtcResult compile(const std::string& source, const std::string& name,
+                      const std::vector<std::string>& options, CodeKind code) const;
 
  private:
   struct Api;

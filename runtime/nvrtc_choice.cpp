@@ -8,7 +8,8 @@ namespace flash_attn_jit {
 namespace {
 
 constexpr const char* kHowToGetOne =
-    "Install one: pip install 'flash-attn-jit[cu12]' (for CUDA 12 drivers and newer) or 'flash-attn-jit[cu13]', or set "
+    "Install one: pip install 'flash-attn-jit[cu12]' (for CUDA 12 drivers and newer) or "
+    "'flash-attn-jit[cu13]', or set "
     "FLASH_ATTN_JIT_NVRTC to a libnvrtc.";
 
 }  // namespace
@@ -79,7 +80,8 @@ void NvrtcChoice::learn_versions(NvrtcSearch& search) {
 void NvrtcChoice::warn_about_old_drivers(const Nvrtc& chosen) const {
   if (driver_version_ || config_.nvrtc || chosen.version().major <= 12) return;
   warn_once("only NVRTC " + chosen.version().text() +
-            " was found: CUDA 12 drivers will not load what it makes. pip install 'flash-attn-jit[cu12]' brings NVRTC 12");
+            " was found: CUDA 12 drivers will not load what it makes. pip install 'flash-attn-jit[cu12]' "
+            "brings NVRTC 12");
 }
 
 std::string NvrtcChoice::why_none(const NvrtcSearch& search, CodeKind code) const {
@@ -87,10 +89,11 @@ std::string NvrtcChoice::why_none(const NvrtcSearch& search, CodeKind code) cons
   if (search.candidates.empty()) return std::string("no NVRTC was found. ") + kHowToGetOne + looked;
   std::string found;
   for (const NvrtcCandidate& candidate : search.candidates)
-    found += (found.empty() ? "" : ", ") + candidate.version->text() + " (" + candidate.library.string() + ")";
+    found +=
+        (found.empty() ? "" : ", ") + candidate.version->text() + " (" + candidate.library.string() + ")";
   return "this driver, CUDA " + driver_version_text(driver_version_.value_or(0)) + ", cannot load the " +
-         (code == CodeKind::kPtx ? "PTX" : "machine code") + " of the NVRTC found: " + found + ". " + kHowToGetOne +
-         looked;
+         (code == CodeKind::kPtx ? "PTX" : "machine code") + " of the NVRTC found: " + found + ". " +
+         kHowToGetOne + looked;
 }
 
 }  // namespace flash_attn_jit

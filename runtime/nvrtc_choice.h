@@ -19,8 +19,8 @@ class NvrtcChoice {
   NvrtcChoice(const Config& config, std::optional<int> driver_version)
       : config_(config), driver_version_(driver_version) {}
 
-  // The NVRTC for `code` that suits the driver, null where there is none; then `reason` says what was found, where was
-  // looked, and what to do. Thread-safe.
+  // The NVRTC for `code` that suits the driver, null where there is none; then `reason` says what was found,
+  // where was looked, and what to do. Thread-safe.
   const Nvrtc* best(CodeKind code, std::string& reason);
 
   int opened() const;

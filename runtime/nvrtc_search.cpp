@@ -25,7 +25,8 @@ std::vector<fs::path> sorted_entries(const fs::path& folder) {
   return entries;
 }
 
-// "libnvrtc.so.12.9.86" and "libnvrtc-builtins.so.12.9" -> {12, 9, 86} and {12, 9}; empty where no number follows.
+// "libnvrtc.so.12.9.86" and "libnvrtc-builtins.so.12.9" -> {12, 9, 86} and {12, 9}; empty where no number
+// follows.
 std::vector<int> numbers_of(const fs::path& file) {
   const std::string name = file.filename().string();
   const std::size_t so = name.find(".so.");
@@ -40,10 +41,12 @@ std::vector<int> numbers_of(const fs::path& file) {
   return numbers;
 }
 
-// libnvrtc.so, libnvrtc.so.12, libnvrtc-672ee683.so.12: not the builtins, not the build with another allocator.
+// libnvrtc.so, libnvrtc.so.12, libnvrtc-672ee683.so.12: not the builtins, not the build with another
+// allocator.
 bool is_library(const fs::path& file) {
   const std::string name = file.filename().string();
-  return name.starts_with(kLibrary) && !name.starts_with("libnvrtc-builtins") && name.find(".alt.") == std::string::npos &&
+  return name.starts_with(kLibrary) && !name.starts_with("libnvrtc-builtins") &&
+         name.find(".alt.") == std::string::npos &&
          (name.ends_with(".so") || name.find(".so.") != std::string::npos);
 }
 
@@ -80,7 +83,8 @@ NvrtcCandidate describe(const fs::path& library, const std::string& place) {
 }
 
 std::string found_text(const NvrtcCandidate& candidate) {
-  return candidate.library.filename().string() + (candidate.version ? " (" + candidate.version->text() + ")" : "");
+  return candidate.library.filename().string() +
+         (candidate.version ? " (" + candidate.version->text() + ")" : "");
 }
 
 class Search {
@@ -99,7 +103,8 @@ class Search {
   // A library that was named, whatever its file is called.
   void file(const std::string& place, const fs::path& file) { note(place, file, take(file, place)); }
 
-  // A site-packages folder: NVIDIA's wheels (12.x: nvidia/cuda_nvrtc, later: nvidia/cu13, ...), then torch's own.
+  // A site-packages folder: NVIDIA's wheels (12.x: nvidia/cuda_nvrtc, later: nvidia/cu13, ...), then torch's
+  // own.
   void site_packages(const std::string& place, const fs::path& site) {
     if (!sites_.insert(site.lexically_normal()).second) return;
     std::error_code error;
@@ -107,11 +112,13 @@ class Search {
     bool anything = false;
     for (const fs::path& package : sorted_entries(site / "nvidia")) {
       const std::string name = package.filename().string();
-      if (name != "cuda_nvrtc" && !(name.starts_with("cu") && name.size() > 2 && std::isdigit(name[2]))) continue;
+      if (name != "cuda_nvrtc" && !(name.starts_with("cu") && name.size() > 2 && std::isdigit(name[2])))
+        continue;
       folder("nvidia-cuda-nvrtc package", package / "lib");
       anything = true;
     }
-    if (fs::is_directory(site / "torch" / "lib", error)) folder("torch", site / "torch" / "lib"), anything = true;
+    if (fs::is_directory(site / "torch" / "lib", error))
+      folder("torch", site / "torch" / "lib"), anything = true;
     if (!anything) note(place, site, "neither an nvidia-cuda-nvrtc package nor torch");
   }
 
@@ -146,7 +153,9 @@ class Search {
     if (!real_paths_.insert(fs::canonical(library, error)).second) return "";
     const NvrtcCandidate candidate = describe(library, place);
     const std::vector<int> numbers = numbers_of(library);
-    const int major = candidate.version ? candidate.version->major : numbers.empty() ? kOldestMajor : numbers[0];
+    const int major = candidate.version ? candidate.version->major
+                      : numbers.empty() ? kOldestMajor
+                                        : numbers[0];
     if (major < kOldestMajor) return found_text(candidate) + ": too old, 12.0 or newer is needed";
     search_.candidates.push_back(candidate);
     return found_text(candidate);
@@ -156,7 +165,8 @@ class Search {
   std::set<fs::path> real_paths_, sites_, folders_;
 };
 
-// The folders that the loader searches, as /etc/ld.so.conf tells (ldconfig(8)); `include` takes a glob of one folder.
+// The folders that the loader searches, as /etc/ld.so.conf tells (ldconfig(8)); `include` takes a glob of one
+// folder.
 std::vector<fs::path> loader_folders(const fs::path& conf, int depth = 0) {
   std::vector<fs::path> folders;
   std::ifstream file(conf);
@@ -225,11 +235,13 @@ NvrtcSearch search_nvrtc(const Config& config, const std::vector<fs::path>& pyth
     for (const char* lib : {"lib64", "lib"}) search.folder("CUDA_HOME", *config.cuda_home / lib);
   for (const fs::path& folder : config.library_path) search.folder("LD_LIBRARY_PATH", folder);
   for (const fs::path& folder : loader_folders("/etc/ld.so.conf")) search.folder("the loader's path", folder);
-  for (const char* folder : {"/lib64", "/usr/lib64", "/lib", "/usr/lib"}) search.folder("the loader's path", folder);
+  for (const char* folder : {"/lib64", "/usr/lib64", "/lib", "/usr/lib"})
+    search.folder("the loader's path", folder);
   return std::move(search).result();
 }
 
-std::optional<NvrtcCandidate> choose_nvrtc(const std::vector<NvrtcCandidate>& candidates, const NvrtcNeed& need) {
+std::optional<NvrtcCandidate> choose_nvrtc(const std::vector<NvrtcCandidate>& candidates,
+                                           const NvrtcNeed& need) {
   const auto loads = [&](const NvrtcVersion& version) {
     if (!need.driver_version) return true;
     if (need.code == CodeKind::kPtx) return version.as_driver_version() <= *need.driver_version;
@@ -241,7 +253,8 @@ std::optional<NvrtcCandidate> choose_nvrtc(const std::vector<NvrtcCandidate>& ca
   };
   const NvrtcCandidate* best = nullptr;
   for (const NvrtcCandidate& candidate : candidates)
-    if (candidate.version && loads(*candidate.version) && (!best || rank(*best->version) < rank(*candidate.version)))
+    if (candidate.version && loads(*candidate.version) &&
+        (!best || rank(*best->version) < rank(*candidate.version)))
       best = &candidate;
   return best ? std::optional(*best) : std::nullopt;
 }

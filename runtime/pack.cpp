@@ -14,7 +14,9 @@ using nlohmann::ordered_json;
 
 ordered_json entry_of(const CacheEntry& entry) {
   const KernelFile& file = *entry.file;
-  const auto bytes_or_null = [](const std::optional<int>& bytes) { return bytes ? ordered_json(*bytes) : ordered_json(); };
+  const auto bytes_or_null = [](const std::optional<int>& bytes) {
+    return bytes ? ordered_json(*bytes) : ordered_json();
+  };
   return {{"file", entry.path.filename().string()},
           {"bytes", entry.bytes},
           {"spec", file.id.spec},
@@ -32,18 +34,21 @@ ordered_json entry_of(const CacheEntry& entry) {
 
 }  // namespace
 
-std::unique_ptr<KernelLibrary> open_pack_for_writing(const Config& config, const std::filesystem::path& out_dir) {
+std::unique_ptr<KernelLibrary> open_pack_for_writing(const Config& config,
+                                                     const std::filesystem::path& out_dir) {
   create_folders(out_dir, 0755);
   KernelCacheSettings settings{.dir = out_dir,
                                .max_bytes = std::numeric_limits<std::uint64_t>::max(),
                                .prebuilt = std::nullopt,
                                .use = FolderUse::kPack};
-  return std::make_unique<KernelLibrary>(config, std::make_shared<KernelCache>(std::move(settings)), std::nullopt);
+  return std::make_unique<KernelLibrary>(config, std::make_shared<KernelCache>(std::move(settings)),
+                                         std::nullopt);
 }
 
 void write_manifest(const std::filesystem::path& out_dir) {
   std::vector<CacheEntry> entries = list_cache(out_dir);
-  std::sort(entries.begin(), entries.end(), [](const CacheEntry& a, const CacheEntry& b) { return a.path < b.path; });
+  std::sort(entries.begin(), entries.end(),
+            [](const CacheEntry& a, const CacheEntry& b) { return a.path < b.path; });
   ordered_json kernels = ordered_json::array();
   for (const CacheEntry& entry : entries)
     if (entry.file) kernels.push_back(entry_of(entry));

@@ -94,7 +94,8 @@ TEST_CASE("a process killed while it builds holds up nobody") {
   ::kill(child, SIGKILL);
   CHECK(WIFSIGNALED(status_of(child)));
   CountedBuild build;
-  CHECK(KernelCache(settings_for(folder / "cache")).get_or_build(id, build.function()).kernel.image == "image");
+  CHECK(KernelCache(settings_for(folder / "cache")).get_or_build(id, build.function()).kernel.image ==
+        "image");
   CHECK(build.calls == 1);
 }
 
@@ -121,7 +122,8 @@ TEST_CASE("a process killed while it writes leaves nothing broken") {
     killed_while_writing += count_names(dir, ".tmp") > 0;
     for (const CacheEntry& entry : list_cache(dir)) CHECK(entry.fault == "");
     CountedBuild build;
-    CHECK(KernelCache(settings_for(dir)).get_or_build(made_up_id("next"), build.function()).kernel.image == "image");
+    CHECK(KernelCache(settings_for(dir)).get_or_build(made_up_id("next"), build.function()).kernel.image ==
+          "image");
     clear_cache(dir);
     CHECK(count_names(dir, "") == 0);
   }

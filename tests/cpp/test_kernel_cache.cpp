@@ -219,7 +219,8 @@ TEST_CASE("cache: where no folder can be, memory serves, and that is said once")
   const CapturedLog log;
   KernelCache cache(settings_for(folder / "file" / "cache"));  // binds root too
   CountedBuild build;
-  for (const char* name : {"a", "b", "a", "b"}) CHECK(cache.get_or_build(made_up_id(name), build.function()).kernel.image == "image");
+  for (const char* name : {"a", "b", "a", "b"})
+    CHECK(cache.get_or_build(made_up_id(name), build.function()).kernel.image == "image");
   CHECK(build.calls == 2);
   REQUIRE(log.warnings().size() == 1);
   CHECK(log.warnings()[0] == Containing{"memory only"});
@@ -291,12 +292,14 @@ TEST_CASE("cache: prune, clear and list touch what is theirs alone") {
   write_all(folder / (b.file_name() + ".broken"), "rubbish");
   write_all(folder / temporary_name(c.key), "left by the dead");
   write_all(folder / lock_name(c.key), "");
-  const std::vector<std::string> foreign = {"foreign.kernel", "notes.txt", "x.lock", "y.tmp", "z.0123.kernel"};
+  const std::vector<std::string> foreign = {"foreign.kernel", "notes.txt", "x.lock", "y.tmp",
+                                            "z.0123.kernel"};
   for (const std::string& name : foreign) write_all(folder / name, "mine");
 
   const auto entries = list_cache(folder.path());
   REQUIRE(entries.size() == 4);
-  CHECK(std::count_if(entries.begin(), entries.end(), [](const CacheEntry& e) { return e.file.has_value(); }) == 2);
+  CHECK(std::count_if(entries.begin(), entries.end(),
+                      [](const CacheEntry& e) { return e.file.has_value(); }) == 2);
   for (const CacheEntry& entry : entries) CHECK(entry.file.has_value() == entry.fault.empty());
 
   CHECK(prune_cache(folder.path(), 1 << 20).files == 3);

@@ -11,7 +11,10 @@ namespace {
 KernelFile example() {
   KernelFile file;
   file.id = {make_key({{"source", "text"}}), "flash_fwd_example_sm75", "fwd hdim64", "sm_75"};
-  file.kernel.image = std::string("\x7f" "ELF\0\1\2", 7);
+  file.kernel.image = std::string(
+      "\x7f"
+      "ELF\0\1\2",
+      7);
   file.kernel.entry = "flash_fwd_example";
   file.kernel.threads = 128;
   file.kernel.dynamic_smem = 65536;
@@ -77,7 +80,8 @@ TEST_CASE("a kernel file's fault is named") {
   std::string other_version = serialize(example());
   other_version[8] = 99;
   CHECK(fault_of("") == Containing{"empty"});
-  CHECK(fault_of("\x7f" "ELF and so on, but no kernel file at all") == Containing{"not a kernel file"});
+  CHECK(fault_of("\x7f"
+                 "ELF and so on, but no kernel file at all") == Containing{"not a kernel file"});
   CHECK(fault_of(serialize(example()).substr(0, 50)) == Containing{"truncated"});
   CHECK(fault_of(other_version) == Containing{"format version is 99"});
 }

@@ -29,7 +29,11 @@ NvrtcCandidate only_nvrtc(int major) {
   return search.candidates.front();
 }
 
-bool is_elf(const std::string& image) { return image.starts_with("\x7f" "ELF"); }
+bool is_elf(const std::string& image) {
+  return image.starts_with(
+      "\x7f"
+      "ELF");
+}
 
 }  // namespace
 
@@ -68,7 +72,8 @@ TEST_CASE("both NVRTCs open, tell what they are and compile" * doctest::skip(!ha
     RenderedKernel rendered;
     rendered.entry = "k";
     rendered.source =
-        "extern \"C\" __global__ void k(float* p) { __shared__ float s[64]; s[threadIdx.x] = p[0]; __syncthreads();"
+        "extern \"C\" __global__ void k(float* p) { __shared__ float s[64]; s[threadIdx.x] = p[0]; "
+        "__syncthreads();"
         " p[threadIdx.x] = s[63 - threadIdx.x]; }";
     const CompiledKernel cubin = compile_with(nvrtc, rendered, kCubin);
     CHECK(is_elf(cubin.image));
@@ -122,10 +127,12 @@ TEST_CASE("threads that ask for kernels compile each once" * doctest::skip(!have
   CHECK(list_cache(setting.config.cache_dir).size() == 2);
 }
 
-TEST_CASE("the key: templates, spec and target change it, the folders do not" * doctest::skip(!have_nvrtc())) {
+TEST_CASE("the key: templates, spec and target change it, the folders do not" *
+          doctest::skip(!have_nvrtc())) {
   const TinySetting setting;
   const auto origin = [&](const Config& config, const KernelSpec& spec, const CompileTarget& target) {
-    KernelLibrary library({.config = config, .cache = cache_settings(setting.config), .driver_version = std::nullopt});
+    KernelLibrary library(
+        {.config = config, .cache = cache_settings(setting.config), .driver_version = std::nullopt});
     return library.find_or_compile(spec, target).origin;
   };
   const Config& config = setting.config;
@@ -148,7 +155,8 @@ TEST_CASE("the key: templates, spec and target change it, the folders do not" * 
   CHECK(origin(elsewhere, tiny_spec(), kCubin) == KernelOrigin::kCompiled);
 }
 
-TEST_CASE("a refused source is kept, its error tells all, and nothing else is stored" * doctest::skip(!have_nvrtc())) {
+TEST_CASE("a refused source is kept, its error tells all, and nothing else is stored" *
+          doctest::skip(!have_nvrtc())) {
   const TinySetting setting;
   write_tiny_templates(*setting.config.templates, "this_is_not_declared();");
   bool refused = false;
@@ -198,13 +206,16 @@ TEST_CASE("an illegal spec is refused with check()'s reason") {
   const TinySetting setting;
   KernelSpec spec = tiny_spec();
   spec.tile.stages = 1;
-  CHECK_THROWS_AS(KernelLibrary(setting.settings(std::nullopt)).find_or_compile(spec, kCubin), UnsupportedError);
+  CHECK_THROWS_AS(KernelLibrary(setting.settings(std::nullopt)).find_or_compile(spec, kCubin),
+                  UnsupportedError);
 }
 
 TEST_CASE("the driver decides between NVRTC 12 and 13" * doctest::skip(!have_nvrtc())) {
   const auto built_by = [](std::optional<int> driver_version, const CompileTarget& target) {
     const TinySetting setting;
-    return KernelLibrary(setting.settings(driver_version)).find_or_compile(tiny_spec(), target).kernel.built_by;
+    return KernelLibrary(setting.settings(driver_version))
+        .find_or_compile(tiny_spec(), target)
+        .kernel.built_by;
   };
   CHECK(built_by(12040, kCubin) == Containing{"nvrtc 12."});
   CHECK(built_by(13000, kCubin) == Containing{"nvrtc 13."});
@@ -228,7 +239,8 @@ TEST_CASE("a kernel of NVRTC 13 is built anew for a CUDA 12 driver, and that one
         KernelOrigin::kDiskCache);
 }
 
-TEST_CASE("an NVRTC that is named but makes what the driver cannot load is an error" * doctest::skip(!have_nvrtc())) {
+TEST_CASE("an NVRTC that is named but makes what the driver cannot load is an error" *
+          doctest::skip(!have_nvrtc())) {
   TinySetting setting;
   setting.config.nvrtc = nvrtc_folder(13);
   std::string message;
@@ -237,7 +249,8 @@ TEST_CASE("an NVRTC that is named but makes what the driver cannot load is an er
   } catch (const MissingKernelError& error) {
     message = error.what();
   }
-  CHECK(message == Containing{"this driver, CUDA 12.4, cannot load the machine code of the NVRTC found: 13."});
+  CHECK(message ==
+        Containing{"this driver, CUDA 12.4, cannot load the machine code of the NVRTC found: 13."});
 }
 
 TEST_CASE("with only NVRTC 13, a pack comes with a warning" * doctest::skip(!have_nvrtc())) {
@@ -252,7 +265,8 @@ TEST_CASE("with only NVRTC 13, a pack comes with a warning" * doctest::skip(!hav
   CHECK(log.warnings()[0] == Containing{"CUDA 12 drivers will not load"});
 }
 
-TEST_CASE("a pack holds what the JIT makes, serves without NVRTC, and is made once" * doctest::skip(!have_nvrtc())) {
+TEST_CASE("a pack holds what the JIT makes, serves without NVRTC, and is made once" *
+          doctest::skip(!have_nvrtc())) {
   TinySetting setting;
   setting.config.nvrtc = nvrtc_folder(12);
   KernelSelection selection;
@@ -267,7 +281,8 @@ TEST_CASE("a pack holds what the JIT makes, serves without NVRTC, and is made on
       CHECK(pack->find_or_compile(spec, kCubin).origin == KernelOrigin::kCompiled);
   }
   const auto again = open_pack_for_writing(setting.config, folder);
-  for (const KernelSpec& spec : specs) CHECK(again->find_or_compile(spec, kCubin).origin == KernelOrigin::kDiskCache);
+  for (const KernelSpec& spec : specs)
+    CHECK(again->find_or_compile(spec, kCubin).origin == KernelOrigin::kDiskCache);
   CHECK(again->nvrtc_opened() == 0);
   write_manifest(folder);
   const std::string manifest = read_all(folder / "manifest.json");
@@ -297,7 +312,8 @@ TEST_CASE("the selection of a pack: every default tile, 16-byte and element-wise
   const ArchLimits arch = arch_limits(75);
   const std::vector<KernelSpec> specs = select_kernels(selection, arch);
   std::size_t expected = 0;
-  for (const auto& [head_dim, access] : {std::pair{64, GlobalAccess::kVector16B}, {64, GlobalAccess::kElement2B},
+  for (const auto& [head_dim, access] : {std::pair{64, GlobalAccess::kVector16B},
+                                         {64, GlobalAccess::kElement2B},
                                          {68, GlobalAccess::kElement2B}}) {
     KernelSpec spec;
     spec.head_dim = head_dim;

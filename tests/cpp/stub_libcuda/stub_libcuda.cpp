@@ -1,5 +1,6 @@
-// A libcuda for tests: as much of a driver as the library calls. It loads only what a real one would: machine code of
-// the device's architecture, made by a CUDA major not above the driver's, and PTX of a version that the driver knows.
+// A libcuda for tests: as much of a driver as the library calls. It loads only what a real one would: machine
+// code of the device's architecture, made by a CUDA major not above the driver's, and PTX of a version that
+// the driver knows.
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -28,7 +29,9 @@ enum Result {
   kNotFound = 500,
 };
 
-constexpr std::string_view kElfMagic = "\x7f" "ELF";
+constexpr std::string_view kElfMagic =
+    "\x7f"
+    "ELF";
 
 struct Module {
   int device = 0;
@@ -88,16 +91,18 @@ int ordered_failure(const char* call) {
   return failure->second.first;
 }
 
-#define ENTRY_POINT()                                   \
-  static std::atomic<int>& count = counter(__func__);   \
-  ++count;                                              \
+#define ENTRY_POINT()                                 \
+  static std::atomic<int>& count = counter(__func__); \
+  ++count;                                            \
   if (const int code = ordered_failure(__func__)) return code
 
 // The layout of a cubin's ELF header: its ABI version tells the toolkit's major, its flags the architecture.
 constexpr std::size_t kAbiByte = 8, kFlagsByte = 48, kHeaderBytes = 64;
 constexpr unsigned char kAbiOfCuda12 = 7;
 
-unsigned char byte_at(std::string_view image, std::size_t at) { return static_cast<unsigned char>(image[at]); }
+unsigned char byte_at(std::string_view image, std::size_t at) {
+  return static_cast<unsigned char>(image[at]);
+}
 
 int architecture_of(std::string_view cubin) {
   return byte_at(cubin, kFlagsByte + (byte_at(cubin, kAbiByte) > kAbiOfCuda12 ? 1 : 0));
@@ -105,7 +110,8 @@ int architecture_of(std::string_view cubin) {
 
 int driver_major() { return state().driver_version / 1000; }
 
-// 8.4 for CUDA 12.4, 8.8 for 12.9, 9.0 for 13.0: PTX ISA, "Release Notes". Drivers yet to come read everything.
+// 8.4 for CUDA 12.4, 8.8 for 12.9, 9.0 for 13.0: PTX ISA, "Release Notes". Drivers yet to come read
+// everything.
 int newest_ptx_version() {
   const int minor = state().driver_version % 1000 / 10;
   if (driver_major() == 12) return 80 + (minor > 8 ? 8 : minor);
@@ -256,7 +262,9 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
   const StubDevice& asked = state().devices.at(static_cast<std::size_t>(device));
   constexpr int kMultiprocessors = 16, kMajor = 75, kMinor = 76;
   if (attribute != kMultiprocessors && attribute != kMajor && attribute != kMinor) return kInvalidValue;
-  *value = attribute == kMultiprocessors ? asked.multiprocessors : attribute == kMajor ? asked.sm / 10 : asked.sm % 10;
+  *value = attribute == kMultiprocessors ? asked.multiprocessors
+           : attribute == kMajor         ? asked.sm / 10
+                                         : asked.sm % 10;
   return kSuccess;
 }
 
@@ -286,7 +294,8 @@ int cuModuleLoadData(Module** module, const char* image) {
   const std::string copy = copy_image(image);
   if (byte_at(copy, kAbiByte) > kAbiOfCuda12 && driver_major() < 13) return kInvalidImage;
   const std::lock_guard lock(state().mutex);
-  if (architecture_of(copy) != state().devices[static_cast<std::size_t>(current_device())].sm) return kNoBinaryForGpu;
+  if (architecture_of(copy) != state().devices[static_cast<std::size_t>(current_device())].sm)
+    return kNoBinaryForGpu;
   state().modules.push_back(std::make_unique<Module>(Module{current_device(), copy}));
   *module = state().modules.back().get();
   return kSuccess;
@@ -324,7 +333,8 @@ int cuFuncGetAttribute(int* value, int attribute, Function*) {
 }
 
 int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                   unsigned block_y, unsigned block_z, unsigned smem, void* stream, void** arguments, void** extra) {
+                   unsigned block_y, unsigned block_z, unsigned smem, void* stream, void** arguments,
+                   void** extra) {
   ENTRY_POINT();
   if (current_device() < 0) return kInvalidContext;
   if (current_device() != function->device) return kInvalidHandle;
@@ -344,7 +354,8 @@ int cuLinkCreate_v2(unsigned, int*, void**, Link** link) {
   return kSuccess;
 }
 
-int cuLinkAddData_v2(Link* link, int type, const char* data, std::size_t bytes, const char*, unsigned, int*, void**) {
+int cuLinkAddData_v2(Link* link, int type, const char* data, std::size_t bytes, const char*, unsigned, int*,
+                     void**) {
   ENTRY_POINT();
   constexpr int kPtx = 1;
   if (type != kPtx || bytes == 0 || data[bytes - 1] != '\0') return kInvalidValue;
