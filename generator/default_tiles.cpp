@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <array>
+#include <string>
+
+#include "generator/errors.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -76,6 +79,7 @@ std::vector<TileConfig> default_tiles(const KernelSpec& spec, const ArchLimits&)
 
 TileConfig choose_tile(const KernelSpec& spec, const ArchLimits& arch, const ProblemSize& size) {
   const std::vector<TileConfig> tiles = default_tiles(spec, arch);
+  if (tiles.empty()) throw UnsupportedError("head_dim is " + std::to_string(spec.head_dim) + "; accepted: 1 to 256");
   for (const TileConfig& tile : tiles)
     if (blocks_of(tile, size) >= size.multiprocessors) return tile;
   return tiles.back();

@@ -21,7 +21,8 @@ struct ProblemSize {
 // `spec.tile` is not read.
 std::vector<TileConfig> default_tiles(const KernelSpec& spec, const ArchLimits& arch);
 
-// The row that applies: the first whose blocks fill the device, else the last.
+// The row that applies: the first whose blocks fill the device, else the last. Throws UnsupportedError where the table
+// has none (head dims above 256).
 TileConfig choose_tile(const KernelSpec& spec, const ArchLimits& arch, const ProblemSize& size);
 
 // The tile space: every tile that the tuner may try and the tests execute.

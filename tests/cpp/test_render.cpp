@@ -1,0 +1,94 @@
+// Rendering: one self-contained source, specialised by the spec and by nothing else.
+#include <doctest/doctest.h>
+
+#include <regex>
+#include <string>
+
+#include "generator/errors.h"
+#include "generator/render.h"
+#include "generator/tile_layout.h"
+
+using namespace flash_attn_jit;
+
+namespace {
+
+KernelSpec spec_of(const char* text) { return KernelSpec::parse(text); }
+
+const KernelSpec kSpec = spec_of("fwd hdim72 fp16 causal gqa7 vec16 m128n16w8s4q64l2b4k7");
+
+int count(const std::string& text, const std::string& part) {
+  int n = 0;
+  for (std::size_t at = text.find(part); at != std::string::npos; at = text.find(part, at + 1)) ++n;
+  return n;
+}
+
+// The value of `name` in the rendered traits.
+std::string constant(const std::string& source, const char* name) {
+  std::smatch match;
+  REQUIRE(std::regex_search(source, match, std::regex(std::string(" ") + name + " = (\\w+);\n\\S*")));
+  return match[1];
+}
+
+}  // namespace
+
+TEST_CASE("the source is self-contained and has every template once") {
+  const RenderedKernel kernel = render(kSpec, embedded_templates());
+  CHECK(count(kernel.source, "#include") == 0);
+  CHECK(count(kernel.source, "#pragma once") == 0);
+  for (const auto& [file, text] : embedded_templates()) CHECK(count(kernel.source, "#line 1 \"" + file + "\"\n") == 1);
+  CHECK(count(kernel.source, "extern \"C\" __global__") == 1);
+  CHECK(count(kernel.source, kernel.entry + "(const FlashFwdParams params)") == 1);
+}
+
+TEST_CASE("the traits are the spec's") {
+  const std::string source = render(kSpec, embedded_templates()).source;
+  const std::string traits = source.substr(source.find("struct Traits"));
+  CHECK(constant(traits, "kHeadDim") == "72");
+  CHECK(constant(traits, "kGroupSize") == "7");
+  CHECK(constant(traits, "kIsCausal") == "true");
+  CHECK(constant(traits, "kVectorAccess") == "true");
+  CHECK(constant(traits, "kBlockM") == "128");
+  CHECK(constant(traits, "kBlockN") == "16");
+  CHECK(constant(traits, "kNWarps") == "8");
+  CHECK(constant(traits, "kStages") == "4");
+  CHECK(constant(traits, "kQRegisterDims") == "64");
+  CHECK(constant(traits, "kLoadEighth") == "2");
+  CHECK(constant(traits, "kBarrierEighth") == "4");
+  CHECK(constant(traits, "kFirstKeysEighth") == "7");
+}
+
+TEST_CASE("rendering is a function of its arguments, and every edit of a template shows") {
+  TemplateSet templates = embedded_templates();
+  CHECK(render(kSpec, templates).source == render(kSpec, templates).source);
+  for (auto& [file, text] : templates) {
+    CAPTURE(file);
+    const std::string before = render(kSpec, templates).source;
+    text += "// edited\n";
+    CHECK(render(kSpec, templates).source != before);
+  }
+}
+
+TEST_CASE("line directives name the template's own lines") {
+  const TemplateSet templates = {{"flash_fwd.cuh", "#pragma once\n#include \"part.cuh\"\nthird\n"},
+                                 {"part.cuh", "#pragma once\nsecond\n"}};
+  const std::string source = render(kSpec, templates).source;
+  CHECK(source.starts_with("#line 1 \"flash_fwd.cuh\"\n\n#line 1 \"part.cuh\"\n\nsecond\n#line 3 \"flash_fwd.cuh\"\nthird\n"));
+}
+
+TEST_CASE("a template that is not there is named") {
+  const TemplateSet templates = {{"flash_fwd.cuh", "#include \"gone.cuh\"\n"}};
+  CHECK_THROWS_WITH_AS(render(kSpec, templates), "template 'gone.cuh' is not in the template set", Error);
+}
+
+TEST_CASE("what a launch needs comes with the source") {
+  const RenderedKernel kernel = render(spec_of("fwd hdim128 fp16 full gqa1 vec16 m256n16w8s4q80l2b4k7"), embedded_templates());
+  CHECK(kernel.entry == "flash_fwd_hdim128_fp16_full_gqa1_vec16_m256n16w8s4q80l2b4k7");
+  CHECK(kernel.threads == 256);
+  // Four stages of K and V, 16 rows of 272 bytes each, and 256 rows of 48 dims of Q, 112 bytes each.
+  CHECK(kernel.dynamic_smem == 4 * 2 * 16 * 272 + 256 * 112);
+  // 2 products x 2 row tiles x 2 key tiles x 16 steps of 8 dims.
+  CHECK(kernel.useful_mma == 128);
+  CHECK(kernel.warp_roles == 1);
+  // The true head dim counts, not the padded one: 72 is 9 steps of 8 and is padded to 10.
+  CHECK(render(kSpec, embedded_templates()).useful_mma == 2 * 1 * 2 * 9);
+}
