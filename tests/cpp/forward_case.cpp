@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <set>
 #include <sstream>
 #include <utility>
 
@@ -219,10 +220,16 @@ ForwardRequest ForwardTensors::request() {
 }
 
 std::vector<TileConfig> tiles_of(int head_dim) {
+  std::set<TileConfig> tiles;
   KernelSpec spec;
   spec.head_dim = head_dim;
-  spec.access = head_dim % 8 ? GlobalAccess::kElement2B : GlobalAccess::kVector16B;
-  return tile_space(spec, arch_limits(75));
+  for (const Mask mask : {Mask::kNone, Mask::kCausal})
+    for (const GlobalAccess access : {GlobalAccess::kVector16B, GlobalAccess::kElement2B}) {
+      spec.mask = mask;
+      spec.access = head_dim % 8 ? GlobalAccess::kElement2B : access;
+      for (const TileConfig& tile : tile_space(spec, arch_limits(75))) tiles.insert(tile);
+    }
+  return {tiles.begin(), tiles.end()};
 }
 
 TileConfig find_tile(int head_dim, int block_m, int block_n) {

@@ -58,7 +58,7 @@ struct ForwardTensors {
   std::optional<TileConfig> tile;
 };
 
-// The tile space of a head dim with aligned tensors.
+// The tile space of a head dim: of both masks and of both kinds of access.
 std::vector<TileConfig> tiles_of(int head_dim);
 
 // The first of them with so many query rows and keys.

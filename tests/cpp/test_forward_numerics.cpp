@@ -21,6 +21,8 @@
 #include <vector>
 
 #include "forward_case.h"
+#include "generator/default_tiles.h"
+#include "generator/legality.h"
 #include "runtime/interpreter/interpreter.h"
 
 using namespace flash_attn_jit;
@@ -91,11 +93,12 @@ std::vector<Pair> pairs_of(const Choice& choice) {
 // has had `tiles[head_dim]` turns.
 class PairwiseChoices {
  public:
-  Choice next(std::optional<int> head_dim) {
+  // `fixed` holds the values that are given, -1 for those to choose.
+  Choice next(const Choice& fixed) {
     Choice best{};
     int best_new = -1;
     for (int candidate = 0; candidate < 40; ++candidate) {
-      const Choice choice = draw(head_dim);
+      const Choice choice = draw(fixed);
       int fresh = 0;
       for (const Pair& pair : pairs_of(choice)) fresh += !covered_.count(pair);
       if (fresh > best_new) {
@@ -117,11 +120,11 @@ class PairwiseChoices {
 
  private:
   // mt19937's numbers are the same everywhere; the standard distributions' are not.
-  Choice draw(std::optional<int> head_dim) {
+  Choice draw(const Choice& fixed) {
     const Choice size = sizes();
     Choice choice;
-    for (int i = 0; i < kFactors; ++i) choice[i] = static_cast<int>(random_() % size[i]);
-    if (head_dim) choice[kHeadDim] = *head_dim;
+    for (int i = 0; i < kFactors; ++i)
+      choice[i] = fixed[i] >= 0 ? fixed[i] : static_cast<int>(random_() % size[i]);
     return choice;
   }
 
@@ -129,16 +132,45 @@ class PairwiseChoices {
   std::set<Pair> covered_;
 };
 
-// Every tile of the tile space with some head dim, every head dim with every other choice, and so on pair by
-// pair.
+// Nothing given but `head_dim`, an index of kHeadDims.
+Choice only(int head_dim) {
+  Choice fixed;
+  fixed.fill(-1);
+  fixed[kHeadDim] = head_dim;
+  return fixed;
+}
+
+// The default tiles of a head dim with the masks and layouts that they are for: what the library runs by
+// itself.
+void add_default_tiles(int head_dim, PairwiseChoices& choices, std::vector<ForwardCase>& cases) {
+  KernelSpec spec;
+  spec.head_dim = kHeadDims[head_dim];
+  for (int mask = 0; mask < static_cast<int>(kMasks.size()); ++mask)
+    for (const int layout : {0, kAlignedLayouts}) {
+      spec.mask = kMasks[mask];
+      spec.access =
+          layout == 0 && spec.head_dim % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
+      for (const TileConfig& tile : default_tiles(spec, arch_limits(75))) {
+        Choice fixed = only(head_dim);
+        fixed[kMask] = mask;
+        fixed[kLayout] = layout;
+        cases.push_back(make_case(choices.next(fixed), tile));
+      }
+    }
+}
+
+// Every default tile with what it is for, every tile of the tile space with some head dim, and every two
+// choices with each other.
 std::vector<ForwardCase> pairwise_cases() {
   std::vector<ForwardCase> cases;
   PairwiseChoices choices;
   std::set<TileConfig> seen;
-  for (int i = 0; i < static_cast<int>(kHeadDims.size()); ++i)
+  for (int i = 0; i < static_cast<int>(kHeadDims.size()); ++i) {
+    add_default_tiles(i, choices, cases);
     for (const TileConfig& tile : tiles_of(kHeadDims[i]))
-      if (seen.insert(tile).second) cases.push_back(make_case(choices.next(i), tile));
-  while (!choices.all_covered()) cases.push_back(make_case(choices.next(std::nullopt), std::nullopt));
+      if (seen.insert(tile).second) cases.push_back(make_case(choices.next(only(i)), tile));
+  }
+  while (!choices.all_covered()) cases.push_back(make_case(choices.next(only(-1)), std::nullopt));
   return cases;
 }
 
