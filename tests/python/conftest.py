@@ -47,6 +47,8 @@ def run_module(name: str, *arguments: Any, cwd: Path, **changes: Any) -> "subpro
 def program_path() -> Path:
     path = Path(sysconfig.get_path("scripts")) / "flash-attn-jit"
     assert path.exists(), f"the program is not installed at {path}"
+    if path.read_bytes()[:2] == b"#!":
+        pytest.skip("the program was left out of the build: CLI11 was missing")
     return path
 
 
