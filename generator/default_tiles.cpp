@@ -28,9 +28,10 @@ constexpr std::array kFullTiles = {
     TileRow{256, {.block_m = 64, .block_n = 16, .warps = 4, .stages = 3, .q_register_dims = 192, .schedule = {2, 8, 8}}},
 };
 
-// The causal kernel differs in one row: its second loop leaves fewer registers.
+// The causal kernel is a different program to ptxas, with winners of its own.
 constexpr auto kCausalTiles = [] {
   auto rows = kFullTiles;
+  rows[0].tile = {.block_m = 128, .block_n = 16, .warps = 4, .stages = 4, .q_register_dims = 64, .schedule = {2, 5, 7}};
   rows[2].tile = {.block_m = 256, .block_n = 16, .warps = 8, .stages = 3, .q_register_dims = 64, .schedule = {0, 8, 8}};
   return rows;
 }();

@@ -7,6 +7,9 @@
 //   turn to tile n:   S(n) = Q K(n)^T            meanwhile   P(n+1) = 2^t(n+1), row_sum += P(n+1)
 //                     O   += P(n+1) V(n+1)       meanwhile   t(n) = S(n) scale - row_max, and has a maximum risen?
 //
+// The lines of one turn make one block without branches, in which ptxas interleaves products and exponentials by itself;
+// only loads from global memory, stores and the barrier stay where the tile's schedule puts them.
+//
 // S leaves its product in the layout that O's product takes as operand (see primitives.cuh): P stays in registers.
 #pragma once
 
@@ -213,12 +216,10 @@ class FlashFwd {
     for (int n = 0; n < kNTiles; n += 2) load_k(first_k_[n / 2], stage, n, 0);
   }
 
-  // ---- the two products; `meanwhile(i)` is called after tensor instruction i of kProducts ----
+  // ---- the two products ----
 
   // S = Q K^T of the tile at `stage`, whose first fragments are at hand.
-  template <class Meanwhile>
-  __device__ __forceinline__ void scores(SharedAddress stage, Meanwhile meanwhile) {
-    int product = 0;
+  __device__ __forceinline__ void scores(SharedAddress stage) {
 #pragma unroll
     for (int step = 0; step < Tile::kDims / 16; ++step) {
       typename QueryFragments<Traits>::Step q;
@@ -238,13 +239,12 @@ class FlashFwd {
                 mma_m16n8k8_zero(acc_s_[m][n + i], q[m][0], q[m][1], b);
               else
                 mma_m16n8k8(acc_s_[m][n + i], q[m][2 * half], q[m][2 * half + 1], b);
-              meanwhile(product++);
             }
       }
     }
   }
 
-  // O += P V of the tile at `stage`.
+  // O += P V of the tile at `stage`. `meanwhile(i)` is called after tensor instruction i of kProducts.
   template <class Meanwhile>
   __device__ __forceinline__ void accumulate(const Probabilities& p, SharedAddress stage, Meanwhile meanwhile) {
     int product = 0;
@@ -274,19 +274,6 @@ class FlashFwd {
   static __device__ __forceinline__ constexpr int n_of(int i) { return i / (4 * kMTiles); }
   static __device__ __forceinline__ constexpr int m_of(int i) { return i / 4 % kMTiles; }
 
-  // Calls work(i) for the scores that fall to `product` when all are spread over products [kBegin, kEnd).
-  template <int kBegin, int kEnd, class Work>
-  static __device__ __forceinline__ void spread(int product, Work work) {
-    constexpr int kEvery = kEnd - kBegin > kScores ? (kEnd - kBegin) / kScores : 1;
-    constexpr int kAtOnce = (kScores * kEvery + kEnd - kBegin - 1) / (kEnd - kBegin);
-    if (product < kBegin || product >= kEnd || (product - kBegin) % kEvery != 0) return;
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int score = (product - kBegin) / kEvery * kAtOnce + i;
-      if (score < kScores) work(score);
-    }
-  }
-
   // Score i becomes an exponent, in place.
   __device__ __forceinline__ float make_exponent(int i) {
     float& s = acc_s_[m_of(i)][n_of(i)][i % 4];
@@ -306,7 +293,7 @@ class FlashFwd {
 
   __device__ __forceinline__ void first_turn() {
     load_first_k(stage_);
-    scores(stage_, [](int) {});
+    scores(stage_);
     mask();
     softmax_.start(acc_s_);
 #pragma unroll
@@ -317,7 +304,7 @@ class FlashFwd {
   // Turns to the tiles down to n_end, some of whose keys some rows do not see.
   __device__ __forceinline__ void masked_turns(int n_end) {
     while (n_block_ > n_end) {
-      turn([](int) {}, [this] { mask(); });
+      turn([this] { mask(); });
       if (softmax_.must_correct(acc_s_)) softmax_.correct(acc_s_, acc_o_);
 #pragma unroll
       for (int i = 0; i < kScores; ++i) make_exponent(i);
@@ -330,12 +317,9 @@ class FlashFwd {
       bool must_correct;
       do {
         float largest = -infinity();
-        turn(
-            [&](int product) {
-              spread<kProducts / 4, kProducts * 5 / 8>(
-                  product, [&](int i) { largest = max_ignoring_nan(largest, make_exponent(i)); });
-            },
-            [] {});
+        turn([] {});
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) largest = max_ignoring_nan(largest, make_exponent(i));
         must_correct = any_in_warp(largest > kMaxRise);
       } while (n_block_ > 0 && !must_correct);
       if (must_correct) softmax_.correct_exponents(acc_s_, acc_o_);
@@ -343,12 +327,12 @@ class FlashFwd {
   }
 
   // Turns to the next tile n: uses up the exponents of tile n + 1 in acc_s_ and leaves the scores of n there.
-  // `after_scores` is called between the two products, `meanwhile` during the second.
+  // `after_scores` is called between the two products.
   //
   // The turn reads K(n) and V(n+1) and brings tile n - 1. The barrier stands among the products, so that warps leave it
   // with work at hand. Behind it slow warps still read V(n+1) while fast ones bring tile n - 2: that takes four stages.
-  template <class Meanwhile, class AfterScores>
-  __device__ __forceinline__ void turn(Meanwhile meanwhile, AfterScores after_scores) {
+  template <class AfterScores>
+  __device__ __forceinline__ void turn(AfterScores after_scores) {
     const SharedAddress next = next_stage(stage_), free = next_stage(next);
     Scores t;
     Probabilities p;
@@ -356,12 +340,11 @@ class FlashFwd {
 #pragma unroll
     for (int i = 0; i < kScores; ++i) t[m_of(i)][n_of(i)][i % 4] = acc_s_[m_of(i)][n_of(i)][i % 4];
     --n_block_;
-    scores(next, [&](int product) {
-      spread<0, kProducts>(product, [&](int i) { exponentiate(t, p, i); });
-    });
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) exponentiate(t, p, i);
+    scores(next);
     after_scores();
     accumulate(p, stage_, [&](int product) {
-      meanwhile(product);
       if (product == last_before(Traits::kLoadEighth)) {
         k_stream_.load(k);
         v_stream_.load(v);
