@@ -22,7 +22,7 @@ struct TileRow {
 constexpr std::array kFullTiles = {
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .stages = 4, .q_register_dims = 64, .schedule = {2, 4, 7}}},
     TileRow{64, {.block_m = 64, .block_n = 16, .warps = 4, .stages = 4, .q_register_dims = 64, .schedule = {2, 4, 4}}},
-    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .stages = 4, .q_register_dims = 80, .schedule = {2, 4, 7}}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .stages = 3, .q_register_dims = 64, .schedule = {3, 8, 8}}},
     TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .stages = 4, .q_register_dims = 128, .schedule = {2, 4, 7}}},
     TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .stages = 3, .q_register_dims = 224, .schedule = {2, 8, 8}}},
     TileRow{256, {.block_m = 64, .block_n = 16, .warps = 4, .stages = 3, .q_register_dims = 192, .schedule = {2, 8, 8}}},

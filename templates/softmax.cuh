@@ -3,13 +3,15 @@
 // A thread holds, of an accumulator acc_s[kMTiles][kNTiles][4], two rows of every 16-row tile: lane / 4 (elements 0, 1)
 // and lane / 4 + 8 (elements 2, 3). Its rows are numbered 2 * m + (element >> 1).
 //
-// row_max is allowed to lag behind: p may reach 2^kMaxRise before the maximum is corrected. fp16 holds that with room
-// to spare, the division by row_sum cancels it exactly, and nearly every turn does without touching the accumulator.
+// row_max is allowed to lag behind: p may reach 2^kMaxRise before the maximum is corrected. The division by row_sum
+// cancels that, and nearly every turn does without touching the accumulator. A small kMaxRise costs corrections; a large
+// one costs accuracy where one key dominates a row, because the p of the maximum itself is 1, exact in fp16, only where
+// row_max does not lag.
 #pragma once
 
 #include "primitives.cuh"
 
-constexpr float kMaxRise = 8.0f;       // in log2 units; p up to 256, far below fp16's 65504
+constexpr float kMaxRise = 2.0f;       // in log2 units
 constexpr float kNoMaximum = -1e30f;   // before a row has seen a key; finite, so that -inf - row_max stays -inf
 
 template <int kMTiles, int kNTiles>
