@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
 #include <string>
 
 #include "generator/errors.h"
@@ -15,43 +16,53 @@ struct TileRow {
   TileConfig tile;  // q_register_dims is an upper bound: smaller head dims keep all of Q in registers
 };
 
-// Forward, sm_75 and above. For every range of head dims the row for large problems comes first, then the one for
-// small problems. The large rows up to 128 come from a search over schedules: the best product of a cycle model of the
-// T4 and of times on a newer GPU that runs the same instructions. Above 128 a warp has 16 rows: 32 rows of O alone
-// would take more registers than there are.
-constexpr std::array kFullTiles = {
-    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .stages = 4, .q_register_dims = 64, .schedule = {2, 4, 7}}},
-    TileRow{64, {.block_m = 64, .block_n = 16, .warps = 4, .stages = 4, .q_register_dims = 64, .schedule = {2, 4, 4}}},
-    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .stages = 3, .q_register_dims = 64, .schedule = {3, 8, 8}}},
-    TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .stages = 4, .q_register_dims = 128, .schedule = {2, 4, 7}}},
-    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .stages = 3, .q_register_dims = 224, .schedule = {2, 8, 8}}},
-    TileRow{256, {.block_m = 64, .block_n = 16, .warps = 4, .stages = 3, .q_register_dims = 192, .schedule = {2, 8, 8}}},
+// Forward, sm_75 and above. The rows for large problems come from a search over schedules, with a cycle model of the T4
+// as the first judge and times on a newer GPU that runs the same instructions as the second. Above 128 a warp has 16
+// rows: 32 rows of O alone would take more registers than there are.
+constexpr std::array kLargeFull = {
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .q_register_dims = 48, .schedule = {2, 4, 4}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .q_register_dims = 80, .schedule = {2, 5, 7}}},
+    TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .q_register_dims = 64, .schedule = {1, 6, 8}}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .q_register_dims = 64, .schedule = {3, 7, 7}}},
+    TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .q_register_dims = 192, .schedule = {2, 4, 4}}},
+    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .q_register_dims = 160, .schedule = {0, 8, 8}}},
 };
 
 // The causal kernel is a different program to ptxas, with winners of its own.
-constexpr auto kCausalTiles = [] {
-  auto rows = kFullTiles;
-  rows[0].tile = {.block_m = 128, .block_n = 16, .warps = 4, .stages = 4, .q_register_dims = 64, .schedule = {2, 5, 7}};
-  rows[2].tile = {.block_m = 256, .block_n = 16, .warps = 8, .stages = 3, .q_register_dims = 64, .schedule = {0, 8, 8}};
-  return rows;
-}();
+constexpr std::array kLargeCausal = {
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .q_register_dims = 64, .schedule = {2, 4, 4}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .q_register_dims = 80, .schedule = {2, 5, 7}}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .q_register_dims = 64, .schedule = {0, 8, 8}}},
+    TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .q_register_dims = 192, .schedule = {2, 4, 4}}},
+    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .q_register_dims = 208, .schedule = {3, 7, 7}}},
+};
 
 // Loads of one element at a time take registers for addresses, so that a warp has 16 rows at every head dim.
-constexpr auto kElementTiles = [] {
-  auto rows = kFullTiles;
-  rows[0].tile = {.block_m = 128, .block_n = 16, .warps = 8, .stages = 4, .q_register_dims = 64, .schedule = {2, 4, 4}};
-  rows[2].tile = {.block_m = 128, .block_n = 16, .warps = 8, .stages = 4, .q_register_dims = 128, .schedule = {2, 4, 7}};
-  return rows;
-}();
+constexpr std::array kLargeElement = {
+    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .q_register_dims = 128, .schedule = {2, 4, 7}}},
+    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .q_register_dims = 208, .schedule = {2, 8, 8}}},
+};
 
-std::span<const TileRow> table_of(const KernelSpec& spec) {
-  if (spec.access == GlobalAccess::kElement2B) return kElementTiles;
-  return spec.mask == Mask::kCausal ? std::span<const TileRow>(kCausalTiles) : kFullTiles;
+// Problems that do not fill the device.
+constexpr std::array kSmall = {
+    TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .q_register_dims = 128, .schedule = {2, 4, 7}}},
+    TileRow{256, {.block_m = 64, .block_n = 16, .warps = 4, .q_register_dims = 192, .schedule = {2, 8, 8}}},
+};
+
+std::span<const TileRow> large_tiles(const KernelSpec& spec) {
+  if (spec.access == GlobalAccess::kElement2B) return kLargeElement;
+  return spec.mask == Mask::kCausal ? std::span<const TileRow>(kLargeCausal) : kLargeFull;
 }
 
-TileConfig fit(TileConfig tile, const KernelSpec& spec) {
-  tile.q_register_dims = std::min(tile.q_register_dims, spec.padded_head_dim());
-  return tile;
+// The row of the spec's head dim, if there is one.
+std::optional<TileConfig> find_row(std::span<const TileRow> rows, const KernelSpec& spec) {
+  for (const TileRow& row : rows)
+    if (spec.padded_head_dim() <= row.max_head_dim) {
+      TileConfig tile = row.tile;
+      tile.q_register_dims = std::min(tile.q_register_dims, spec.padded_head_dim());
+      return tile;
+    }
+  return std::nullopt;
 }
 
 bool is_legal(const KernelSpec& spec, const TileConfig& tile, const ArchLimits& arch) {
@@ -69,12 +80,8 @@ std::int64_t blocks_of(const TileConfig& tile, const ProblemSize& size) {
 
 std::vector<TileConfig> default_tiles(const KernelSpec& spec, const ArchLimits&) {
   std::vector<TileConfig> tiles;
-  int range = 0;
-  for (const TileRow& row : table_of(spec)) {
-    if (spec.padded_head_dim() > row.max_head_dim) continue;
-    if (range == 0) range = row.max_head_dim;
-    if (row.max_head_dim == range) tiles.push_back(fit(row.tile, spec));
-  }
+  for (const auto& rows : {large_tiles(spec), std::span<const TileRow>(kSmall)})
+    if (const auto tile = find_row(rows, spec)) tiles.push_back(*tile);
   return tiles;
 }
 
@@ -94,8 +101,7 @@ std::vector<TileConfig> tile_space(const KernelSpec& spec, const ArchLimits& arc
       for (int block_n : {16, 32})
         for (int q_dims : {spec.padded_head_dim(), spec.padded_head_dim() * 5 / 8 / 16 * 16})
           for (const LoopSchedule& schedule : kSchedules) {
-            const int stages = schedule.barrier == 8 ? 3 : 4;
-            const TileConfig tile{warps * rows, block_n, warps, stages, q_dims, schedule};
+            const TileConfig tile{warps * rows, block_n, warps, q_dims, schedule};
             if (is_legal(spec, tile, arch)) tiles.push_back(tile);
           }
   std::sort(tiles.begin(), tiles.end());

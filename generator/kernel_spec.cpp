@@ -84,8 +84,8 @@ std::string_view to_text(Mask mask) { return mask == Mask::kNone ? "full" : "cau
 std::string_view to_text(GlobalAccess access) { return access == GlobalAccess::kVector16B ? "vec16" : "elem2"; }
 
 std::string TileConfig::text() const {
-  return "m" + std::to_string(block_m) + "n" + std::to_string(block_n) + "w" + std::to_string(warps) + "s" +
-         std::to_string(stages) + "q" + std::to_string(q_register_dims) + "l" + std::to_string(schedule.load) + "b" +
+  return "m" + std::to_string(block_m) + "n" + std::to_string(block_n) + "w" + std::to_string(warps) + "q" +
+         std::to_string(q_register_dims) + "l" + std::to_string(schedule.load) + "b" +
          std::to_string(schedule.barrier) + "k" + std::to_string(schedule.first_keys);
 }
 
@@ -98,13 +98,12 @@ TileConfig TileConfig::parse(std::string_view text) {
     value = number.value_or(0);
     return number.has_value();
   };
-  if (field("m", tile.block_m) && field("n", tile.block_n) && field("w", tile.warps) && field("s", tile.stages) &&
+  if (field("m", tile.block_m) && field("n", tile.block_n) && field("w", tile.warps) &&
       field("q", tile.q_register_dims) && field("l", tile.schedule.load) && field("b", tile.schedule.barrier) &&
       field("k", tile.schedule.first_keys) && reader.at_end())
     return tile;
   throw SpecError("tile is '" + std::string(text) +
-                  "'; accepted: a text like 'm256n16w8s4q96l2b4k7' (query rows, keys a stage, warps, stages, head dims "
-                  "of Q in registers, then where in eighths of the loop's second product the next tile is loaded, stored "
+                  "'; accepted: a text like 'm256n16w8q96l2b4k7' (query rows, keys a turn, warps, head dims of Q in registers, then where in eighths of the loop's second product the next tile is loaded, stored "
                   "and first read)");
 }
 
@@ -118,7 +117,7 @@ KernelSpec KernelSpec::parse(std::string_view text) {
   const std::vector<std::string_view> words = split(text);
   if (words.size() != 7)
     throw SpecError("kernel spec is '" + std::string(text) +
-                    "'; accepted: seven words like 'fwd hdim128 fp16 causal gqa8 vec16 m256n16w8s4q96l2b4k7'");
+                    "'; accepted: seven words like 'fwd hdim128 fp16 causal gqa8 vec16 m256n16w8q96l2b4k7'");
   KernelSpec spec;
   spec.kind = parse_word(words[0], std::array{KernelKind::kForward}, "kind");
   spec.head_dim = parse_numbered(words[1], "hdim", "head_dim");

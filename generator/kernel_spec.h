@@ -28,12 +28,11 @@ struct LoopSchedule {
   friend auto operator<=>(const LoopSchedule&, const LoopSchedule&) = default;
 };
 
-// How one thread block covers its part of the problem. Text: "m256n16w8s4q96l2b4k7".
+// How one thread block covers its part of the problem. Text: "m256n16w8q96l2b4k7".
 struct TileConfig {
   int block_m = 0;          // query rows of a block; a warp owns block_m / warps of them (16 or 32)
-  int block_n = 0;          // keys of one ring stage, which is one turn of the main loop
+  int block_n = 0;          // keys of one turn of the main loop
   int warps = 0;            // warps of a block
-  int stages = 0;           // ring stages of K and V in shared memory
   int q_register_dims = 0;  // head dims of Q held in registers; the rest stays in shared memory
   LoopSchedule schedule;
 
@@ -57,11 +56,11 @@ struct KernelSpec {
   // head_dim rounded up to the 16 dims that two tensor instructions consume.
   int padded_head_dim() const { return (head_dim + 15) / 16 * 16; }
 
-  // Canonical form: "fwd hdim128 fp16 causal gqa8 vec16 m256n16w8s4q96l2b4k7".
+  // Canonical form: "fwd hdim128 fp16 causal gqa8 vec16 m256n16w8q96l2b4k7".
   std::string text() const;
   static KernelSpec parse(std::string_view text);  // throws SpecError
 
-  // File-name form, without architecture: "flash_fwd_hdim128_fp16_causal_gqa8_vec16_m256n16w8s4q96l2b4k7".
+  // File-name form, without architecture: "flash_fwd_hdim128_fp16_causal_gqa8_vec16_m256n16w8q96l2b4k7".
   std::string name() const;
 
   friend auto operator<=>(const KernelSpec&, const KernelSpec&) = default;

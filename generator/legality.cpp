@@ -49,17 +49,12 @@ std::optional<std::string> check_tile_shape(const KernelSpec& spec) {
     return name + " has " + std::to_string(tile.block_m) + " query rows for " + std::to_string(tile.warps) +
            " warps; accepted: 16 or 32 rows a warp";
   if (tile.block_n < 16 || tile.block_n > 64 || tile.block_n % 16 != 0)
-    return name + " has " + std::to_string(tile.block_n) + " keys a stage; accepted: 16, 32, 48 or 64";
+    return name + " has " + std::to_string(tile.block_n) + " keys a turn; accepted: 16, 32, 48 or 64";
   const LoopSchedule& at = tile.schedule;
   if (at.load < 0 || at.load >= at.barrier || at.barrier > at.first_keys || at.first_keys > 8)
     return name + " has its loads, barrier and first K fragments at " + std::to_string(at.load) + ", " +
            std::to_string(at.barrier) + " and " + std::to_string(at.first_keys) +
            " eighths; accepted: 0 to 8, loads before the barrier, K fragments at it or after";
-  // Behind a barrier that is not the last thing in a turn, slow warps still read the stage that a ring of three reuses.
-  const int min_stages = at.barrier == 8 ? 3 : 4;
-  if (tile.stages < min_stages || tile.stages > 8)
-    return name + " has " + std::to_string(tile.stages) + " stages; accepted with its barrier at " +
-           std::to_string(at.barrier) + " eighths: " + std::to_string(min_stages) + " to 8";
   if (tile.q_register_dims < 0 || tile.q_register_dims > spec.padded_head_dim() || tile.q_register_dims % 16 != 0)
     return name + " keeps " + std::to_string(tile.q_register_dims) + " head dims of Q in registers; accepted: multiples of 16 up to " +
            std::to_string(spec.padded_head_dim());

@@ -48,7 +48,7 @@ std::string traits(const KernelSpec& spec) {
   return "// " + spec.text() + "\nstruct Traits {\n" + number("kHeadDim", spec.head_dim) +
          number("kGroupSize", spec.group_size) + flag("kIsCausal", spec.mask == Mask::kCausal) +
          flag("kVectorAccess", spec.access == GlobalAccess::kVector16B) + number("kBlockM", tile.block_m) +
-         number("kBlockN", tile.block_n) + number("kNWarps", tile.warps) + number("kStages", tile.stages) +
+         number("kBlockN", tile.block_n) + number("kNWarps", tile.warps) +
          number("kQRegisterDims", tile.q_register_dims) + number("kLoadEighth", tile.schedule.load) +
          number("kBarrierEighth", tile.schedule.barrier) + number("kFirstKeysEighth", tile.schedule.first_keys) + "};\n";
 }

@@ -15,9 +15,10 @@ int shared_bytes(const KernelSpec& spec) {
   const int dims = spec.padded_head_dim();
   const int q_shared_dims = dims - tile.q_register_dims;
   const int staging_dims = dims % 32 == 0 ? 32 : 16;
-  const int ring = tile.stages * 2 * tile.block_n * row_pitch(dims);
+  const int slots = tile.schedule.barrier == 8 ? 4 : 5;
+  const int slot_bytes = slots * tile.block_n * row_pitch(dims);
   const int staging = tile.block_m * row_pitch(staging_dims);
-  return std::max(ring, staging) + (q_shared_dims > 0 ? tile.block_m * row_pitch(q_shared_dims) : 0);
+  return std::max(slot_bytes, staging) + (q_shared_dims > 0 ? tile.block_m * row_pitch(q_shared_dims) : 0);
 }
 
 int blocks_per_multiprocessor(const KernelSpec& spec) { return std::max(1, 8 / spec.tile.warps); }

@@ -38,7 +38,7 @@ KernelKey make_key(std::initializer_list<KeyField> fields);
 // What the cache calls a kernel.
 struct KernelId {
   KernelKey key{};
-  std::string name;    // "flash_fwd_hdim128_fp16_causal_gqa8_vec16_m256n16w8s4q96l2b4k7_sm75", for people
+  std::string name;    // "flash_fwd_hdim128_fp16_causal_gqa8_vec16_m256n16w8q96l2b4k7_sm75", for people
   std::string spec;    // KernelSpec::text()
   std::string target;  // CompileTarget::text(), or what else it was made for
 

@@ -3,23 +3,27 @@
 //             keys ->                          bottom-right causal, seqlen_k > seqlen_q:
 //        0    n_unmasked      n_max
 //   row  +--------+--------------+- - - -      row i sees key j when j <= i + seqlen_k - seqlen_q
-//   m0   |########|##\           |
+//        |########|##\           |
 //        |########|#####\        |             # visible
 //        |########|########\     |
-//   m1   +--------+-----------\--+- - - -
+//   row  +--------+-----------\--+- - - -
 //         no mask   masked tiles
 #pragma once
 
 #include "flash_fwd_params.cuh"
 #include "primitives.cuh"
 
+// Key tiles that some rows see.
+struct KeyTiles {
+  int n_max;       // those that at least one of the rows sees, in part or whole
+  int n_unmasked;  // the leading ones of them that every row sees whole
+};
+
 template <class Traits>
 struct BlockInfo {
   int m_begin;       // first query row of the block
   int head, head_k, batch;
   int diagonal;      // seqlen_k - seqlen_q: row i sees keys up to i + diagonal
-  int n_block_max;   // key tiles that some row of the block sees
-  int n_unmasked;    // leading ones of them that every row sees whole
 
   __device__ __forceinline__ BlockInfo(const FlashFwdParams& params, int block) {
     const int m_turn = block % params.num_m_blocks;
@@ -31,15 +35,14 @@ struct BlockInfo {
     batch = batch_head / params.num_heads;
     m_begin = m_block * Traits::kBlockM;
     diagonal = params.seqlen_k - params.seqlen_q;
+  }
 
-    int seen_by_some = params.seqlen_k, seen_by_all = params.seqlen_k;
-    if (Traits::kIsCausal) {
-      const int m_last = minimum(m_begin + Traits::kBlockM, params.seqlen_q) - 1;
-      seen_by_some = maximum(minimum(m_last + diagonal + 1, params.seqlen_k), 0);
-      seen_by_all = maximum(minimum(m_begin + diagonal + 1, params.seqlen_k), 0);
-    }
-    n_block_max = (seen_by_some + Traits::kBlockN - 1) / Traits::kBlockN;
-    n_unmasked = seen_by_all / Traits::kBlockN;
+  // Of the query rows [row, row + rows).
+  __device__ __forceinline__ KeyTiles key_tiles(const FlashFwdParams& params, int row, int rows) const {
+    const int last = minimum(row + rows, params.seqlen_q) - 1;
+    const int seen_by_some = maximum(visible_keys(last, params.seqlen_k), 0);
+    const int seen_by_all = maximum(visible_keys(row, params.seqlen_k), 0);
+    return {(seen_by_some + Traits::kBlockN - 1) / Traits::kBlockN, seen_by_all / Traits::kBlockN};
   }
 
   // Keys that query row `row` sees, a prefix of them all.

@@ -1,8 +1,8 @@
 // Forward attention: out = softmax(softmax_scale q k^T + mask) v, and the log-sum-exp of every row.
 //
 // A block owns kBlockM query rows of one head, a warp 16 or 32 of them. Keys come in tiles of kBlockN, last tile first,
-// through a ring of kStages in shared memory. A turn of the main loop works on two tiles at once, so that the tensor
-// cores have something to do while exponentials are on their way:
+// through shared memory. A turn of the main loop works on two tiles at once, so that the tensor cores have something to
+// do while exponentials are on their way:
 //
 //   turn to tile n:   S(n) = Q K(n)^T            meanwhile   P(n+1) = 2^t(n+1), row_sum += P(n+1)
 //                     O   += P(n+1) V(n+1)       meanwhile   t(n) = S(n) scale - row_max, and has a maximum risen?
@@ -30,19 +30,24 @@ struct FlashFwdTile {
   static constexpr int kDTiles = kDims / 8;
   static constexpr int kThreads = Traits::kNWarps * 32;
 
-  // Shared memory: the ring of (K tile, V tile) stages, then each warp's rows of Q beyond kQRegisterDims.
+  // Shared memory: slots for tiles of K, slots for tiles of V, then each warp's rows of Q beyond kQRegisterDims.
+  //
+  // Turn n reads K(n), reads V(n+1), and stores K(n-1) and V(n) before its barrier. Slow warps then may be as far back as
+  // behind the barrier of turn n+1. K(n+1) they have read, so two slots do; V(n+2) they still read, unless the barrier is
+  // the last thing in a turn, so V takes three, or two.
   static constexpr int kTileBytes = Traits::kBlockN * row_pitch(kDims);
-  static constexpr int kStageBytes = 2 * kTileBytes;
+  static constexpr int kKeySlots = 2;
+  static constexpr int kValueSlots = Traits::kBarrierEighth == 8 ? 2 : 3;
+  static constexpr int kSlotBytes = (kKeySlots + kValueSlots) * kTileBytes;
   static constexpr int kQSharedDims = kDims - Traits::kQRegisterDims;
   static constexpr int kQWarpBytes = kQSharedDims > 0 ? kRowsPerWarp * row_pitch(kQSharedDims) : 0;
 
-  // Q on its way in and out on its way back pass through the ring's memory, a few dims at a time.
+  // Q on its way in and out on its way back pass through the slots' memory, a few dims at a time.
   static constexpr int kStagingDims = kDims % 32 == 0 ? 32 : 16;
   static constexpr int kStagingWarpBytes = kRowsPerWarp * row_pitch(kStagingDims);
-  static constexpr int kRingBytes = Traits::kStages * kStageBytes > Traits::kNWarps * kStagingWarpBytes
-                                        ? Traits::kStages * kStageBytes
-                                        : Traits::kNWarps * kStagingWarpBytes;
-  static constexpr int kSharedBytes = kRingBytes + Traits::kNWarps * kQWarpBytes;
+  static constexpr int kQueryBegin =
+      kSlotBytes > Traits::kNWarps * kStagingWarpBytes ? kSlotBytes : Traits::kNWarps * kStagingWarpBytes;
+  static constexpr int kSharedBytes = kQueryBegin + Traits::kNWarps * kQWarpBytes;
 };
 
 // One warp's rows of Q as A operands: the first kQRegisterDims dims in registers, the others read from shared memory
@@ -124,10 +129,8 @@ class FlashFwd {
         lane_(thread_in_block() % 32),
         warp_(thread_in_block() / 32),
         softmax_(params.softmax_scale_log2),
-        k_stream_(head_base(params.k, params.k_batch_stride, params.k_head_stride, block_.head_k), params.k_row_stride,
-                  last_tile()),
-        v_stream_(head_base(params.v, params.v_batch_stride, params.v_head_stride, block_.head_k), params.v_row_stride,
-                  last_tile()) {}
+        k_stream_(head_base(params.k, params.k_batch_stride, params.k_head_stride, block_.head_k), params.k_row_stride),
+        v_stream_(head_base(params.v, params.v_batch_stride, params.v_head_stride, block_.head_k), params.v_row_stride) {}
 
   __device__ __forceinline__ void run() {
 #pragma unroll
@@ -136,70 +139,97 @@ class FlashFwd {
       for (int d = 0; d < kDTiles; ++d)
 #pragma unroll
         for (int c = 0; c < 4; ++c) acc_o_[m][d][c] = 0.0f;
-    if (block_.n_block_max > 0) attend();
+    const KeyTiles tiles = block_.key_tiles(params_, block_.m_begin, Traits::kBlockM);
+    if (tiles.n_max > 0) attend(tiles);
     write_out();
   }
 
  private:
-  __device__ __forceinline__ int last_tile() const { return block_.n_block_max > 0 ? block_.n_block_max - 1 : 0; }
   __device__ __forceinline__ int first_row() const { return block_.m_begin + warp_ * Tile::kRowsPerWarp; }
   __device__ __forceinline__ const unsigned short* head_base(const void* tensor, long long batch_stride,
                                                              long long head_stride, int head) const {
     return static_cast<const unsigned short*>(tensor) + block_.batch * batch_stride + head * head_stride;
   }
 
-  // Every tile from the last to the first. The masked loop goes on into the first tile that every row sees: after it
-  // every row has a maximum, which the unmasked loop relies on.
-  __device__ __forceinline__ void attend() {
+  // Every tile from the last to the first. The masked turns go on into the first tile that every row of the block sees:
+  // after it every row has a maximum, which the unmasked turns rely on.
+  __device__ __forceinline__ void attend(const KeyTiles& tiles) {
     query_.load(params_, head_base(params_.q, params_.q_batch_stride, params_.q_head_stride, block_.head), first_row(),
-                lane_, warp_ * Tile::kStagingWarpBytes, Tile::kRingBytes + warp_ * Tile::kQWarpBytes);
-    block_barrier();  // every warp has its Q out of the ring's memory
-    fill_ring();
-    first_turn();
-    masked_turns(block_.n_unmasked > 0 ? block_.n_unmasked - 1 : 0);
+                lane_, warp_ * Tile::kStagingWarpBytes, Tile::kQueryBegin + warp_ * Tile::kQWarpBytes);
+    block_barrier();  // every warp has its Q out of the slots' memory
+    bring_first_keys(tiles.n_max - 1);
+    const int seen_by_warp = block_.key_tiles(params_, first_row(), Tile::kRowsPerWarp).n_max;
+    masked_turns(tiles.n_unmasked > 0 ? tiles.n_unmasked - 1 : 0, seen_by_warp);
     unmasked_turns();
-    last_turn();
-    block_barrier();  // the ring's memory is free for the output
+    if (seen_by_warp > 0) finish_tile();
+    block_barrier();  // the slots' memory is free for the output
   }
 
-  // ---- the ring: while a turn reads K of tile n and V of tile n + 1, it brings both of tile n - 1 ----
+  // ---- the slots ----
 
-  __device__ __forceinline__ void fill_ring() {
-    typename Stream::Chunks k[2], v[2];
-#pragma unroll
-    for (int stage = 0; stage < 2; ++stage) {
-      k_stream_.load_bounded(k[stage], params_.seqlen_k);
-      v_stream_.load_bounded(v[stage], params_.seqlen_k);
-    }
-#pragma unroll
-    for (int stage = 0; stage < 2; ++stage) store_stage(stage * Tile::kStageBytes, k[stage], v[stage]);
+  // Where the K of a turn's tile lies and where the V of the tile before it.
+  struct Slots {
+    SharedAddress k, v;
+  };
+
+  static constexpr SharedAddress kFirstValueSlot = Tile::kKeySlots * Tile::kTileBytes;
+
+  // Those of the next turn.
+  __device__ __forceinline__ Slots next_slots() const {
+    constexpr SharedAddress kTile = Tile::kTileBytes, kLastValueSlot = kFirstValueSlot + (Tile::kValueSlots - 1) * kTile;
+    return {slots_.k == 0 ? kTile : 0, slots_.v == kLastValueSlot ? kFirstValueSlot : slots_.v + kTile};
+  }
+
+  // Before the first turn, to tile `last`.
+  __device__ __forceinline__ void bring_first_keys(int last) {
+    n_block_ = last + 1;
+    slots_ = {0, kFirstValueSlot};
+    k_stream_.go_to(last);
+    v_stream_.go_to(last + 1);
+    typename Stream::Chunks k;
+    k_stream_.load_bounded(k, params_.seqlen_k - last * Traits::kBlockN);
+    Stream::store(slots_.k, k);
     block_barrier();
-    n_block_ = last_tile();
-    stage_ = 0;
   }
 
-  static __device__ __forceinline__ void store_stage(SharedAddress stage, const typename Stream::Chunks& k,
-                                                     const typename Stream::Chunks& v) {
-    Stream::store(stage, k);
-    Stream::store(stage + Tile::kTileBytes, v);
+  // Turn n brings K(n-1) and V(n). Turn 0 brings K(0) again, which nobody uses: that costs less than a branch.
+  __device__ __forceinline__ void advance() {
+    if (n_block_ > 1) k_stream_.advance();
+    v_stream_.advance();
   }
 
-  static __device__ __forceinline__ SharedAddress next_stage(SharedAddress stage) {
-    return stage == (Traits::kStages - 1) * Tile::kStageBytes ? 0 : stage + Tile::kStageBytes;
+  __device__ __forceinline__ void load(typename Stream::Chunks& k, typename Stream::Chunks& v) {
+    advance();
+    k_stream_.load(k);
+    v_stream_.load(v);
+  }
+
+  // The same where one of the two may be the sequence's last tile, which need not be whole.
+  __device__ __forceinline__ void load_bounded(typename Stream::Chunks& k, typename Stream::Chunks& v) {
+    advance();
+    k_stream_.load_bounded(k, params_.seqlen_k - (n_block_ > 1 ? n_block_ - 2 : 0) * Traits::kBlockN);
+    v_stream_.load_bounded(v, params_.seqlen_k - (n_block_ - 1) * Traits::kBlockN);
+  }
+
+  static __device__ __forceinline__ void store(const Slots& slots, const typename Stream::Chunks& k,
+                                               const typename Stream::Chunks& v) {
+    Stream::store(slots.v, v);
+    Stream::store(slots.k, k);
+    block_barrier();
   }
 
   // K fragments of 16 keys x 16 dims are the B operands of 2 x 2 products:
   //   matrix 0: keys 0-7, dims 0-7   1: keys 0-7, dims 8-15   2: keys 8-15, dims 0-7   3: keys 8-15, dims 8-15
   using KeyFragment = unsigned[4];
-  __device__ __forceinline__ void load_k(KeyFragment& k, SharedAddress stage, int n, int step) const {
+  __device__ __forceinline__ void load_k(KeyFragment& k, SharedAddress slot, int n, int step) const {
     const int lane_offset = (lane_ % 8 + lane_ / 16 * 8) * kPitch + lane_ / 8 % 2 * kChunkBytes;
-    ldmatrix_x4(k, stage + lane_offset + n * 8 * kPitch + step * 32);
+    ldmatrix_x4(k, slot + lane_offset + n * 8 * kPitch + step * 32);
   }
 
   // V fragments of 8 keys x 32 dims, transposed, are the B operands of 4 independent products: matrix i has dims 8i..
-  __device__ __forceinline__ void load_v(unsigned (&v)[4], SharedAddress stage, int n, int d) const {
-    const int lane_offset = Tile::kTileBytes + lane_ % 8 * kPitch + lane_ / 8 * kChunkBytes;
-    const SharedAddress address = stage + lane_offset + n * 8 * kPitch + d * kChunkBytes;
+  __device__ __forceinline__ void load_v(unsigned (&v)[4], SharedAddress slot, int n, int d) const {
+    const int lane_offset = lane_ % 8 * kPitch + lane_ / 8 * kChunkBytes;
+    const SharedAddress address = slot + lane_offset + n * 8 * kPitch + d * kChunkBytes;
     if (kDTiles - d >= 4) {
       ldmatrix_x4_trans(v, address);
     } else {
@@ -211,15 +241,15 @@ class FlashFwd {
   }
 
   // The fragments with which the next scores() begins, read ahead so that it need not wait for them.
-  __device__ __forceinline__ void load_first_k(SharedAddress stage) {
+  __device__ __forceinline__ void load_first_k(SharedAddress slot) {
 #pragma unroll
-    for (int n = 0; n < kNTiles; n += 2) load_k(first_k_[n / 2], stage, n, 0);
+    for (int n = 0; n < kNTiles; n += 2) load_k(first_k_[n / 2], slot, n, 0);
   }
 
   // ---- the two products ----
 
-  // S = Q K^T of the tile at `stage`, whose first fragments are at hand.
-  __device__ __forceinline__ void scores(SharedAddress stage) {
+  // S = Q K^T of the tile in slots_.k, whose first fragments are at hand.
+  __device__ __forceinline__ void scores() {
 #pragma unroll
     for (int step = 0; step < Tile::kDims / 16; ++step) {
       typename QueryFragments<Traits>::Step q;
@@ -227,7 +257,7 @@ class FlashFwd {
 #pragma unroll
       for (int n = 0; n < kNTiles; n += 2) {
         KeyFragment k;
-        if (step > 0) load_k(k, stage, n, step);
+        if (step > 0) load_k(k, slots_.k, n, step);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -244,16 +274,16 @@ class FlashFwd {
     }
   }
 
-  // O += P V of the tile at `stage`. `meanwhile(i)` is called after tensor instruction i of kProducts.
+  // O += P V of the tile in slots_.v. `meanwhile(i)` is called after tensor instruction i of kProducts.
   template <class Meanwhile>
-  __device__ __forceinline__ void accumulate(const Probabilities& p, SharedAddress stage, Meanwhile meanwhile) {
+  __device__ __forceinline__ void accumulate(const Probabilities& p, Meanwhile meanwhile) {
     int product = 0;
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n)
 #pragma unroll
       for (int d = 0; d < kDTiles; d += 4) {
         unsigned v[4];
-        load_v(v, stage, n, d);
+        load_v(v, slots_.v, n, d);
 #pragma unroll
         for (int i = 0; i < (kDTiles - d < 4 ? kDTiles - d : 4); ++i)
 #pragma unroll
@@ -291,24 +321,34 @@ class FlashFwd {
 
   // ---- the turns ----
 
-  __device__ __forceinline__ void first_turn() {
-    load_first_k(stage_);
-    scores(stage_);
-    mask();
-    softmax_.start(acc_s_);
+  // Turns to the tiles down to n_end, some of whose keys some rows do not see; a warp leaves out the tiles that none of
+  // its rows sees, which are those from seen_by_warp on. Here one thing comes after the other: these turns are few.
+  __device__ __forceinline__ void masked_turns(int n_end, int seen_by_warp) {
+    while (n_block_ > n_end) {
+      typename Stream::Chunks k, v;
+      load_bounded(k, v);
+      if (n_block_ < seen_by_warp) finish_tile();
+      if (n_block_ <= seen_by_warp) {
+        load_first_k(slots_.k);
+        scores();
+        mask(n_block_ - 1);
+        if (softmax_.must_correct(acc_s_)) softmax_.correct(acc_s_, acc_o_);
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) make_exponent(i);
-    load_first_k(next_stage(stage_));
+        for (int i = 0; i < kScores; ++i) make_exponent(i);
+      }
+      slots_ = next_slots();
+      store(slots_, k, v);
+      --n_block_;
+    }
+    load_first_k(slots_.k);
   }
 
-  // Turns to the tiles down to n_end, some of whose keys some rows do not see.
-  __device__ __forceinline__ void masked_turns(int n_end) {
-    while (n_block_ > n_end) {
-      turn([this] { mask(); });
-      if (softmax_.must_correct(acc_s_)) softmax_.correct(acc_s_, acc_o_);
+  // Uses up the exponents of a tile whose V has come.
+  __device__ __forceinline__ void finish_tile() {
+    Probabilities p;
 #pragma unroll
-      for (int i = 0; i < kScores; ++i) make_exponent(i);
-    }
+    for (int i = 0; i < kScores; ++i) exponentiate(acc_s_, p, i);
+    accumulate(p, [](int) {});
   }
 
   // Turns to the remaining tiles. The correction stands outside the loop that nearly every turn stays in.
@@ -317,7 +357,7 @@ class FlashFwd {
       bool must_correct;
       do {
         float largest = -infinity();
-        turn([] {});
+        turn();
 #pragma unroll
         for (int i = 0; i < kScores; ++i) largest = max_ignoring_nan(largest, make_exponent(i));
         must_correct = any_in_warp(largest > kMaxRise);
@@ -327,47 +367,30 @@ class FlashFwd {
   }
 
   // Turns to the next tile n: uses up the exponents of tile n + 1 in acc_s_ and leaves the scores of n there.
-  // `after_scores` is called between the two products.
   //
-  // The turn reads K(n) and V(n+1) and brings tile n - 1. The barrier stands among the products, so that warps leave it
-  // with work at hand. Behind it slow warps still read V(n+1) while fast ones bring tile n - 2: that takes four stages.
-  template <class AfterScores>
-  __device__ __forceinline__ void turn(AfterScores after_scores) {
-    const SharedAddress next = next_stage(stage_), free = next_stage(next);
+  // The barrier stands among the products, so that warps leave it with work at hand.
+  __device__ __forceinline__ void turn() {
+    const Slots next = next_slots();
     Scores t;
     Probabilities p;
     typename Stream::Chunks k, v;
 #pragma unroll
     for (int i = 0; i < kScores; ++i) t[m_of(i)][n_of(i)][i % 4] = acc_s_[m_of(i)][n_of(i)][i % 4];
-    --n_block_;
 #pragma unroll
     for (int i = 0; i < kScores; ++i) exponentiate(t, p, i);
-    scores(next);
-    after_scores();
-    accumulate(p, stage_, [&](int product) {
-      if (product == last_before(Traits::kLoadEighth)) {
-        k_stream_.load(k);
-        v_stream_.load(v);
-      }
-      if (product == last_before(Traits::kBarrierEighth)) {
-        store_stage(free, k, v);
-        block_barrier();
-      }
-      if (product == last_before(Traits::kFirstKeysEighth)) load_first_k(free);
+    scores();
+    accumulate(p, [&](int product) {
+      if (product == last_before(Traits::kLoadEighth)) load(k, v);
+      if (product == last_before(Traits::kBarrierEighth)) store(next, k, v);
+      if (product == last_before(Traits::kFirstKeysEighth)) load_first_k(next.k);
     });
-    stage_ = next;
-  }
-  // Uses up the exponents of tile 0.
-  __device__ __forceinline__ void last_turn() {
-    Probabilities p;
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) exponentiate(acc_s_, p, i);
-    accumulate(p, stage_, [](int) {});
+    slots_ = next;
+    --n_block_;
   }
 
-  __device__ __forceinline__ void mask() {
+  __device__ __forceinline__ void mask(int n) {
     apply_mask<Traits>(acc_s_, block_, params_.seqlen_k, first_row() + lane_ / 4,
-                       n_block_ * Traits::kBlockN + lane_ % 4 * 2);
+                       n * Traits::kBlockN + lane_ % 4 * 2);
   }
 
   // ---- the output ----
@@ -423,8 +446,8 @@ class FlashFwd {
   Softmax<kMTiles, kNTiles> softmax_;
   Stream k_stream_, v_stream_;
   QueryFragments<Traits> query_;
-  int n_block_;           // the tile whose scores or exponents are at hand
-  SharedAddress stage_;   // where its V lies
+  int n_block_;           // the tile whose exponents are at hand; the turn goes to the one before it
+  Slots slots_;           // where its V lies and the K of the next tile
   KeyFragment first_k_[kNTiles / 2];
   Scores acc_s_;
   float acc_o_[kMTiles][kDTiles][4];

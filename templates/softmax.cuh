@@ -44,13 +44,6 @@ struct Softmax {
     return largest;
   }
 
-  // Takes the maxima of the first tile of scores.
-  __device__ __forceinline__ void start(const Scores& acc_s) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      row_max[r] = max_ignoring_nan(row_max[r], across_row(lane_max(acc_s, r)) * scale);
-  }
-
   // Has some row of the warp risen so far that its maximum must be corrected before these scores are used?
   __device__ __forceinline__ bool must_correct(const Scores& acc_s) const {
     bool rises = false;

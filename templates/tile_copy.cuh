@@ -57,7 +57,7 @@ struct TileOffset<false> {
   using Type = long long;
 };
 
-// Moves the tiles of K or V, kRows x kDims, from global to shared memory, last tile first. A tile is loaded into
+// Moves the tiles of K or V, kRows x kDims, from global to shared memory, backwards. A tile is loaded into
 // registers early and stored late, because sm_75 has no cp.async. Every thread moves kPasses chunks of a tile.
 template <class Traits, int kRows, int kDims, int kThreads>
 class TileStream {
@@ -68,33 +68,35 @@ class TileStream {
  public:
   using Chunks = Vec16[kPasses];
 
-  // `base` is row 0 of the sequence; the first load() reads tile `n_block`.
-  __device__ __forceinline__ TileStream(const unsigned short* base, long long row_stride, int n_block)
-      : chunk_0_(base + n_block * kRows * row_stride + chunk_row(0) * row_stride + chunk_dim(0)),
-        row_stride_(row_stride),
-        n_block_(n_block) {
+  // Stands at tile 0 of the sequence whose row 0 is at `base`.
+  __device__ __forceinline__ TileStream(const unsigned short* base, long long row_stride)
+      : chunk_0_(base + chunk_row(0) * row_stride + chunk_dim(0)), row_stride_(row_stride) {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass)
       offset_[pass] = 2 * (static_cast<Offset>(chunk_row(pass) - chunk_row(0)) * static_cast<Offset>(row_stride) +
                            chunk_dim(pass) - chunk_dim(0));
   }
 
-  // Loads the next tile whole.
-  __device__ __forceinline__ void load(Chunks& chunks) {
+  // From tile 0.
+  __device__ __forceinline__ void go_to(int tile) { chunk_0_ += tile * kRows * row_stride_; }
+
+  // To the tile before.
+  __device__ __forceinline__ void advance() { chunk_0_ -= kRows * row_stride_; }
+
+  // Loads the tile whole.
+  __device__ __forceinline__ void load(Chunks& chunks) const {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass)
       if (participates(pass)) load_pass(chunks[pass], pass);
-    advance();
   }
 
-  // Loads the next tile, of which rows from `seqlen` on read as zero.
-  __device__ __forceinline__ void load_bounded(Chunks& chunks, int seqlen) {
+  // Loads the tile's first `rows` rows; the others read as zero.
+  __device__ __forceinline__ void load_bounded(Chunks& chunks, int rows) const {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       chunks[pass] = Vec16{};
-      if (participates(pass) && n_block_ * kRows + chunk_row(pass) < seqlen) load_pass(chunks[pass], pass);
+      if (participates(pass) && chunk_row(pass) < rows) load_pass(chunks[pass], pass);
     }
-    advance();
   }
 
   static __device__ __forceinline__ void store(SharedAddress tile, const Chunks& chunks) {
@@ -119,17 +121,8 @@ class TileStream {
     load_chunk<Traits>(chunk, reinterpret_cast<const unsigned short*>(at), chunk_dim(pass));
   }
 
-  // After tile 0 comes tile 0 again, which nobody uses: that costs less than a branch in the main loop.
-  __device__ __forceinline__ void advance() {
-    if (n_block_ > 0) {
-      --n_block_;
-      chunk_0_ -= kRows * row_stride_;
-    }
-  }
-
   const unsigned short* chunk_0_;  // this thread's first chunk of the tile
   long long row_stride_;
-  int n_block_;
   Offset offset_[kPasses];         // of its chunks from the first
 };
 

@@ -152,7 +152,7 @@ void add_inspect(CLI::App& app, Action& chosen) {
   command->add_option("--arch", flags->arch, "Architecture to compile for")->capture_default_str();
   command
       ->add_option("--tile", flags->kernel.tile,
-                   "auto (the default for large problems) or a tile like m256n16w8s4q80l2b4k7")
+                   "auto (the default for large problems) or a tile like m256n16w8q80l2b4k7")
       ->capture_default_str();
   command->add_option("--emit", flags->emit, "spec, source, ptx, cubin (raw ELF) or resources (JSON)")
       ->required();

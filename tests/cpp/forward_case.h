@@ -30,7 +30,7 @@ struct ForwardCase {
   std::optional<TileConfig> tile;      // none: the library chooses
   unsigned seed = 1;
 
-  // "hdim64 causal gqa2 batch1 headsk1 sq257 sk129 rowgaps rising9 scale-0.5 m128n32w4s3q64l2b8k8"
+  // "hdim64 causal gqa2 batch1 headsk1 sq257 sk129 rowgaps rising9 scale-0.5 m128n32w4q64l2b8k8"
   std::string text() const;
   // Words in any order; those left out keep their defaults. Throws SpecError.
   static ForwardCase parse(std::string_view text);

@@ -158,10 +158,10 @@ TEST_CASE("plan: a small problem gets smaller tiles than a large one") {
 
 TEST_CASE("plan: a tile that is asked for is taken, or refused with check()'s reason") {
   ForwardRequest r = request(1, 512, 512, 4, 4, 64);
-  r.tile = TileConfig::parse("m64n32w4s3q64l2b8k8");
+  r.tile = TileConfig::parse("m64n32w4q64l2b8k8");
   CHECK(plan(r).spec.tile == *r.tile);
-  r.tile = TileConfig::parse("m64n17w4s3q64l2b8k8");
-  CHECK(refusal<UnsupportedError>(r) == Containing{"m64n17w4s3q64l2b8k8"});
+  r.tile = TileConfig::parse("m64n17w4q64l2b8k8");
+  CHECK(refusal<UnsupportedError>(r) == Containing{"m64n17w4q64l2b8k8"});
   r.tile = TileConfig{};
   CHECK(refusal<UnsupportedError>(r) == Containing{"tile"});
 }

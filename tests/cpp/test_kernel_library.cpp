@@ -205,7 +205,7 @@ TEST_CASE("without a compiler and without the kernel, the error names the comman
 TEST_CASE("an illegal spec is refused with check()'s reason") {
   const TinySetting setting;
   KernelSpec spec = tiny_spec();
-  spec.tile.stages = 1;
+  spec.tile.block_n = 17;
   CHECK_THROWS_AS(KernelLibrary(setting.settings(std::nullopt)).find_or_compile(spec, kCubin),
                   UnsupportedError);
 }

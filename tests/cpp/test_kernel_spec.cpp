@@ -20,11 +20,11 @@ KernelSpec random_spec(std::mt19937& random) {
   spec.mask = below(2) ? Mask::kCausal : Mask::kNone;
   spec.group_size = below(200);
   spec.access = below(2) ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
-  spec.tile = {below(600), below(200), below(40), below(10), below(300), {below(9), below(9), below(9)}};
+  spec.tile = {below(600), below(200), below(40), below(300), {below(9), below(9), below(9)}};
   return spec;
 }
 
-KernelSpec legal_spec() { return KernelSpec::parse("fwd hdim128 fp16 causal gqa8 vec16 m256n16w8s4q80l2b4k7"); }
+KernelSpec legal_spec() { return KernelSpec::parse("fwd hdim128 fp16 causal gqa8 vec16 m256n16w8q80l2b4k7"); }
 
 std::string reason(const KernelSpec& spec, int sm = 75) { return check(spec, arch_limits(sm)).value_or("legal"); }
 
@@ -56,13 +56,13 @@ TEST_CASE("a text that is no spec is refused, naming the field and what it accep
   };
   CHECK(contains(refusal(""), "seven words"));
   CHECK(contains(refusal("fwd hdim64 fp16 full gqa1 vec16"), "seven words"));
-  CHECK(contains(refusal("fwd hdim64 fp16 diagonal gqa1 vec16 m64n16w4s4q64l2b4k7"), "mask is 'diagonal'; accepted: full, causal"));
-  CHECK(contains(refusal("fwd hdim64 fp32 full gqa1 vec16 m64n16w4s4q64l2b4k7"), "dtype is 'fp32'"));
-  CHECK(contains(refusal("bwd hdim64 fp16 full gqa1 vec16 m64n16w4s4q64l2b4k7"), "kind is 'bwd'"));
+  CHECK(contains(refusal("fwd hdim64 fp16 diagonal gqa1 vec16 m64n16w4q64l2b4k7"), "mask is 'diagonal'; accepted: full, causal"));
+  CHECK(contains(refusal("fwd hdim64 fp32 full gqa1 vec16 m64n16w4q64l2b4k7"), "dtype is 'fp32'"));
+  CHECK(contains(refusal("bwd hdim64 fp16 full gqa1 vec16 m64n16w4q64l2b4k7"), "kind is 'bwd'"));
   for (const char* number : {"hdim", "hdim064", "hdim-64", "hdim+64", "hdim64x", "hdim99999999999"})
-    CHECK(contains(refusal((std::string("fwd ") + number + " fp16 full gqa1 vec16 m64n16w4s4q64l2b4k7").c_str()),
+    CHECK(contains(refusal((std::string("fwd ") + number + " fp16 full gqa1 vec16 m64n16w4q64l2b4k7").c_str()),
                    "head_dim is '"));
-  CHECK(contains(refusal("fwd hdim64 fp16 full gqa1 vec16 m64n16w4s4q64"), "tile is 'm64n16w4s4q64'"));
+  CHECK(contains(refusal("fwd hdim64 fp16 full gqa1 vec16 m64n16w4q64"), "tile is 'm64n16w4q64'"));
 }
 
 TEST_CASE("every field of a spec changes its text and its name") {
@@ -80,7 +80,6 @@ TEST_CASE("every field of a spec changes its text and its name") {
   CHECK(differs([](KernelSpec& s) { s.tile.block_m = 128; }));
   CHECK(differs([](KernelSpec& s) { s.tile.block_n = 32; }));
   CHECK(differs([](KernelSpec& s) { s.tile.warps = 16; }));
-  CHECK(differs([](KernelSpec& s) { s.tile.stages = 5; }));
   CHECK(differs([](KernelSpec& s) { s.tile.q_register_dims = 96; }));
   CHECK(differs([](KernelSpec& s) { s.tile.schedule.load = 1; }));
   CHECK(differs([](KernelSpec& s) { s.tile.schedule.barrier = 5; }));
@@ -108,14 +107,8 @@ TEST_CASE("what is not legal is refused with its reason") {
   refused([](KernelSpec& s) { s.tile.schedule = {4, 4, 7}; }, "eighths");
   refused([](KernelSpec& s) { s.tile.schedule = {2, 5, 4}; }, "eighths");
   refused([](KernelSpec& s) { s.tile.schedule = {2, 8, 9}; }, "eighths");
-  // A ring of three is enough only where the barrier is the last thing in a turn.
-  refused([](KernelSpec& s) { s.tile.stages = 3; }, "4 to 8");
   refused([](KernelSpec& s) { s.tile.block_n = 32; }, "bytes of shared memory; sm_75 has 65536");
   refused([](KernelSpec& s) { s.tile.q_register_dims = 128, s.tile.block_n = 32; }, "registers", 90);
-  KernelSpec three = legal_spec();
-  three.tile.stages = 3;
-  three.tile.schedule = {2, 8, 8};
-  CHECK(reason(three) == "legal");
 }
 
 TEST_CASE("architectures") {

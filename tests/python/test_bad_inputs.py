@@ -167,5 +167,5 @@ def test_a_tile_that_is_not_legal():
     q = normal(1, 8, 2, 64)
     with pytest.raises(ValueError, match="m7"):
         flash_attn_jit._core.forward(
-            q, q, q, torch.empty_like(q), torch.empty(1, 2, 8), None, False, tile="m7n32w4s3q64l2b8k8"
+            q, q, q, torch.empty_like(q), torch.empty(1, 2, 8), None, False, tile="m7n32w4q64l2b8k8"
         )
