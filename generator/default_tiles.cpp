@@ -20,19 +20,19 @@ struct TileRow {
 // as the first judge and times on a newer GPU that runs the same instructions as the second. Above 128 a warp has 16
 // rows: 32 rows of O alone would take more registers than there are.
 constexpr std::array kLargeFull = {
-    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .q_register_dims = 48, .schedule = {2, 4, 4}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .q_register_dims = 64, .schedule = {2, 5, 7}}},
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .q_register_dims = 80, .schedule = {2, 5, 7}}},
     TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .q_register_dims = 64, .schedule = {1, 6, 8}}},
-    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .q_register_dims = 64, .schedule = {3, 7, 7}}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .q_register_dims = 64, .schedule = {2, 4, 4}}},
     TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .q_register_dims = 192, .schedule = {2, 4, 4}}},
     TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .q_register_dims = 160, .schedule = {0, 8, 8}}},
 };
 
 // The causal kernel is a different program to ptxas, with winners of its own.
 constexpr std::array kLargeCausal = {
-    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .q_register_dims = 64, .schedule = {2, 4, 4}}},
+    TileRow{64, {.block_m = 128, .block_n = 16, .warps = 4, .q_register_dims = 64, .schedule = {0, 8, 8}}},
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .q_register_dims = 80, .schedule = {2, 5, 7}}},
-    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .q_register_dims = 64, .schedule = {0, 8, 8}}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .q_register_dims = 64, .schedule = {5, 8, 8}}},
     TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .q_register_dims = 192, .schedule = {2, 4, 4}}},
     TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .q_register_dims = 208, .schedule = {3, 7, 7}}},
 };
