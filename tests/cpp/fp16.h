@@ -26,11 +26,6 @@ inline std::uint16_t to_fp16(double value) {
   return static_cast<std::uint16_t>(sign + ((exponent + 14) << 10) + steps);
 }
 
-// From a number of this magnitude to the next.
-inline double fp16_step(double magnitude) {
-  return std::ldexp(1, (magnitude < std::ldexp(1, -14) ? -14 : std::ilogb(magnitude)) - 10);
-}
-
 inline double rounded_to_fp16(double value) { return from_fp16(to_fp16(value)); }
 
 }  // namespace flash_attn_jit::testing
