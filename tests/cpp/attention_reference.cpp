@@ -53,19 +53,22 @@ Number dot(const Number* x, const Number* y, std::int64_t n) {
 }
 
 struct ExactRounding {
-  static double probability(double p) { return p; }
-  static double out(double x) { return x; }
+  double probability(double p) const { return p; }
+  double out(double x) const { return x; }
 };
 
+// Rounds probabilities 2^lag times as large as they are, as does a running maximum that lags behind the row's.
 struct Fp16Rounding {
-  static float probability(float p) { return static_cast<float>(rounded_to_fp16(p)); }
-  static double out(float x) { return rounded_to_fp16(x); }
+  float lag_factor;
+  float probability(float p) const { return static_cast<float>(rounded_to_fp16(p * lag_factor)) / lag_factor; }
+  double out(float x) const { return rounded_to_fp16(x); }
 };
 
 template <class Number, class Rounding>
 class Attention {
  public:
-  explicit Attention(const AttentionProblem& problem) : problem_(problem), shape_(problem.q->shape()) {
+  Attention(const AttentionProblem& problem, Rounding rounding)
+      : problem_(problem), rounding_(rounding), shape_(problem.q->shape()) {
     result_.out.resize(shape_[0] * shape_[1] * shape_[2] * shape_[3]);
     result_.lse.resize(shape_[0] * shape_[2] * shape_[1]);
   }
@@ -108,14 +111,15 @@ class Attention {
     for (std::int64_t j = 0; j < visible; ++j) {
       const Number each = std::exp(p[j] - maximum);
       sum += each;
-      const Number rounded = Rounding::probability(each);
+      const Number rounded = rounding_.probability(each);
       for (std::int64_t d = 0; d < dim; ++d) acc[d] += rounded * v_[j * dim + d];
     }
-    for (std::int64_t d = 0; d < dim; ++d) out[d] = Rounding::out(acc[d] / sum);
+    for (std::int64_t d = 0; d < dim; ++d) out[d] = rounding_.out(acc[d] / sum);
     lse = maximum + std::log(sum);
   }
 
   const AttentionProblem& problem_;
+  const Rounding rounding_;
   std::array<std::int64_t, 4> shape_;
   std::vector<Number> q_, k_, v_;
   AttentionResult result_;
@@ -160,11 +164,11 @@ bool sees(Mask mask, std::int64_t seqlen_q, std::int64_t seqlen_k, std::int64_t 
 }
 
 AttentionResult attention_float64(const AttentionProblem& problem) {
-  return Attention<double, ExactRounding>(problem).run();
+  return Attention<double, ExactRounding>(problem, {}).run();
 }
 
-AttentionResult attention_emulated(const AttentionProblem& problem) {
-  return Attention<float, Fp16Rounding>(problem).run();
+AttentionResult attention_emulated(const AttentionProblem& problem, double lag) {
+  return Attention<float, Fp16Rounding>(problem, {static_cast<float>(std::exp2(lag))}).run();
 }
 
 }  // namespace flash_attn_jit::testing

@@ -56,9 +56,9 @@ struct AttentionResult {
 // In float64. A row that sees no key: out 0, lse +inf.
 AttentionResult attention_float64(const AttentionProblem& problem);
 
-// In float32, with probabilities (relative to the row's maximum) and out rounded to fp16: the error that any
-// kernel with fp16 operands has to make.
-AttentionResult attention_emulated(const AttentionProblem& problem);
+// In float32, with out rounded to fp16, and probabilities too, relative to a running maximum that lags behind the row's
+// by `lag` log2 units: the error that any kernel with fp16 operands has to make.
+AttentionResult attention_emulated(const AttentionProblem& problem, double lag);
 
 // Whether query row `row` may see key `key`: all of them, or bottom-right causal.
 bool sees(Mask mask, std::int64_t seqlen_q, std::int64_t seqlen_k, std::int64_t row, std::int64_t key);

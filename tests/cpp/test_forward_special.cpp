@@ -30,7 +30,7 @@ struct Row {
 // is not has to be not. `may_spoil` names rows that are allowed to be anything.
 void check_against_float64(ForwardTensors& t, const std::function<bool(const Row&)>& may_spoil = {}) {
   forward_in_interpreter(t.request());
-  const AttentionResult exact = attention_float64(t.problem()), emulated = attention_emulated(t.problem());
+  const AttentionResult exact = attention_float64(t.problem()), emulated = attention_emulated(t.problem(), 0);
   double bound = 0;
   for (std::size_t i = 0; i < exact.out.size(); ++i)
     if (std::isfinite(exact.out[i]) && std::isfinite(emulated.out[i]))
