@@ -13,45 +13,72 @@ namespace {
 // One row of a table: for head dims up to max_head_dim, padded to 16.
 struct TileRow {
   int max_head_dim;
-  TileConfig tile;  // q_register_dims is an upper bound: smaller head dims keep all of Q in registers
+  TileConfig tile;  // register_dims is an upper bound: smaller head dims keep all of Q in registers
 };
 
 // Forward, sm_75 and above. The rows for large problems come from a search over schedules, with a cycle model of the T4
 // as the first judge and times on a newer GPU that runs the same instructions as the second. Above 128 a warp has 16
 // rows: 32 rows of O alone would take more registers than there are.
 constexpr std::array kLargeFull = {
-    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .q_register_dims = 64, .schedule = {2, 5, 7}}},
-    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .q_register_dims = 80, .schedule = {2, 5, 7}}},
-    TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .q_register_dims = 64, .schedule = {1, 6, 8}}},
-    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .q_register_dims = 64, .schedule = {2, 4, 4}}},
-    TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .q_register_dims = 192, .schedule = {2, 4, 4}}},
-    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .q_register_dims = 160, .schedule = {0, 8, 8}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 5, 7}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 5, 7}}},
+    TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {1, 6, 8}}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 4, 4}}},
+    TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 192, .schedule = {2, 4, 4}}},
+    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {0, 8, 8}}},
 };
 
 // The causal kernel is a different program to ptxas, with winners of its own.
 constexpr std::array kLargeCausal = {
-    TileRow{64, {.block_m = 128, .block_n = 16, .warps = 4, .q_register_dims = 64, .schedule = {0, 8, 8}}},
-    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .q_register_dims = 80, .schedule = {2, 5, 7}}},
-    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .q_register_dims = 64, .schedule = {5, 8, 8}}},
-    TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .q_register_dims = 192, .schedule = {2, 4, 4}}},
-    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .q_register_dims = 208, .schedule = {3, 7, 7}}},
+    TileRow{64, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 64, .schedule = {0, 8, 8}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 5, 7}}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {5, 8, 8}}},
+    TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 192, .schedule = {2, 4, 4}}},
+    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 208, .schedule = {3, 7, 7}}},
 };
 
 // Loads of one element at a time take registers for addresses, so that a warp has 16 rows at every head dim.
 constexpr std::array kLargeElement = {
-    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .q_register_dims = 128, .schedule = {2, 4, 7}}},
-    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .q_register_dims = 208, .schedule = {2, 8, 8}}},
+    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {2, 4, 7}}},
+    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 208, .schedule = {2, 8, 8}}},
 };
 
-// Problems that do not fill the device.
 constexpr std::array kSmall = {
-    TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .q_register_dims = 128, .schedule = {2, 4, 7}}},
-    TileRow{256, {.block_m = 64, .block_n = 16, .warps = 4, .q_register_dims = 192, .schedule = {2, 8, 8}}},
+    TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 128, .schedule = {2, 4, 7}}},
+    TileRow{256, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 192, .schedule = {2, 8, 8}}},
+};
+
+// Backward. The first step of a turn that has two works on the tile before, so that the barrier stands behind it.
+constexpr std::array kLargeDq = {
+    TileRow{64, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 8, 8}}},
+    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {0, 8, 8}}},
+    TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
+};
+constexpr std::array kLargeDkDv = {
+    TileRow{64, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 8, 8}}},
+    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {0, 8, 8}}},
+    TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
+};
+constexpr std::array kSmallBackward = {
+    TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
+    TileRow{256, {.block_m = 32, .block_n = 8, .warps = 2, .register_dims = 128, .schedule = {0, 8, 8}}},
+};
+constexpr std::array kPreprocess = {
+    TileRow{256, {.block_m = 64, .block_n = 0, .warps = 4, .register_dims = 0, .schedule = {0, 0, 0}}},
 };
 
 std::span<const TileRow> large_tiles(const KernelSpec& spec) {
+  if (spec.kind == KernelKind::kBackwardPreprocess) return kPreprocess;
+  if (spec.kind == KernelKind::kBackwardDq) return kLargeDq;
+  if (spec.kind == KernelKind::kBackwardDkDv) return kLargeDkDv;
   if (spec.access == GlobalAccess::kElement2B) return kLargeElement;
   return spec.mask == Mask::kCausal ? std::span<const TileRow>(kLargeCausal) : kLargeFull;
+}
+
+// Problems that do not fill the device.
+std::span<const TileRow> small_tiles(const KernelSpec& spec) {
+  if (spec.kind == KernelKind::kBackwardPreprocess) return {};
+  return spec.kind == KernelKind::kForward ? std::span<const TileRow>(kSmall) : kSmallBackward;
 }
 
 // The row of the spec's head dim, if there is one.
@@ -59,7 +86,7 @@ std::optional<TileConfig> find_row(std::span<const TileRow> rows, const KernelSp
   for (const TileRow& row : rows)
     if (spec.padded_head_dim() <= row.max_head_dim) {
       TileConfig tile = row.tile;
-      tile.q_register_dims = std::min(tile.q_register_dims, spec.padded_head_dim());
+      tile.register_dims = std::min(tile.register_dims, spec.padded_head_dim());
       return tile;
     }
   return std::nullopt;
@@ -80,28 +107,32 @@ std::int64_t blocks_of(const TileConfig& tile, const ProblemSize& size) {
 
 std::vector<TileConfig> default_tiles(const KernelSpec& spec, const ArchLimits&) {
   std::vector<TileConfig> tiles;
-  for (const auto& rows : {large_tiles(spec), std::span<const TileRow>(kSmall)})
+  for (const auto& rows : {large_tiles(spec), small_tiles(spec)})
     if (const auto tile = find_row(rows, spec)) tiles.push_back(*tile);
   return tiles;
 }
 
 TileConfig choose_tile(const KernelSpec& spec, const ArchLimits& arch, const ProblemSize& size) {
   const std::vector<TileConfig> tiles = default_tiles(spec, arch);
-  if (tiles.empty()) throw UnsupportedError("head_dim is " + std::to_string(spec.head_dim) + "; accepted: 1 to 256");
+  require_head_dim(spec.head_dim);
   for (const TileConfig& tile : tiles)
     if (blocks_of(tile, size) >= size.multiprocessors) return tile;
   return tiles.back();
 }
 
 std::vector<TileConfig> tile_space(const KernelSpec& spec, const ArchLimits& arch) {
-  constexpr std::array kSchedules = {LoopSchedule{2, 4, 4}, LoopSchedule{2, 4, 7}, LoopSchedule{2, 8, 8}};
+  const bool forward = spec.kind == KernelKind::kForward;
+  const std::vector<LoopSchedule> schedules =
+      forward ? std::vector{LoopSchedule{2, 4, 4}, LoopSchedule{2, 4, 7}, LoopSchedule{2, 8, 8}}
+              : std::vector{LoopSchedule{0, 4, 8}, LoopSchedule{2, 8, 8}};
+  const int dims = spec.padded_head_dim();
   std::vector<TileConfig> tiles = default_tiles(spec, arch);
   for (int warps : {2, 4, 8})
     for (int rows : {16, 32})
-      for (int block_n : {16, 32})
-        for (int q_dims : {spec.padded_head_dim(), spec.padded_head_dim() * 5 / 8 / 16 * 16})
-          for (const LoopSchedule& schedule : kSchedules) {
-            const TileConfig tile{warps * rows, block_n, warps, q_dims, schedule};
+      for (int block_n : {8, 16, 32})
+        for (int register_dims : {dims, dims * 5 / 8 / 16 * 16})
+          for (const LoopSchedule& schedule : schedules) {
+            const TileConfig tile{warps * rows, block_n, warps, register_dims, schedule};
             if (is_legal(spec, tile, arch)) tiles.push_back(tile);
           }
   std::sort(tiles.begin(), tiles.end());

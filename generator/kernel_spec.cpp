@@ -78,14 +78,26 @@ std::array<std::string, 7> words_of(const KernelSpec& spec) {
 
 }  // namespace
 
-std::string_view to_text(KernelKind) { return "fwd"; }
+std::string_view to_text(KernelKind kind) {
+  switch (kind) {
+    case KernelKind::kForward:
+      return "fwd";
+    case KernelKind::kBackwardPreprocess:
+      return "bwd_preprocess";
+    case KernelKind::kBackwardDkDv:
+      return "bwd_dkdv";
+    case KernelKind::kBackwardDq:
+      return "bwd_dq";
+  }
+  return {};
+}
 std::string_view to_text(DType dtype) { return dtype == DType::kFloat16 ? "fp16" : "bf16"; }
 std::string_view to_text(Mask mask) { return mask == Mask::kNone ? "full" : "causal"; }
 std::string_view to_text(GlobalAccess access) { return access == GlobalAccess::kVector16B ? "vec16" : "elem2"; }
 
 std::string TileConfig::text() const {
   return "m" + std::to_string(block_m) + "n" + std::to_string(block_n) + "w" + std::to_string(warps) + "q" +
-         std::to_string(q_register_dims) + "l" + std::to_string(schedule.load) + "b" +
+         std::to_string(register_dims) + "l" + std::to_string(schedule.load) + "b" +
          std::to_string(schedule.barrier) + "k" + std::to_string(schedule.first_keys);
 }
 
@@ -99,11 +111,12 @@ TileConfig TileConfig::parse(std::string_view text) {
     return number.has_value();
   };
   if (field("m", tile.block_m) && field("n", tile.block_n) && field("w", tile.warps) &&
-      field("q", tile.q_register_dims) && field("l", tile.schedule.load) && field("b", tile.schedule.barrier) &&
+      field("q", tile.register_dims) && field("l", tile.schedule.load) && field("b", tile.schedule.barrier) &&
       field("k", tile.schedule.first_keys) && reader.at_end())
     return tile;
   throw SpecError("tile is '" + std::string(text) +
-                  "'; accepted: a text like 'm256n16w8q96l2b4k7' (query rows, keys a turn, warps, head dims of Q in registers, then where in eighths of the loop's second product the next tile is loaded, stored "
+                  "'; accepted: a text like 'm256n16w8q96l2b4k7' (rows, columns a turn, warps, head dims "
+                  "in registers, then where in eighths of the loop's accumulating products the next tile is loaded, stored "
                   "and first read)");
 }
 
@@ -119,7 +132,7 @@ KernelSpec KernelSpec::parse(std::string_view text) {
     throw SpecError("kernel spec is '" + std::string(text) +
                     "'; accepted: seven words like 'fwd hdim128 fp16 causal gqa8 vec16 m256n16w8q96l2b4k7'");
   KernelSpec spec;
-  spec.kind = parse_word(words[0], std::array{KernelKind::kForward}, "kind");
+  spec.kind = parse_word(words[0], kKernelKinds, "kind");
   spec.head_dim = parse_numbered(words[1], "hdim", "head_dim");
   spec.dtype = parse_word(words[2], std::array{DType::kFloat16, DType::kBFloat16}, "dtype");
   spec.mask = parse_word(words[3], std::array{Mask::kNone, Mask::kCausal}, "mask");

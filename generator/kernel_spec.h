@@ -1,6 +1,7 @@
 // What a kernel is: the only thing the generator reads. Plain values with a canonical text that parses back.
 #pragma once
 
+#include <array>
 #include <compare>
 #include <cstdint>
 #include <string>
@@ -8,7 +9,11 @@
 
 namespace flash_attn_jit {
 
-enum class KernelKind : std::uint8_t { kForward };
+// The backward pass takes three kernels, one after the other.
+enum class KernelKind : std::uint8_t { kForward, kBackwardPreprocess, kBackwardDkDv, kBackwardDq };
+inline constexpr std::array kKernelKinds = {KernelKind::kForward, KernelKind::kBackwardPreprocess,
+                                           KernelKind::kBackwardDkDv, KernelKind::kBackwardDq};
+
 enum class DType : std::uint8_t { kFloat16, kBFloat16 };
 enum class Mask : std::uint8_t { kNone, kCausal };
 
@@ -18,22 +23,23 @@ enum class GlobalAccess : std::uint8_t {
   kElement2B,   // one element at a time: anything whose last dimension is contiguous
 };
 
-// Where the main loop's memory work stands among its second product's tensor instructions, in eighths of them. ptxas
-// keeps to barriers and volatile loads and moves nearly all else, so these decide how it schedules the whole loop.
+// Where the main loop's memory work stands among the tensor instructions of what it accumulates (forward: O, backward:
+// the gradients), in eighths of them. ptxas keeps to barriers and volatile loads and moves nearly all else, so these
+// decide how it schedules the whole loop.
 struct LoopSchedule {
   int load = 2;        // the next tile is loaded from global memory
   int barrier = 4;     // it is stored to shared memory, then the barrier
-  int first_keys = 7;  // the next turn's first K fragments are read
+  int first_keys = 7;  // forward: the next turn's first K fragments are read; backward: 8
 
   friend auto operator<=>(const LoopSchedule&, const LoopSchedule&) = default;
 };
 
 // How one thread block covers its part of the problem. Text: "m256n16w8q96l2b4k7".
 struct TileConfig {
-  int block_m = 0;          // query rows of a block; a warp owns block_m / warps of them (16 or 32)
-  int block_n = 0;          // keys of one turn of the main loop
-  int warps = 0;            // warps of a block
-  int q_register_dims = 0;  // head dims of Q held in registers; the rest stays in shared memory
+  int block_m = 0;        // rows of a block, queries or (dK and dV) keys; a warp owns block_m / warps of them (16 or 32)
+  int block_n = 0;        // keys, or (dK and dV) queries, of one turn of the main loop
+  int warps = 0;          // warps of a block
+  int register_dims = 0;  // head dims of the rows' matrices held in registers; the rest stays in shared memory
   LoopSchedule schedule;
 
   int rows_per_warp() const { return block_m / warps; }
@@ -66,7 +72,7 @@ struct KernelSpec {
   friend auto operator<=>(const KernelSpec&, const KernelSpec&) = default;
 };
 
-std::string_view to_text(KernelKind);    // "fwd"
+std::string_view to_text(KernelKind);    // "fwd", "bwd_preprocess", "bwd_dkdv", "bwd_dq"
 std::string_view to_text(DType);         // "fp16", "bf16"
 std::string_view to_text(Mask);          // "full", "causal"
 std::string_view to_text(GlobalAccess);  // "vec16", "elem2"

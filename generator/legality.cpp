@@ -10,29 +10,33 @@ namespace flash_attn_jit {
 namespace {
 
 // CUDA C++ programming guide, "Technical Specifications per Compute Capability": shared memory a block may opt in to,
-// shared memory and threads of a multiprocessor.
+// threads of a multiprocessor.
 constexpr std::array kArchitectures = {
-    ArchLimits{.sm = 75, .max_shared_bytes_per_block = 65536, .shared_bytes_per_sm = 65536, .max_threads_per_sm = 1024},
-    ArchLimits{.sm = 80, .max_shared_bytes_per_block = 166912, .shared_bytes_per_sm = 167936, .max_threads_per_sm = 2048},
-    ArchLimits{.sm = 86, .max_shared_bytes_per_block = 101376, .shared_bytes_per_sm = 102400, .max_threads_per_sm = 1536},
-    ArchLimits{.sm = 87, .max_shared_bytes_per_block = 166912, .shared_bytes_per_sm = 167936, .max_threads_per_sm = 1536},
-    ArchLimits{.sm = 89, .max_shared_bytes_per_block = 101376, .shared_bytes_per_sm = 102400, .max_threads_per_sm = 1536},
-    ArchLimits{.sm = 90, .max_shared_bytes_per_block = 232448, .shared_bytes_per_sm = 233472, .max_threads_per_sm = 2048},
-    ArchLimits{.sm = 100, .max_shared_bytes_per_block = 232448, .shared_bytes_per_sm = 233472, .max_threads_per_sm = 2048},
-    ArchLimits{.sm = 120, .max_shared_bytes_per_block = 101376, .shared_bytes_per_sm = 102400, .max_threads_per_sm = 1536},
+    ArchLimits{.sm = 75, .max_shared_bytes_per_block = 65536, .max_threads_per_sm = 1024},
+    ArchLimits{.sm = 80, .max_shared_bytes_per_block = 166912, .max_threads_per_sm = 2048},
+    ArchLimits{.sm = 86, .max_shared_bytes_per_block = 101376, .max_threads_per_sm = 1536},
+    ArchLimits{.sm = 87, .max_shared_bytes_per_block = 166912, .max_threads_per_sm = 1536},
+    ArchLimits{.sm = 89, .max_shared_bytes_per_block = 101376, .max_threads_per_sm = 1536},
+    ArchLimits{.sm = 90, .max_shared_bytes_per_block = 232448, .max_threads_per_sm = 2048},
+    ArchLimits{.sm = 100, .max_shared_bytes_per_block = 232448, .max_threads_per_sm = 2048},
+    ArchLimits{.sm = 120, .max_shared_bytes_per_block = 101376, .max_threads_per_sm = 1536},
 };
 
 std::string arch_name(const ArchLimits& arch) { return "sm_" + std::to_string(arch.sm); }
 
 std::string quoted(const std::string& text) { return "'" + text + "'"; }
 
+std::optional<std::string> check_head_dim(std::int64_t head_dim) {
+  if (head_dim >= 1 && head_dim <= kMostHeadDim) return std::nullopt;
+  return "head_dim is " + std::to_string(head_dim) + "; accepted: 1 to " + std::to_string(kMostHeadDim);
+}
+
 std::optional<std::string> check_problem(const KernelSpec& spec, const ArchLimits& arch) {
   if (spec.dtype == DType::kBFloat16)
     return arch.sm < 80 ? "dtype is bfloat16, which " + arch_name(arch) +
                               " (Turing) has no instructions for; accepted: float16. Cast with .to(torch.float16)"
                         : "dtype is bfloat16, which is not built yet; accepted: float16. Cast with .to(torch.float16)";
-  if (spec.head_dim < 1 || spec.head_dim > 256)
-    return "head_dim is " + std::to_string(spec.head_dim) + "; accepted: 1 to 256";
+  if (auto reason = check_head_dim(spec.head_dim)) return reason;
   if (spec.group_size < 1)
     return "group_size (num_heads / num_heads_k) is " + std::to_string(spec.group_size) + "; accepted: 1 or more";
   if (spec.access == GlobalAccess::kVector16B && spec.head_dim % 8 != 0)
@@ -41,28 +45,77 @@ std::optional<std::string> check_problem(const KernelSpec& spec, const ArchLimit
   return std::nullopt;
 }
 
-std::optional<std::string> check_tile_shape(const KernelSpec& spec) {
+std::string tile_name(const KernelSpec& spec) { return "tile " + quoted(spec.tile.text()); }
+
+std::optional<std::string> check_rows(const KernelSpec& spec) {
   const TileConfig& tile = spec.tile;
-  const std::string name = "tile " + quoted(tile.text());
-  if (tile.warps < 1 || tile.warps > 16) return name + " has " + std::to_string(tile.warps) + " warps; accepted: 1 to 16";
+  if (tile.warps < 1 || tile.warps > 16)
+    return tile_name(spec) + " has " + std::to_string(tile.warps) + " warps; accepted: 1 to 16";
   if (tile.block_m != tile.warps * 16 && tile.block_m != tile.warps * 32)
-    return name + " has " + std::to_string(tile.block_m) + " query rows for " + std::to_string(tile.warps) +
+    return tile_name(spec) + " has " + std::to_string(tile.block_m) + " rows for " + std::to_string(tile.warps) +
            " warps; accepted: 16 or 32 rows a warp";
+  return std::nullopt;
+}
+
+std::optional<std::string> check_register_dims(const KernelSpec& spec) {
+  const int dims = spec.tile.register_dims;
+  if (dims >= 0 && dims <= spec.padded_head_dim() && dims % 16 == 0) return std::nullopt;
+  return tile_name(spec) + " keeps " + std::to_string(dims) +
+         " head dims in registers; accepted: multiples of 16 up to " + std::to_string(spec.padded_head_dim());
+}
+
+std::string schedule_text(const KernelSpec& spec) {
+  const LoopSchedule& at = spec.tile.schedule;
+  return tile_name(spec) + " has its loads, barrier and first K fragments at " + std::to_string(at.load) + ", " +
+         std::to_string(at.barrier) + " and " + std::to_string(at.first_keys) + " eighths; accepted: ";
+}
+
+std::optional<std::string> check_forward_tile(const KernelSpec& spec) {
+  const TileConfig& tile = spec.tile;
   if (tile.block_n < 16 || tile.block_n > 64 || tile.block_n % 16 != 0)
-    return name + " has " + std::to_string(tile.block_n) + " keys a turn; accepted: 16, 32, 48 or 64";
+    return tile_name(spec) + " has " + std::to_string(tile.block_n) + " keys a turn; accepted: 16, 32, 48 or 64";
   const LoopSchedule& at = tile.schedule;
   if (at.load < 0 || at.load >= at.barrier || at.barrier > at.first_keys || at.first_keys > 8)
-    return name + " has its loads, barrier and first K fragments at " + std::to_string(at.load) + ", " +
-           std::to_string(at.barrier) + " and " + std::to_string(at.first_keys) +
-           " eighths; accepted: 0 to 8, loads before the barrier, K fragments at it or after";
-  if (tile.q_register_dims < 0 || tile.q_register_dims > spec.padded_head_dim() || tile.q_register_dims % 16 != 0)
-    return name + " keeps " + std::to_string(tile.q_register_dims) + " head dims of Q in registers; accepted: multiples of 16 up to " +
-           std::to_string(spec.padded_head_dim());
+    return schedule_text(spec) + "0 to 8, loads before the barrier, K fragments at it or after";
+  return check_register_dims(spec);
+}
+
+std::optional<std::string> check_backward_tile(const KernelSpec& spec) {
+  const TileConfig& tile = spec.tile;
+  if (tile.block_n < 8 || tile.block_n > 64 || tile.block_n % 8 != 0)
+    return tile_name(spec) + " has " + std::to_string(tile.block_n) + " columns a turn; accepted: multiples of 8 up to 64";
+  // The turn's first step still reads the slot that the tile stored before the barrier goes into: see FlashBwdTile.
+  const LoopSchedule& at = tile.schedule;
+  const int first_step_end = (64 + tile.block_n - 1) / tile.block_n;
+  if (at.load < 0 || at.load >= at.barrier || at.barrier < first_step_end || at.barrier > 8 || at.first_keys != 8)
+    return schedule_text(spec) + "loads before the barrier, the barrier at " + std::to_string(first_step_end) +
+           " to 8, K fragments at 8";
+  return check_register_dims(spec);
+}
+
+std::optional<std::string> check_preprocess_tile(const KernelSpec& spec) {
+  const TileConfig& tile = spec.tile;
+  if (tile.block_n == 0 && tile.register_dims == 0 && tile.schedule == LoopSchedule{0, 0, 0}) return std::nullopt;
+  return tile_name(spec) + " is for kind bwd_preprocess; accepted: 0 for all but its rows and warps, as in " +
+         quoted("m64n0w4q0l0b0k0");
+}
+
+std::optional<std::string> check_tile_shape(const KernelSpec& spec) {
+  if (auto reason = check_rows(spec)) return reason;
+  switch (spec.kind) {
+    case KernelKind::kForward:
+      return check_forward_tile(spec);
+    case KernelKind::kBackwardPreprocess:
+      return check_preprocess_tile(spec);
+    case KernelKind::kBackwardDkDv:
+    case KernelKind::kBackwardDq:
+      return check_backward_tile(spec);
+  }
   return std::nullopt;
 }
 
 std::optional<std::string> check_resources(const KernelSpec& spec, const ArchLimits& arch) {
-  const std::string name = "tile " + quoted(spec.tile.text()) + " at head_dim " + std::to_string(spec.head_dim);
+  const std::string name = tile_name(spec) + " at head_dim " + std::to_string(spec.head_dim);
   if (const int bytes = shared_bytes(spec); bytes > arch.max_shared_bytes_per_block)
     return name + " needs " + std::to_string(bytes) + " bytes of shared memory; " + arch_name(arch) + " has " +
            std::to_string(arch.max_shared_bytes_per_block) + " a block";
@@ -75,6 +128,10 @@ std::optional<std::string> check_resources(const KernelSpec& spec, const ArchLim
 }
 
 }  // namespace
+
+void require_head_dim(std::int64_t head_dim) {
+  if (const auto reason = check_head_dim(head_dim)) throw UnsupportedError(*reason);
+}
 
 ArchLimits arch_limits(int sm) {
   if (sm < kArchitectures.front().sm)

@@ -1,6 +1,7 @@
 // What an architecture can do and which specs are legal on it: the only copy of these rules.
 #pragma once
 
+#include <cstdint>
 #include <optional>
 #include <string>
 
@@ -8,11 +9,16 @@
 
 namespace flash_attn_jit {
 
+// The head dims that there are kernels for: 1 to this.
+inline constexpr int kMostHeadDim = 256;
+
+// Refuses what no tile can make legal, with check()'s reason: throws UnsupportedError.
+void require_head_dim(std::int64_t head_dim);
+
 // Limits of one architecture, from the CUDA C programming guide, "Technical specifications per compute capability".
 struct ArchLimits {
   int sm = 75;                            // compute capability x 10
   int max_shared_bytes_per_block = 0;     // with opt-in
-  int shared_bytes_per_sm = 0;
   int registers_per_sm = 65536;
   int max_registers_per_thread = 255;
   int max_threads_per_sm = 1024;

@@ -39,6 +39,9 @@ void inline_template(std::string_view file, const TemplateSet& templates, std::s
 
 // The traits struct that specialises the kernel template: every number that the generator decided.
 std::string traits(const KernelSpec& spec) {
+  std::string row_side;
+  if (spec.kind == KernelKind::kBackwardDkDv) row_side = "kKeys";
+  if (spec.kind == KernelKind::kBackwardDq) row_side = "kQueries";
   const TileConfig& tile = spec.tile;
   const auto constant = [](const char* type, const char* name, const std::string& value) {
     return std::string("  static constexpr ") + type + " " + name + " = " + value + ";\n";
@@ -49,8 +52,30 @@ std::string traits(const KernelSpec& spec) {
          number("kGroupSize", spec.group_size) + flag("kIsCausal", spec.mask == Mask::kCausal) +
          flag("kVectorAccess", spec.access == GlobalAccess::kVector16B) + number("kBlockM", tile.block_m) +
          number("kBlockN", tile.block_n) + number("kNWarps", tile.warps) +
-         number("kQRegisterDims", tile.q_register_dims) + number("kLoadEighth", tile.schedule.load) +
-         number("kBarrierEighth", tile.schedule.barrier) + number("kFirstKeysEighth", tile.schedule.first_keys) + "};\n";
+         number("kRegisterDims", tile.register_dims) + number("kLoadEighth", tile.schedule.load) +
+         number("kBarrierEighth", tile.schedule.barrier) + number("kFirstKeysEighth", tile.schedule.first_keys) +
+         (row_side.empty() ? "" : constant("RowSide", "kRowSide", "RowSide::" + row_side)) + "};\n";
+}
+
+// What differs between the families' sources.
+struct Family {
+  const char* file;
+  const char* function;
+  const char* params;
+  const char* tile;  // the template struct that counts shared memory; none: it uses none
+};
+
+Family family_of(KernelKind kind) {
+  switch (kind) {
+    case KernelKind::kForward:
+      return {"flash_fwd.cuh", "flash_fwd", "FlashFwdParams", "FlashFwdTile"};
+    case KernelKind::kBackwardPreprocess:
+      return {"flash_bwd_preprocess.cuh", "flash_bwd_preprocess", "FlashBwdParams", nullptr};
+    case KernelKind::kBackwardDkDv:
+    case KernelKind::kBackwardDq:
+      return {"flash_bwd.cuh", "flash_bwd", "FlashBwdParams", "FlashBwdTile"};
+  }
+  return {};
 }
 
 }  // namespace
@@ -62,15 +87,19 @@ RenderedKernel render(const KernelSpec& spec, const TemplateSet& templates) {
   kernel.dynamic_smem = shared_bytes(spec);
   kernel.useful_mma = useful_mma_per_turn(spec);
   std::set<std::string, std::less<>> seen;
-  inline_template("flash_fwd.cuh", templates, seen, kernel.source);
+  const Family family = family_of(spec.kind);
+  const std::string params = family.params;
+  inline_template(family.file, templates, seen, kernel.source);
   kernel.source += "#line 1 \"" + kernel.entry + ".cu\"\n" + traits(spec) +
                    "extern \"C\" __global__ void __launch_bounds__(" + std::to_string(kernel.threads) + ", " +
                    std::to_string(blocks_per_multiprocessor(spec)) + ") " + kernel.entry +
-                   "(const FlashFwdParams params) {\n  flash_fwd<Traits>(params);\n}\n" +
-                   "static_assert(FlashFwdTile<Traits>::kSharedBytes == " + std::to_string(kernel.dynamic_smem) +
-                   ", \"generator/tile_layout.h and flash_fwd.cuh disagree\");\n" +
-                   "#ifdef FLASH_ATTN_JIT_HOST\nextern \"C\" void flash_attn_jit_thread(const void* params) {\n  " +
-                   kernel.entry + "(*static_cast<const FlashFwdParams*>(params));\n}\n#endif\n";
+                   "(const " + params + " params) {\n  " + family.function + "<Traits>(params);\n}\n";
+  if (family.tile != nullptr)
+    kernel.source += "static_assert(" + std::string(family.tile) +
+                     "<Traits>::kSharedBytes == " + std::to_string(kernel.dynamic_smem) +
+                     ", \"generator/tile_layout.h and " + family.file + " disagree\");\n";
+  kernel.source += "#ifdef FLASH_ATTN_JIT_HOST\nextern \"C\" void flash_attn_jit_thread(const void* params) {\n  " +
+                   kernel.entry + "(*static_cast<const " + params + "*>(params));\n}\n#endif\n";
   return kernel;
 }
 

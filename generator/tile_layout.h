@@ -5,9 +5,13 @@
 
 namespace flash_attn_jit {
 
-// Dynamic shared memory of a block in bytes; equals FlashFwdTile::kSharedBytes in templates/flash_fwd.cuh, which the
-// rendered source asserts.
+// Dynamic shared memory of a block in bytes; equals kSharedBytes of FlashFwdTile or FlashBwdTile in the templates, which
+// the rendered source asserts.
 int shared_bytes(const KernelSpec& spec);
+
+// Into how many parts of the head dims the gradients are split, a block for each: above 128, 16 rows of both dK and dV
+// would take all of a thread's registers.
+int output_splits(const KernelSpec& spec);
 
 // Blocks that the kernel is compiled to keep on one multiprocessor: 8 warps of 255 registers fill its registers.
 int blocks_per_multiprocessor(const KernelSpec& spec);

@@ -34,7 +34,8 @@ std::vector<std::string> compile_options(const CompileTarget& target) {
 
 std::vector<std::string> nvrtc_options(const CompileTarget& target, const NvrtcVersion& version) {
   std::vector<std::string> options = compile_options(target);
-  // From 12.9 on NVRTC asks a cache of the driver's, whose hits come without ptxas's log.
+  // NVRTC keeps a cache of its own, in a folder that is not ours, from 12.9 on (older ones refuse the option); what comes
+  // from it has an empty log, which does not tell registers and spills. Not part of the kernel's key.
   if (version >= NvrtcVersion{12, 9}) options.push_back("--no-cache");
   return options;
 }
@@ -43,14 +44,6 @@ std::string joined(const std::vector<std::string>& options) {
   std::string text;
   for (const std::string& option : options) text += (text.empty() ? "" : " ") + option;
   return text;
-}
-
-// NVRTC keeps a cache of its own, in a folder that is not ours, from 12.9 on (older ones refuse the option);
-// what comes from it has an empty log, which does not tell registers and spills. Not part of the kernel's
-// key.
-std::vector<std::string> without_nvrtc_cache(std::vector<std::string> options, const NvrtcVersion& version) {
-  if (version.as_driver_version() >= 12090) options.push_back("--no-cache");
-  return options;
 }
 
 KernelResources parse_ptxas_log(std::string_view log) {
@@ -65,7 +58,7 @@ KernelResources parse_ptxas_log(std::string_view log) {
 
 CompiledKernel compile_with(const Nvrtc& nvrtc, const RenderedKernel& rendered, const CompileTarget& target) {
   const auto start = std::chrono::steady_clock::now();
-  const std::vector<std::string> options = without_nvrtc_cache(compile_options(target), nvrtc.version());
+  const std::vector<std::string> options = nvrtc_options(target, nvrtc.version());
   NvrtcResult result = nvrtc.compile(rendered.source, rendered.entry + ".cu", options, target.code);
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   if (!result.succeeded) throw NvrtcFailure(result.status, std::move(result.log));

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <utility>
 
@@ -95,7 +96,8 @@ bool is_still_at(const fs::path& path, int fd) {
 }  // namespace
 
 std::optional<std::string> read_file(const fs::path& path) {
-  const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  // Not blocking, so that a pipe which somebody put there is met with an error instead of a wait.
+  const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (file.get() < 0) {
     if (errno == ENOENT || errno == ENOTDIR) return std::nullopt;
     fail("open", path, errno);
@@ -168,6 +170,17 @@ FileLock::~FileLock() {
   ::unlink(path_.c_str());
   ::flock(fd_, LOCK_UN);  // a forked child may share the descriptor, and with it the lock
   ::close(fd_);
+}
+
+fs::path make_temporary_folder(const std::string& name) {
+  std::error_code error;
+  fs::path parent = fs::temp_directory_path(error);
+  if (error) parent = std::getenv("TMPDIR") ? std::getenv("TMPDIR") : "/tmp";
+  std::string pattern = (parent / (name + "-XXXXXX")).string();
+  if (error || ::mkdtemp(pattern.data()) == nullptr)
+    throw Error("no temporary folder can be made in " + parent.string() +
+                "; set TMPDIR to a folder that can be written");
+  return pattern;
 }
 
 }  // namespace flash_attn_jit

@@ -48,4 +48,8 @@ class FileLock {
   int fd_;
 };
 
+// A new folder of a unique name that begins with `name`, in $TMPDIR or /tmp. Throws Error, which says to set TMPDIR,
+// where none can be made.
+std::filesystem::path make_temporary_folder(const std::string& name);
+
 }  // namespace flash_attn_jit

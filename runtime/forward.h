@@ -1,22 +1,16 @@
 // The road's two ends: a forward request, and its launch on a device or in the interpreter.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <optional>
 
 #include "generator/default_tiles.h"
 #include "generator/kernel_spec.h"
+#include "runtime/kernel_launch.h"
+#include "runtime/tensor_view.h"
 #include "templates/flash_fwd_params.cuh"
 
 namespace flash_attn_jit {
-
-// A 4-d tensor (batch, seqlen, heads, head_dim); strides count elements; the last one is 1.
-struct TensorView {
-  void* data = nullptr;
-  std::array<std::int64_t, 4> shape{};
-  std::array<std::int64_t, 4> strides{};
-};
 
 // Checked by the caller's language layer for rank, dtype and device; forward() checks shapes against each other.
 struct ForwardRequest {
@@ -29,18 +23,10 @@ struct ForwardRequest {
   std::optional<TileConfig> tile;  // forces this tile; none: the default table decides
 };
 
-// Everything a launch needs, made from a request without touching the driver.
-struct LaunchPlan {
-  KernelSpec spec;
-  FlashFwdParams params;
-  std::int64_t blocks = 0;  // of the flat grid; 0: nothing to launch
-};
+using LaunchPlan = KernelLaunch<FlashFwdParams>;
 
 // Throws ArgumentError where shapes contradict each other, UnsupportedError where no kernel can do it.
 LaunchPlan plan_forward(const ForwardRequest& request, const ArchLimits& arch, int multiprocessors);
-
-// Opaque CUstream.
-using StreamHandle = void*;
 
 // Launches on `stream` of CUDA device `device_ordinal`; loads and compiles the kernel first where needed.
 void forward_on_device(const ForwardRequest& request, int device_ordinal, StreamHandle stream);

@@ -8,6 +8,7 @@
 #include <sstream>
 
 #include "runtime/config.h"
+#include "runtime/files.h"
 #include "runtime/subprocess.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -24,12 +25,7 @@ namespace {
 class TemporaryFolder {
  public:
   TemporaryFolder() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "flash-attn-jit-XXXXXX").string();
-    if (mkdtemp(pattern.data()) == nullptr)
-      throw Error("no temporary folder for the interpreter's compiler can be made in " +
-                  std::filesystem::temp_directory_path().string() +
-                  "; set TMPDIR to a folder that can be written");
-    path_ = pattern;
+    path_ = make_temporary_folder("flash-attn-jit");
   }
   ~TemporaryFolder() {
     std::error_code ignored;
@@ -49,13 +45,6 @@ void write_file(const std::filesystem::path& path, const std::string& text) {
   file << text;
   file.close();
   if (!file) throw Error("the kernel's source cannot be written to " + path.string() + "; is the disk full?");
-}
-
-std::string read_file(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  text << file.rdbuf();
-  return text.str();
 }
 
 std::optional<HostCompiler> try_compiler(const std::string& name) {
@@ -137,7 +126,7 @@ CompiledKernel compile_for_host(const RenderedKernel& kernel, const HostCompiler
         "the host compiler (" + compiler.version + ") ended with status " + std::to_string(result.status),
         result.output);
   CompiledKernel compiled;
-  compiled.image = read_file(object);
+  compiled.image = read_file(object).value();
   compiled.entry = kernel.entry;
   compiled.threads = kernel.threads;
   compiled.dynamic_smem = kernel.dynamic_smem;

@@ -12,10 +12,7 @@ std::vector<GlobalAccess> accesses_of(int head_dim) {
 }
 
 void append_tiles(KernelSpec spec, const ArchLimits& arch, std::vector<KernelSpec>& specs) {
-  // A head dim that no tile is for has check()'s reason.
-  if (spec.head_dim < 1 || spec.head_dim > 256) {
-    if (const auto reason = check(spec, arch)) throw UnsupportedError(*reason);
-  }
+  require_head_dim(spec.head_dim);
   for (const TileConfig& tile : default_tiles(spec, arch)) {
     spec.tile = tile;
     if (const auto reason = check(spec, arch)) throw UnsupportedError(*reason);

@@ -2,6 +2,7 @@
 
 #include <chrono>
 
+#include "runtime/backward_plan.h"
 #include "runtime/forward_plan.h"
 #include "runtime/log.h"
 #include "runtime/nvrtc_choice.h"
@@ -62,18 +63,18 @@ Device::Device(Driver& driver, KernelLibrary& library, TargetChoice target, int 
       limits_(limits_of(info_, target)),
       context_(driver.primary_context(ordinal)) {}
 
-void Device::launch(const LaunchPlan& plan, StreamHandle stream) {
-  const LoadedKernel* loaded = table_.find(plan.spec);
-  const LoadedKernel& kernel = loaded != nullptr ? *loaded : load(plan.spec);
-  const LaunchShape shape{static_cast<unsigned>(plan.blocks), kernel.threads, kernel.dynamic_smem};
-  int code = driver_.launch(kernel.function, shape, stream, &plan.params);
+void Device::launch(const KernelSpec& spec, std::int64_t blocks, const void* params, StreamHandle stream) {
+  const LoadedKernel* loaded = table_.find(spec);
+  const LoadedKernel& kernel = loaded != nullptr ? *loaded : load(spec);
+  const LaunchShape shape{static_cast<unsigned>(blocks), kernel.threads, kernel.dynamic_smem};
+  int code = driver_.launch(kernel.function, shape, stream, params);
   // Asked for only where it is needed: the caller's framework has made the device current nearly always.
   if (code == kErrorInvalidContext || code == kErrorInvalidHandle) {
     const Driver::CurrentContext current(driver_, context_);
-    code = driver_.launch(kernel.function, shape, stream, &plan.params);
+    code = driver_.launch(kernel.function, shape, stream, params);
   }
   if (code != 0)
-    driver_.require(code, "the launch of kernel '" + plan.spec.text() + "' on " + device_text(info_));
+    driver_.require(code, "the launch of kernel '" + spec.text() + "' on " + device_text(info_));
 }
 
 const LoadedKernel& Device::load(const KernelSpec& spec) {
@@ -161,8 +162,13 @@ Device& DeviceRuntime::set_up(int ordinal) {
 
 void DeviceRuntime::forward(const ForwardRequest& request, int ordinal, StreamHandle stream) {
   Device& target = device(ordinal);
-  const LaunchPlan plan = lay_out_forward(request, target.limits(), target.info().multiprocessors);
-  if (plan.blocks > 0) target.launch(plan, stream);
+  target.launch(lay_out_forward(request, target.limits(), target.info().multiprocessors), stream);
+}
+
+void DeviceRuntime::backward(const BackwardRequest& request, int ordinal, StreamHandle stream) {
+  Device& target = device(ordinal);
+  for (const BackwardLaunch& launch : lay_out_backward(request, target.limits(), target.info().multiprocessors))
+    target.launch(launch, stream);
 }
 
 DeviceRuntime& process_devices() {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "generator/legality.h"
+#include "runtime/backward.h"
 #include "runtime/config.h"
 #include "runtime/driver.h"
 #include "runtime/forward.h"
@@ -50,13 +51,17 @@ class Device {
   // The limits that its kernels keep to: its own, or those of the Turing code that it runs.
   const ArchLimits& limits() const { return limits_; }
 
-  // Launches; loads, and where needed compiles, at the first time.
-  void launch(const LaunchPlan& plan, StreamHandle stream);
+  // Launches, unless there are no blocks; loads, and where needed compiles, at the first time.
+  template <class Params>
+  void launch(const KernelLaunch<Params>& plan, StreamHandle stream) {
+    if (plan.blocks > 0) launch(plan.spec, plan.blocks, &plan.params, stream);
+  }
 
   // The kernel that launch() would load, with its resources.
   FoundKernel find_or_compile(const KernelSpec& spec);
 
  private:
+  void launch(const KernelSpec& spec, std::int64_t blocks, const void* params, StreamHandle stream);
   const LoadedKernel& load(const KernelSpec& spec);
   FoundKernel link(const KernelSpec& spec, const LinkTarget& target);
   CompiledKernel machine_code_of(CompiledKernel ptx);
@@ -80,6 +85,7 @@ class DeviceRuntime {
   Device& device(int ordinal);
 
   void forward(const ForwardRequest& request, int ordinal, StreamHandle stream);
+  void backward(const BackwardRequest& request, int ordinal, StreamHandle stream);
 
  private:
   struct Slot {

@@ -17,6 +17,8 @@
 #include "flash_fwd_params.cuh"
 #include "mask.cuh"
 #include "primitives.cuh"
+#include "row_fragments.cuh"
+#include "row_output.cuh"
 #include "softmax.cuh"
 #include "tile_copy.cuh"
 
@@ -30,7 +32,7 @@ struct FlashFwdTile {
   static constexpr int kDTiles = kDims / 8;
   static constexpr int kThreads = Traits::kNWarps * 32;
 
-  // Shared memory: slots for tiles of K, slots for tiles of V, then each warp's rows of Q beyond kQRegisterDims.
+  // Shared memory: slots for tiles of K, slots for tiles of V, then each warp's rows of Q beyond kRegisterDims.
   //
   // Turn n reads K(n), reads V(n+1), and stores K(n-1) and V(n) before its barrier. Slow warps then may be as far back as
   // behind the barrier of turn n+1. K(n+1) they have read, so two slots do; V(n+2) they still read, unless the barrier is
@@ -39,75 +41,16 @@ struct FlashFwdTile {
   static constexpr int kKeySlots = 2;
   static constexpr int kValueSlots = Traits::kBarrierEighth == 8 ? 2 : 3;
   static constexpr int kSlotBytes = (kKeySlots + kValueSlots) * kTileBytes;
-  static constexpr int kQSharedDims = kDims - Traits::kQRegisterDims;
-  static constexpr int kQWarpBytes = kQSharedDims > 0 ? kRowsPerWarp * row_pitch(kQSharedDims) : 0;
+  using QueryFragments = RowFragments<Traits, kRowsPerWarp, kDims, Traits::kRegisterDims>;
+  static constexpr int kQWarpBytes = QueryFragments::kSharedBytes;
 
-  // Q on its way in and out on its way back pass through the slots' memory, a few dims at a time.
-  static constexpr int kStagingDims = kDims % 32 == 0 ? 32 : 16;
-  static constexpr int kStagingWarpBytes = kRowsPerWarp * row_pitch(kStagingDims);
+  // Q on its way in and out on its way back pass through the slots' memory.
+  using Output = RowOutput<Traits, kRowsPerWarp, kDims>;
+  static constexpr int kStagingWarpBytes = Output::kStagingBytes;
+  static_assert(QueryFragments::kStagingBytes <= kStagingWarpBytes, "Q is staged in less than out");
   static constexpr int kQueryBegin =
       kSlotBytes > Traits::kNWarps * kStagingWarpBytes ? kSlotBytes : Traits::kNWarps * kStagingWarpBytes;
   static constexpr int kSharedBytes = kQueryBegin + Traits::kNWarps * kQWarpBytes;
-};
-
-// One warp's rows of Q as A operands: the first kQRegisterDims dims in registers, the others read from shared memory
-// at each use. Registers are what runs out first: 32 rows of head dim 128 alone would take 64 of them.
-template <class Traits>
-class QueryFragments {
-  using Tile = FlashFwdTile<Traits>;
-  static constexpr int kRows = Tile::kRowsPerWarp;
-  static constexpr int kRegisterSteps = Traits::kQRegisterDims / 16;
-  using Staged = WarpRows<Traits, kRows, 16>;
-
- public:
-  // fragment[m] is 16 rows x 16 dims: a0 and a1 of the first 8 dims, then of the last 8.
-  using Step = unsigned[Tile::kMTiles][4];
-
-  // Rows [row, row + kRows) of `q`; those from seqlen_q on are zero. Uses `staging`. A block barrier
-  // has to follow, before get() and before `staging` is used for anything else.
-  __device__ __forceinline__ void load(const FlashFwdParams& params, const unsigned short* q, int row, int lane,
-                                       SharedAddress staging, SharedAddress shared) {
-    const unsigned short* rows = q + row * params.q_row_stride;
-    const int valid = params.seqlen_q - row;
-    typename Staged::Chunks chunks[Tile::kDims / 16];
-#pragma unroll
-    for (int step = 0; step < Tile::kDims / 16; ++step)
-      Staged::load(chunks[step], rows, params.q_row_stride, valid, 16 * step, lane);
-#pragma unroll
-    for (int step = 0; step < kRegisterSteps; ++step) {
-      Staged::store_shared(staging, row_pitch(16), chunks[step], lane, params.q_sign);
-      warp_barrier();
-#pragma unroll
-      for (int m = 0; m < Tile::kMTiles; ++m)
-        ldmatrix_x4(registers_[step][m], staging + fragment_offset(m, row_pitch(16), lane));
-      warp_barrier();
-    }
-#pragma unroll
-    for (int step = kRegisterSteps; step < Tile::kDims / 16; ++step)
-      Staged::store_shared(shared + (step - kRegisterSteps) * 32, row_pitch(Tile::kQSharedDims), chunks[step], lane,
-                           params.q_sign);
-    shared_ = shared + fragment_offset(0, row_pitch(Tile::kQSharedDims), lane);
-  }
-
-  __device__ __forceinline__ void get(Step& fragment, int step) const {
-#pragma unroll
-    for (int m = 0; m < Tile::kMTiles; ++m)
-      if (step < kRegisterSteps) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) fragment[m][i] = registers_[step][m][i];
-      } else {
-        ldmatrix_x4(fragment[m], shared_ + m * 16 * row_pitch(Tile::kQSharedDims) + (step - kRegisterSteps) * 32);
-      }
-  }
-
- private:
-  // ldmatrix's four matrices: rows 0-7 and 8-15 of the first 8 dims, then of the last 8.
-  static __device__ __forceinline__ int fragment_offset(int m, int pitch, int lane) {
-    return (16 * m + lane % 16) * pitch + lane / 16 * kChunkBytes;
-  }
-
-  unsigned registers_[Tile::kDims / 16][Tile::kMTiles][4];  // of which the first kRegisterSteps are used
-  SharedAddress shared_;
 };
 
 template <class Traits>
@@ -152,15 +95,19 @@ class FlashFwd {
   }
 
   // Every tile from the last to the first. The masked turns go on into the first tile that every row of the block sees:
-  // after it every row has a maximum, which the unmasked turns rely on.
+  // after it every row has a maximum, which the unmasked turns rely on, unless it has met nothing but -inf.
   __device__ __forceinline__ void attend(const KeyTiles& tiles) {
-    query_.load(params_, head_base(params_.q, params_.q_batch_stride, params_.q_head_stride, block_.head), first_row(),
-                lane_, warp_ * Tile::kStagingWarpBytes, Tile::kQueryBegin + warp_ * Tile::kQWarpBytes);
+    query_.load(head_base(params_.q, params_.q_batch_stride, params_.q_head_stride, block_.head), params_.q_row_stride,
+                first_row(), params_.seqlen_q, params_.q_sign, lane_, warp_ * Tile::kStagingWarpBytes,
+                Tile::kQueryBegin + warp_ * Tile::kQWarpBytes);
     block_barrier();  // every warp has its Q out of the slots' memory
     bring_first_keys(tiles.n_max - 1);
     const int seen_by_warp = block_.key_tiles(params_, first_row(), Tile::kRowsPerWarp).n_max;
     masked_turns(tiles.n_unmasked > 0 ? tiles.n_unmasked - 1 : 0, seen_by_warp);
-    unmasked_turns();
+    if (softmax_.lacks_maximum())
+      masked_turns(0, seen_by_warp);
+    else
+      unmasked_turns();
     if (seen_by_warp > 0) finish_tile();
     block_barrier();  // the slots' memory is free for the output
   }
@@ -252,7 +199,7 @@ class FlashFwd {
   __device__ __forceinline__ void scores() {
 #pragma unroll
     for (int step = 0; step < Tile::kDims / 16; ++step) {
-      typename QueryFragments<Traits>::Step q;
+      typename Tile::QueryFragments::Step q;
       query_.get(q, step);
 #pragma unroll
       for (int n = 0; n < kNTiles; n += 2) {
@@ -395,35 +342,19 @@ class FlashFwd {
 
   // ---- the output ----
 
-  // out = O / row_sum, through this warp's staging rows so that whole 32-byte sectors are written.
+  // out = O / row_sum.
   __device__ __forceinline__ void write_out() {
     const BlockInfo<Traits> block(params_, reread_block_in_grid());
     const int thread = reread_thread_in_block();
     const int lane = thread % 32, warp = thread / 32;
     const int row = block.m_begin + warp * Tile::kRowsPerWarp;
-    const SharedAddress staging = warp * Tile::kStagingWarpBytes;
-    const SharedAddress lane_staging = staging + lane / 4 * row_pitch(Tile::kStagingDims) + lane % 4 * 4;
     unsigned short* out = static_cast<unsigned short*>(params_.out) + block.batch * params_.out_batch_stride +
                           block.head * params_.out_head_stride + row * params_.out_row_stride;
     float inverse[2 * kMTiles];
 #pragma unroll
     for (int r = 0; r < 2 * kMTiles; ++r) inverse[r] = finish_row(block, row + lane / 4 + 8 * r, lane, r);
-
-#pragma unroll
-    for (int dim = 0; dim < Tile::kDims; dim += Tile::kStagingDims) {
-#pragma unroll
-      for (int r = 0; r < 2 * kMTiles; ++r)
-#pragma unroll
-        for (int d = 0; d < Tile::kStagingDims / 8; ++d) {
-          const float* acc = &acc_o_[r / 2][dim / 8 + d][r % 2 * 2];
-          store_shared_4B(lane_staging + 8 * r * row_pitch(Tile::kStagingDims) + d * kChunkBytes,
-                          pack_fp16(acc[0] * inverse[r], acc[1] * inverse[r]));
-        }
-      warp_barrier();
-      WarpRows<Traits, Tile::kRowsPerWarp, Tile::kStagingDims>::write_back(
-          out, params_.out_row_stride, params_.seqlen_q - row, dim, staging, lane);
-      warp_barrier();
-    }
+    Tile::Output::write(acc_o_, inverse, out, params_.out_row_stride, params_.seqlen_q - row, 0,
+                        warp * Tile::kStagingWarpBytes, lane);
   }
 
   // Writes the log-sum-exp of a row and returns what its accumulators are multiplied by. A row that sees no key gets
@@ -445,7 +376,7 @@ class FlashFwd {
   const int lane_, warp_;
   Softmax<kMTiles, kNTiles> softmax_;
   Stream k_stream_, v_stream_;
-  QueryFragments<Traits> query_;
+  typename Tile::QueryFragments query_;
   int n_block_;           // the tile whose exponents are at hand; the turn goes to the one before it
   Slots slots_;           // where its V lies and the K of the next tile
   KeyFragment first_k_[kNTiles / 2];

@@ -6,6 +6,7 @@
 enum class HostAccess : int {
   kLoadGlobal16B,
   kLoadGlobal2B,
+  kLoadGlobalF32,
   kStoreGlobal16B,
   kStoreGlobal2B,
   kStoreGlobalF32,
@@ -16,9 +17,10 @@ enum class HostAccess : int {
   kStoreShared2B,
   kLdmatrixX4,
   kLdmatrixX4Trans,
+  kLdmatrixX2,
   kLdmatrixX2Trans,
 };
-constexpr int kHostAccesses = 13;
+constexpr int kHostAccesses = 15;
 
 // Every function takes the template's file and line last, so that a failing check names them.
 struct HostEngine {

@@ -10,6 +10,7 @@
 // Global memory (addresses are ordinary pointers; every load stays where it is written: the compiler may not sink it)
 //   load_global_16B(Vec16&, ptr)                  16 bytes, ptr 16-byte aligned
 //   load_global_2B(ptr) -> unsigned               one fp16, in the low half
+//   load_global_f32(ptr) -> float
 //   store_global_16B(ptr, Vec16)
 //   store_global_2B(ptr, unsigned)                the low half
 //   store_global_f32(ptr, float)
@@ -19,10 +20,12 @@
 //   load_shared_2B(address) -> unsigned
 //   store_shared_16B(address, Vec16)
 //   store_shared_4B(address, unsigned)
+//   store_shared_f32(address, float)
 //   store_shared_2B(address, unsigned)            the low half
 //   ldmatrix_x4(unsigned (&r)[4], address)        warp-wide: lanes 8i..8i+7 give the 8 row addresses (16 bytes each) of
 //   ldmatrix_x4_trans(r, address)                 8x8 matrix i; lane l gets in r[i] the elements (l/4, 2(l%4)..+1) of
-//   ldmatrix_x2_trans(unsigned (&r)[2], address)  matrix i, of its transpose for _trans. x2: lanes 0..15 give addresses
+//   ldmatrix_x2(unsigned (&r)[2], address)        matrix i, of its transpose for _trans. x2: lanes 0..15 give addresses
+//   ldmatrix_x2_trans(r, address)
 //
 // Warp and block
 //   mma_m16n8k8(float (&c)[4], a0, a1, b)         c += A (16x8 fp16) B (8x8 fp16), fp32 accumulation
@@ -38,6 +41,8 @@
 //   max_ignoring_nan(float, float)
 //   fma_rounded(a, b, c)                          one rounding
 //   infinity()                                    +inf
+//   float_of_bits(unsigned) -> float
+//   low_fp16(unsigned), high_fp16(unsigned) -> float  the halves of a packed pair
 //   pack_fp16(lo, hi) -> unsigned                 two floats rounded to nearest even fp16, lo in the low half
 //
 // Fragments of mma_m16n8k8 in a warp, g = lane / 4, t = lane % 4:

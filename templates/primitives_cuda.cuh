@@ -32,6 +32,12 @@ __device__ __forceinline__ unsigned load_global_2B(const void* p) {
   return v;
 }
 
+__device__ __forceinline__ float load_global_f32(const float* p) {
+  float v;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(p));
+  return v;
+}
+
 __device__ __forceinline__ void store_global_16B(void* p, const Vec16& v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]),
                "r"(v.word[3])
@@ -76,6 +82,10 @@ __device__ __forceinline__ void store_shared_4B(SharedAddress a, unsigned v) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared_window(a)), "r"(v) : "memory");
 }
 
+__device__ __forceinline__ void store_shared_f32(SharedAddress a, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared_window(a)), "f"(v) : "memory");
+}
+
 __device__ __forceinline__ void store_shared_2B(SharedAddress a, unsigned v) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(shared_window(a)), "h"(static_cast<unsigned short>(v)) : "memory");
 }
@@ -90,6 +100,13 @@ __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], SharedAddress a) {
 __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], SharedAddress a) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_window(a))
+               : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x2(unsigned (&r)[2], SharedAddress a) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
                : "r"(shared_window(a))
                : "memory");
 }
@@ -166,6 +183,16 @@ __device__ __forceinline__ float fma_rounded(float a, float b, float c) {
 }
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
+__device__ __forceinline__ float float_of_bits(unsigned u) { return __uint_as_float(u); }
+
+__device__ __forceinline__ float low_fp16(unsigned pair) {
+  float r;
+  asm("{ .reg .b16 l, h;\n mov.b32 {l, h}, %1;\n cvt.f32.f16 %0, l; }" : "=f"(r) : "r"(pair));
+  return r;
+}
+
+__device__ __forceinline__ float high_fp16(unsigned pair) { return low_fp16(pair >> 16); }
 
 __device__ __forceinline__ unsigned pack_fp16(float lo, float hi) {
   unsigned r;

@@ -36,6 +36,12 @@ inline unsigned load_global_2B(const void* p, FLASH_ATTN_JIT_SITE) {
   return v;
 }
 
+inline float load_global_f32(const float* p, FLASH_ATTN_JIT_SITE) {
+  float v;
+  flash_attn_jit_engine.load_global(HostAccess::kLoadGlobalF32, &v, p, file, line);
+  return v;
+}
+
 inline void store_global_16B(void* p, const Vec16& v, FLASH_ATTN_JIT_SITE) {
   flash_attn_jit_engine.store_global(HostAccess::kStoreGlobal16B, p, &v, file, line);
 }
@@ -69,6 +75,10 @@ inline void store_shared_4B(SharedAddress a, unsigned v, FLASH_ATTN_JIT_SITE) {
   flash_attn_jit_engine.store_shared(HostAccess::kStoreShared4B, a, &v, file, line);
 }
 
+inline void store_shared_f32(SharedAddress a, float v, FLASH_ATTN_JIT_SITE) {
+  flash_attn_jit_engine.store_shared(HostAccess::kStoreShared4B, a, &v, file, line);
+}
+
 inline void store_shared_2B(SharedAddress a, unsigned v, FLASH_ATTN_JIT_SITE) {
   const unsigned short low = static_cast<unsigned short>(v);
   flash_attn_jit_engine.store_shared(HostAccess::kStoreShared2B, a, &low, file, line);
@@ -80,6 +90,10 @@ inline void ldmatrix_x4(unsigned (&r)[4], SharedAddress a, FLASH_ATTN_JIT_SITE) 
 
 inline void ldmatrix_x4_trans(unsigned (&r)[4], SharedAddress a, FLASH_ATTN_JIT_SITE) {
   flash_attn_jit_engine.ldmatrix(HostAccess::kLdmatrixX4Trans, r, a, file, line);
+}
+
+inline void ldmatrix_x2(unsigned (&r)[2], SharedAddress a, FLASH_ATTN_JIT_SITE) {
+  flash_attn_jit_engine.ldmatrix(HostAccess::kLdmatrixX2, r, a, file, line);
 }
 
 inline void ldmatrix_x2_trans(unsigned (&r)[2], SharedAddress a, FLASH_ATTN_JIT_SITE) {
@@ -135,6 +149,17 @@ inline float max_ignoring_nan(float a, float b) {
   if (a != b) return a > b ? a : b;
   return bits_float(float_bits(a) & float_bits(b));
 }
+
+inline float float_of_bits(unsigned u) { return bits_float(u); }
+
+inline float low_fp16(unsigned pair) {
+  const unsigned magnitude = pair & 0x7fffu, sign = (pair & 0x8000u) << 16;
+  if (magnitude >= 0x7c00u) return bits_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // The exponent's bias differs by 112; the product is exact, subnormals included.
+  return bits_float(sign | float_bits(bits_float(magnitude << 13) * 0x1p112f));
+}
+
+inline float high_fp16(unsigned pair) { return low_fp16(pair >> 16); }
 
 // As cvt.rn.f16.f32: rounds to nearest even, above 65504 and its rounding to infinity, NaN to 0x7fff.
 inline unsigned fp16_bits(float x) {

@@ -44,6 +44,14 @@ struct Softmax {
     return largest;
   }
 
+  // Has some row of the warp no maximum yet?
+  __device__ __forceinline__ bool lacks_maximum() const {
+    bool lacks = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) lacks |= row_max[r] == kNoMaximum;
+    return any_in_warp(lacks);
+  }
+
   // Has some row of the warp risen so far that its maximum must be corrected before these scores are used?
   __device__ __forceinline__ bool must_correct(const Scores& acc_s) const {
     bool rises = false;

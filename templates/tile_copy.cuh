@@ -68,6 +68,8 @@ class TileStream {
  public:
   using Chunks = Vec16[kPasses];
 
+  TileStream() = default;
+
   // Stands at tile 0 of the sequence whose row 0 is at `base`.
   __device__ __forceinline__ TileStream(const unsigned short* base, long long row_stride)
       : chunk_0_(base + chunk_row(0) * row_stride + chunk_dim(0)), row_stride_(row_stride) {

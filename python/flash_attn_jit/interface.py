@@ -1,5 +1,6 @@
 """The public functions: flash-attn 2's Python interface."""
 
+import operator
 from numbers import Real
 from typing import Any, Optional, Sequence, Tuple, Union
 
@@ -13,13 +14,13 @@ _UNBOUNDED = (-1, -1)  # the default's identity lets a call skip the look at it
 
 def _reject_unbuilt(dropout_p: float, window_size: Any, softcap: float, alibi_slopes: Any) -> None:
     """Raises NotImplementedError for the first argument that asks for what is not built yet."""
-    if dropout_p != 0.0:
+    if (type(dropout_p) is not float or dropout_p != 0.0) and _number("dropout_p", dropout_p) != 0.0:
         raise NotImplementedError(f"dropout_p={dropout_p} is not built yet. Accepted: 0.0.")
     if window_size is not _UNBOUNDED:
         left, right = _window(window_size)
         if left >= 0 or right >= 0:
             raise NotImplementedError(f"window_size=({left}, {right}) is not built yet. Accepted: (-1, -1).")
-    if softcap != 0.0:
+    if (type(softcap) is not float or softcap != 0.0) and _number("softcap", softcap) != 0.0:
         raise NotImplementedError(f"softcap={softcap} is not built yet. Accepted: 0.0.")
     if alibi_slopes is not None:
         raise NotImplementedError("alibi_slopes is not built yet. Accepted: None.")
@@ -30,7 +31,7 @@ def _window(window_size: Any) -> Tuple[int, int]:
     values = window_size.tolist() if isinstance(window_size, torch.Tensor) else window_size
     try:
         left, right = values
-        return int(left), int(right)
+        return operator.index(left), operator.index(right)
     except (TypeError, ValueError):
         raise ValueError(
             f"window_size is {window_size!r}. Accepted: two integers, (left, right), -1 for unbounded."
@@ -43,17 +44,22 @@ def _scale(softmax_scale: Any) -> float:
             f"softmax_scale is {softmax_scale}. Accepted: a number, or None for 1/sqrt(head_dim). "
             f"For a causal mask write causal={softmax_scale}."
         )
-    if isinstance(softmax_scale, Real):
-        return float(softmax_scale)
-    raise ValueError(
-        f"softmax_scale is a {type(softmax_scale).__name__}. Accepted: a number, or None for 1/sqrt(head_dim)."
-    )
+    return _number("softmax_scale", softmax_scale)
 
 
-def _causal(causal: Any) -> bool:
-    if not isinstance(causal, (torch.Tensor, float)) and causal in (0, 1):
-        return bool(causal)
-    raise ValueError(f"causal is {causal!r}. Accepted: True or False.")
+def _number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, Real):
+            return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is beyond float's range. Accepted: a finite number.") from None
+    raise ValueError(f"{name} is a {type(value).__name__}. Accepted: a number.")
+
+
+def _truth(name: str, value: Any) -> bool:
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    raise ValueError(f"{name} is {value!r}. Accepted: True or False.")
 
 
 def _reject_what_is_no_tensor(**arguments: Any) -> None:
@@ -130,7 +136,9 @@ def flash_attn_func(
     if softmax_scale is not None and type(softmax_scale) is not float:
         softmax_scale = _scale(softmax_scale)
     if causal is not True and causal is not False:
-        causal = _causal(causal)
+        causal = _truth("causal", causal)
+    if deterministic is not True and deterministic is not False:
+        _truth("deterministic", deterministic)
     if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
         _reject_what_is_no_tensor(q=q, k=k, v=v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

@@ -43,7 +43,13 @@ def _forward(
 def _forward_fake(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: Optional[float], causal: bool
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    # Every other check is _core.forward's, before a kernel runs: its rules need no second copy here.
+    # Every other check is _core.forward's, before a kernel runs: its rules need no second copy here. But a single
+    # argument on the meta device brings the call here instead of there.
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.device != q.device:
+            raise ValueError(
+                f"{name} is on device {tensor.device} and q on {q.device}. Accepted: all on one device."
+            )
     return _allocate(q)
 
 

@@ -15,6 +15,7 @@ struct AccessKind {
 inline constexpr std::array<AccessKind, kHostAccesses> kAccessKinds = {{
     {"load_global_16B", 16},
     {"load_global_2B", 2},
+    {"load_global_f32", 4},
     {"store_global_16B", 16},
     {"store_global_2B", 2},
     {"store_global_f32", 4},
@@ -25,6 +26,7 @@ inline constexpr std::array<AccessKind, kHostAccesses> kAccessKinds = {{
     {"store_shared_2B", 2},
     {"ldmatrix_x4", 16},
     {"ldmatrix_x4_trans", 16},
+    {"ldmatrix_x2", 16},
     {"ldmatrix_x2_trans", 16},
 }};
 

@@ -157,8 +157,9 @@ void BlockEngine::ldmatrix(HostAccess access, std::uint32_t* r, std::uint32_t ad
 
 void BlockEngine::compute_ldmatrix(HostAccess access) {
   const SiteId site = warps_[warp()].site;
-  const int matrices = access == HostAccess::kLdmatrixX2Trans ? 2 : 4;
-  const bool trans = access != HostAccess::kLdmatrixX4;
+  const bool of_two = access == HostAccess::kLdmatrixX2 || access == HostAccess::kLdmatrixX2Trans;
+  const bool trans = access == HostAccess::kLdmatrixX4Trans || access == HostAccess::kLdmatrixX2Trans;
+  const int matrices = of_two ? 2 : 4;
   for (int i = 0; i < matrices; ++i) {
     MatrixRows rows;
     for (int r = 0; r < 8; ++r) {

@@ -51,15 +51,28 @@ ArchLimits parse_arch_flag(const std::string& flag, const std::string& text) {
 }
 
 KernelKind parse_kind(const std::string& flag, const std::string& text) {
-  if (text != to_text(KernelKind::kForward)) refuse(flag, text, std::string(to_text(KernelKind::kForward)));
-  return KernelKind::kForward;
+  std::string accepted;
+  for (const KernelKind kind : kKernelKinds) {
+    if (text == to_text(kind)) return kind;
+    accepted += (accepted.empty() ? "" : ", ") + std::string(to_text(kind));
+  }
+  refuse(flag, text, accepted);
 }
 
 std::vector<KernelKind> parse_kinds(const std::string& flag, const std::vector<std::string>& texts) {
   std::vector<KernelKind> kinds;
-  for (const std::string& text : texts) {
-    const KernelKind kind = parse_kind(flag, text);
+  const auto add = [&kinds](KernelKind kind) {
     if (std::find(kinds.begin(), kinds.end(), kind) == kinds.end()) kinds.push_back(kind);
+  };
+  for (const std::string& text : texts) {
+    if (text == "fwd") {
+      add(KernelKind::kForward);
+    } else if (text == "bwd") {
+      for (const KernelKind kind : kKernelKinds)
+        if (kind != KernelKind::kForward) add(kind);
+    } else {
+      refuse(flag, text, "fwd, bwd");
+    }
   }
   return kinds;
 }
@@ -71,13 +84,22 @@ std::vector<Mask> parse_masks(const std::string& flag, const std::string& text) 
   refuse(flag, text, "both, yes, no");
 }
 
+Config config_with_nvrtc(const std::string& flag, const std::string& path) {
+  Config settings = config();
+  if (path.empty()) return settings;
+  std::error_code ignored;
+  if (!std::filesystem::exists(path, ignored))
+    refuse(flag, path, "libnvrtc itself, or the folder that has it; there is none at that path");
+  settings.nvrtc = path;
+  return settings;
+}
+
 KernelSpec parse_kernel(const KernelFlags& flags, const ArchLimits& arch) {
-  constexpr int kMost = std::numeric_limits<int>::max();
   KernelSpec spec;
   spec.kind = parse_kind("--kind", flags.kind);
-  spec.head_dim = static_cast<int>(parse_number("--head-dim", flags.head_dim, 1, kMost));
+  spec.head_dim = static_cast<int>(parse_number("--head-dim", flags.head_dim, 1, kMostHeadDim));
   spec.mask = flags.causal ? Mask::kCausal : Mask::kNone;
-  spec.group_size = static_cast<int>(parse_number("--gqa", flags.gqa, 1, kMost));
+  spec.group_size = static_cast<int>(parse_number("--gqa", flags.gqa, 1, std::numeric_limits<int>::max()));
   spec.access = spec.head_dim % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
 
   const std::vector<TileConfig> tiles = default_tiles(spec, arch);

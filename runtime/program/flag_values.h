@@ -8,6 +8,7 @@
 
 #include "generator/kernel_spec.h"
 #include "generator/legality.h"
+#include "runtime/config.h"
 
 namespace flash_attn_jit::program {
 
@@ -20,9 +21,12 @@ std::vector<int> parse_numbers(const std::string& flag, const std::vector<std::s
                                int most);
 
 ArchLimits parse_arch_flag(const std::string& flag, const std::string& text);  // "sm_75"
-KernelKind parse_kind(const std::string& flag, const std::string& text);       // "fwd"
-std::vector<KernelKind> parse_kinds(const std::string& flag, const std::vector<std::string>& texts);
+KernelKind parse_kind(const std::string& flag, const std::string& text);       // "fwd", "bwd_dq" and so on
+std::vector<KernelKind> parse_kinds(const std::string& flag, const std::vector<std::string>& texts);  // "fwd", "bwd"
 std::vector<Mask> parse_masks(const std::string& flag, const std::string& text);  // "both", "yes", "no"
+
+// The process's configuration, with the NVRTC that the flag names, if it names one.
+Config config_with_nvrtc(const std::string& flag, const std::string& path);
 
 // A kernel of one problem class with its tile: `tile_text` is "auto", the default for large problems, or a
 // tile's text.

@@ -13,6 +13,7 @@
 
 #include "generator/render.h"
 #include "runtime/config.h"
+#include "runtime/files.h"
 #include "runtime/kernel_library.h"
 #include "runtime/program/command.h"
 #include "runtime/program/flag_values.h"
@@ -48,10 +49,7 @@ Emit parse_emit(const std::string& text) {
 class ScratchFolder {
  public:
   ScratchFolder() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "flash-attn-jit-inspect-XXXXXX").string();
-    if (!mkdtemp(pattern.data()))
-      throw Error("no folder could be made at " + pattern + "; set TMPDIR to one that can be written");
-    path_ = pattern;
+    path_ = make_temporary_folder("flash-attn-jit-inspect");
   }
   ~ScratchFolder() {
     std::error_code ignored;
@@ -69,9 +67,7 @@ class ScratchFolder {
 
 // Compiles afresh: what a cache holds may come from another NVRTC than the one that the flags or variables
 // name.
-CompiledKernel compile(const KernelSpec& spec, const CompileTarget& target, const std::string& nvrtc) {
-  Config settings = config();
-  if (!nvrtc.empty()) settings.nvrtc = nvrtc;
+CompiledKernel compile(const KernelSpec& spec, const CompileTarget& target, const Config& settings) {
   ScratchFolder scratch;
   KernelLibrary library(
       {.config = settings, .cache = {.dir = scratch.path(), .prebuilt = {}}, .driver_version = {}});
@@ -104,13 +100,14 @@ std::string content(const InspectFlags& flags) {
   const ArchLimits arch = parse_arch_flag("--arch", flags.arch);
   const Emit emit = parse_emit(flags.emit);
   const KernelSpec spec = parse_kernel(flags.kernel, arch);
+  const Config settings = config_with_nvrtc("--nvrtc", flags.nvrtc);
   if (emit == Emit::kSpec) return spec.text() + "\n";
 
   const RenderedKernel rendered = render(spec, active_templates());
   if (emit == Emit::kSource) return rendered.source;
-  if (emit == Emit::kPtx) return compile(spec, {.sm = arch.sm, .code = CodeKind::kPtx}, flags.nvrtc).image;
+  if (emit == Emit::kPtx) return compile(spec, {.sm = arch.sm, .code = CodeKind::kPtx}, settings).image;
 
-  const CompiledKernel kernel = compile(spec, {.sm = arch.sm, .code = CodeKind::kCubin}, flags.nvrtc);
+  const CompiledKernel kernel = compile(spec, {.sm = arch.sm, .code = CodeKind::kCubin}, settings);
   if (emit == Emit::kCubin) return kernel.image;
   return resources_json(spec, rendered, kernel).dump(2) + "\n";
 }

@@ -55,7 +55,7 @@ struct Outcome {
 KernelSelection parse_selection(const PrebuildFlags& flags) {
   KernelSelection selection;
   selection.kinds = parse_kinds("--kinds", flags.kinds);
-  selection.head_dims = parse_numbers("--head-dims", flags.head_dims, 1, kMostInt);
+  selection.head_dims = parse_numbers("--head-dims", flags.head_dims, 1, kMostHeadDim);
   selection.masks = parse_masks("--causal", flags.causal);
   selection.group_sizes = parse_numbers("--gqa", flags.gqa, 1, kMostInt);
   return selection;
@@ -153,8 +153,7 @@ int run_prebuild(const PrebuildFlags& flags) {
   const int jobs = parse_jobs(flags.jobs);
   const CompileTarget target{.sm = arch.sm, .code = CodeKind::kCubin};
 
-  Config settings = config();
-  if (!flags.nvrtc.empty()) settings.nvrtc = flags.nvrtc;
+  const Config settings = config_with_nvrtc("--nvrtc", flags.nvrtc);
   const std::unique_ptr<KernelLibrary> library = open_pack_for_writing(settings, flags.out);
   const Outcome outcome = PackBuilder(*library, specs, target).run(jobs);
   write_manifest(flags.out);

@@ -53,7 +53,7 @@ std::string place(const std::string& name, const std::string& text, std::size_t 
 std::vector<ForwardCase> cases() {
   ForwardCase c = ForwardCase::parse("hdim32 causal sq150 sk230");
   for (const TileConfig& tile : tiles_of(c.head_dim))
-    if (tile.block_m == 64 && tile.block_n == 16 && tile.q_register_dims < 32) c.tile = tile;
+    if (tile.block_m == 64 && tile.block_n == 16 && tile.register_dims < 32) c.tile = tile;
   ForwardCase other = ForwardCase::parse("hdim64 full rowgaps sq70 sk150");
   return {c, other};
 }
@@ -64,7 +64,7 @@ TEST_CASE("without any one of its barriers, the forward kernel is caught") {
   int mutants = 0;
   for (const auto& file : embedded_templates()) {
     const std::string name = file.first, text = file.second;
-    if (name.starts_with("primitives")) continue;
+    if (name.starts_with("primitives") || name.starts_with("flash_bwd")) continue;
     for (const std::string barrier : {"block_barrier();", "warp_barrier();"})
       for (std::size_t at = text.find(barrier); at != std::string::npos; at = text.find(barrier, at + 1)) {
         TemplateSet templates = embedded_templates();

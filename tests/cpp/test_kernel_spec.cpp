@@ -80,7 +80,7 @@ TEST_CASE("every field of a spec changes its text and its name") {
   CHECK(differs([](KernelSpec& s) { s.tile.block_m = 128; }));
   CHECK(differs([](KernelSpec& s) { s.tile.block_n = 32; }));
   CHECK(differs([](KernelSpec& s) { s.tile.warps = 16; }));
-  CHECK(differs([](KernelSpec& s) { s.tile.q_register_dims = 96; }));
+  CHECK(differs([](KernelSpec& s) { s.tile.register_dims = 96; }));
   CHECK(differs([](KernelSpec& s) { s.tile.schedule.load = 1; }));
   CHECK(differs([](KernelSpec& s) { s.tile.schedule.barrier = 5; }));
   CHECK(differs([](KernelSpec& s) { s.tile.schedule.first_keys = 8; }));
@@ -103,12 +103,12 @@ TEST_CASE("what is not legal is refused with its reason") {
   refused([](KernelSpec& s) { s.tile.warps = 17; }, "17 warps");
   refused([](KernelSpec& s) { s.tile.block_m = 192; }, "16 or 32 rows a warp");
   refused([](KernelSpec& s) { s.tile.block_n = 24; }, "16, 32, 48 or 64");
-  refused([](KernelSpec& s) { s.tile.q_register_dims = 144; }, "multiples of 16 up to 128");
+  refused([](KernelSpec& s) { s.tile.register_dims = 144; }, "multiples of 16 up to 128");
   refused([](KernelSpec& s) { s.tile.schedule = {4, 4, 7}; }, "eighths");
   refused([](KernelSpec& s) { s.tile.schedule = {2, 5, 4}; }, "eighths");
   refused([](KernelSpec& s) { s.tile.schedule = {2, 8, 9}; }, "eighths");
   refused([](KernelSpec& s) { s.tile.block_n = 32; }, "bytes of shared memory; sm_75 has 65536");
-  refused([](KernelSpec& s) { s.tile.q_register_dims = 128, s.tile.block_n = 32; }, "registers", 90);
+  refused([](KernelSpec& s) { s.tile.register_dims = 128, s.tile.block_n = 32; }, "registers", 90);
 }
 
 TEST_CASE("architectures") {

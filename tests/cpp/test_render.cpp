@@ -35,7 +35,7 @@ TEST_CASE("the source is self-contained and has every template once") {
   const RenderedKernel kernel = render(kSpec, embedded_templates());
   CHECK(count(kernel.source, "#include") == 0);
   CHECK(count(kernel.source, "#pragma once") == 0);
-  for (const auto& [file, text] : embedded_templates()) CHECK(count(kernel.source, "#line 1 \"" + file + "\"\n") == 1);
+  for (const auto& [file, text] : embedded_templates()) CHECK(count(kernel.source, "#line 1 \"" + file + "\"\n") == (file.starts_with("flash_bwd") ? 0 : 1));
   CHECK(count(kernel.source, "extern \"C\" __global__") == 1);
   CHECK(count(kernel.source, kernel.entry + "(const FlashFwdParams params)") == 1);
 }
@@ -50,7 +50,7 @@ TEST_CASE("the traits are the spec's") {
   CHECK(constant(traits, "kBlockM") == "128");
   CHECK(constant(traits, "kBlockN") == "16");
   CHECK(constant(traits, "kNWarps") == "8");
-  CHECK(constant(traits, "kQRegisterDims") == "64");
+  CHECK(constant(traits, "kRegisterDims") == "64");
   CHECK(constant(traits, "kLoadEighth") == "2");
   CHECK(constant(traits, "kBarrierEighth") == "4");
   CHECK(constant(traits, "kFirstKeysEighth") == "7");
@@ -59,10 +59,13 @@ TEST_CASE("the traits are the spec's") {
 TEST_CASE("rendering is a function of its arguments, and every edit of a template shows") {
   TemplateSet templates = embedded_templates();
   CHECK(render(kSpec, templates).source == render(kSpec, templates).source);
-  for (auto& [file, text] : templates) {
+  const std::string source = render(kSpec, templates).source;
+  for (auto& each : templates) {
+    const std::string& file = each.first;
     CAPTURE(file);
+    if (source.find("\"" + file + "\"") == std::string::npos) continue;  // of another kernel family
     const std::string before = render(kSpec, templates).source;
-    text += "// edited\n";
+    each.second += "// edited\n";
     CHECK(render(kSpec, templates).source != before);
   }
 }

@@ -148,6 +148,14 @@ def test_meta_device_beside_the_cpu(name):
         )
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_one_tensor_on_the_meta_device(name):
+    tensors = dict(zip("qkv", normal_qkv(1, 8, 8, 2, 2, 64)))
+    tensors[name] = tensors[name].to("meta")
+    with pytest.raises(ValueError, match="is on device .*Accepted: all on one device"):
+        flash_attn_jit.flash_attn_func(*tensors.values())
+
+
 def test_fake_tensor_has_no_memory():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -1,0 +1,17 @@
+// How the interpreter is told of the tensors that every kernel family knows.
+#pragma once
+
+#include "runtime/interpreter/interpreter.h"
+#include "runtime/tensor_view.h"
+
+namespace flash_attn_jit {
+
+// A Tesla T4's, NVIDIA T4 data sheet: the interpreter's tile is the one that a T4 would be given.
+inline constexpr int kInterpretedMultiprocessors = 40;
+
+TensorExtent fp16_extent(const char* name, const TensorView& view, TensorUse use);
+
+// (batch, num_heads, seqlen_q) float32, contiguous, for the queries `q`.
+TensorExtent row_extent(const char* name, const float* data, const TensorView& q, TensorUse use);
+
+}  // namespace flash_attn_jit

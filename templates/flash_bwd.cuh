@@ -1,0 +1,499 @@
+// Backward attention, the two kernels that make gradients out of products:
+//
+//   S = scale Q K^T     P = exp(S - lse)     dP = dO V^T     dS = P (dP - delta) scale
+//   dQ = dS K           dK = dS^T Q          dV = P^T dO
+//
+// A block owns kBlockM rows of one side: queries for dQ, keys for dK and dV. A warp has 16 or 32 of them, and their two
+// matrices (Q and dO, or K and V) at hand as A operands. The other side comes in tiles of kBlockN columns, last tile
+// first, through a ring of three slots in shared memory. With rows as the M side, P and dS leave their products in the
+// layout that the next ones take as A operand (see primitives.cuh): they stay in registers.
+//
+//   step j (8 columns):  S(j), dP(j)                          meanwhile   P(j-1), dS(j-1)
+//                        gradients += dS(j-1), P(j-1) times columns of step j-1
+//
+// dK and dV of a group's query heads are summed in the same accumulators, one head after the other.
+#pragma once
+
+#include "flash_bwd_params.cuh"
+#include "primitives.cuh"
+#include "row_fragments.cuh"
+#include "row_output.cuh"
+#include "tile_copy.cuh"
+
+enum class RowSide { kQueries, kKeys };
+
+template <class Traits>
+struct FlashBwdTile {
+  static constexpr bool kRowsAreKeys = Traits::kRowSide == RowSide::kKeys;
+  // Above 128, 16 rows of both dK and dV would take all of a thread's registers: a block makes half of the head dims.
+  static constexpr int kOutputSplits = kRowsAreKeys && Traits::kHeadDim > 128 ? 2 : 1;
+  static constexpr int kDims = (Traits::kHeadDim + 16 * kOutputSplits - 1) / (16 * kOutputSplits) * (16 * kOutputSplits);
+  static constexpr int kOutputDims = kDims / kOutputSplits;
+  static constexpr int kRowsPerWarp = Traits::kBlockM / Traits::kNWarps;
+  static constexpr int kMTiles = kRowsPerWarp / 16;
+  static constexpr int kSteps = Traits::kBlockN / 8;
+  static constexpr int kThreads = Traits::kNWarps * 32;
+  using Fragments = RowFragments<Traits, kRowsPerWarp, kDims, Traits::kRegisterDims>;
+  using Output = RowOutput<Traits, kRowsPerWarp, kOutputDims>;
+
+  // Shared memory: three slots of (first matrix's tile, second matrix's tile, statistics), then each warp's rows beyond
+  // kRegisterDims. Turn n reads tiles n+1 (for its first step) and n, and stores tile n-1 before its barrier, which
+  // stands behind that first step.
+  static constexpr int kSlots = 3;
+  static constexpr int kTileBytes = Traits::kBlockN * row_pitch(kDims);
+  static constexpr int kStatisticsBytes = kRowsAreKeys ? Traits::kBlockN * 8 : 0;
+  static constexpr int kSlotBytes = 2 * kTileBytes + kStatisticsBytes;
+  static constexpr int kStagingWarpBytes =
+      Output::kStagingBytes > Fragments::kStagingBytes ? Output::kStagingBytes : Fragments::kStagingBytes;
+  static constexpr int kRowsBegin = kSlots * kSlotBytes > Traits::kNWarps * kStagingWarpBytes
+                                        ? kSlots * kSlotBytes
+                                        : Traits::kNWarps * kStagingWarpBytes;
+  static constexpr int kSharedBytes = kRowsBegin + Traits::kNWarps * 2 * Fragments::kSharedBytes;
+};
+
+// A matrix of the problem, one head of it.
+struct Matrix {
+  const unsigned short* base;
+  long long row_stride;
+};
+
+template <class Traits>
+class FlashBwd {
+  using Tile = FlashBwdTile<Traits>;
+  static constexpr bool kRowsAreKeys = Tile::kRowsAreKeys;
+  static constexpr int kMTiles = Tile::kMTiles, kDTiles = Tile::kDims / 8, kSteps = Tile::kSteps;
+  static constexpr int kOutputDTiles = Tile::kOutputDims / 8;
+  static constexpr int kPitch = row_pitch(Tile::kDims);
+  static constexpr int kGradients = kRowsAreKeys ? 2 : 1;
+  static constexpr int kProducts = kSteps * kGradients * kMTiles * kOutputDTiles;  // of a turn's gradients
+
+  using Scores = float[kMTiles][4];       // of a step
+  using Operands = unsigned[kMTiles][2];  // the same rounded to fp16
+  using Gradient = float[kMTiles][kOutputDTiles][4];
+  using Stream = TileStream<Traits, Traits::kBlockN, Tile::kDims, Tile::kThreads>;
+
+  // lse x log2(e) and delta x softmax_scale of the two rows or columns that an accumulator's pair of scores belongs to.
+  struct Statistics {
+    float lse[2], delta[2];
+  };
+
+  // What a thread brings of a tile.
+  struct Incoming {
+    typename Stream::Chunks first, second;
+    float lse, delta;
+  };
+
+ public:
+  __device__ __forceinline__ explicit FlashBwd(const FlashBwdParams& params)
+      : params_(params), lane_(thread_in_block() % 32), warp_(thread_in_block() / 32) {
+    const int split_block = block_in_grid() / Tile::kOutputSplits;
+    const int turn = split_block % params.num_row_blocks;
+    const int batch_head = split_block / params.num_row_blocks;
+    first_output_dim_ = block_in_grid() % Tile::kOutputSplits * Tile::kOutputDims;
+    const int heads = kRowsAreKeys ? params.num_heads_k : params.num_heads;
+    // Causal blocks with the most columns go first, so that the short ones fill the last wave: the last queries, the
+    // first keys.
+    const bool last_first = Traits::kIsCausal && !kRowsAreKeys;
+    row_begin_ = (last_first ? params.num_row_blocks - 1 - turn : turn) * Traits::kBlockM;
+    head_ = batch_head % heads;
+    batch_ = batch_head / heads;
+  }
+
+  __device__ __forceinline__ void run() {
+    clear(acc_first_);
+    if (kRowsAreKeys) clear(acc_second_);
+    if (n_min() < n_max()) {
+      load_rows();
+      const int heads = kRowsAreKeys ? Traits::kGroupSize : 1;
+      for (int i = 0; i < heads; ++i) attend(head_ * heads + i);
+    }
+    write_out();
+  }
+
+ private:
+  static __device__ __forceinline__ int minimum(int a, int b) { return a < b ? a : b; }
+  static __device__ __forceinline__ int maximum(int a, int b) { return a > b ? a : b; }
+  static __device__ __forceinline__ int tiles_of(int columns) { return (columns + Traits::kBlockN - 1) / Traits::kBlockN; }
+
+  static __device__ __forceinline__ void clear(Gradient& gradient) {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+      for (int d = 0; d < kOutputDTiles; ++d)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) gradient[m][d][c] = 0.0f;
+  }
+
+  // ---- which columns the block's rows meet: query i sees key j when j <= i + diagonal ----
+  //
+  //   rows are queries:  tiles [0, n_unmasked) whole, [n_unmasked, n_max) in part
+  //   rows are keys:     tiles [n_min, n_whole) in part, [n_whole, n_max) whole
+
+  __device__ __forceinline__ int seqlen_rows() const { return kRowsAreKeys ? params_.seqlen_k : params_.seqlen_q; }
+  __device__ __forceinline__ int seqlen_columns() const { return kRowsAreKeys ? params_.seqlen_q : params_.seqlen_k; }
+  __device__ __forceinline__ int diagonal() const { return params_.seqlen_k - params_.seqlen_q; }
+  __device__ __forceinline__ int last_row() const { return minimum(row_begin_ + Traits::kBlockM, seqlen_rows()) - 1; }
+
+  // The number of leading keys that query `row` sees; the first query that sees key `row`.
+  __device__ __forceinline__ int visible_keys(int row) const {
+    return Traits::kIsCausal ? minimum(row + diagonal() + 1, params_.seqlen_k) : params_.seqlen_k;
+  }
+  __device__ __forceinline__ int first_query(int row) const {
+    return Traits::kIsCausal ? maximum(row - diagonal(), 0) : 0;
+  }
+
+  __device__ __forceinline__ int n_max() const {
+    return tiles_of(kRowsAreKeys ? params_.seqlen_q : maximum(visible_keys(last_row()), 0));
+  }
+  __device__ __forceinline__ int n_min() const { return kRowsAreKeys ? first_query(row_begin_) / Traits::kBlockN : 0; }
+  __device__ __forceinline__ int n_unmasked() const { return maximum(visible_keys(row_begin_), 0) / Traits::kBlockN; }
+  __device__ __forceinline__ int n_whole() const { return tiles_of(first_query(last_row())); }
+
+  // ---- memory ----
+
+  __device__ __forceinline__ Matrix matrix(const void* tensor, const TensorStrides& strides, int head) const {
+    return {static_cast<const unsigned short*>(tensor) + batch_ * strides.batch + head * strides.head, strides.row};
+  }
+
+  __device__ __forceinline__ int first_row() const { return row_begin_ + warp_ * Tile::kRowsPerWarp; }
+
+  __device__ __forceinline__ void load_rows() {
+    const Matrix first = kRowsAreKeys ? matrix(params_.k, params_.k_strides, head_)
+                                      : matrix(params_.q, params_.q_strides, head_);
+    const Matrix second = kRowsAreKeys ? matrix(params_.v, params_.v_strides, head_)
+                                       : matrix(params_.dout, params_.dout_strides, head_);
+    const SharedAddress staging = warp_ * Tile::kStagingWarpBytes;
+    const SharedAddress rows = Tile::kRowsBegin + warp_ * 2 * Tile::Fragments::kSharedBytes;
+    first_rows_.load(first.base, first.row_stride, first_row(), seqlen_rows(), params_.sign, lane_, staging, rows);
+    second_rows_.load(second.base, second.row_stride, first_row(), seqlen_rows(), 0, lane_, staging,
+                      rows + Tile::Fragments::kSharedBytes);
+    if (!kRowsAreKeys) {
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = first_row() + 16 * m + 8 * half + lane_ / 4;
+          load_statistics(head_, row, row_statistics_[m].lse[half], row_statistics_[m].delta[half]);
+        }
+    }
+    block_barrier();  // every warp has its rows out of the slots' memory
+  }
+
+  // Of query `row`; beyond the last query P and dS come out as 0.
+  __device__ __forceinline__ void load_statistics(int head, int row, float& lse, float& delta) const {
+    constexpr float kLog2E = 1.44269504088896341f;
+    lse = infinity();
+    delta = 0.0f;
+    if (row < params_.seqlen_q) {
+      const long long at = (static_cast<long long>(batch_) * params_.num_heads + head) * params_.seqlen_q + row;
+      lse = load_global_f32(params_.softmax_lse + at) * kLog2E;
+      delta = load_global_f32(params_.delta + at) * params_.softmax_scale;
+    }
+  }
+
+  __device__ __forceinline__ void load_column_statistics(Incoming& in, int tile) const {
+    if (kRowsAreKeys && thread_in_block() < Traits::kBlockN)
+      load_statistics(head_q_, tile * Traits::kBlockN + thread_in_block(), in.lse, in.delta);
+  }
+
+  __device__ __forceinline__ void load(Incoming& in) {
+    if (n_block_ > 1) {
+      first_stream_.advance();
+      second_stream_.advance();
+    }
+    first_stream_.load(in.first);
+    second_stream_.load(in.second);
+    load_column_statistics(in, n_block_ > 1 ? n_block_ - 2 : 0);
+  }
+
+  // Two columns' statistics lie together, the lse of both first: one 16-byte read fetches what a lane needs.
+  __device__ __forceinline__ void store(const Incoming& in, SharedAddress slot) const {
+    Stream::store(slot, in.first);
+    Stream::store(slot + Tile::kTileBytes, in.second);
+    if (kRowsAreKeys && thread_in_block() < Traits::kBlockN) {
+      const SharedAddress at =
+          slot + 2 * Tile::kTileBytes + thread_in_block() / 2 * 16 + thread_in_block() % 2 * 4;
+      store_shared_f32(at, in.lse);
+      store_shared_f32(at + 8, in.delta);
+    }
+    block_barrier();
+  }
+
+  static __device__ __forceinline__ SharedAddress next_slot(SharedAddress slot) {
+    return slot == (Tile::kSlots - 1) * Tile::kSlotBytes ? 0 : slot + Tile::kSlotBytes;
+  }
+
+  // ---- the products of a step: 8 columns ----
+
+  // B operands of 8 columns x 32 dims: matrix i has dims 8i... For S and dP as they lie, for gradients transposed.
+  __device__ __forceinline__ SharedAddress fragment_address(SharedAddress tile, int step, int d) const {
+    return tile + (lane_ % 8 + 8 * step) * kPitch + (lane_ / 8 + d) * kChunkBytes;
+  }
+
+  __device__ __forceinline__ void load_columns(unsigned (&b)[4], SharedAddress tile, int step, int d) const {
+    if (kDTiles - d >= 4) {
+      ldmatrix_x4(b, fragment_address(tile, step, d));
+    } else {
+      unsigned two[2];
+      ldmatrix_x2(two, fragment_address(tile, step, d));
+      b[0] = two[0];
+      b[1] = two[1];
+    }
+  }
+
+  __device__ __forceinline__ void load_columns_transposed(unsigned (&b)[4], SharedAddress tile, int step, int d) const {
+    if (kOutputDTiles - d >= 4) {
+      ldmatrix_x4_trans(b, fragment_address(tile, step, d));
+    } else {
+      unsigned two[2];
+      ldmatrix_x2_trans(two, fragment_address(tile, step, d));
+      b[0] = two[0];
+      b[1] = two[1];
+    }
+  }
+
+  // S and dP of a step of the tile in `slot`.
+  __device__ __forceinline__ void scores(SharedAddress slot, int step) {
+#pragma unroll
+    for (int d = 0; d < kDTiles; d += 4) {
+      unsigned first[4], second[4];
+      load_columns(first, slot, step, d);
+      load_columns(second, slot + Tile::kTileBytes, step, d);
+#pragma unroll
+      for (int i = 0; i < (kDTiles - d < 4 ? kDTiles - d : 4); i += 2) {
+        typename Tile::Fragments::Step a, b;
+        first_rows_.get(a, (d + i) / 2);
+        second_rows_.get(b, (d + i) / 2);
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int m = 0; m < kMTiles; ++m) {
+            multiply(acc_s_[m], a[m], half, first[i + half], d + i + half);
+            multiply(acc_dp_[m], b[m], half, second[i + half], d + i + half);
+          }
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void multiply(float (&acc)[4], const unsigned (&a)[4], int half, unsigned b, int d) {
+    if (d == 0)
+      mma_m16n8k8_zero(acc, a[0], a[1], b);
+    else
+      mma_m16n8k8(acc, a[2 * half], a[2 * half + 1], b);
+  }
+
+  // P and dS of the step whose S and dP are at hand.
+  __device__ __forceinline__ void differentiate(const Scores& s, const Scores& dp, SharedAddress slot, int step, Operands& p,
+                                                Operands& ds) const {
+    Statistics columns;
+    if (kRowsAreKeys) {
+      Vec16 four;
+      load_shared_16B(four, slot + 2 * Tile::kTileBytes + (step * 4 + lane_ % 4) * 16);
+      columns = {{float_of_bits(four.word[0]), float_of_bits(four.word[1])},
+                 {float_of_bits(four.word[2]), float_of_bits(four.word[3])}};
+    }
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float each_p[2], each_ds[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const float lse = kRowsAreKeys ? columns.lse[c] : row_statistics_[m].lse[half];
+          const float delta = kRowsAreKeys ? columns.delta[c] : row_statistics_[m].delta[half];
+          each_p[c] = exp2_approx(fma_rounded(s[m][2 * half + c], params_.softmax_scale_log2, -lse));
+          each_ds[c] = each_p[c] * fma_rounded(dp[m][2 * half + c], params_.softmax_scale, -delta);
+        }
+        p[m][half] = pack_fp16(each_p[0], each_p[1]);
+        ds[m][half] = pack_fp16(each_ds[0], each_ds[1]);
+      }
+  }
+
+  // gradient += operands x the step's columns of a tile.
+  template <class Meanwhile>
+  __device__ __forceinline__ void accumulate(Gradient& gradient, const Operands& operands, SharedAddress tile, int step,
+                                             Meanwhile meanwhile) {
+#pragma unroll
+    for (int d = 0; d < kOutputDTiles; d += 4) {
+      unsigned b[4];
+      load_columns_transposed(b, tile + first_output_dim_ * 2, step, d);
+#pragma unroll
+      for (int i = 0; i < (kOutputDTiles - d < 4 ? kOutputDTiles - d : 4); ++i)
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m) {
+          mma_m16n8k8(gradient[m][d + i], operands[m][0], operands[m][1], b[i]);
+          meanwhile();
+        }
+    }
+  }
+
+  // dQ or dK from dS and the first tile, dV from P and the second.
+  template <class Meanwhile>
+  __device__ __forceinline__ void accumulate_step(const Operands& p, const Operands& ds, SharedAddress slot, int step,
+                                                  Meanwhile meanwhile) {
+    if (kRowsAreKeys) accumulate(acc_second_, p, slot + Tile::kTileBytes, step, meanwhile);
+    accumulate(acc_first_, ds, slot, step, meanwhile);
+  }
+
+  // The last product of the first `eighth` eighths of a turn's gradients.
+  static __device__ __forceinline__ constexpr int last_before(int eighth) {
+    return eighth > 0 ? (kProducts * eighth + 7) / 8 - 1 : 0;
+  }
+
+  // ---- the turns ----
+
+  // All columns of one query head.
+  __device__ __forceinline__ void attend(int head_q) {
+    head_q_ = head_q;
+    start_head();
+    masked_turns(kRowsAreKeys ? n_max() - 1 : maximum(minimum(n_unmasked(), n_max() - 1), 0));
+    unmasked_turns(kRowsAreKeys ? maximum(n_whole(), n_min()) : 0);
+    if (kRowsAreKeys && Traits::kIsCausal) masked_turns(n_min());
+    finish_step();
+    block_barrier();  // the slots' memory is free
+  }
+
+  // Brings the last tile.
+  __device__ __forceinline__ void start_head() {
+    const Matrix first = kRowsAreKeys ? matrix(params_.q, params_.q_strides, head_q_)
+                                      : matrix(params_.k, params_.k_strides, head_q_ / Traits::kGroupSize);
+    const Matrix second = kRowsAreKeys ? matrix(params_.dout, params_.dout_strides, head_q_)
+                                       : matrix(params_.v, params_.v_strides, head_q_ / Traits::kGroupSize);
+    first_stream_ = Stream(first.base, first.row_stride);
+    second_stream_ = Stream(second.base, second.row_stride);
+    n_block_ = n_max();
+    slot_ = 0;
+    has_step_ = false;
+    first_stream_.go_to(n_block_ - 1);
+    second_stream_.go_to(n_block_ - 1);
+    Incoming in;
+    const int rows = seqlen_columns() - (n_block_ - 1) * Traits::kBlockN;
+    first_stream_.load_bounded(in.first, rows);
+    second_stream_.load_bounded(in.second, rows);
+    load_column_statistics(in, n_block_ - 1);
+    store(in, next_slot(slot_));
+  }
+
+  // Turns to the tiles down to n_end, some of whose columns some rows do not meet. One thing comes after the other here:
+  // these turns are few.
+  __device__ __forceinline__ void masked_turns(int n_end) {
+    while (n_block_ > n_end) {
+      const SharedAddress slot = next_slot(slot_);
+      Incoming in;
+      load(in);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        if (step > 0)
+          use_step(slot, step - 1);
+        else if (has_step_)
+          use_step(slot_, kSteps - 1);
+        scores(slot, step);
+        mask(step);
+      }
+      has_step_ = true;
+      store(in, next_slot(slot));
+      slot_ = slot;
+      --n_block_;
+    }
+  }
+
+  __device__ __forceinline__ void unmasked_turns(int n_end) {
+    while (n_block_ > n_end) turn();
+  }
+
+  // Uses up the step whose S and dP are at hand.
+  __device__ __forceinline__ void use_step(SharedAddress slot, int step) {
+    Operands p, ds;
+    differentiate(acc_s_, acc_dp_, slot, step, p, ds);
+    accumulate_step(p, ds, slot, step, [] {});
+  }
+
+  __device__ __forceinline__ void finish_step() { use_step(slot_, kSteps - 1); }
+
+  // Turns to the next tile n. Its barrier stands among the products, so that warps leave it with work at hand.
+  __device__ __forceinline__ void turn() {
+    const SharedAddress slot = next_slot(slot_), free = next_slot(slot);
+    Incoming in;
+    int product = 0;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const SharedAddress step_slot = step == 0 ? slot_ : slot;
+      const int previous = step == 0 ? kSteps - 1 : step - 1;
+      Scores s, dp;
+      Operands p, ds;
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          s[m][c] = acc_s_[m][c];
+          dp[m][c] = acc_dp_[m][c];
+        }
+      differentiate(s, dp, step_slot, previous, p, ds);
+      scores(slot, step);
+      accumulate_step(p, ds, step_slot, previous, [&] {
+        if (product == last_before(Traits::kLoadEighth)) load(in);
+        if (product == last_before(Traits::kBarrierEighth)) store(in, free);
+        ++product;
+      });
+    }
+    slot_ = slot;
+    --n_block_;
+  }
+
+  // Of the step's scores, those that belong to no visible pair become P = 0 and dS = 0.
+  __device__ __forceinline__ void mask(int step) {
+    const int column = (n_block_ - 1) * Traits::kBlockN + 8 * step + lane_ % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first_row() + 16 * m + 8 * half + lane_ / 4;
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const bool visible = kRowsAreKeys ? column + c >= first_query(row) : column + c < visible_keys(row);
+          if (!visible) {
+            acc_s_[m][2 * half + c] = -infinity();
+            acc_dp_[m][2 * half + c] = 0.0f;
+          }
+        }
+      }
+  }
+
+  // ---- the output ----
+
+  __device__ __forceinline__ void write_out() {
+    if (kRowsAreKeys) {
+      write_gradient(acc_first_, params_.dk, params_.dk_strides);
+      write_gradient(acc_second_, params_.dv, params_.dv_strides);
+    } else {
+      write_gradient(acc_first_, params_.dq, params_.dq_strides);
+    }
+  }
+
+  __device__ __forceinline__ void write_gradient(const Gradient& gradient, void* tensor, const TensorStrides& strides) {
+    float ones[2 * kMTiles];
+#pragma unroll
+    for (int r = 0; r < 2 * kMTiles; ++r) ones[r] = 1.0f;
+    unsigned short* base = static_cast<unsigned short*>(tensor) + batch_ * strides.batch + head_ * strides.head +
+                           first_row() * strides.row;
+    Tile::Output::write(gradient, ones, base, strides.row, seqlen_rows() - first_row(), first_output_dim_,
+                        warp_ * Tile::kStagingWarpBytes, lane_);
+  }
+
+  const FlashBwdParams& params_;
+  const int lane_, warp_;
+  int row_begin_, head_, batch_, head_q_, first_output_dim_;
+  typename Tile::Fragments first_rows_, second_rows_;
+  Statistics row_statistics_[kMTiles];
+  Stream first_stream_, second_stream_;
+  int n_block_;         // the tile whose last step is at hand; the turn goes to the one before it
+  bool has_step_;       // false before a head's first turn
+  SharedAddress slot_;  // where that tile lies; the next one is in the slot behind it
+  Scores acc_s_, acc_dp_;
+  Gradient acc_first_, acc_second_;
+};
+
+template <class Traits>
+__device__ __forceinline__ void flash_bwd(const FlashBwdParams& params) {
+  FlashBwd<Traits>(params).run();
+}

@@ -1,0 +1,68 @@
+// One warp's rows as A operands of products, at hand for the whole kernel: the first kRegisterDims dims in registers,
+// the others read from shared memory at each use. Registers are what runs out first: 32 rows of head dim 128 alone
+// would take 64 of them.
+#pragma once
+
+#include "primitives.cuh"
+#include "tile_copy.cuh"
+
+template <class Traits, int kRows, int kDims, int kRegisterDims>
+class RowFragments {
+  static constexpr int kMTiles = kRows / 16;
+  static constexpr int kSharedDims = kDims - kRegisterDims;
+  static constexpr int kRegisterSteps = kRegisterDims / 16;
+  using Staged = WarpRows<Traits, kRows, 16>;
+
+ public:
+  static constexpr int kSharedBytes = kSharedDims > 0 ? kRows * row_pitch(kSharedDims) : 0;  // of a warp
+  static constexpr int kStagingBytes = kRows * row_pitch(16);                                // of a warp
+
+  // fragment[m] is 16 rows x 16 dims: a0 and a1 of the first 8 dims, then of the last 8.
+  using Step = unsigned[kMTiles][4];
+
+  // Rows [row, row + kRows) of the matrix at `base`; those from `seqlen` on are zero. The signs of fp16 pairs are flipped
+  // by `sign`. Uses `staging`. A block barrier has to follow, before get() and before `staging` is used for anything
+  // else.
+  __device__ __forceinline__ void load(const unsigned short* base, long long row_stride, int row, int seqlen,
+                                       unsigned sign, int lane, SharedAddress staging, SharedAddress shared) {
+    const unsigned short* rows = base + row * row_stride;
+    const int valid = seqlen - row;
+    typename Staged::Chunks chunks[kDims / 16];
+#pragma unroll
+    for (int step = 0; step < kDims / 16; ++step)
+      Staged::load(chunks[step], rows, row_stride, valid, 16 * step, lane);
+#pragma unroll
+    for (int step = 0; step < kRegisterSteps; ++step) {
+      Staged::store_shared(staging, row_pitch(16), chunks[step], lane, sign);
+      warp_barrier();
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m)
+        ldmatrix_x4(registers_[step][m], staging + fragment_offset(m, row_pitch(16), lane));
+      warp_barrier();
+    }
+#pragma unroll
+    for (int step = kRegisterSteps; step < kDims / 16; ++step)
+      Staged::store_shared(shared + (step - kRegisterSteps) * 32, row_pitch(kSharedDims), chunks[step], lane, sign);
+    shared_ = shared + fragment_offset(0, row_pitch(kSharedDims), lane);
+  }
+
+  __device__ __forceinline__ void get(Step& fragment, int step) const {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m)
+      if (step < kRegisterSteps) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) fragment[m][i] = registers_[step][m][i];
+      } else {
+        ldmatrix_x4(fragment[m], shared_ + m * 16 * row_pitch(kSharedDims) + (step - kRegisterSteps) * 32);
+      }
+  }
+
+ private:
+  // ldmatrix's four matrices: rows 0-7 and 8-15 of the first 8 dims, then of the last 8.
+  static __device__ __forceinline__ int fragment_offset(int m, int pitch, int lane) {
+    return (16 * m + lane % 16) * pitch + lane / 16 * kChunkBytes;
+  }
+
+  unsigned registers_[kDims / 16][kMTiles][4];  // of which the first kRegisterSteps are used
+  SharedAddress shared_;
+};

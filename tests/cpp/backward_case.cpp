@@ -1,0 +1,245 @@
+#include "backward_case.h"
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <sstream>
+
+#include "fp16.h"
+#include "generator/errors.h"
+
+namespace flash_attn_jit::testing {
+namespace {
+
+// One head's matrix, widened; head `h` of (batch, seqlen, heads, dim).
+std::vector<double> matrix(WatchedTensor& tensor, std::int64_t b, std::int64_t h) {
+  const auto [batch, seqlen, heads, dim] = tensor.shape();
+  std::vector<double> values;
+  for (std::int64_t s = 0; s < seqlen; ++s)
+    for (std::int64_t d = 0; d < dim; ++d) values.push_back(from_fp16(tensor.at(b, s, h, d)));
+  return values;
+}
+
+template <class Number>
+Number dot(const double* x, const double* y, std::int64_t n) {
+  Number sum = 0;
+  for (std::int64_t i = 0; i < n; ++i) sum += static_cast<Number>(x[i]) * static_cast<Number>(y[i]);
+  return sum;
+}
+
+struct Exact {
+  using Number = double;
+  static double fp16(double x) { return x; }
+};
+
+struct Emulated {
+  using Number = float;
+  static float fp16(float x) { return static_cast<float>(rounded_to_fp16(x)); }
+};
+
+template <class Rounding>
+class Backward {
+  using Number = typename Rounding::Number;
+
+ public:
+  explicit Backward(BackwardTensors& t) : t_(t), shape_(t.forward.q.shape()), seqlen_k_(t.forward.k.shape()[1]) {}
+
+  Gradients run() {
+    const std::int64_t heads_k = t_.forward.k.shape()[2], group = heads_k > 0 ? shape_[2] / heads_k : 1;
+    const std::int64_t dim = shape_[3];
+    Gradients result;
+    result.dq.resize(shape_[0] * shape_[1] * shape_[2] * dim);
+    result.dk.resize(shape_[0] * seqlen_k_ * heads_k * dim);
+    result.dv.resize(result.dk.size());
+    for (std::int64_t b = 0; b < shape_[0]; ++b)
+      for (std::int64_t hk = 0; hk < heads_k; ++hk) {
+        k_ = matrix(t_.forward.k, b, hk);
+        v_ = matrix(t_.forward.v, b, hk);
+        dk_.assign(seqlen_k_ * dim, 0);
+        dv_.assign(seqlen_k_ * dim, 0);
+        for (std::int64_t h = hk * group; h < (hk + 1) * group; ++h) {
+          query_head(b, h);
+          place(dq_, result.dq, b, h, shape_[1], shape_[2]);
+        }
+        place(dk_, result.dk, b, hk, seqlen_k_, heads_k);
+        place(dv_, result.dv, b, hk, seqlen_k_, heads_k);
+      }
+    return result;
+  }
+
+ private:
+  void place(const std::vector<Number>& from, std::vector<double>& to, std::int64_t b, std::int64_t h,
+             std::int64_t seqlen, std::int64_t heads) {
+    const std::int64_t dim = shape_[3];
+    for (std::int64_t s = 0; s < seqlen; ++s)
+      for (std::int64_t d = 0; d < dim; ++d)
+        to[((b * seqlen + s) * heads + h) * dim + d] = Rounding::fp16(from[s * dim + d]);
+  }
+
+  void query_head(std::int64_t b, std::int64_t h) {
+    const std::int64_t dim = shape_[3];
+    const std::vector<double> q = matrix(t_.forward.q, b, h), out = matrix(t_.forward.out, b, h),
+                              dout = matrix(t_.dout, b, h);
+    dq_.assign(shape_[1] * dim, 0);
+    for (std::int64_t i = 0; i < shape_[1]; ++i) {
+      const float lse = t_.forward.lse[(b * shape_[2] + h) * shape_[1] + i];
+      row(i, &q[i * dim], &out[i * dim], &dout[i * dim], lse);
+    }
+  }
+
+  void row(std::int64_t i, const double* q, const double* out, const double* dout, float stored_lse) {
+    const std::int64_t dim = shape_[3];
+    const Number scale = t_.forward.softmax_scale;
+    std::vector<Number> s, dp;
+    std::vector<std::int64_t> keys;
+    Number maximum = -std::numeric_limits<Number>::infinity();
+    for (std::int64_t j = 0; j < seqlen_k_; ++j)
+      if (sees(t_.forward.mask, shape_[1], seqlen_k_, i, j)) {
+        keys.push_back(j);
+        s.push_back(dot<Number>(q, &k_[j * dim], dim) * scale);
+        dp.push_back(dot<Number>(dout, &v_[j * dim], dim));
+        maximum = std::max(maximum, s.back());
+      }
+    if (keys.empty()) return;
+    Number lse = stored_lse, delta = 0;
+    if constexpr (std::is_same_v<Number, double>) {  // nothing that a kernel made goes in
+      double sum = 0;
+      for (const double each : s) sum += std::exp(each - maximum);
+      lse = maximum + std::log(sum);
+      for (std::size_t n = 0; n < s.size(); ++n) delta += std::exp(s[n] - lse) * dp[n];
+    } else {
+      delta = dot<Number>(dout, out, dim);
+    }
+    for (std::size_t n = 0; n < s.size(); ++n) {
+      const Number p = std::exp(s[n] - lse);
+      const Number ds = Rounding::fp16(p * (dp[n] - delta) * scale), rounded_p = Rounding::fp16(p);
+      const std::int64_t j = keys[n];
+      for (std::int64_t d = 0; d < dim; ++d) {
+        dq_[i * dim + d] += ds * static_cast<Number>(k_[j * dim + d]);
+        dk_[j * dim + d] += ds * static_cast<Number>(q[d]);
+        dv_[j * dim + d] += rounded_p * static_cast<Number>(dout[d]);
+      }
+    }
+  }
+
+  BackwardTensors& t_;
+  std::array<std::int64_t, 4> shape_;
+  std::int64_t seqlen_k_;
+  std::vector<double> k_, v_;
+  std::vector<Number> dq_, dk_, dv_;
+};
+
+void fill_dout(const BackwardCase& c, WatchedTensor& dout) {
+  std::mt19937 random(c.forward.seed + 1);
+  std::normal_distribution<double> normal;
+  const auto [batch, seqlen, heads, dim] = dout.shape();
+  for (std::int64_t b = 0; b < batch; ++b)
+    for (std::int64_t s = 0; s < seqlen; ++s)
+      for (std::int64_t h = 0; h < heads; ++h)
+        for (std::int64_t d = 0; d < dim; ++d) dout.at(b, s, h, d) = to_fp16(normal(random) * c.dout_factor);
+}
+
+double max_error(const std::vector<double>& x, const std::vector<double>& exact) {
+  double worst = 0;
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    const double error = std::fabs(x[i] - exact[i]);
+    worst = std::isfinite(error) ? std::max(worst, error) : INFINITY;
+  }
+  return worst;
+}
+
+std::vector<double> values_of(WatchedTensor& tensor) {
+  std::vector<double> values;
+  const auto [batch, seqlen, heads, dim] = tensor.shape();
+  for (std::int64_t b = 0; b < batch; ++b)
+    for (std::int64_t s = 0; s < seqlen; ++s)
+      for (std::int64_t h = 0; h < heads; ++h)
+        for (std::int64_t d = 0; d < dim; ++d) values.push_back(from_fp16(tensor.at(b, s, h, d)));
+  return values;
+}
+
+std::string compare(const char* name, WatchedTensor& got, const std::vector<double>& emulated,
+                    const std::vector<double>& exact) {
+  const double error = max_error(values_of(got), exact), bound = 2 * max_error(emulated, exact) + 1e-5;
+  if (error <= bound) return "";
+  return std::string(name) + " is off by " + std::to_string(error) + ", bound " + std::to_string(bound) + "; ";
+}
+
+}  // namespace
+
+std::string BackwardCase::text() const {
+  std::string text = forward.text();
+  if (dkdv_tile) text += " dkdv:" + dkdv_tile->text();
+  if (dq_tile) text += " dq:" + dq_tile->text();
+  if (dout_factor != 1) text += " dout" + std::to_string(dout_factor);
+  return text;
+}
+
+BackwardCase BackwardCase::parse(std::string_view text) {
+  BackwardCase c;
+  std::string rest;
+  std::istringstream words{std::string(text)};
+  for (std::string word; words >> word;) {
+    if (word.starts_with("dkdv:"))
+      c.dkdv_tile = TileConfig::parse(word.substr(5));
+    else if (word.starts_with("dq:"))
+      c.dq_tile = TileConfig::parse(word.substr(3));
+    else if (word.starts_with("dout"))
+      c.dout_factor = std::stod(word.substr(4));
+    else
+      rest += " " + word;
+  }
+  c.forward = ForwardCase::parse(rest);
+  return c;
+}
+
+BackwardTensors::BackwardTensors(const BackwardCase& c)
+    : forward(c.forward),
+      dout(forward.q.shape(), c.forward.layout),
+      dq(forward.q.shape(), c.forward.layout),
+      dk(forward.k.shape(), c.forward.layout),
+      dv(forward.k.shape(), c.forward.layout),
+      delta(forward.lse.size(), NAN),
+      dkdv_tile(c.dkdv_tile),
+      dq_tile(c.dq_tile) {
+  fill_dout(c, dout);
+  forward_in_interpreter(forward.request());
+}
+
+BackwardRequest BackwardTensors::request() {
+  return {.q = forward.q.view(),
+          .out = forward.out.view(),
+          .dout = dout.view(),
+          .dq = dq.view(),
+          .k = forward.k.view(),
+          .v = forward.v.view(),
+          .dk = dk.view(),
+          .dv = dv.view(),
+          .softmax_lse = forward.lse.data(),
+          .delta = delta.data(),
+          .softmax_scale = forward.softmax_scale,
+          .mask = forward.mask,
+          .dkdv_tile = dkdv_tile,
+          .dq_tile = dq_tile};
+}
+
+Gradients gradients_float64(BackwardTensors& t) { return Backward<Exact>(t).run(); }
+Gradients gradients_emulated(BackwardTensors& t) { return Backward<Emulated>(t).run(); }
+
+std::string run_backward_case(const BackwardCase& c) {
+  std::string fault;
+  try {
+    BackwardTensors t(c);
+    backward_in_interpreter(t.request());
+    const Gradients exact = gradients_float64(t), emulated = gradients_emulated(t);
+    fault = compare("dq", t.dq, emulated.dq, exact.dq) + compare("dk", t.dk, emulated.dk, exact.dk) +
+            compare("dv", t.dv, emulated.dv, exact.dv);
+    for (WatchedTensor* tensor : {&t.forward.q, &t.forward.k, &t.forward.v, &t.forward.out, &t.dout, &t.dq, &t.dk, &t.dv})
+      if (!tensor->surroundings_are_untouched()) fault += "memory outside a tensor has changed; ";
+  } catch (const Error& error) {
+    fault = error.what();
+  }
+  return fault.empty() ? "" : c.text() + ": " + fault;
+}
+
+}  // namespace flash_attn_jit::testing

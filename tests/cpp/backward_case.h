@@ -1,0 +1,50 @@
+// One backward problem of the numerics tests: what it is, and how far the kernels' gradients lie from float64.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "forward_case.h"
+#include "runtime/backward.h"
+
+namespace flash_attn_jit::testing {
+
+struct BackwardCase {
+  ForwardCase forward;
+  std::optional<TileConfig> dkdv_tile, dq_tile;  // none: the library chooses
+  double dout_factor = 1;                        // dout is N(0, 1) times this
+
+  // The forward case's words, then "dkdv:m64n16w4q64l0b8k8 dq:m64n16w4q64l0b8k8 dout64".
+  std::string text() const;
+  // Words in any order; those left out keep their defaults. Throws SpecError.
+  static BackwardCase parse(std::string_view text);
+};
+
+// The tensors of a case: inputs freshly drawn, out and softmax_lse as the forward kernel makes them.
+struct BackwardTensors {
+  explicit BackwardTensors(const BackwardCase& c);
+
+  BackwardRequest request();
+
+  ForwardTensors forward;
+  WatchedTensor dout, dq, dk, dv;
+  std::vector<float> delta;
+  std::optional<TileConfig> dkdv_tile, dq_tile;
+};
+
+struct Gradients {
+  std::vector<double> dq, dk, dv;  // like q, k, v, contiguous
+};
+
+// In float64, from q, k, v and dout alone.
+Gradients gradients_float64(BackwardTensors& t);
+
+// In float32 from the tensors' own out and softmax_lse, with P, dS and the gradients rounded to fp16: the error that any
+// kernel with fp16 operands has to make.
+Gradients gradients_emulated(BackwardTensors& t);
+
+// Runs a case in the interpreter. Returns "" where every gradient is within twice the error of gradients_emulated()
+// plus 1e-5, else what went wrong, with the case.
+std::string run_backward_case(const BackwardCase& c);
+
+}  // namespace flash_attn_jit::testing
