@@ -7,8 +7,10 @@ def require_torch() -> None:
     """Raises ImportError, with what to do, where torch is missing or too old."""
     try:
         import torch
-    except ImportError as error:
-        raise ImportError("flash_attn_jit needs PyTorch 2.4 or newer: pip install torch") from error
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError("flash_attn_jit needs PyTorch 2.4 or newer: pip install torch") from None
     version = torch.__version__
     major, minor = (int(part) for part in version.split(".")[:2])
     if (major, minor) < OLDEST_TORCH:

@@ -15,6 +15,7 @@ from .backends import NAMES
 from .problem import Problem, sweep
 
 _TARGET_VARIABLE = "FLASH_ATTN_JIT_TARGET"
+_INTERPRET_VARIABLE = "FLASH_ATTN_JIT_INTERPRET"
 
 
 def _integers(text: str) -> List[int]:
@@ -81,6 +82,19 @@ def restart_with_target(target: Optional[str], arguments: Sequence[str]) -> None
     os.execve(sys.executable, [sys.executable, "-m", __package__, *arguments], environment)
 
 
+def _require_folder(output: Optional[Path]) -> None:
+    """Before anything is measured: a figure that cannot be written is lost."""
+    if output is not None and not output.parent.is_dir():
+        raise SystemExit(f"--output is {output}: there is no folder {output.parent}.")
+
+
+def _read_record(path: Path) -> Dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--plot is {path}: {error}. Accepted: the JSON that a timing run has written.") from None
+
+
 def machine() -> Dict[str, Any]:
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -141,15 +155,17 @@ def _figures(row: Dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     options = parse_arguments(arguments)
+    _require_folder(options.output)
     if options.plot:
         png = options.output or options.plot.with_suffix(".png")
-        plot.plot(json.loads(options.plot.read_text()), png)
+        plot.plot(_read_record(options.plot), png)
         print(png)
         return
     restart_with_target(options.target, arguments)
-    if not torch.cuda.is_available() and not options.host_cost:
+    if not torch.cuda.is_available() and not (options.host_cost and os.environ.get(_INTERPRET_VARIABLE) == "1"):
         raise SystemExit(
-            "This measures on a GPU, and torch sees none. --plot JSON and --host-cost run without one."
+            f"This measures on a GPU, and torch sees none. --plot JSON runs without one, and --host-cost where "
+            f"{_INTERPRET_VARIABLE}=1 is set."
         )
     kind = "host_cost" if options.host_cost else "accuracy" if options.accuracy else "timing"
     record = {"kind": kind, "machine": machine(), "command": list(arguments), "rows": _measure(options)}
