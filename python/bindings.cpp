@@ -4,6 +4,7 @@
 
 #include "generator/legality.h"
 #include "python/bindings_errors.h"
+#include "python/bindings_backward.h"
 #include "python/bindings_forward.h"
 #include "python/bindings_tensors.h"
 #include "runtime/config.h"
@@ -152,6 +153,10 @@ PYBIND11_MODULE(_core, module) {
   module.def("forward", &bindings::forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
              py::arg("softmax_lse"), py::arg("softmax_scale"), py::arg("causal"),
              py::arg("tile") = py::none());
+  module.def("backward", &bindings::backward, py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"),
+             py::arg("out"), py::arg("softmax_lse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("delta"),
+             py::arg("softmax_scale"), py::arg("causal"), py::arg("dkdv_tile") = py::none(),
+             py::arg("dq_tile") = py::none());
   module.def("interpreter_report", &last_interpreter_report);
   module.def("devices", &devices);
   module.def("select_forward_kernels", &select_forward_kernels, py::arg("head_dims"), py::arg("causal"),

@@ -196,14 +196,29 @@ class FlashBwd {
       load_statistics(head_q_, tile * Traits::kBlockN + thread_in_block(), in.lse, in.delta);
   }
 
-  __device__ __forceinline__ void load(Incoming& in) {
+  // The turn to tile n brings tile n - 1. Turn 0 brings tile 0 again, which nobody uses: that costs less than a branch.
+  __device__ __forceinline__ int incoming_tile() const { return n_block_ > 1 ? n_block_ - 2 : 0; }
+
+  __device__ __forceinline__ void advance() {
     if (n_block_ > 1) {
       first_stream_.advance();
       second_stream_.advance();
     }
+  }
+
+  __device__ __forceinline__ void load(Incoming& in) {
+    advance();
     first_stream_.load(in.first);
     second_stream_.load(in.second);
-    load_column_statistics(in, n_block_ > 1 ? n_block_ - 2 : 0);
+    load_column_statistics(in, incoming_tile());
+  }
+
+  // The same where it may be the last tile, which need not be whole.
+  __device__ __forceinline__ void load_bounded(Incoming& in, int tile) {
+    const int columns = seqlen_columns() - tile * Traits::kBlockN;
+    first_stream_.load_bounded(in.first, columns);
+    second_stream_.load_bounded(in.second, columns);
+    load_column_statistics(in, tile);
   }
 
   // Two columns' statistics lie together, the lse of both first: one 16-byte read fetches what a lane needs.
@@ -367,10 +382,7 @@ class FlashBwd {
     first_stream_.go_to(n_block_ - 1);
     second_stream_.go_to(n_block_ - 1);
     Incoming in;
-    const int rows = seqlen_columns() - (n_block_ - 1) * Traits::kBlockN;
-    first_stream_.load_bounded(in.first, rows);
-    second_stream_.load_bounded(in.second, rows);
-    load_column_statistics(in, n_block_ - 1);
+    load_bounded(in, n_block_ - 1);
     store(in, next_slot(slot_));
   }
 
@@ -380,7 +392,8 @@ class FlashBwd {
     while (n_block_ > n_end) {
       const SharedAddress slot = next_slot(slot_);
       Incoming in;
-      load(in);
+      advance();
+      load_bounded(in, incoming_tile());
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         if (step > 0)

@@ -48,6 +48,22 @@ def forward(
     causal: bool,
     tile: Optional[str] = None,
 ) -> None: ...
+def backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    delta: torch.Tensor,
+    softmax_scale: Optional[float],
+    causal: bool,
+    dkdv_tile: Optional[str] = None,
+    dq_tile: Optional[str] = None,
+) -> None: ...
 def interpreter_report() -> InterpreterReport: ...
 def devices() -> List[Dict[str, Any]]: ...
 def select_forward_kernels(

@@ -68,21 +68,34 @@ def _reject_what_is_no_tensor(**arguments: Any) -> None:
             raise ValueError(f"{name} is a {type(value).__name__}. Accepted: a torch.Tensor.")
 
 
-def _reject_gradients(**inputs: torch.Tensor) -> None:
-    for name, tensor in inputs.items():
-        if tensor.requires_grad:
-            raise NotImplementedError(
-                f"{name} requires gradients, and the backward pass is not built yet. "
-                f"Call under torch.no_grad(), or pass {name}.detach()."
-            )
-
-
 def _reject_tangents(**inputs: torch.Tensor) -> None:
     for name, tensor in inputs.items():
         if forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
                 f"{name} carries a forward-mode tangent, and forward mode is not built yet."
             )
+
+
+class _Attention(torch.autograd.Function):
+    """ops.forward with ops.backward as its derivative; softmax_lse has none."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, softmax_scale, causal):  # type: ignore[no-untyped-def]
+        out, softmax_lse = ops.forward(q, k, v, softmax_scale, causal)
+        ctx.save_for_backward(q, k, v, out, softmax_lse)
+        ctx.softmax_scale, ctx.causal = softmax_scale, causal
+        ctx.mark_non_differentiable(softmax_lse)
+        return out, softmax_lse
+
+    @staticmethod
+    def backward(ctx, dout, _):  # type: ignore[no-untyped-def]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise NotImplementedError(
+                "create_graph=True: gradients of gradients are not built yet. Accepted: create_graph=False."
+            )
+        q, k, v, out, softmax_lse = ctx.saved_tensors
+        gradients = ops.backward(dout, q, k, v, out, softmax_lse, ctx.softmax_scale, ctx.causal)
+        return (*gradients, None, None)
 
 
 def flash_attn_func(
@@ -98,7 +111,8 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Attention: softmax(q k^T * softmax_scale + mask) v, head by head, in fp16 with fp32 accumulation.
+    """Attention: softmax(q k^T * softmax_scale + mask) v, head by head, in fp16 with fp32 accumulation. Differentiable
+    in q, k and v; the gradients are the same bits every time.
 
     Work goes on the tensors' device and that device's current stream. The first call that needs a kernel compiles
     it, unless the cache or a prebuilt pack has it. CPU tensors run in the interpreter where
@@ -128,7 +142,7 @@ def flash_attn_func(
     Raises:
         ValueError: an argument that does not fit; names the argument, what came and what is accepted.
         UnsupportedError: a ValueError for what the device cannot do.
-        NotImplementedError: an argument that is not built yet, or inputs that need gradients where grad mode is on.
+        NotImplementedError: an argument that is not built yet; a backward pass with create_graph=True.
         CompileError, MissingKernelError, DriverError, InterpreterError, ConfigError: RuntimeErrors, see
             ``flash_attn_jit.errors``.
     """
@@ -141,11 +155,12 @@ def flash_attn_func(
         _truth("deterministic", deterministic)
     if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
         _reject_what_is_no_tensor(q=q, k=k, v=v)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        _reject_gradients(q=q, k=k, v=v)
     if forward_ad._current_level >= 0:
         _reject_tangents(q=q, k=k, v=v)
-    out, softmax_lse = ops.forward(q, k, v, softmax_scale, causal)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        out, softmax_lse = _Attention.apply(q, k, v, softmax_scale, causal)
+    else:
+        out, softmax_lse = ops.forward(q, k, v, softmax_scale, causal)
     if not return_attn_probs:
         return out
     return out, softmax_lse, torch.empty(0, dtype=out.dtype, device=out.device)

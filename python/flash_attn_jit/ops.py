@@ -1,4 +1,4 @@
-"""The torch operator ``flash_attn_jit::forward``.
+"""The torch operators ``flash_attn_jit::forward`` and ``flash_attn_jit::backward``.
 
 Registered the low-level way (``torch.library.Library``): a call costs a third of what ``torch.library.custom_op``
 takes, and torch.compile sees one operator either way.
@@ -53,6 +53,46 @@ def _forward_fake(
     return _allocate(q)
 
 
+_Gradients = Tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _allocate_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Gradients:
+    """dq, dk and dv, contiguous whatever the inputs' strides are."""
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    softmax_scale: Optional[float],
+    causal: bool,
+) -> _Gradients:
+    dq, dk, dv = _allocate_gradients(q, k, v)
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    delta = torch.empty_like(softmax_lse)
+    _core.backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, delta, softmax_scale, causal)
+    return dq, dk, dv
+
+
+def _backward_fake(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    softmax_scale: Optional[float],
+    causal: bool,
+) -> _Gradients:
+    return _allocate_gradients(q, k, v)
+
+
 _library = torch.library.Library("flash_attn_jit", "DEF")
 _library.define(
     "forward(Tensor q, Tensor k, Tensor v, float? softmax_scale, bool causal) -> (Tensor out, Tensor softmax_lse)",
@@ -62,4 +102,13 @@ _library.define(
 _library.impl("forward", _forward, "CompositeExplicitAutograd")
 torch.library.register_fake("flash_attn_jit::forward", _forward_fake, lib=_library)
 
+_library.define(
+    "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, float? softmax_scale, "
+    "bool causal) -> (Tensor dq, Tensor dk, Tensor dv)",
+    tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag),
+)
+_library.impl("backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("flash_attn_jit::backward", _backward_fake, lib=_library)
+
 forward = torch.ops.flash_attn_jit.forward.default
+backward = torch.ops.flash_attn_jit.backward.default

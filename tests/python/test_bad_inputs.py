@@ -46,12 +46,6 @@ def test_window_of_another_shape(window_size):
     refused(ValueError, "window_size", "two integers", window_size=window_size)
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_gradients(name):
-    leaf = normal(1, 8, 2, 64).requires_grad_()
-    refused(NotImplementedError, f"{name} requires gradients", r"no_grad", "detach", **{name: leaf})
-
-
 def test_forward_mode():
     primal = normal(1, 8, 2, 64)
     with torch.autograd.forward_ad.dual_level():

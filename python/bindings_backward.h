@@ -1,0 +1,19 @@
+// The backward call: torch tensors in, checked, on to the runtime.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <string>
+
+namespace flash_attn_jit::bindings {
+
+// Computes dq, dk and dv on the tensors' device and that device's current stream, or in the interpreter for CPU
+// tensors. `delta` is room for what one kernel leaves to the next, like softmax_lse. Releases the GIL. Throws what
+// flash_attn_jit.errors and ValueError stand for.
+void backward(pybind11::handle dout, pybind11::handle q, pybind11::handle k, pybind11::handle v, pybind11::handle out,
+              pybind11::handle softmax_lse, pybind11::handle dq, pybind11::handle dk, pybind11::handle dv,
+              pybind11::handle delta, std::optional<double> softmax_scale, bool causal,
+              const std::optional<std::string>& dkdv_tile, const std::optional<std::string>& dq_tile);
+
+}  // namespace flash_attn_jit::bindings

@@ -1,0 +1,122 @@
+"""Gradients through the Python API, in the interpreter, against float64."""
+
+import pytest
+import torch
+from attention_reference import attention, normal, normal_qkv
+
+from flash_attn_jit import flash_attn_func
+
+
+def leaves(*tensors):
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+def exact_gradients(q, k, v, dout, **arguments):
+    """float64 autograd through the reference."""
+    inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    out, _ = attention(*inputs, **arguments)
+    return torch.autograd.grad(out, inputs, dout.double())
+
+
+def check_gradients(gradients, expected):
+    for got, exact in zip(gradients, expected):
+        assert got.shape == exact.shape and got.dtype == torch.float16
+        # P, dS and the gradients are rounded to fp16, 11 bits; a gradient sums some of them.
+        bound = 4 * 2**-11 * exact.abs().max().item() + 1e-4
+        assert (got.double() - exact).abs().max().item() <= bound
+
+
+@pytest.mark.parametrize(
+    "shape, causal",
+    [
+        ((1, 70, 70, 2, 2, 64), False),
+        ((2, 65, 130, 4, 2, 64), True),
+        ((1, 130, 65, 2, 1, 32), True),
+        ((1, 40, 70, 1, 1, 128), True),
+        ((1, 33, 20, 2, 2, 33), False),
+    ],
+)
+def test_gradients(shape, causal):
+    q, k, v = leaves(*normal_qkv(*shape))
+    out = flash_attn_func(q, k, v, causal=causal)
+    dout = normal(*out.shape, seed=9)
+    out.backward(dout)
+    check_gradients((q.grad, k.grad, v.grad), exact_gradients(q, k, v, dout, causal=causal))
+
+
+def test_scale_and_attention_probs():
+    q, k, v = leaves(*normal_qkv(1, 20, 30, 2, 2, 64))
+    out, softmax_lse, _ = flash_attn_func(q, k, v, softmax_scale=-0.2, return_attn_probs=True)
+    assert out.requires_grad and not softmax_lse.requires_grad
+    dout = normal(*out.shape, seed=9)
+    out.backward(dout)
+    check_gradients((q.grad, k.grad, v.grad), exact_gradients(q, k, v, dout, softmax_scale=-0.2))
+
+
+def test_twice_gives_the_same_bits():
+    q, k, v = leaves(*normal_qkv(1, 30, 40, 2, 1, 64))
+    out = flash_attn_func(q, k, v)
+    dout = normal(*out.shape, seed=9)
+    first = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+    second = torch.autograd.grad(out, (q, k, v), dout)
+    for a, b in zip(first, second):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_one_input_needs_a_gradient(which):
+    inputs = list(normal_qkv(1, 20, 30, 2, 2, 64))
+    inputs[which] = inputs[which].requires_grad_()
+    out = flash_attn_func(*inputs)
+    dout = normal(*out.shape, seed=9)
+    (gradient,) = torch.autograd.grad(out, inputs[which], dout)
+    check_gradients((gradient,), exact_gradients(*inputs, dout)[which : which + 1])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda shape: normal(shape[0], shape[2], shape[1], shape[3], seed=9).transpose(1, 2),
+        lambda shape: torch.ones((), dtype=torch.float16).expand(shape),
+        lambda shape: normal(*shape, 2, seed=9)[..., 0],
+    ],
+    ids=["transposed", "expanded", "strided"],
+)
+def test_dout_of_any_strides(make):
+    q, k, v = leaves(*normal_qkv(1, 20, 30, 2, 2, 64))
+    out = flash_attn_func(q, k, v)
+    dout = make(out.shape)
+    gradients = torch.autograd.grad(out, (q, k, v), dout)
+    check_gradients(gradients, exact_gradients(q, k, v, dout))
+
+
+def test_gradients_of_gradients_are_refused():
+    q, k, v = leaves(*normal_qkv(1, 8, 8, 1, 1, 64))
+    out = flash_attn_func(q, k, v)
+    with pytest.raises(NotImplementedError, match="create_graph=True"):
+        torch.autograd.grad(out.sum(), q, create_graph=True)
+
+
+def test_inputs_that_need_gradients_run_without_grad_mode():
+    q, k, v = leaves(*normal_qkv(1, 8, 8, 1, 1, 64))
+    with torch.no_grad():
+        assert not flash_attn_func(q, k, v).requires_grad
+
+
+def test_torch_compile_of_a_training_step():
+    def loss(q, k, v):
+        return (flash_attn_func(q, k, v, causal=True).float() ** 2).sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    eager_inputs, compiled_inputs = leaves(*normal_qkv(1, 20, 30, 2, 2, 64)), leaves(*normal_qkv(1, 20, 30, 2, 2, 64))
+    loss(*eager_inputs).backward()
+    compiled(*compiled_inputs).backward()
+    for eager, each in zip(eager_inputs, compiled_inputs):
+        torch.testing.assert_close(each.grad, eager.grad)
+
+
+def test_dout_of_another_dtype_cannot_come_but_is_named():
+    q, k, v = normal_qkv(1, 8, 8, 1, 1, 64)
+    out, softmax_lse, _ = flash_attn_func(q, k, v, return_attn_probs=True)
+    with pytest.raises(ValueError, match="^dout has dtype torch.float32"):
+        torch.ops.flash_attn_jit.backward(out.float(), q, k, v, out, softmax_lse, None, False)
