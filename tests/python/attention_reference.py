@@ -1,7 +1,7 @@
 """Attention in float64, and what float32 with fp16 probabilities would make of it: the bound of every numeric test."""
 
 from math import exp
-from typing import Optional, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 
@@ -98,6 +98,23 @@ def check_attention(
         torch.testing.assert_close(
             softmax_lse.double(), expected_lse.to(softmax_lse.device), atol=2e-5, rtol=1e-5
         )
+
+
+def exact_gradients(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, **arguments: Any
+) -> Sequence[torch.Tensor]:
+    """(dq, dk, dv) in float64, by autograd through attention()."""
+    inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    out, _ = attention(*inputs, **arguments)
+    return torch.autograd.grad(out, inputs, dout.double())
+
+
+def check_gradients(gradients: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    for got, exact in zip(gradients, expected):
+        assert got.shape == exact.shape and got.dtype == torch.float16
+        # P, dS and the gradients are rounded to fp16, 11 bits; a gradient sums some of them.
+        bound = 4 * 2**-11 * exact.abs().max().item() + 1e-4
+        assert (got.double() - exact).abs().max().item() <= bound
 
 
 def normal(*shape: int, seed: int = 0, device: str = "cpu") -> torch.Tensor:

@@ -2,28 +2,13 @@
 
 import pytest
 import torch
-from attention_reference import attention, normal, normal_qkv
+from attention_reference import check_gradients, exact_gradients, normal, normal_qkv
 
 from flash_attn_jit import flash_attn_func
 
 
 def leaves(*tensors):
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
-
-
-def exact_gradients(q, k, v, dout, **arguments):
-    """float64 autograd through the reference."""
-    inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    out, _ = attention(*inputs, **arguments)
-    return torch.autograd.grad(out, inputs, dout.double())
-
-
-def check_gradients(gradients, expected):
-    for got, exact in zip(gradients, expected):
-        assert got.shape == exact.shape and got.dtype == torch.float16
-        # P, dS and the gradients are rounded to fp16, 11 bits; a gradient sums some of them.
-        bound = 4 * 2**-11 * exact.abs().max().item() + 1e-4
-        assert (got.double() - exact).abs().max().item() <= bound
 
 
 @pytest.mark.parametrize(
