@@ -58,9 +58,9 @@ FoundKernel with_launch_shape(FoundKernel found, const RenderedKernel& rendered)
 
 std::string prebuild_command(const KernelSpec& spec, int sm) {
   return "flash-attn-jit prebuild --arch sm_" + std::to_string(sm) + " --kinds " +
-         std::string(to_text(spec.kind)) + " --head-dims " + std::to_string(spec.head_dim) + " --causal " +
-         (spec.mask == Mask::kCausal ? "yes" : "no") + " --gqa " + std::to_string(spec.group_size) +
-         " --out DIR";
+         (spec.kind == KernelKind::kForward ? "fwd" : "bwd") + " --head-dims " + std::to_string(spec.head_dim) +
+         " --causal " + (spec.mask == Mask::kCausal ? "yes" : "no") + " --gqa " +
+         std::to_string(spec.group_size) + " --out DIR";
 }
 
 MissingKernelError missing(const KernelSpec& spec, const CompileTarget& target, const KernelCache& cache,

@@ -1,9 +1,13 @@
 // The backward kernels in the interpreter, against float64.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <vector>
 
 #include "backward_case.h"
+#include "generator/default_tiles.h"
+#include "generator/legality.h"
 
 using namespace flash_attn_jit;
 using namespace flash_attn_jit::testing;
@@ -43,6 +47,31 @@ TEST_CASE("backward: edges of tiles, masks, groups, layouts and scales") {
        }) {
     CAPTURE(text);
     CHECK(run_backward_case(BackwardCase::parse(text)) == "");
+  }
+}
+
+// Tiles of the backward tables and, spread over it, of the tile space.
+std::vector<TileConfig> sample_of_tiles(KernelKind kind, int head_dim) {
+  KernelSpec spec;
+  spec.kind = kind;
+  spec.head_dim = head_dim;
+  std::vector<TileConfig> tiles = default_tiles(spec, arch_limits(75));
+  const std::vector<TileConfig> space = tile_space(spec, arch_limits(75));
+  for (std::size_t i = 0; i < space.size(); i += 7) tiles.push_back(space[i]);
+  return tiles;
+}
+
+TEST_CASE("backward: tiles of every head dim class") {
+  for (const int head_dim : {32, 64, 96, 128, 192, 256}) {
+    const auto dkdv = sample_of_tiles(KernelKind::kBackwardDkDv, head_dim);
+    const auto dq = sample_of_tiles(KernelKind::kBackwardDq, head_dim);
+    for (std::size_t i = 0; i < std::max(dkdv.size(), dq.size()); ++i) {
+      BackwardCase c = BackwardCase::parse(i % 2 ? "full sq70 sk150" : "causal gqa2 sq150 sk135");
+      c.forward.head_dim = head_dim;
+      c.dkdv_tile = dkdv[i % dkdv.size()];
+      c.dq_tile = dq[i % dq.size()];
+      CHECK(run_backward_case(c) == "");
+    }
   }
 }
 

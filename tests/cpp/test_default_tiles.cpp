@@ -30,17 +30,19 @@ void for_every_problem(Body body) {
 
 TEST_CASE("every default tile and every tile of the space is legal on a T4, and the space holds the defaults") {
   const ArchLimits t4 = arch_limits(75);
-  for_every_problem([&](KernelSpec spec) {
-    const auto defaults = default_tiles(spec, t4);
-    const auto space = tile_space(spec, t4);
-    CHECK(defaults.size() >= 2);
-    for (const TileConfig& tile : defaults) CHECK(std::binary_search(space.begin(), space.end(), tile));
-    for (const TileConfig& tile : space) {
-      spec.tile = tile;
-      CAPTURE(spec.text());
-      CHECK(check(spec, t4).value_or("legal") == "legal");
-    }
-  });
+  for (const KernelKind kind : kKernelKinds)
+    for_every_problem([&](KernelSpec spec) {
+      spec.kind = kind;
+      const auto defaults = default_tiles(spec, t4);
+      const auto space = tile_space(spec, t4);
+      CHECK(defaults.size() >= (kind == KernelKind::kBackwardPreprocess ? 1 : 2));
+      for (const TileConfig& tile : defaults) CHECK(std::binary_search(space.begin(), space.end(), tile));
+      for (const TileConfig& tile : space) {
+        spec.tile = tile;
+        CAPTURE(spec.text());
+        CHECK(check(spec, t4).value_or("legal") == "legal");
+      }
+    });
 }
 
 TEST_CASE("a problem that fills the device gets the large tile, a small one the small tile") {
