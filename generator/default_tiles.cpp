@@ -23,14 +23,14 @@ constexpr std::array kLargeFull = {
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 5, 7}}},
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 5, 7}}},
     TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {1, 6, 8}}},
-    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 4, 4}}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {5, 7, 7}}},
     TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 192, .schedule = {2, 4, 4}}},
     TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {0, 8, 8}}},
 };
 
 // The causal kernel is a different program to ptxas, with winners of its own.
 constexpr std::array kLargeCausal = {
-    TileRow{64, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 64, .schedule = {3, 7, 7}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 4, 4}}},
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 5, 7}}},
     TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {5, 8, 8}}},
     TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 192, .schedule = {2, 4, 4}}},
@@ -51,12 +51,12 @@ constexpr std::array kSmall = {
 // Backward, chosen like forward's. Above 64 a warp has 16 rows: with 32 the gradients alone would take all registers.
 constexpr std::array kLargeDq = {
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
-    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {0, 4, 8}}},
+    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {2, 7, 8}}},
     TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
 };
 constexpr std::array kLargeDkDv = {
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {0, 8, 8}}},
-    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {0, 6, 8}}},
+    TileRow{128, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 128, .schedule = {0, 6, 8}}},
     TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
 };
 constexpr std::array kSmallBackward = {
