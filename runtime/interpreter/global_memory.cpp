@@ -80,7 +80,7 @@ bool GlobalMemory::check_read(const void* pointer, int bytes, std::string& error
   const auto address = reinterpret_cast<std::uintptr_t>(pointer);
   if (address % bytes == 0)
     for (const Tensor& tensor : tensors_)
-      if (holds(tensor, address, bytes)) return true;
+      if (tensor.extent.use == TensorUse::kRead && holds(tensor, address, bytes)) return true;
   error = explain(address, bytes, TensorUse::kRead);
   return false;
 }
@@ -157,6 +157,8 @@ std::string GlobalMemory::explain(std::uintptr_t address, int bytes, TensorUse u
   if (byte % tensor->extent.element_bytes != 0) return error + "inside element " + at + " of " + name;
   if (use == TensorUse::kWrite && tensor->extent.use == TensorUse::kRead)
     return error + "at " + at + " of " + name + ", which may only be read";
+  if (use == TensorUse::kRead && tensor->extent.use == TensorUse::kWrite)
+    return error + "at " + at + " of " + name + ", which may only be written";
   if (holds(*tensor, address, bytes)) return error + "at " + at + " of " + name;
   return error + "that begins at " + at + " of " + name + " and leaves its row";
 }

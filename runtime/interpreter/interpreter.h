@@ -17,6 +17,7 @@ struct InterpreterError : Error {
   using Error::Error;
 };
 
+// What a kernel may do with a tensor: one of the two.
 enum class TensorUse { kRead, kWrite };
 
 // A tensor that the kernel may touch; every global access is checked against it, gaps between rows included.

@@ -224,6 +224,7 @@ TEST_CASE("global writes: into an input, into a gap, twice, into nothing") {
         Containing{"in a gap"});
   CHECK(output.error_of("store_global_2B(params.tensor + 16 * (thread_in_block() % 31), 0);") ==
         Containing{"warp 0, lane 31: element (0, 0) of tensor is written a second time"});
+  CHECK(output.error_of("load_global_2B(params.tensor);") == Containing{"which may only be written"});
   TensorKernel empty{.shape = {0, 8}, .strides = {8, 1}, .use = TensorUse::kWrite};
   CHECK(empty.error_of("store_global_2B(params.tensor, 0);") == Containing{"outside every tensor"});
 }

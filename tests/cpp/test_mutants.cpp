@@ -1,0 +1,127 @@
+// The real kernels with a fault put in: whichever barrier is taken out, the interpreter has to say so.
+// (It also tells when a barrier is not needed.)
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "backward_case.h"
+#include "containing.h"
+#include "forward_case.h"
+#include "generator/legality.h"
+#include "generator/render.h"
+#include "runtime/host_compiler.h"
+#include "runtime/interpreter/interpreter.h"
+#include "runtime/interpreter/tensor_extents.h"
+
+using namespace flash_attn_jit;
+using namespace flash_attn_jit::testing;
+
+namespace {
+
+// What the interpreter says of a launch with the kernel of `templates`, "" where it finds nothing.
+template <class Launch>
+std::string error_of(const TemplateSet& templates, const Launch& launch, std::span<const TensorExtent> tensors) {
+  const CompiledKernel kernel = compile_for_host(render(launch.spec, templates), host_compiler());
+  try {
+    interpret(kernel, {launch.blocks, kernel.threads, kernel.dynamic_smem}, &launch.params, tensors);
+  } catch (const InterpreterError& error) {
+    return error.what();
+  }
+  return "";
+}
+
+std::string forward_error(const TemplateSet& templates, const ForwardCase& c) {
+  ForwardTensors t(c);
+  const ForwardRequest request = t.request();
+  const TensorExtent tensors[] = {
+      fp16_extent("q", request.q, TensorUse::kRead), fp16_extent("k", request.k, TensorUse::kRead),
+      fp16_extent("v", request.v, TensorUse::kRead), fp16_extent("out", request.out, TensorUse::kWrite),
+      row_extent("softmax_lse", t.lse.data(), request.q, TensorUse::kWrite)};
+  return error_of(templates, plan_forward(request, arch_limits(75), 40), tensors);
+}
+
+std::string backward_error(const TemplateSet& templates, const BackwardCase& c) {
+  BackwardTensors t(c);
+  const BackwardRequest request = t.request();
+  backward_in_interpreter(request);  // for delta
+  const TensorExtent tensors[] = {
+      fp16_extent("q", request.q, TensorUse::kRead),      fp16_extent("k", request.k, TensorUse::kRead),
+      fp16_extent("v", request.v, TensorUse::kRead),      fp16_extent("dout", request.dout, TensorUse::kRead),
+      fp16_extent("dq", request.dq, TensorUse::kWrite),   fp16_extent("dk", request.dk, TensorUse::kWrite),
+      fp16_extent("dv", request.dv, TensorUse::kWrite),   row_extent("softmax_lse", request.softmax_lse, request.q, TensorUse::kRead),
+      row_extent("delta", request.delta, request.q, TensorUse::kRead)};
+  std::string error;
+  for (const BackwardLaunch& launch : plan_backward(request, arch_limits(75), 40))
+    if (launch.spec.kind != KernelKind::kBackwardPreprocess && error.empty())
+      error = error_of(templates, launch, tensors);
+  return error;
+}
+
+// The line of a template that character `at` stands in.
+std::string place(const std::string& name, const std::string& text, std::size_t at) {
+  return name + ":" +
+         std::to_string(1 + std::count(text.begin(), text.begin() + static_cast<std::ptrdiff_t>(at), '\n'));
+}
+
+// Long enough for the slots to come round, with Q partly in shared memory and rows and keys beyond the ends.
+std::vector<ForwardCase> forward_cases() {
+  ForwardCase c = ForwardCase::parse("hdim32 causal sq150 sk230");
+  for (const TileConfig& tile : tiles_of(c.head_dim))
+    if (tile.block_m == 64 && tile.block_n == 16 && tile.register_dims < 32) c.tile = tile;
+  ForwardCase other = ForwardCase::parse("hdim64 full rowgaps sq70 sk150");
+  return {c, other};
+}
+
+std::vector<BackwardCase> backward_cases() {
+  return {BackwardCase::parse("hdim32 causal gqa2 sq150 sk230 dkdv:m64n16w4q16l0b4k8 dq:m64n16w4q16l0b4k8"),
+          BackwardCase::parse("hdim64 full rowgaps sq70 sk150")};
+}
+
+// Takes out each barrier of the templates that `of_family` accepts; `error` says what is found without it.
+template <class OfFamily, class Error>
+int check_mutants(OfFamily of_family, Error error) {
+  int mutants = 0;
+  for (const auto& file : embedded_templates()) {
+    const std::string name = file.first, text = file.second;
+    if (!of_family(name)) continue;
+    for (const std::string barrier : {"block_barrier();", "warp_barrier();"})
+      for (std::size_t at = text.find(barrier); at != std::string::npos; at = text.find(barrier, at + 1)) {
+        TemplateSet templates = embedded_templates();
+        templates[name].replace(at, barrier.size(), std::string(barrier.size() - 1, ' ') + ";");
+        CHECK_MESSAGE(error(templates) != "", place(name, text, at) << ": nothing is missed without this barrier");
+        ++mutants;
+      }
+  }
+  return mutants;
+}
+
+}  // namespace
+
+TEST_CASE("without any one of its barriers, the forward kernel is caught") {
+  const auto of_family = [](const std::string& name) {
+    return !name.starts_with("primitives") && !name.starts_with("flash_bwd");
+  };
+  const int mutants = check_mutants(of_family, [](const TemplateSet& templates) {
+    std::string error;
+    for (const ForwardCase& c : forward_cases())
+      if (error.empty()) error = forward_error(templates, c);
+    return error;
+  });
+  CHECK(mutants >= 5);
+}
+
+TEST_CASE("without any one of their barriers, the backward kernels are caught") {
+  const auto of_family = [](const std::string& name) {
+    return name.starts_with("flash_bwd") || name.starts_with("row_");
+  };
+  const int mutants = check_mutants(of_family, [](const TemplateSet& templates) {
+    std::string error;
+    for (const BackwardCase& c : backward_cases())
+      if (error.empty()) error = backward_error(templates, c);
+    return error;
+  });
+  CHECK(mutants >= 5);
+}
