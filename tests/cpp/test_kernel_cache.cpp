@@ -87,6 +87,21 @@ TEST_CASE("cache: whatever is wrong with a file, it is said once, set aside and 
   }
 }
 
+TEST_CASE("cache: a pipe or a folder in a kernel's place is set aside, and nobody waits for it") {
+  const KernelId id = made_up_id("a");
+  for (const bool pipe : {true, false}) {
+    const TemporaryFolder folder;
+    const CapturedLog log;
+    const fs::path path = folder / id.file_name();
+    REQUIRE((pipe ? ::mkfifo(path.c_str(), 0600) == 0 : fs::create_directory(path)));
+    KernelCache cache(settings_for(folder.path()));
+    CountedBuild build;
+    CHECK(cache.get_or_build(id, build.function()).kernel.image == "image");
+    CHECK(cache.get_or_build(id, build.function()).origin == KernelOrigin::kDiskCache);
+    CHECK(log.warnings().size() == 1);
+  }
+}
+
 TEST_CASE("cache: threads that ask for one kernel build it once, others do not wait for it") {
   const TemporaryFolder folder;
   KernelCache cache(settings_for(folder.path()));
