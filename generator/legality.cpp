@@ -83,7 +83,8 @@ std::optional<std::string> check_forward_tile(const KernelSpec& spec) {
 std::optional<std::string> check_backward_tile(const KernelSpec& spec) {
   const TileConfig& tile = spec.tile;
   if (tile.block_n < 8 || tile.block_n > 64 || tile.block_n % 8 != 0)
-    return tile_name(spec) + " has " + std::to_string(tile.block_n) + " columns a turn; accepted: multiples of 8 up to 64";
+    return tile_name(spec) + " has " + std::to_string(tile.block_n) +
+           " columns a turn; accepted: multiples of 8 up to 64";
   // The turn's first step still reads the slot that the tile stored before the barrier goes into: see FlashBwdTile.
   const LoopSchedule& at = tile.schedule;
   const int first_step_end = (64 + tile.block_n - 1) / tile.block_n;

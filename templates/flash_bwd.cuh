@@ -27,7 +27,8 @@ struct FlashBwdTile {
   static constexpr bool kRowsAreKeys = Traits::kRowSide == RowSide::kKeys;
   // Above 128, 16 rows of both dK and dV would take all of a thread's registers: a block makes half of the head dims.
   static constexpr int kOutputSplits = kRowsAreKeys && Traits::kHeadDim > 128 ? 2 : 1;
-  static constexpr int kDims = (Traits::kHeadDim + 16 * kOutputSplits - 1) / (16 * kOutputSplits) * (16 * kOutputSplits);
+  static constexpr int kDimsStep = 16 * kOutputSplits;
+  static constexpr int kDims = (Traits::kHeadDim + kDimsStep - 1) / kDimsStep * kDimsStep;
   static constexpr int kOutputDims = kDims / kOutputSplits;
   static constexpr int kRowsPerWarp = Traits::kBlockM / Traits::kNWarps;
   static constexpr int kMTiles = kRowsPerWarp / 16;
@@ -113,7 +114,9 @@ class FlashBwd {
  private:
   static __device__ __forceinline__ int minimum(int a, int b) { return a < b ? a : b; }
   static __device__ __forceinline__ int maximum(int a, int b) { return a > b ? a : b; }
-  static __device__ __forceinline__ int tiles_of(int columns) { return (columns + Traits::kBlockN - 1) / Traits::kBlockN; }
+  static __device__ __forceinline__ int tiles_of(int columns) {
+    return (columns + Traits::kBlockN - 1) / Traits::kBlockN;
+  }
 
   static __device__ __forceinline__ void clear(Gradient& gradient) {
 #pragma unroll
@@ -290,7 +293,8 @@ class FlashBwd {
     }
   }
 
-  static __device__ __forceinline__ void multiply(float (&acc)[4], const unsigned (&a)[4], int half, unsigned b, int d) {
+  static __device__ __forceinline__ void multiply(float (&acc)[4], const unsigned (&a)[4], int half, unsigned b,
+                                                  int d) {
     if (d == 0)
       mma_m16n8k8_zero(acc, a[0], a[1], b);
     else
@@ -298,8 +302,8 @@ class FlashBwd {
   }
 
   // P and dS of the step whose S and dP are at hand.
-  __device__ __forceinline__ void differentiate(const Scores& s, const Scores& dp, SharedAddress slot, int step, Operands& p,
-                                                Operands& ds) const {
+  __device__ __forceinline__ void differentiate(const Scores& s, const Scores& dp, SharedAddress slot, int step,
+                                                Operands& p, Operands& ds) const {
     Statistics columns;
     if (kRowsAreKeys) {
       Vec16 four;

@@ -234,7 +234,8 @@ std::string run_backward_case(const BackwardCase& c) {
     const Gradients exact = gradients_float64(t), emulated = gradients_emulated(t);
     fault = compare("dq", t.dq, emulated.dq, exact.dq) + compare("dk", t.dk, emulated.dk, exact.dk) +
             compare("dv", t.dv, emulated.dv, exact.dv);
-    for (WatchedTensor* tensor : {&t.forward.q, &t.forward.k, &t.forward.v, &t.forward.out, &t.dout, &t.dq, &t.dk, &t.dv})
+    for (WatchedTensor* tensor :
+         {&t.forward.q, &t.forward.k, &t.forward.v, &t.forward.out, &t.dout, &t.dq, &t.dk, &t.dv})
       if (!tensor->surroundings_are_untouched()) fault += "memory outside a tensor has changed; ";
   } catch (const Error& error) {
     fault = error.what();
