@@ -148,4 +148,12 @@ std::string KernelSpec::name() const {
   return name;
 }
 
+KernelSpec normalized(KernelSpec spec) {
+  if (spec.kind == KernelKind::kBackwardPreprocess) {  // a row's delta depends on nothing but its out and dout
+    spec.mask = Mask::kNone;
+    spec.group_size = 1;
+  }
+  return spec;
+}
+
 }  // namespace flash_attn_jit

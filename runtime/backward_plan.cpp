@@ -86,6 +86,7 @@ BackwardLaunch lay_out(KernelSpec spec, KernelKind kind, const std::optional<Til
                        int multiprocessors) {
   const auto& shape = rows.view.shape;
   spec.kind = kind;
+  spec = normalized(spec);
   spec.tile = tile ? *tile
                    : choose_tile(spec, arch, {shape[kSeqlen], shape[kBatch] * shape[kHeads], multiprocessors});
   if (spec.tile.block_m < 1) throw UnsupportedError(check(spec, arch).value());

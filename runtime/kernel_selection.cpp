@@ -1,5 +1,7 @@
 #include "runtime/kernel_selection.h"
 
+#include <algorithm>
+
 #include "generator/errors.h"
 #include "generator/legality.h"
 
@@ -16,7 +18,8 @@ void append_tiles(KernelSpec spec, const ArchLimits& arch, std::vector<KernelSpe
   for (const TileConfig& tile : default_tiles(spec, arch)) {
     spec.tile = tile;
     if (const auto reason = check(spec, arch)) throw UnsupportedError(*reason);
-    specs.push_back(spec);
+    if (const KernelSpec plain = normalized(spec); std::find(specs.begin(), specs.end(), plain) == specs.end())
+      specs.push_back(plain);
   }
 }
 
