@@ -57,8 +57,11 @@ def _number(name: str, value: Any) -> float:
 
 
 def _truth(name: str, value: Any) -> bool:
-    if isinstance(value, int) and value in (0, 1):
-        return bool(value)
+    try:  # numpy's booleans are no ints, and its arrays have no truth
+        if not isinstance(value, (torch.Tensor, float)) and value in (0, 1):
+            return bool(value)
+    except ValueError:
+        pass
     raise ValueError(f"{name} is {value!r}. Accepted: True or False.")
 
 

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from attention_reference import normal, normal_qkv
@@ -41,7 +42,24 @@ def test_not_built(arguments, words):
     refused(NotImplementedError, *words, **arguments)
 
 
-@pytest.mark.parametrize("window_size", [3, (1, 2, 3), "ab", None])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"dropout_p": None},
+        {"dropout_p": torch.zeros(2)},
+        {"softcap": "x"},
+        {"softmax_scale": 10**400},
+        {"causal": np.array([1, 1])},
+        {"causal": 2},
+        {"deterministic": "no"},
+    ],
+    ids=lambda value: f"{next(iter(value))}",
+)
+def test_arguments_of_another_kind(arguments):
+    refused(ValueError, next(iter(arguments)), "Accepted", **arguments)
+
+
+@pytest.mark.parametrize("window_size", [3, (1, 2, 3), "ab", None, (-1.5, -1)])
 def test_window_of_another_shape(window_size):
     refused(ValueError, "window_size", "two integers", window_size=window_size)
 
