@@ -21,10 +21,8 @@ void require_arguments(const BackwardRequest& request) {
   for (const NamedTensor& tensor : {NamedTensor{"v", request.v}, {"dk", request.dk}, {"dv", request.dv}})
     require_shape(tensor, k.shape, "k's");
   require_heads(q.shape[kHeads], k.shape[kHeads]);
-  const bool has_rows = q.shape[kBatch] > 0 && q.shape[kSeqlen] > 0 && q.shape[kHeads] > 0;
-  if ((request.softmax_lse == nullptr || request.delta == nullptr) && has_rows)
-    throw ArgumentError(std::string(request.delta == nullptr ? "delta" : "softmax_lse") +
-                        " is a null pointer; accepted: memory for (batch, num_heads, seqlen_q) float32");
+  require_row_memory("softmax_lse", request.softmax_lse, q);
+  require_row_memory("delta", request.delta, q);
   require_finite_scale(request.softmax_scale);
 }
 
@@ -33,17 +31,6 @@ GlobalAccess access_of(const BackwardRequest& request) {
                                    &request.dk, &request.dv})
     if (!is_aligned(*tensor) || !tiles_fit_offsets(*tensor)) return GlobalAccess::kElement2B;
   return GlobalAccess::kVector16B;
-}
-
-KernelSpec spec_without_tile(const BackwardRequest& request) {
-  const std::int64_t num_heads_k = request.k.shape[kHeads];
-  require_head_dim(request.q.shape[kHeadDim]);
-  KernelSpec spec;
-  spec.head_dim = static_cast<int>(request.q.shape[kHeadDim]);
-  spec.mask = request.mask;
-  spec.group_size = num_heads_k > 0 ? static_cast<int>(request.q.shape[kHeads] / num_heads_k) : 1;
-  spec.access = access_of(request);
-  return spec;
 }
 
 TensorStrides strides_of(const TensorView& view) {
@@ -101,7 +88,7 @@ BackwardLaunch lay_out(KernelSpec spec, KernelKind kind, const std::optional<Til
 
 BackwardPlan lay_out_backward(const BackwardRequest& request, const ArchLimits& arch, int multiprocessors) {
   require_arguments(request);
-  const KernelSpec spec = spec_without_tile(request);
+  const KernelSpec spec = problem_spec(request.q, request.k, request.mask, access_of(request));
   const FlashBwdParams params = params_of(request);
   const NamedTensor q{"q", request.q}, k{"k", request.k};
   return {lay_out(spec, KernelKind::kBackwardPreprocess, std::nullopt, q, params, arch, multiprocessors),

@@ -6,7 +6,6 @@
 
 #include "generator/errors.h"
 #include "generator/legality.h"
-#include "runtime/tensor_view.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -20,10 +19,7 @@ void require_arguments(const ForwardRequest& request) {
   require_shape({"v", request.v}, k.shape, "k's");
   require_shape({"out", request.out}, q.shape, "q's");
   require_heads(q.shape[kHeads], k.shape[kHeads]);
-  const bool has_rows = q.shape[kBatch] > 0 && q.shape[kSeqlen] > 0 && q.shape[kHeads] > 0;
-  if (request.softmax_lse == nullptr && has_rows)
-    throw ArgumentError(
-        "softmax_lse is a null pointer; accepted: memory for (batch, num_heads, seqlen_q) float32");
+  require_row_memory("softmax_lse", request.softmax_lse, q);
   require_finite_scale(request.softmax_scale);
 }
 
@@ -31,18 +27,6 @@ GlobalAccess access_of(const ForwardRequest& request) {
   const bool aligned = tiles_fit_offsets(request.k) && tiles_fit_offsets(request.v) && is_aligned(request.q) &&
                        is_aligned(request.k) && is_aligned(request.v) && is_aligned(request.out);
   return aligned ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
-}
-
-// Everything of the spec but its tile. Throws where no tile can make it legal.
-KernelSpec spec_without_tile(const ForwardRequest& request) {
-  const std::int64_t num_heads_k = request.k.shape[kHeads];
-  require_head_dim(request.q.shape[kHeadDim]);
-  KernelSpec spec;
-  spec.head_dim = static_cast<int>(request.q.shape[kHeadDim]);
-  spec.mask = request.mask;
-  spec.group_size = num_heads_k > 0 ? static_cast<int>(request.q.shape[kHeads] / num_heads_k) : 1;
-  spec.access = access_of(request);
-  return spec;
 }
 
 FlashFwdParams params_of(const ForwardRequest& request, std::int64_t num_m_blocks) {
@@ -79,7 +63,7 @@ FlashFwdParams params_of(const ForwardRequest& request, std::int64_t num_m_block
 LaunchPlan lay_out_forward(const ForwardRequest& request, const ArchLimits& arch, int multiprocessors) {
   require_arguments(request);
   LaunchPlan plan;
-  plan.spec = spec_without_tile(request);
+  plan.spec = problem_spec(request.q, request.k, request.mask, access_of(request));
   const std::int64_t seqlen_q = request.q.shape[kSeqlen];
   const ProblemSize size{seqlen_q, request.q.shape[kBatch] * request.q.shape[kHeads], multiprocessors};
   plan.spec.tile = request.tile ? *request.tile : choose_tile(plan.spec, arch, size);

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "generator/errors.h"
+#include "generator/legality.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -64,6 +65,24 @@ void require_finite_scale(float softmax_scale) {
   if (!(std::fabs(softmax_scale) <= kMostScale))
     throw ArgumentError("softmax_scale is " + std::to_string(softmax_scale) +
                         "; accepted: a number from -1e17 to 1e17");
+}
+
+void require_row_memory(const char* name, const float* rows, const TensorView& q) {
+  const bool has_rows = q.shape[kBatch] > 0 && q.shape[kSeqlen] > 0 && q.shape[kHeads] > 0;
+  if (rows == nullptr && has_rows)
+    throw ArgumentError(std::string(name) +
+                        " is a null pointer; accepted: memory for (batch, num_heads, seqlen_q) float32");
+}
+
+KernelSpec problem_spec(const TensorView& q, const TensorView& k, Mask mask, GlobalAccess access) {
+  require_head_dim(q.shape[kHeadDim]);
+  const std::int64_t num_heads_k = k.shape[kHeads];
+  KernelSpec spec;
+  spec.head_dim = static_cast<int>(q.shape[kHeadDim]);
+  spec.mask = mask;
+  spec.group_size = num_heads_k > 0 ? static_cast<int>(q.shape[kHeads] / num_heads_k) : 1;
+  spec.access = access;
+  return spec;
 }
 
 std::int64_t stride_of(const TensorView& view, Dim dim) {

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <string>
 
+#include "generator/kernel_spec.h"
+
 namespace flash_attn_jit {
 
 // A 4-d tensor (batch, seqlen, heads, head_dim); strides count elements; the last one is 1.
@@ -27,8 +29,13 @@ void require_shape(const NamedTensor& tensor, const std::array<std::int64_t, 4>&
 void require_readable(const NamedTensor& tensor);
 void require_heads(std::int64_t num_heads, std::int64_t num_heads_k);
 void require_finite_scale(float softmax_scale);
+// A (batch, num_heads, seqlen_q) float32 tensor for the rows of `q` has memory, unless there are no rows.
+void require_row_memory(const char* name, const float* rows, const TensorView& q);
 
 // ---- how kernels see them ----
+
+// The spec of a problem, but for its kind and tile. Throws UnsupportedError where no tile can make it legal.
+KernelSpec problem_spec(const TensorView& q, const TensorView& k, Mask mask, GlobalAccess access);
 
 // A dimension of one element may come with any stride; its index is always 0.
 std::int64_t stride_of(const TensorView& view, Dim dim);

@@ -171,4 +171,24 @@ AttentionResult attention_emulated(const AttentionProblem& problem, double lag) 
   return Attention<float, Fp16Rounding>(problem, {static_cast<float>(std::exp2(lag))}).run();
 }
 
+double max_error(const std::vector<double>& x, const std::vector<double>& exact) {
+  double worst = 0;
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    if (x[i] == exact[i]) continue;
+    const double error = std::fabs(x[i] - exact[i]);
+    worst = std::isfinite(error) ? std::max(worst, error) : INFINITY;
+  }
+  return worst;
+}
+
+std::vector<double> values_of(WatchedTensor& tensor) {
+  std::vector<double> values;
+  const auto [batch, seqlen, heads, dim] = tensor.shape();
+  for (std::int64_t b = 0; b < batch; ++b)
+    for (std::int64_t s = 0; s < seqlen; ++s)
+      for (std::int64_t h = 0; h < heads; ++h)
+        for (std::int64_t d = 0; d < dim; ++d) values.push_back(from_fp16(tensor.at(b, s, h, d)));
+  return values;
+}
+
 }  // namespace flash_attn_jit::testing

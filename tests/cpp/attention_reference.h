@@ -63,4 +63,10 @@ AttentionResult attention_emulated(const AttentionProblem& problem, double lag);
 // Whether query row `row` may see key `key`: all of them, or bottom-right causal.
 bool sees(Mask mask, std::int64_t seqlen_q, std::int64_t seqlen_k, std::int64_t row, std::int64_t key);
 
+// The elements, widened, as in a contiguous tensor.
+std::vector<double> values_of(WatchedTensor& tensor);
+
+// max |x - exact|, where both infinite and of one sign counts as equal and any other NaN or infinity as infinite.
+double max_error(const std::vector<double>& x, const std::vector<double>& exact);
+
 }  // namespace flash_attn_jit::testing

@@ -139,25 +139,6 @@ void fill_dout(const BackwardCase& c, WatchedTensor& dout) {
         for (std::int64_t d = 0; d < dim; ++d) dout.at(b, s, h, d) = to_fp16(normal(random) * c.dout_factor);
 }
 
-double max_error(const std::vector<double>& x, const std::vector<double>& exact) {
-  double worst = 0;
-  for (std::size_t i = 0; i < x.size(); ++i) {
-    const double error = std::fabs(x[i] - exact[i]);
-    worst = std::isfinite(error) ? std::max(worst, error) : INFINITY;
-  }
-  return worst;
-}
-
-std::vector<double> values_of(WatchedTensor& tensor) {
-  std::vector<double> values;
-  const auto [batch, seqlen, heads, dim] = tensor.shape();
-  for (std::int64_t b = 0; b < batch; ++b)
-    for (std::int64_t s = 0; s < seqlen; ++s)
-      for (std::int64_t h = 0; h < heads; ++h)
-        for (std::int64_t d = 0; d < dim; ++d) values.push_back(from_fp16(tensor.at(b, s, h, d)));
-  return values;
-}
-
 std::string compare(const char* name, WatchedTensor& got, const std::vector<double>& emulated,
                     const std::vector<double>& exact) {
   const double error = max_error(values_of(got), exact), bound = 2 * max_error(emulated, exact) + 1e-5;

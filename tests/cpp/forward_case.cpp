@@ -118,28 +118,6 @@ void add_fault(ForwardOutcome& outcome, const ForwardCase& c, const std::string&
   outcome.fault += (outcome.fault.empty() ? c.text() + ": " : "; ") + what;
 }
 
-// max |x - exact|, where both infinite and of one sign counts as equal and any other NaN or infinity as
-// infinite.
-double max_error(const std::vector<double>& x, const std::vector<double>& exact) {
-  double worst = 0;
-  for (std::size_t i = 0; i < x.size(); ++i) {
-    if (x[i] == exact[i]) continue;
-    const double error = std::fabs(x[i] - exact[i]);
-    worst = std::isfinite(error) ? std::max(worst, error) : INFINITY;
-  }
-  return worst;
-}
-
-std::vector<double> values_of(WatchedTensor& tensor) {
-  std::vector<double> values;
-  const auto [batch, seqlen, heads, dim] = tensor.shape();
-  for (std::int64_t b = 0; b < batch; ++b)
-    for (std::int64_t s = 0; s < seqlen; ++s)
-      for (std::int64_t h = 0; h < heads; ++h)
-        for (std::int64_t d = 0; d < dim; ++d) values.push_back(from_fp16(tensor.at(b, s, h, d)));
-  return values;
-}
-
 double largest_finite(const std::vector<double>& values) {
   double largest = 0;
   for (double x : values)
