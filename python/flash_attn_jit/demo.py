@@ -37,7 +37,7 @@ MODELS = (
 
 def _specs(model: Attention) -> List[str]:
     """The kernels that the runtime may choose for the model's tensors, which are aligned."""
-    specs = _core.select_forward_kernels([model.head_dim], [model.causal], [model.group_size], "sm_75")
+    specs = _core.select_kernels(["fwd"], [model.head_dim], [model.causal], [model.group_size], "sm_75")
     return [spec for spec in specs if " vec16 " in spec]
 
 
