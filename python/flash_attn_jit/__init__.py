@@ -20,7 +20,15 @@ from .errors import (
     MissingKernelError,
     UnsupportedError,
 )
-from .interface import flash_attn_func, interpreter_report
+from .interface import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    interpreter_report,
+)
 
 __version__: str = _version("flash-attn-jit")
 
@@ -34,5 +42,10 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "interpreter_report",
 ]
