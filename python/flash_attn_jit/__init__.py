@@ -30,6 +30,9 @@ from .interface import (
     interpreter_report,
 )
 
+from . import bert_padding
+from .sdpa import SdpaRouter, route_sdpa, sdpa
+
 __version__: str = _version("flash-attn-jit")
 
 __all__ = [
@@ -39,8 +42,10 @@ __all__ = [
     "InterpreterError",
     "InterpreterReport",
     "MissingKernelError",
+    "SdpaRouter",
     "UnsupportedError",
     "__version__",
+    "bert_padding",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
@@ -48,4 +53,6 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "interpreter_report",
+    "route_sdpa",
+    "sdpa",
 ]
