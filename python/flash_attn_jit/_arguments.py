@@ -109,16 +109,18 @@ def max_seqlen(name: str, value: Any) -> int:
     """An int from an int or a 0-d tensor of one."""
     if type(value) is int:
         return value
-    if isinstance(value, torch.Tensor) and value.dim() == 0 and not value.dtype.is_floating_point:
-        if value.device.type != "cpu" and not torch.compiler.is_compiling():
-            _tell_of_synchronisation(name, value.device)
-        return int(value)
     try:
-        return operator.index(value)
+        if not isinstance(value, torch.Tensor):
+            return operator.index(value)
+        if value.dim() == 0 and not value.is_floating_point():
+            if value.device.type != "cpu" and not torch.compiler.is_compiling():
+                _tell_of_synchronisation(name, value.device)
+            return int(value)
     except TypeError:
-        raise ValueError(
-            f"{name} is {value!r}. Accepted: the longest sequence's length, an int or an integer tensor of 0 dimensions."
-        ) from None
+        pass
+    raise ValueError(
+        f"{name} is {value!r}. Accepted: the length of the longest sequence, an int or an integer tensor of 0 dimensions."
+    )
 
 
 _told_of_synchronisation = False
