@@ -9,7 +9,6 @@ import sys
 from typing import Any, Optional, Tuple
 
 import torch
-from torch._C._functorch import is_functorch_wrapped_tensor as _is_wrapped
 
 from . import _core
 
@@ -30,17 +29,19 @@ _VARLEN = ("total_q", "num_heads", "head_dim")
 def _allocate(q: torch.Tensor, cu_seqlens_q: Optional[torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor]:
     """out, contiguous in q's shape whatever q's strides are, and softmax_lse, (batch, num_heads, seqlen_q) or
     (num_heads, total_q)."""
-    layout = _FIXED if cu_seqlens_q is None else _VARLEN
     shape = q.shape
+    layout = _FIXED if cu_seqlens_q is None else _VARLEN
     if len(shape) != len(layout):
         raise ValueError(
-            f"q has {q.dim()} dimensions, shape {tuple(q.shape)}. Accepted: {len(layout)}, ({', '.join(layout)})."
+            f"q has {len(shape)} dimensions, shape {tuple(shape)}. Accepted: {len(layout)}, ({', '.join(layout)})."
         )
     if q.layout is not torch.strided:
         raise ValueError(f"q has layout {q.layout}. Accepted: torch.strided. Use q.to_dense().")
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    rows = (shape[0], shape[2], shape[1]) if cu_seqlens_q is None else (shape[1], shape[0])
-    return out, torch.empty(rows, dtype=torch.float32, device=q.device)
+    if cu_seqlens_q is None:
+        batch, seqlen_q, num_heads, _ = shape
+        return out, torch.empty(batch, num_heads, seqlen_q, dtype=torch.float32, device=q.device)
+    return out, torch.empty(shape[1], shape[0], dtype=torch.float32, device=q.device)
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -115,9 +116,7 @@ _is_traced = torch._C._get_tracing_state
 
 def is_plain(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> bool:
     """Whether the operator would do nothing but call its implementation, so that a call may skip it: no compiler, mode,
-    transform or tracer looks on, no profiler counts operators, and the tensors are torch's own, with memory.
-
-    Asking takes 0.6 us; what it spares is in _autograd.py.
+    transform or tracer looks on, no profiler counts operators, and the tensors are of torch's own types.
     """
     return not (
         _is_compiling()
@@ -129,26 +128,21 @@ def is_plain(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> bool:
         or type(a) not in _PLAIN_TYPES
         or type(b) not in _PLAIN_TYPES
         or type(c) not in _PLAIN_TYPES
-        or a.is_meta
-        or b.is_meta
-        or c.is_meta
         or a.is_neg()  # negated when it is read: the dispatcher does it before an operator runs
         or b.is_neg()
         or c.is_neg()
-        or _is_wrapped(a)  # a tensor that outlived its transform
-        or _is_wrapped(b)
-        or _is_wrapped(c)
     )
 
 
-def forward(plain: bool, *arguments: Any) -> Tuple[torch.Tensor, torch.Tensor]:
-    """(out, softmax_lse); through the operator unless the call is_plain()."""
-    return _forward(*arguments) if plain else _forward_operator(*arguments)
+def _forward_plainly(*arguments: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+    try:
+        return _forward(*arguments)
+    except ValueError:
+        # The compiled module cannot read a meta tensor, nor one that outlived its transform; the operator makes
+        # something of both. Everything else it refuses again, in the same words.
+        return _forward_operator(*arguments)
 
 
-def backward(plain: bool, *arguments: Any) -> None:
-    """Writes dq, dk and dv; through the operator unless the call is_plain()."""
-    if plain:
-        _backward(*arguments)
-    else:
-        _backward_operator(*arguments)
+# By whether the call is_plain().
+forward = {False: _forward_operator, True: _forward_plainly}
+backward = {False: _backward_operator, True: _backward}

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import _core
 from ._arguments import number, reject_what_is_no_tensor, truth
-from ._autograd import attention
+from ._autograd import attention_heads_first
 from .errors import UnsupportedError
 
 __all__ = ["SdpaRouter", "route_sdpa", "sdpa"]
@@ -62,8 +62,12 @@ def sdpa(
         UnsupportedError: a ValueError for bfloat16, a head dim or a GPU that these kernels do not have.
         NotImplementedError: attn_mask or dropout_p; a backward pass with create_graph=True.
     """
-    reject_what_is_no_tensor(query=query, key=key, value=value)
-    is_causal, enable_gqa = truth("is_causal", is_causal), truth("enable_gqa", enable_gqa)
+    if not (isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)):
+        reject_what_is_no_tensor(query=query, key=key, value=value)
+    if is_causal is not True and is_causal is not False:
+        is_causal = truth("is_causal", is_causal)
+    if enable_gqa is not True and enable_gqa is not False:
+        enable_gqa = truth("enable_gqa", enable_gqa)
     if scale is not None:
         scale = number("scale", scale)
     refusal = _refusal(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
@@ -89,35 +93,37 @@ def _refusal(
         return NotImplementedError, f"dropout_p is {dropout_p}, and dropout is not built yet", "0.0"
     if scale is not None and not math.isfinite(scale):
         return ValueError, f"scale is {scale}", "a finite number, or None for 1/sqrt(head_dim)"
-    tensors = (("query", query), ("key", key), ("value", value))
-    for name, tensor in tensors:
-        refusal = _tensor_refusal(name, tensor, query)
-        if refusal:
-            return refusal
-    return _shape_refusal(query, key, value, enable_gqa)
+    device, cast = query.device, _autocast_dtype(query)
+    return (
+        _device_refusal(device)
+        or _tensor_refusal("query", query, query.dim(), device, cast)
+        or _tensor_refusal("key", key, query.dim(), device, cast)
+        or _tensor_refusal("value", value, query.dim(), device, cast)
+        or _shape_refusal(query, key, value, enable_gqa)
+    )
 
 
-def _tensor_refusal(name: str, tensor: torch.Tensor, query: torch.Tensor) -> Optional[_Refusal]:
+def _tensor_refusal(
+    name: str, tensor: torch.Tensor, rank: int, device: torch.device, cast: Optional[torch.dtype]
+) -> Optional[_Refusal]:
+    """Why a tensor cannot be taken beside a query of that rank and device, under autocast to `cast`."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"of layout {tensor.layout}"
         return ValueError, f"{name} is {kind}", "a strided tensor"
-    if tensor.dim() < 2 or tensor.dim() != query.dim():
+    if tensor.dim() < 2 or tensor.dim() != rank:
         return (
             ValueError,
-            f"{name} has {tensor.dim()} dimensions and query {query.dim()}",
+            f"{name} has {tensor.dim()} dimensions and query {rank}",
             "2 or more, (..., heads, seqlen, head_dim), query, key and value alike",
         )
-    if tensor.device != query.device:
-        return ValueError, f"{name} is on device {tensor.device} and query on {query.device}", "all on one device"
-    refusal = _device_refusal(name, tensor.device)
-    if refusal:
-        return refusal
-    dtype = _dtype_of(tensor)
+    if tensor.device != device:
+        return ValueError, f"{name} is on device {tensor.device} and query on {device}", "all on one device"
+    dtype = _dtype_of(tensor, cast)
     if dtype is not torch.float16:
         error = UnsupportedError if dtype is torch.bfloat16 else ValueError
         came = "" if dtype is tensor.dtype else f", {dtype} under autocast"
         return error, f"{name} has dtype {tensor.dtype}{came}", f"torch.float16. Cast it: {name}.to(torch.float16)"
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and dtype is tensor.dtype:
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         return (
             ValueError,
             f"{name} has strides {tensor.stride()}",
@@ -129,16 +135,17 @@ def _tensor_refusal(name: str, tensor: torch.Tensor, query: torch.Tensor) -> Opt
 def _shape_refusal(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool
 ) -> Optional[_Refusal]:
-    head_dim = query.shape[-1]
+    *batch, _, head_dim = query.shape
     if not 1 <= head_dim <= _MOST_HEAD_DIM:
         return UnsupportedError, f"query has head_dim {head_dim}", f"1 to {_MOST_HEAD_DIM}"
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape[-1] != head_dim:
-            return ValueError, f"{name} has head_dim {tensor.shape[-1]} and query {head_dim}", "query's"
-        if tensor.shape[:-3] != query.shape[:-3]:
+        *batch_k, _, head_dim_k = tensor.shape
+        if head_dim_k != head_dim:
+            return ValueError, f"{name} has head_dim {head_dim_k} and query {head_dim}", "query's"
+        if batch_k[:-1] != batch[:-1]:
             return (
                 ValueError,
-                f"{name} has batch dimensions {tuple(tensor.shape[:-3])} and query {tuple(query.shape[:-3])}",
+                f"{name} has batch dimensions {tuple(batch_k[:-1])} and query {tuple(batch[:-1])}",
                 "query's: nothing is broadcast",
             )
     if value.shape != key.shape:
@@ -182,57 +189,67 @@ def _interpreter_is_on() -> bool:
     return True
 
 
-def _device_refusal(name: str, device: torch.device) -> Optional[_Refusal]:
+def _device_refusal(device: torch.device) -> Optional[_Refusal]:
     if not _interpreter:
         if torch.compiler.is_compiling():
             return None  # the operator refuses the device when it runs
         _learn_devices()
-    if device.type == "cuda":
+    kind = device.type
+    if kind == "cuda":
         capability = _capabilities[device.index]
         if capability >= _OLDEST_GPU:
             return None
-        return UnsupportedError, f"{name} is on {device}, an sm_{capability[0]}{capability[1]}", "sm_75 or newer"
-    if device.type == "meta" or (device.type == "cpu" and _interpreter["cpu"]):
+        return UnsupportedError, f"query is on {device}, an sm_{capability[0]}{capability[1]}", "sm_75 or newer"
+    if kind == "meta" or (kind == "cpu" and _interpreter["cpu"]):
         return None
     return (
         ValueError,
-        f"{name} is on device {device}",
+        f"query is on device {device}",
         "a CUDA device, or the CPU with FLASH_ATTN_JIT_INTERPRET=1 set before Python starts",
     )
 
 
-def _dtype_of(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype that SDPA would see: autocast's, where it is on, for every floating dtype but float64."""
+def _autocast_dtype(tensor: torch.Tensor) -> Optional[torch.dtype]:
+    """What autocast casts to on the tensor's device; None where it is off."""
     device = tensor.device.type
-    if tensor.dtype.is_floating_point and tensor.dtype is not torch.float64 and device in ("cuda", "cpu"):
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-    return tensor.dtype
+    if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def _dtype_of(tensor: torch.Tensor, cast: Optional[torch.dtype]) -> torch.dtype:
+    """The dtype that SDPA would see: autocast casts every floating dtype but float64."""
+    if cast is None or not tensor.is_floating_point() or tensor.dtype is torch.float64:
+        return tensor.dtype
+    return cast
 
 
 def _attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: Optional[float]
 ) -> torch.Tensor:
     """What _refusal() let through."""
-    seqlen_q, seqlen_k = query.shape[-2], key.shape[-2]
+    if query.dtype is not torch.float16 or key.dtype is not torch.float16 or value.dtype is not torch.float16:
+        query, key, value = (x.to(torch.float16) for x in (query, key, value))  # autocast's dtype, then
     right = -1
-    if is_causal and seqlen_q > seqlen_k:
-        # Windows and the causal mask are aligned bottom-right, where query i's own key is i + seqlen_k - seqlen_q.
-        is_causal, right = False, seqlen_q - seqlen_k
-    elif is_causal and seqlen_q < seqlen_k:
-        # No query sees a key past the last query's. Among the others the two alignments are one.
-        key, value = key[..., :seqlen_q, :], value[..., :seqlen_q, :]
+    if is_causal:
+        seqlen_q, seqlen_k = query.shape[-2], key.shape[-2]
+        if seqlen_q > seqlen_k:
+            # The window is aligned bottom-right: the query's own key there is i + seqlen_k - seqlen_q.
+            is_causal, right = False, seqlen_q - seqlen_k
+        elif seqlen_q < seqlen_k:
+            # No query sees a key past the last query's. Among the others the two alignments are one.
+            key, value = key[..., :seqlen_q, :], value[..., :seqlen_q, :]
     options = (scale, is_causal, -1, right, 0.0, None, None, None, 0, 0)
-    out, _ = attention(*(_sequence_first(x) for x in (query, key, value)), options, False)
-    return out.transpose(1, 2).reshape(query.shape)
+    if query.dim() == 4:
+        return attention_heads_first(query, key, value, options)
+    out = attention_heads_first(_of_rank_4(query), _of_rank_4(key), _of_rank_4(value), options)
+    return out.reshape(query.shape)
 
 
-def _sequence_first(tensor: torch.Tensor) -> torch.Tensor:
-    """(batch, seqlen, heads, head_dim) in the dtype that SDPA would see, from any number of dimensions."""
-    tensor = tensor.to(_dtype_of(tensor))
+def _of_rank_4(tensor: torch.Tensor) -> torch.Tensor:
     while tensor.dim() < 4:
         tensor = tensor.unsqueeze(0)
-    return tensor.flatten(0, -4).transpose(1, 2)
+    return tensor.flatten(0, -4)
 
 
 class SdpaRouter(TorchFunctionMode):
