@@ -4,7 +4,7 @@ Programs written for it import this module and need no change. All return ``out`
 programs do better with ``flash_attn_jit``, whose functions take more: windows, softcap, ALiBi, softmax_lse.
 """
 
-from typing import Optional, Union
+from typing import Optional, Union, cast
 
 import torch
 
@@ -43,8 +43,11 @@ def flash_attn_func(
     Returns:
         out (batch, seqlen_q, num_heads, head_dim), float16.
     """
-    return flash_attn_jit.flash_attn_func(
-        _rows(q), _rows(k), _rows(v), softmax_scale=softmax_scale, causal=causal
+    return cast(
+        torch.Tensor,
+        flash_attn_jit.flash_attn_func(
+            _rows(q), _rows(k), _rows(v), softmax_scale=softmax_scale, causal=causal
+        ),
     )
 
 
@@ -56,8 +59,11 @@ def flash_attn_kvpacked_func(
     Returns:
         out (batch, seqlen_q, num_heads, head_dim), float16.
     """
-    return flash_attn_jit.flash_attn_kvpacked_func(
-        _rows(q), _rows(kv), softmax_scale=softmax_scale, causal=causal
+    return cast(
+        torch.Tensor,
+        flash_attn_jit.flash_attn_kvpacked_func(
+            _rows(q), _rows(kv), softmax_scale=softmax_scale, causal=causal
+        ),
     )
 
 
@@ -69,7 +75,10 @@ def flash_attn_qkvpacked_func(
     Returns:
         out (batch, seqlen, num_heads, head_dim), float16.
     """
-    return flash_attn_jit.flash_attn_qkvpacked_func(_rows(qkv), softmax_scale=softmax_scale, causal=causal)
+    return cast(
+        torch.Tensor,
+        flash_attn_jit.flash_attn_qkvpacked_func(_rows(qkv), softmax_scale=softmax_scale, causal=causal),
+    )
 
 
 def flash_attn_varlen_func(
@@ -89,16 +98,19 @@ def flash_attn_varlen_func(
     Returns:
         out (total_q, num_heads, head_dim), float16.
     """
-    return flash_attn_jit.flash_attn_varlen_func(
-        _rows(q),
-        _rows(k),
-        _rows(v),
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale=softmax_scale,
-        causal=causal,
+    return cast(
+        torch.Tensor,
+        flash_attn_jit.flash_attn_varlen_func(
+            _rows(q),
+            _rows(k),
+            _rows(v),
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            softmax_scale=softmax_scale,
+            causal=causal,
+        ),
     )
 
 
@@ -117,15 +129,18 @@ def flash_attn_varlen_kvpacked_func(
     Returns:
         out (total_q, num_heads, head_dim), float16.
     """
-    return flash_attn_jit.flash_attn_varlen_kvpacked_func(
-        _rows(q),
-        _rows(kv),
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        softmax_scale=softmax_scale,
-        causal=causal,
+    return cast(
+        torch.Tensor,
+        flash_attn_jit.flash_attn_varlen_kvpacked_func(
+            _rows(q),
+            _rows(kv),
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            softmax_scale=softmax_scale,
+            causal=causal,
+        ),
     )
 
 
@@ -141,6 +156,9 @@ def flash_attn_varlen_qkvpacked_func(
     Returns:
         out (total, num_heads, head_dim), float16.
     """
-    return flash_attn_jit.flash_attn_varlen_qkvpacked_func(
-        _rows(qkv), cu_seqlens, max_seqlen, softmax_scale=softmax_scale, causal=causal
+    return cast(
+        torch.Tensor,
+        flash_attn_jit.flash_attn_varlen_qkvpacked_func(
+            _rows(qkv), cu_seqlens, max_seqlen, softmax_scale=softmax_scale, causal=causal
+        ),
     )

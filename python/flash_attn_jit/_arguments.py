@@ -119,7 +119,7 @@ def max_seqlen(name: str, value: Any) -> int:
     except TypeError:
         pass
     raise ValueError(
-        f"{name} is {value!r}. Accepted: the length of the longest sequence, an int or an integer tensor of 0 dimensions."
+        f"{name} is {value!r}. Accepted: the longest sequence's length, an int or an integer tensor of 0 dimensions."
     )
 
 
@@ -152,7 +152,9 @@ def check_packed(name: str, tensor: torch.Tensor, layout: Tuple[str, ...]) -> No
             f"Accepted: {len(layout)}, ({', '.join(layout)})."
         )
     if tensor.layout is not torch.strided:
-        raise ValueError(f"{name} has layout {tensor.layout}. Accepted: torch.strided. Use {name}.to_dense().")
+        raise ValueError(
+            f"{name} has layout {tensor.layout}. Accepted: torch.strided. Use {name}.to_dense()."
+        )
     if tensor.shape[-3] != int(layout[-3]):
         raise ValueError(
             f"{name} has size {tensor.shape[-3]} in dimension {len(layout) - 3}, shape {tuple(tensor.shape)}. "

@@ -1,6 +1,6 @@
 """Attention with its derivative, for separate and for packed tensors."""
 
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Type
 
 import torch
 from torch.autograd import forward_ad
@@ -14,8 +14,8 @@ from ._arguments import check_packed, reject_what_is_no_tensor
 Options = Tuple[Any, ...]
 _TENSORS = slice(5, 8)
 _float32, _is_grad_enabled = torch.float32, torch.is_grad_enabled
-# out, softmax_lse; softmax_lse is None where the call did not want it
-Result = Tuple[torch.Tensor, Optional[torch.Tensor]]
+# out, softmax_lse; softmax_lse may be None where the call did not want it
+Result = Tuple[torch.Tensor, Any]
 _Gradient = Optional[torch.Tensor]
 # All that is no input: the options, whether the call is plain (ops.is_plain), whether softmax_lse is wanted.
 _Call = Tuple[Options, bool, bool]
@@ -29,7 +29,7 @@ _Call = Tuple[Options, bool, bool]
 
 
 def _save(ctx: Any, call: _Call, *tensors: torch.Tensor) -> Any:
-    """Keeps what backward needs, the last two of `tensors` being out and softmax_lse, and gives what forward returns."""
+    """Keeps `tensors` for backward, the last two of them out and softmax_lse, and gives what forward returns."""
     options, _, wants_lse = call
     if options[5] is None and options[6] is None:
         ctx.save_for_backward(*tensors)
@@ -46,15 +46,12 @@ def _save(ctx: Any, call: _Call, *tensors: torch.Tensor) -> Any:
 def _write_gradients(
     ctx: Any,
     dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    inputs: Sequence[torch.Tensor],
     saved: Sequence[Any],
-    dq: _Gradient,
-    dk: _Gradient,
-    dv: _Gradient,
+    gradients: Sequence[_Gradient],
 ) -> None:
-    """Writes those of dq, dk and dv that are there; `saved` is what follows the inputs among the saved tensors."""
+    """Writes those of `gradients`, (dq, dk, dv), that are there. `inputs` is (q, k, v), `saved` what follows the inputs
+    among the saved tensors."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise NotImplementedError(
             "create_graph=True: gradients of gradients are not built yet. Accepted: create_graph=False."
@@ -63,8 +60,8 @@ def _write_gradients(
     out, softmax_lse, *tensors = saved
     if tensors:
         options = (*options[:5], *tensors, *options[8:])
-    plain = plain and ops.is_plain(dout, q, k)
-    ops.backward[plain](dout, q, k, v, out, softmax_lse, dq, dk, dv, *options)
+    plain = plain and ops.is_plain(dout, inputs[0], inputs[1])
+    ops.backward[plain](dout, *inputs, out, softmax_lse, *gradients, *options)
 
 
 def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
@@ -90,7 +87,7 @@ class _Attention(Function):
                 dq = _empty_like(q)
             if k_needs or v_needs:  # one kernel writes both
                 dk, dv = _empty_like(k), _empty_like(v)
-            _write_gradients(ctx, dout, q, k, v, saved, dq, dk, dv)
+            _write_gradients(ctx, dout, (q, k, v), saved, (dq, dk, dv))
         return dq, dk if k_needs else None, dv if v_needs else None, None
 
 
@@ -100,7 +97,9 @@ class _HeadsFirstAttention(Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> torch.Tensor:
         options, plain, _ = call
-        out, softmax_lse = ops.forward[plain](q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *options)
+        out, softmax_lse = ops.forward[plain](
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *options
+        )
         _save(ctx, call, q, k, v, out, softmax_lse)
         return out.transpose(1, 2)
 
@@ -114,9 +113,9 @@ class _HeadsFirstAttention(Function):
                 dq = _empty_like(q)
             if k_needs or v_needs:
                 dk, dv = _empty_like(k), _empty_like(v)
-            sequence_first = (t if t is None else t.transpose(1, 2) for t in (dout, q, k, v))
-            gradients = (t if t is None else t.transpose(1, 2) for t in (dq, dk, dv))
-            _write_gradients(ctx, *sequence_first, saved, *gradients)
+            inputs = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+            gradients = [t if t is None else t.transpose(1, 2) for t in (dq, dk, dv)]
+            _write_gradients(ctx, dout.transpose(1, 2), inputs, saved, gradients)
         return dq, dk if k_needs else None, dv if v_needs else None, None
 
 
@@ -140,7 +139,7 @@ class _KvpackedAttention(Function):
             if kv_needs:
                 dkv = _empty_like(kv)
                 dk, dv = dkv.unbind(-3)
-            _write_gradients(ctx, dout, q, *kv.unbind(-3), saved, dq, dk, dv)
+            _write_gradients(ctx, dout, (q, *kv.unbind(-3)), saved, (dq, dk, dv))
         return dq, dkv, None
 
 
@@ -159,15 +158,19 @@ class _QkvpackedAttention(Function):
         if dout is not None:
             qkv, *saved = ctx.saved_tensors
             dqkv = _empty_like(qkv)
-            _write_gradients(ctx, dout, *qkv.unbind(-3), saved, *dqkv.unbind(-3))
+            _write_gradients(ctx, dout, qkv.unbind(-3), saved, dqkv.unbind(-3))
         return dqkv, None
 
 
-# By whether the call is plain.
-_attention = {False: _Attention.apply, True: super(Function, _Attention).apply}
-_heads_first = {False: _HeadsFirstAttention.apply, True: super(Function, _HeadsFirstAttention).apply}
-_kvpacked = {False: _KvpackedAttention.apply, True: super(Function, _KvpackedAttention).apply}
-_qkvpacked = {False: _QkvpackedAttention.apply, True: super(Function, _QkvpackedAttention).apply}
+def _by_plainness(function: Type[Function]) -> Dict[bool, Callable[..., Any]]:
+    """Function.apply, and what it calls when it has done its Python part, for a call that is plain."""
+    return {False: function.apply, True: super(Function, function).apply}
+
+
+_attention = _by_plainness(_Attention)
+_heads_first = _by_plainness(_HeadsFirstAttention)
+_kvpacked = _by_plainness(_KvpackedAttention)
+_qkvpacked = _by_plainness(_QkvpackedAttention)
 
 
 def _cast_for_autocast(tensor: torch.Tensor) -> torch.Tensor:
@@ -201,7 +204,9 @@ def attention(q: Any, k: Any, v: Any, options: Options, wants_lse: bool) -> Resu
     return ops.forward[plain](q, k, v, *options)
 
 
-def attention_heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> torch.Tensor:
+def attention_heads_first(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
+) -> torch.Tensor:
     """out of (batch, heads, seqlen, head_dim), float16, in that order too."""
     if forward_ad._current_level >= 0:
         _reject_tangents(query=q, key=k, value=v)

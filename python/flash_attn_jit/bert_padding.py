@@ -1,5 +1,5 @@
-"""Between padded batches, (batch, seqlen, ...), and their rows without padding, (total, ...), which the varlen functions
-take. All of it is differentiable.
+"""Between padded batches, (batch, seqlen, ...), and their rows without padding, (total, ...), which the varlen
+functions take. All of it is differentiable.
 """
 
 from typing import Optional, Tuple

@@ -5,7 +5,13 @@ from typing import Any, Callable, Dict, Optional, Tuple, TypeVar, Union
 import torch
 
 from . import _core
-from ._arguments import UNBOUNDED, Window, max_seqlen as read_max_seqlen, reject_what_is_no_tensor, score_options
+from ._arguments import (
+    UNBOUNDED,
+    Window,
+    max_seqlen as read_max_seqlen,
+    reject_what_is_no_tensor,
+    score_options,
+)
 from ._autograd import Result, attention, attention_kvpacked, attention_qkvpacked
 
 # out, or (out, softmax_lse, S_dmask) with return_attn_probs
@@ -150,7 +156,9 @@ def flash_attn_kvpacked_func(
     options = score_options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
     )
-    return _output(attention_kvpacked(q, kv, _KV, options + _FIXED_LENGTH, return_attn_probs), return_attn_probs)
+    return _output(
+        attention_kvpacked(q, kv, _KV, options + _FIXED_LENGTH, return_attn_probs), return_attn_probs
+    )
 
 
 @_documented
@@ -185,7 +193,9 @@ def flash_attn_qkvpacked_func(
     options = score_options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
     )
-    return _output(attention_qkvpacked(qkv, _QKV, options + _FIXED_LENGTH, return_attn_probs), return_attn_probs)
+    return _output(
+        attention_qkvpacked(qkv, _QKV, options + _FIXED_LENGTH, return_attn_probs), return_attn_probs
+    )
 
 
 def _lengths(
@@ -300,7 +310,9 @@ def flash_attn_varlen_kvpacked_func(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
     )
     lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _output(attention_kvpacked(q, kv, _VARLEN_KV, options + lengths, return_attn_probs), return_attn_probs)
+    return _output(
+        attention_kvpacked(q, kv, _VARLEN_KV, options + lengths, return_attn_probs), return_attn_probs
+    )
 
 
 @_documented
@@ -344,7 +356,9 @@ def flash_attn_varlen_qkvpacked_func(
     reject_what_is_no_tensor(cu_seqlens=cu_seqlens)
     longest = read_max_seqlen("max_seqlen", max_seqlen)
     lengths = (cu_seqlens, cu_seqlens, longest, longest)
-    return _output(attention_qkvpacked(qkv, _VARLEN_QKV, options + lengths, return_attn_probs), return_attn_probs)
+    return _output(
+        attention_qkvpacked(qkv, _VARLEN_QKV, options + lengths, return_attn_probs), return_attn_probs
+    )
 
 
 def interpreter_report() -> Optional[_core.InterpreterReport]:

@@ -6,7 +6,7 @@ takes, and torch.compile sees one operator either way.
 
 import logging
 import sys
-from typing import Any, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 
@@ -44,7 +44,9 @@ def _allocate(q: torch.Tensor, cu_seqlens_q: Optional[torch.Tensor]) -> Tuple[to
     return out, torch.empty(shape[1], shape[0], dtype=torch.float32, device=q.device)
 
 
-def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any
+) -> Tuple[torch.Tensor, torch.Tensor]:
     out, softmax_lse = _allocate(q, options[_CU_SEQLENS_Q])
     _core.forward(q, k, v, out, softmax_lse, *options)
     return out, softmax_lse
@@ -144,5 +146,8 @@ def _forward_plainly(*arguments: Any) -> Tuple[torch.Tensor, torch.Tensor]:
 
 
 # By whether the call is_plain().
-forward = {False: _forward_operator, True: _forward_plainly}
-backward = {False: _backward_operator, True: _backward}
+forward: Dict[bool, Callable[..., Tuple[torch.Tensor, torch.Tensor]]] = {
+    False: _forward_operator,
+    True: _forward_plainly,
+}
+backward: Dict[bool, Callable[..., None]] = {False: _backward_operator, True: _backward}

@@ -38,9 +38,9 @@ def sdpa(
 ) -> torch.Tensor:
     """``torch.nn.functional.scaled_dot_product_attention`` on these kernels: its layout, its rules. Differentiable.
 
-    Two rules differ from ``flash_attn_func``'s: heads come before the sequence, and the causal mask is aligned top-left:
-    query i sees key j where j <= i, however long the two are. Under ``torch.autocast`` the inputs are cast as SDPA
-    casts them, all but float64 to its dtype.
+    Two rules differ from ``flash_attn_func``'s: heads come before the sequence, and the causal mask is aligned
+    top-left: query i sees key j where j <= i, however long the two are. Under ``torch.autocast`` the inputs are cast
+    as SDPA casts them, all but float64 to its dtype.
 
     Args:
         query: (..., num_heads, seqlen_q, head_dim), float16, with at least 2 dimensions. Head dims 1 to 256. Of every
@@ -62,7 +62,9 @@ def sdpa(
         UnsupportedError: a ValueError for bfloat16, a head dim or a GPU that these kernels do not have.
         NotImplementedError: attn_mask or dropout_p; a backward pass with create_graph=True.
     """
-    if not (isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)):
+    if not (
+        isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)
+    ):
         reject_what_is_no_tensor(query=query, key=key, value=value)
     if is_causal is not True and is_causal is not False:
         is_causal = truth("is_causal", is_causal)
@@ -88,7 +90,8 @@ def _refusal(
 ) -> Optional[_Refusal]:
     """Why these arguments cannot be taken; None where they can."""
     if attn_mask is not None:
-        return NotImplementedError, "attn_mask is given, and masks are not built yet", "None; is_causal for a causal mask"
+        accepted = "None; is_causal=True for a causal mask"
+        return NotImplementedError, "attn_mask is given, and masks are not built yet", accepted
     if dropout_p != 0.0:
         return NotImplementedError, f"dropout_p is {dropout_p}, and dropout is not built yet", "0.0"
     if scale is not None and not math.isfinite(scale):
@@ -122,7 +125,11 @@ def _tensor_refusal(
     if dtype is not torch.float16:
         error = UnsupportedError if dtype is torch.bfloat16 else ValueError
         came = "" if dtype is tensor.dtype else f", {dtype} under autocast"
-        return error, f"{name} has dtype {tensor.dtype}{came}", f"torch.float16. Cast it: {name}.to(torch.float16)"
+        return (
+            error,
+            f"{name} has dtype {tensor.dtype}{came}",
+            f"torch.float16. Cast it: {name}.to(torch.float16)",
+        )
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         return (
             ValueError,
@@ -199,7 +206,11 @@ def _device_refusal(device: torch.device) -> Optional[_Refusal]:
         capability = _capabilities[device.index]
         if capability >= _OLDEST_GPU:
             return None
-        return UnsupportedError, f"query is on {device}, an sm_{capability[0]}{capability[1]}", "sm_75 or newer"
+        return (
+            UnsupportedError,
+            f"query is on {device}, an sm_{capability[0]}{capability[1]}",
+            "sm_75 or newer",
+        )
     if kind == "meta" or (kind == "cpu" and _interpreter["cpu"]):
         return None
     return (
@@ -277,12 +288,20 @@ class SdpaRouter(TorchFunctionMode):
 
     def __repr__(self) -> str:
         counts = self.counts
-        lines = [f"route_sdpa: {counts['flash_attn_jit']} calls ran in flash_attn_jit, {counts['torch']} in PyTorch"]
-        lines += [f"  {count} x {reason}" for reason, count in sorted(self.reasons.items(), key=lambda r: -r[1])]
+        lines = [
+            f"route_sdpa: {counts['flash_attn_jit']} calls ran in flash_attn_jit, {counts['torch']} in PyTorch"
+        ]
+        lines += [
+            f"  {count} x {reason}" for reason, count in sorted(self.reasons.items(), key=lambda r: -r[1])
+        ]
         return "\n".join(lines)
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Tuple[Any, ...] = (), kwargs: Optional[Dict[str, Any]] = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Tuple[Any, ...] = (),
+        kwargs: Optional[Dict[str, Any]] = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func is _TORCHS:
@@ -303,12 +322,14 @@ class SdpaRouter(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         reason = _why_not_routed(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        if not torch.compiler.is_compiling():  # a compiled graph would be made anew for every value of a counter
+        if (
+            not torch.compiler.is_compiling()
+        ):  # a compiled graph would be made anew for every value of a counter
             self._count(reason)
         if reason is None:
             return _attention(query, key, value, bool(is_causal), scale)
         # Arguments at their defaults are left out: older versions of torch know fewer.
-        given = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
+        given: Dict[str, Any] = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
         given.update({} if scale is None else {"scale": scale})
         given.update({"enable_gqa": enable_gqa} if enable_gqa else {})
         return _TORCHS(query, key, value, **given)
@@ -331,7 +352,14 @@ class SdpaRouter(TorchFunctionMode):
 
 
 def _why_not_routed(
-    query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    dropout_p: Any,
+    is_causal: Any,
+    scale: Any,
+    enable_gqa: Any,
 ) -> Optional[str]:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):

@@ -190,7 +190,12 @@ def check_varlen_attention(
 
 
 def exact_varlen_gradients(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, *cu_seqlens: torch.Tensor, **options: Any
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    *cu_seqlens: torch.Tensor,
+    **options: Any,
 ) -> Sequence[torch.Tensor]:
     """(dq, dk, dv) in float64, by autograd through varlen_attention()."""
     inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]

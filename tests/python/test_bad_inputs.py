@@ -60,7 +60,9 @@ def test_arguments_of_another_kind(arguments):
 
 
 @pytest.mark.parametrize(
-    "window_size", [3, (1, 2, 3), "ab", None, (-1.5, -1), torch.ones(3), torch.ones(()), torch.ones(2)], ids=str
+    "window_size",
+    [3, (1, 2, 3), "ab", None, (-1.5, -1), torch.ones(3), torch.ones(()), torch.ones(2)],
+    ids=str,
 )
 def test_window_of_another_shape(window_size):
     refused(ValueError, "window_size", "two integers", window_size=window_size)

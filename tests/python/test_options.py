@@ -53,7 +53,9 @@ def test_causal_is_a_window():
     q, k, v = normal_qkv(1, 30, 50, 1, 1, 64)
     for window_size in ((-1, -1), (-1, 5)):
         causal = flash_attn_func(q, k, v, causal=True, window_size=window_size)
-        torch.testing.assert_close(causal, flash_attn_func(q, k, v, window_size=(-1, 0)), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(
+            causal, flash_attn_func(q, k, v, window_size=(-1, 0)), atol=1e-3, rtol=1e-3
+        )
 
 
 def test_slopes_need_not_require_a_gradient_where_grad_mode_is_off():
@@ -64,7 +66,9 @@ def test_slopes_need_not_require_a_gradient_where_grad_mode_is_off():
 
 
 @pytest.mark.parametrize(
-    "alibi_slopes", [SLOPES.half(), SLOPES.double(), torch.ones(3), torch.ones(2, 2), torch.ones(1, 1, 2)], ids=str
+    "alibi_slopes",
+    [SLOPES.half(), SLOPES.double(), torch.ones(3), torch.ones(2, 2), torch.ones(1, 1, 2)],
+    ids=str,
 )
 def test_slopes_that_do_not_fit(alibi_slopes):
     q, k, v = normal_qkv(1, 8, 8, 2, 2, 64)

@@ -56,7 +56,9 @@ def test_one_input_of_kvpacked_needs_a_gradient(which):
     assert torch.equal(gradient, torch.autograd.grad(flash_attn_kvpacked_func(*both), both, dout)[which])
 
 
-@pytest.mark.parametrize("options", [{"window_size": (6, 2)}, {"softcap": 3.0}, {"alibi_slopes": torch.ones(2)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"window_size": (6, 2)}, {"softcap": 3.0}, {"alibi_slopes": torch.ones(2)}], ids=str
+)
 def test_options_reach_the_packed_forms(options):
     qkv = normal(1, 20, 3, 2, 64)
     q, k, v = qkv.unbind(2)

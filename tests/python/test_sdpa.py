@@ -34,9 +34,7 @@ def check(query, key, value, function=sdpa, **arguments):
     assert out.shape == expected.shape and out.dtype == torch.float16
     torch.testing.assert_close(out.float(), expected, atol=2e-3, rtol=2e-3)
     dout = normal(*out.shape, seed=9)
-    gradients = zip(
-        torch.autograd.grad(out, ours, dout), torch.autograd.grad(expected, theirs, dout.float())
-    )
+    gradients = zip(torch.autograd.grad(out, ours, dout), torch.autograd.grad(expected, theirs, dout.float()))
     for got, wanted in gradients:
         torch.testing.assert_close(got.float(), wanted, atol=1e-2, rtol=1e-2)
 
@@ -90,11 +88,19 @@ Q, K, V = heads_first(1, 4, 8, 64, seqlen_k=8)
         (ValueError, "^key has batch dimensions", {"key": K.expand(2, -1, -1, -1)}),
         (ValueError, "^key has 3 dimensions and query 4", {"key": K[0]}),
         (ValueError, "^key has 2 heads.*enable_gqa=True", {"key": K[:, :2], "value": V[:, :2]}),
-        (ValueError, "^query has 4 heads and key 3", {"key": K[:, :3], "value": V[:, :3], "enable_gqa": True}),
+        (
+            ValueError,
+            "^query has 4 heads and key 3",
+            {"key": K[:, :3], "value": V[:, :3], "enable_gqa": True},
+        ),
         (ValueError, r"^query has strides.*query.contiguous\(\)", {"query": Q.mT.contiguous().mT}),
         (ValueError, "^key is on device meta and query on cpu", {"key": K.to("meta")}),
         (ValueError, "^key is of layout", {"key": K.to_sparse()}),
-        (UnsupportedError, "^query has head_dim 257", {n: normal(1, 2, 8, 257) for n in ("query", "key", "value")}),
+        (
+            UnsupportedError,
+            "^query has head_dim 257",
+            {n: normal(1, 2, 8, 257) for n in ("query", "key", "value")},
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -113,7 +119,9 @@ def test_under_autocast():
     with torch.autocast("cpu", dtype=torch.float16):
         assert torch.equal(sdpa(query, key.bfloat16().float(), value), sdpa(Q, K.bfloat16(), V))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        with pytest.raises(UnsupportedError, match="query has dtype torch.float16, torch.bfloat16 under autocast"):
+        with pytest.raises(
+            UnsupportedError, match="query has dtype torch.float16, torch.bfloat16 under autocast"
+        ):
             sdpa(Q, K, V)
 
 
@@ -136,6 +144,10 @@ def test_outside_of_the_router_nothing_is_routed():
     assert router.counts == {"flash_attn_jit": 0, "torch": 0}
 
 
+def nested(tensor):
+    return torch.nested.nested_tensor([tensor[0].float()])
+
+
 @pytest.mark.parametrize(
     "reason, changes",
     [
@@ -146,13 +158,11 @@ def test_outside_of_the_router_nothing_is_routed():
         ("batch dimensions", {"query": Q.expand(2, -1, -1, -1)}),
         ("strides", {"query": Q.mT.contiguous().mT}),
         ("Subclass", {"query": Q.as_subclass(type("Subclass", (torch.Tensor,), {}))}),
-        ("nested", {"query": torch.nested.nested_tensor([Q[0]]).float(), "key": None, "value": None}),
+        ("nested", {name: nested(t) for name, t in (("query", Q), ("key", K), ("value", V))}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_falls_back(reason, changes):
-    if changes.get("key", K) is None:
-        changes = {name: torch.nested.nested_tensor([t[0].float()]) for name, t in zip(("query", "key", "value"), (Q, K, V))}
     with route_sdpa() as router:
         F.scaled_dot_product_attention(**{"query": Q, "key": K, "value": V, **changes})
     assert router.counts == {"flash_attn_jit": 0, "torch": 1}
@@ -226,7 +236,9 @@ class Targets:
 def test_compiled_calls_are_routed_inside_a_router_alone():
     targets = Targets()
     compiled = torch.compile(
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), backend=targets, fullgraph=True
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        backend=targets,
+        fullgraph=True,
     )
     with route_sdpa() as router:
         inside = compiled(Q, K, V)
@@ -239,7 +251,9 @@ def test_compiled_calls_are_routed_inside_a_router_alone():
 
 @pytest.mark.parametrize("seqlens", SEQLENS[:3], ids=str)
 def test_a_compiled_training_step(seqlens):
-    compiled = torch.compile(F.scaled_dot_product_attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        F.scaled_dot_product_attention, backend="aot_eager", fullgraph=True, dynamic=True
+    )
 
     def routed(*tensors, **arguments):
         with route_sdpa():

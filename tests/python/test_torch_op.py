@@ -113,7 +113,9 @@ def test_backward_writes_what_it_is_given_and_nothing_else():
     assert BACKWARD(*whole) is None
     wide = torch.full((1, 20, 2, 80), 7.0, dtype=torch.float16)
     BACKWARD(*whole[:6], wide[..., 8:72], None, None, *CAUSAL)
-    assert torch.equal(wide[..., 8:72], whole[6]) and (wide[..., :8] == 7).all() and (wide[..., 72:] == 7).all()
+    assert (
+        torch.equal(wide[..., 8:72], whole[6]) and (wide[..., :8] == 7).all() and (wide[..., 72:] == 7).all()
+    )
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     BACKWARD(*whole[:6], None, dk, dv, *CAUSAL)
     assert torch.equal(dk, whole[7]) and torch.equal(dv, whole[8])
@@ -145,7 +147,9 @@ def test_a_compiled_training_step(name, options):
 
     def run(function):
         arguments = FORMS[name]()
-        inputs = [t.requires_grad_() for t in arguments if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        inputs = [
+            t.requires_grad_() for t in arguments if isinstance(t, torch.Tensor) and t.is_floating_point()
+        ]
         total, softmax_lse = function(*arguments)
         return [softmax_lse, *torch.autograd.grad(total, inputs)]
 
