@@ -140,9 +140,10 @@ def _forward_plainly(*arguments: Any) -> Tuple[torch.Tensor, torch.Tensor]:
     try:
         return _forward(*arguments)
     except ValueError:
-        # The compiled module cannot read a meta tensor, nor one that outlived its transform; the operator makes
-        # something of both. Everything else it refuses again, in the same words.
-        return _forward_operator(*arguments)
+        pass
+    # The compiled module cannot read a meta tensor, nor one that outlived its transform; the operator makes something
+    # of both. Everything else it refuses again, in the same words.
+    return _forward_operator(*arguments)
 
 
 # By whether the call is_plain().
