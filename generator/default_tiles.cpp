@@ -72,7 +72,7 @@ std::span<const TileRow> large_tiles(const KernelSpec& spec) {
   if (spec.kind == KernelKind::kBackwardDq) return kLargeDq;
   if (spec.kind == KernelKind::kBackwardDkDv) return kLargeDkDv;
   if (spec.access == GlobalAccess::kElement2B) return kLargeElement;
-  return spec.mask == Mask::kCausal ? std::span<const TileRow>(kLargeCausal) : kLargeFull;
+  return spec.mask == Mask::kNone ? std::span<const TileRow>(kLargeFull) : kLargeCausal;
 }
 
 // Problems that do not fill the device.

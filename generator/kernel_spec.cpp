@@ -65,18 +65,31 @@ std::vector<std::string_view> split(std::string_view text) {
   return words;
 }
 
+constexpr std::string_view kSoftcapWord = "softcap", kAlibiWord = "alibi", kVarlenWord = "varlen";
+
 // The spec's words in canonical order.
-std::array<std::string, 7> words_of(const KernelSpec& spec) {
-  return {std::string(to_text(spec.kind)),
-          "hdim" + std::to_string(spec.head_dim),
-          std::string(to_text(spec.dtype)),
-          std::string(to_text(spec.mask)),
-          "gqa" + std::to_string(spec.group_size),
-          std::string(to_text(spec.access)),
-          spec.tile.text()};
+std::vector<std::string> words_of(const KernelSpec& spec) {
+  std::vector<std::string> words = {std::string(to_text(spec.kind)), "hdim" + std::to_string(spec.head_dim),
+                                    std::string(to_text(spec.dtype)), std::string(to_text(spec.mask))};
+  if (spec.softcap == Softcap::kOn) words.emplace_back(kSoftcapWord);
+  if (spec.alibi == Alibi::kOn) words.emplace_back(kAlibiWord);
+  if (spec.lengths == Lengths::kVarlen) words.emplace_back(kVarlenWord);
+  words.push_back("gqa" + std::to_string(spec.group_size));
+  words.emplace_back(to_text(spec.access));
+  words.push_back(spec.tile.text());
+  return words;
+}
+
+// Takes `word` out of `words` where it stands at `at`.
+bool take(std::vector<std::string_view>& words, std::size_t at, std::string_view word) {
+  if (at >= words.size() || words[at] != word) return false;
+  words.erase(words.begin() + static_cast<std::ptrdiff_t>(at));
+  return true;
 }
 
 }  // namespace
+
+KernelKind parse_kind(std::string_view text) { return parse_word(text, kKernelKinds, "kind"); }
 
 std::string_view to_text(KernelKind kind) {
   switch (kind) {
@@ -92,7 +105,17 @@ std::string_view to_text(KernelKind kind) {
   return {};
 }
 std::string_view to_text(DType dtype) { return dtype == DType::kFloat16 ? "fp16" : "bf16"; }
-std::string_view to_text(Mask mask) { return mask == Mask::kNone ? "full" : "causal"; }
+std::string_view to_text(Mask mask) {
+  switch (mask) {
+    case Mask::kNone:
+      return "full";
+    case Mask::kCausal:
+      return "causal";
+    case Mask::kWindow:
+      return "window";
+  }
+  return {};
+}
 std::string_view to_text(GlobalAccess access) { return access == GlobalAccess::kVector16B ? "vec16" : "elem2"; }
 
 std::string TileConfig::text() const {
@@ -127,15 +150,19 @@ std::string KernelSpec::text() const {
 }
 
 KernelSpec KernelSpec::parse(std::string_view text) {
-  const std::vector<std::string_view> words = split(text);
+  std::vector<std::string_view> words = split(text);
+  KernelSpec spec;
+  if (take(words, 4, kSoftcapWord)) spec.softcap = Softcap::kOn;
+  if (take(words, 4, kAlibiWord)) spec.alibi = Alibi::kOn;
+  if (take(words, 4, kVarlenWord)) spec.lengths = Lengths::kVarlen;
   if (words.size() != 7)
     throw SpecError("kernel spec is '" + std::string(text) +
-                    "'; accepted: seven words like 'fwd hdim128 fp16 causal gqa8 vec16 m256n16w8q96l2b4k7'");
-  KernelSpec spec;
-  spec.kind = parse_word(words[0], kKernelKinds, "kind");
+                    "'; accepted: seven words like 'fwd hdim128 fp16 causal gqa8 vec16 m256n16w8q96l2b4k7', with softcap, "
+                    "alibi and varlen behind the mask where they are on");
+  spec.kind = parse_kind(words[0]);
   spec.head_dim = parse_numbered(words[1], "hdim", "head_dim");
   spec.dtype = parse_word(words[2], std::array{DType::kFloat16, DType::kBFloat16}, "dtype");
-  spec.mask = parse_word(words[3], std::array{Mask::kNone, Mask::kCausal}, "mask");
+  spec.mask = parse_word(words[3], kAllMasks, "mask");
   spec.group_size = parse_numbered(words[4], "gqa", "group_size");
   spec.access = parse_word(words[5], std::array{GlobalAccess::kVector16B, GlobalAccess::kElement2B}, "access");
   spec.tile = TileConfig::parse(words[6]);
@@ -151,6 +178,9 @@ std::string KernelSpec::name() const {
 KernelSpec normalized(KernelSpec spec) {
   if (spec.kind == KernelKind::kBackwardPreprocess) {  // a row's delta depends on nothing but its out and dout
     spec.mask = Mask::kNone;
+    spec.softcap = Softcap::kOff;
+    spec.alibi = Alibi::kOff;
+    spec.lengths = Lengths::kFixed;
     spec.group_size = 1;
   }
   return spec;

@@ -15,7 +15,16 @@ inline constexpr std::array kKernelKinds = {KernelKind::kForward, KernelKind::kB
                                            KernelKind::kBackwardDkDv, KernelKind::kBackwardDq};
 
 enum class DType : std::uint8_t { kFloat16, kBFloat16 };
-enum class Mask : std::uint8_t { kNone, kCausal };
+
+// Which keys a query sees: all, those up to its place on the diagonal, or a window around that place whose two widths
+// are arguments of the launch.
+enum class Mask : std::uint8_t { kNone, kCausal, kWindow };
+inline constexpr std::array kAllMasks = {Mask::kNone, Mask::kCausal, Mask::kWindow};
+
+// Parts of a kernel that are compiled in only where they are on; their values are arguments of the launch.
+enum class Softcap : std::uint8_t { kOff, kOn };
+enum class Alibi : std::uint8_t { kOff, kOn };
+enum class Lengths : std::uint8_t { kFixed, kVarlen };  // one length for the whole batch, or cu_seqlens
 
 // How q, k, v and out are read and written in global memory.
 enum class GlobalAccess : std::uint8_t {
@@ -55,6 +64,9 @@ struct KernelSpec {
   DType dtype = DType::kFloat16;
   int head_dim = 0;    // the caller's, 1 to 256; padded with zeros inside the kernel
   Mask mask = Mask::kNone;
+  Softcap softcap = Softcap::kOff;
+  Alibi alibi = Alibi::kOff;
+  Lengths lengths = Lengths::kFixed;
   int group_size = 1;  // num_heads / num_heads_k
   GlobalAccess access = GlobalAccess::kVector16B;
   TileConfig tile;
@@ -62,7 +74,8 @@ struct KernelSpec {
   // head_dim rounded up to the 16 dims that two tensor instructions consume.
   int padded_head_dim() const { return (head_dim + 15) / 16 * 16; }
 
-  // Canonical form: "fwd hdim128 fp16 causal gqa8 vec16 m256n16w8q96l2b4k7".
+  // Canonical form: "fwd hdim128 fp16 causal gqa8 vec16 m256n16w8q96l2b4k7"; "softcap", "alibi" and "varlen" stand behind
+  // the mask where they are on.
   std::string text() const;
   static KernelSpec parse(std::string_view text);  // throws SpecError
 
@@ -75,9 +88,10 @@ struct KernelSpec {
 // The spec with what its kind does not read at its plainest value, so that problems which can share a kernel do.
 KernelSpec normalized(KernelSpec spec);
 
+KernelKind parse_kind(std::string_view text);  // throws SpecError
 std::string_view to_text(KernelKind);    // "fwd", "bwd_preprocess", "bwd_dkdv", "bwd_dq"
 std::string_view to_text(DType);         // "fp16", "bf16"
-std::string_view to_text(Mask);          // "full", "causal"
+std::string_view to_text(Mask);          // "full", "causal", "window"
 std::string_view to_text(GlobalAccess);  // "vec16", "elem2"
 
 }  // namespace flash_attn_jit

@@ -56,11 +56,12 @@ py::list devices() {
   return found;
 }
 
-std::vector<std::string> select_forward_kernels(const std::vector<int>& head_dims,
-                                                const std::vector<bool>& causal,
-                                                const std::vector<int>& group_sizes,
-                                                const std::string& arch) {
+std::vector<std::string> select_kernel_texts(const std::vector<std::string>& kinds, const std::vector<int>& head_dims,
+                                             const std::vector<bool>& causal, const std::vector<int>& group_sizes,
+                                             const std::string& arch) {
   KernelSelection selection;
+  selection.kinds.clear();
+  for (const std::string& kind : kinds) selection.kinds.push_back(parse_kind(kind));
   selection.head_dims = head_dims;
   for (const bool c : causal) selection.masks.push_back(c ? Mask::kCausal : Mask::kNone);
   selection.group_sizes = group_sizes;
@@ -135,6 +136,43 @@ void bind_interpreter_report(py::module_& module) {
       .def("__repr__", &InterpreterReport::text);
 }
 
+void bind_attention(py::module_& module) {
+  using Scale = std::optional<double>;
+  using Tile = std::optional<std::string>;
+  using py::handle, std::int64_t;
+  module.def(
+      "forward",
+      [](handle q, handle k, handle v, handle out, handle softmax_lse, Scale softmax_scale, bool causal,
+         int64_t window_left, int64_t window_right, double softcap, handle alibi_slopes, handle cu_seqlens_q,
+         handle cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, const Tile& tile) {
+        bindings::forward(q, k, v, out, softmax_lse,
+                          {softmax_scale, causal, window_left, window_right, softcap, alibi_slopes, cu_seqlens_q,
+                           cu_seqlens_k, max_seqlen_q, max_seqlen_k},
+                          tile);
+      },
+      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("softmax_lse"), py::arg("softmax_scale"),
+      py::arg("causal"), py::arg("window_left") = -1, py::arg("window_right") = -1, py::arg("softcap") = 0.0,
+      py::arg("alibi_slopes") = py::none(), py::arg("cu_seqlens_q") = py::none(), py::arg("cu_seqlens_k") = py::none(),
+      py::arg("max_seqlen_q") = 0, py::arg("max_seqlen_k") = 0, py::arg("tile") = py::none());
+  module.def(
+      "backward",
+      [](handle dout, handle q, handle k, handle v, handle out, handle softmax_lse, handle dq, handle dk, handle dv,
+         handle delta, Scale softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
+         handle alibi_slopes, handle cu_seqlens_q, handle cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+         const Tile& dkdv_tile, const Tile& dq_tile) {
+        bindings::backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, delta,
+                           {softmax_scale, causal, window_left, window_right, softcap, alibi_slopes, cu_seqlens_q,
+                            cu_seqlens_k, max_seqlen_q, max_seqlen_k},
+                           dkdv_tile, dq_tile);
+      },
+      py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("softmax_lse"),
+      py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("delta"), py::arg("softmax_scale"), py::arg("causal"),
+      py::arg("window_left") = -1, py::arg("window_right") = -1, py::arg("softcap") = 0.0,
+      py::arg("alibi_slopes") = py::none(), py::arg("cu_seqlens_q") = py::none(), py::arg("cu_seqlens_k") = py::none(),
+      py::arg("max_seqlen_q") = 0, py::arg("max_seqlen_k") = 0, py::arg("dkdv_tile") = py::none(),
+      py::arg("dq_tile") = py::none());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
@@ -150,15 +188,9 @@ PYBIND11_MODULE(_core, module) {
     set_python_search_path({folders.begin(), folders.end()});
   });
 
-  module.def("forward", &bindings::forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
-             py::arg("softmax_lse"), py::arg("softmax_scale"), py::arg("causal"),
-             py::arg("tile") = py::none());
-  module.def("backward", &bindings::backward, py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"),
-             py::arg("out"), py::arg("softmax_lse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("delta"),
-             py::arg("softmax_scale"), py::arg("causal"), py::arg("dkdv_tile") = py::none(),
-             py::arg("dq_tile") = py::none());
+  bind_attention(module);
   module.def("interpreter_report", &last_interpreter_report);
   module.def("devices", &devices);
-  module.def("select_forward_kernels", &select_forward_kernels, py::arg("head_dims"), py::arg("causal"),
+  module.def("select_kernels", &select_kernel_texts, py::arg("kinds"), py::arg("head_dims"), py::arg("causal"),
              py::arg("group_sizes"), py::arg("arch"));
 }

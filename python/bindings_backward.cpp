@@ -1,5 +1,6 @@
 #include "python/bindings_backward.h"
 
+#include "generator/errors.h"
 #include "python/bindings_arguments.h"
 #include "runtime/backward.h"
 
@@ -12,34 +13,43 @@ std::optional<TileConfig> parse_tile(const std::optional<std::string>& text) {
   return text ? std::optional(TileConfig::parse(*text)) : std::nullopt;
 }
 
+TensorView gradient(const char* name, py::handle object, const Argument& q, Lengths lengths) {
+  const Argument argument(name, object);
+  check_input(argument, q, lengths);
+  return view(argument);
+}
+
 }  // namespace
 
 void backward(py::handle dout_object, py::handle q_object, py::handle k_object, py::handle v_object,
               py::handle out_object, py::handle lse_object, py::handle dq_object, py::handle dk_object,
-              py::handle dv_object, py::handle delta_object, std::optional<double> softmax_scale, bool causal,
+              py::handle dv_object, py::handle delta_object, const OptionArguments& options,
               const std::optional<std::string>& dkdv_tile, const std::optional<std::string>& dq_tile) {
+  const Lengths lengths = options.is_varlen() ? Lengths::kVarlen : Lengths::kFixed;
   const Argument q("q", q_object), k("k", k_object), v("v", v_object), out("out", out_object),
-      dout("dout", dout_object), dq("dq", dq_object), dk("dk", dk_object), dv("dv", dv_object);
-  for (const Argument* argument : {&q, &k, &v, &out, &dout, &dq, &dk, &dv})
-    check_input(*argument, q, "(batch, seqlen, heads, head_dim)");
+      dout("dout", dout_object);
+  for (const Argument* argument : {&q, &k, &v, &out}) check_input(*argument, q, lengths);
+  check_input(dout, q, lengths, LastDim::kAnyStride);
   const Argument lse("softmax_lse", lse_object), delta("delta", delta_object);
   check_rows(lse, q);
   check_rows(delta, q);
 
-  const BackwardRequest request{.q = view(q),
-                                .out = view(out),
-                                .dout = view(dout),
-                                .dq = view(dq),
-                                .k = view(k),
-                                .v = view(v),
-                                .dk = view(dk),
-                                .dv = view(dv),
-                                .softmax_lse = static_cast<const float*>(lse.info.data),
-                                .delta = static_cast<float*>(delta.info.data),
-                                .softmax_scale = scale_of(softmax_scale, q.info.shape[3]),
-                                .mask = causal ? Mask::kCausal : Mask::kNone,
-                                .dkdv_tile = parse_tile(dkdv_tile),
-                                .dq_tile = parse_tile(dq_tile)};
+  BackwardRequest request;
+  request.q = view(q);
+  request.out = view(out);
+  request.dout = view(dout);
+  request.k = view(k);
+  request.v = view(v);
+  request.softmax_lse = static_cast<const float*>(lse.info.data);
+  request.delta = static_cast<float*>(delta.info.data);
+  request.options = read_options(options, q);
+  request.dkdv_tile = parse_tile(dkdv_tile);
+  request.dq_tile = parse_tile(dq_tile);
+  if (!dq_object.is_none()) request.dq = gradient("dq", dq_object, q, lengths);
+  if (dk_object.is_none() != dv_object.is_none())
+    throw ArgumentError("of dk and dv one is None. Accepted: both, or neither: one kernel makes both.");
+  if (!dk_object.is_none())
+    request.dkdv = KeyGradients{gradient("dk", dk_object, q, lengths), gradient("dv", dv_object, q, lengths)};
 
   if (q.info.device.kind == DeviceKind::kCpu) {
     const py::gil_scoped_release without_gil;

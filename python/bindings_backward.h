@@ -6,14 +6,16 @@
 #include <optional>
 #include <string>
 
+#include "python/bindings_arguments.h"
+
 namespace flash_attn_jit::bindings {
 
-// Computes dq, dk and dv on the tensors' device and that device's current stream, or in the interpreter for CPU
-// tensors. `delta` is room for what one kernel leaves to the next, like softmax_lse. Releases the GIL. Throws what
-// flash_attn_jit.errors and ValueError stand for.
+// Computes dq, and dk with dv, those that are not None, on the tensors' device and that device's current stream, or in
+// the interpreter for CPU tensors. `delta` is room for what one kernel leaves to the next, like softmax_lse. Releases
+// the GIL. Throws what flash_attn_jit.errors and ValueError stand for.
 void backward(pybind11::handle dout, pybind11::handle q, pybind11::handle k, pybind11::handle v, pybind11::handle out,
               pybind11::handle softmax_lse, pybind11::handle dq, pybind11::handle dk, pybind11::handle dv,
-              pybind11::handle delta, std::optional<double> softmax_scale, bool causal,
-              const std::optional<std::string>& dkdv_tile, const std::optional<std::string>& dq_tile);
+              pybind11::handle delta, const OptionArguments& options, const std::optional<std::string>& dkdv_tile,
+              const std::optional<std::string>& dq_tile);
 
 }  // namespace flash_attn_jit::bindings

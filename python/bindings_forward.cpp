@@ -8,14 +8,11 @@ namespace py = pybind11;
 namespace flash_attn_jit::bindings {
 
 void forward(py::handle q_object, py::handle k_object, py::handle v_object, py::handle out_object,
-             py::handle lse_object, std::optional<double> softmax_scale, bool causal,
-             const std::optional<std::string>& tile) {
-  const Argument q("q", q_object), k("k", k_object), v("v", v_object);
-  check_input(q, q, "(batch, seqlen_q, num_heads, head_dim)");
-  check_input(k, q, "(batch, seqlen_k, num_heads_k, head_dim)");
-  check_input(v, q, "(batch, seqlen_k, num_heads_k, head_dim)");
-  const Argument out("out", out_object), lse("softmax_lse", lse_object);
-  check_input(out, q, "q's shape");
+             py::handle lse_object, const OptionArguments& options, const std::optional<std::string>& tile) {
+  const Lengths lengths = options.is_varlen() ? Lengths::kVarlen : Lengths::kFixed;
+  const Argument q("q", q_object), k("k", k_object), v("v", v_object), out("out", out_object);
+  for (const Argument* argument : {&q, &k, &v, &out}) check_input(*argument, q, lengths);
+  const Argument lse("softmax_lse", lse_object);
   check_like_q(out, q);
   check_rows(lse, q);
 
@@ -25,8 +22,7 @@ void forward(py::handle q_object, py::handle k_object, py::handle v_object, py::
   request.v = view(v);
   request.out = view(out);
   request.softmax_lse = static_cast<float*>(lse.info.data);
-  request.softmax_scale = scale_of(softmax_scale, q.info.shape[3]);
-  request.mask = causal ? Mask::kCausal : Mask::kNone;
+  request.options = read_options(options, q);
   if (tile) request.tile = TileConfig::parse(*tile);
 
   if (q.info.device.kind == DeviceKind::kCpu) {

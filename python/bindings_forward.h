@@ -6,13 +6,14 @@
 #include <optional>
 #include <string>
 
+#include "python/bindings_arguments.h"
+
 namespace flash_attn_jit::bindings {
 
 // Computes attention into `out` and `softmax_lse` on the tensors' device and that device's current stream, or
 // in the interpreter for CPU tensors. Releases the GIL. Throws what flash_attn_jit.errors and ValueError
 // stand for.
 void forward(pybind11::handle q, pybind11::handle k, pybind11::handle v, pybind11::handle out,
-             pybind11::handle softmax_lse, std::optional<double> softmax_scale, bool causal,
-             const std::optional<std::string>& tile);
+             pybind11::handle softmax_lse, const OptionArguments& options, const std::optional<std::string>& tile);
 
 }  // namespace flash_attn_jit::bindings

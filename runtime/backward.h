@@ -6,26 +6,32 @@
 
 #include "generator/default_tiles.h"
 #include "generator/kernel_spec.h"
+#include "runtime/attention_options.h"
 #include "runtime/kernel_launch.h"
 #include "runtime/tensor_view.h"
 #include "templates/flash_bwd_params.cuh"
 
 namespace flash_attn_jit {
 
+struct KeyGradients {
+  TensorView dk, dv;  // like k and v
+};
+
 // Checked by the caller's language layer for rank, dtype and device; backward() checks shapes against each other.
 struct BackwardRequest {
-  TensorView q, out, dout, dq;         // (batch, seqlen_q, num_heads, head_dim)
-  TensorView k, v, dk, dv;             // (batch, seqlen_k, num_heads_k, head_dim)
-  const float* softmax_lse = nullptr;  // (batch, num_heads, seqlen_q), float32, contiguous: forward's
+  TensorView q, out, dout;             // (batch, seqlen_q, num_heads, head_dim); any stride in dout's last dimension
+  TensorView k, v;                     // (batch, seqlen_k, num_heads_k, head_dim)
+  std::optional<TensorView> dq;        // like q; none: not wanted
+  std::optional<KeyGradients> dkdv;    // none: not wanted
+  const float* softmax_lse = nullptr;  // forward's
   float* delta = nullptr;              // like softmax_lse: room for what one kernel leaves to the next
-  float softmax_scale = 0;
-  Mask mask = Mask::kNone;
+  AttentionOptions options;
   std::optional<TileConfig> dkdv_tile, dq_tile;  // force these tiles; none: the default table decides
 };
 
 using BackwardLaunch = KernelLaunch<FlashBwdParams>;
 
-// The preprocess kernel, then the one of dK and dV, then that of dQ.
+// The preprocess kernel, then the one of dK and dV, then that of dQ; those of gradients that are not wanted have no blocks.
 using BackwardPlan = std::array<BackwardLaunch, 3>;
 
 // Throws ArgumentError where shapes contradict each other, UnsupportedError where no kernel can do it.

@@ -6,6 +6,7 @@
 
 #include "generator/default_tiles.h"
 #include "generator/kernel_spec.h"
+#include "runtime/attention_options.h"
 #include "runtime/kernel_launch.h"
 #include "runtime/tensor_view.h"
 #include "templates/flash_fwd_params.cuh"
@@ -17,9 +18,8 @@ struct ForwardRequest {
   TensorView q;             // (batch, seqlen_q, num_heads, head_dim)
   TensorView k, v;          // (batch, seqlen_k, num_heads_k, head_dim)
   TensorView out;           // like q
-  float* softmax_lse = nullptr;  // (batch, num_heads, seqlen_q), float32, contiguous
-  float softmax_scale = 0;
-  Mask mask = Mask::kNone;
+  float* softmax_lse = nullptr;  // (batch, num_heads, seqlen_q), varlen (num_heads, total_q); float32, contiguous
+  AttentionOptions options;
   std::optional<TileConfig> tile;  // forces this tile; none: the default table decides
 };
 

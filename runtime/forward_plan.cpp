@@ -1,8 +1,6 @@
 #include "runtime/forward_plan.h"
 
-#include <algorithm>
 #include <cstdint>
-#include <string>
 
 #include "generator/errors.h"
 #include "generator/legality.h"
@@ -20,7 +18,7 @@ void require_arguments(const ForwardRequest& request) {
   require_shape({"out", request.out}, q.shape, "q's");
   require_heads(q.shape[kHeads], k.shape[kHeads]);
   require_row_memory("softmax_lse", request.softmax_lse, q);
-  require_finite_scale(request.softmax_scale);
+  require_options(request.options, problem_shape(q, k, request.options));
 }
 
 GlobalAccess access_of(const ForwardRequest& request) {
@@ -30,31 +28,18 @@ GlobalAccess access_of(const ForwardRequest& request) {
 }
 
 FlashFwdParams params_of(const ForwardRequest& request, std::int64_t num_m_blocks) {
-  const TensorView &q = request.q, &k = request.k, &v = request.v, &out = request.out;
   FlashFwdParams params{};
-  params.q = q.data;
-  params.k = k.data;
-  params.v = v.data;
-  params.out = out.data;
+  static_cast<AttentionParams&>(params) = attention_params(request.q, request.k, request.options);
+  params.q = request.q.data;
+  params.k = request.k.data;
+  params.v = request.v.data;
+  params.out = request.out.data;
   params.softmax_lse = request.softmax_lse;
-  params.q_batch_stride = stride_of(q, kBatch);
-  params.q_row_stride = stride_of(q, kSeqlen);
-  params.q_head_stride = stride_of(q, kHeads);
-  params.k_batch_stride = stride_of(k, kBatch);
-  params.k_row_stride = stride_of(k, kSeqlen);
-  params.k_head_stride = stride_of(k, kHeads);
-  params.v_batch_stride = stride_of(v, kBatch);
-  params.v_row_stride = stride_of(v, kSeqlen);
-  params.v_head_stride = stride_of(v, kHeads);
-  params.out_batch_stride = stride_of(out, kBatch);
-  params.out_row_stride = stride_of(out, kSeqlen);
-  params.out_head_stride = stride_of(out, kHeads);
-  params.seqlen_q = static_cast<int>(q.shape[kSeqlen]);
-  params.seqlen_k = static_cast<int>(k.shape[kSeqlen]);
-  params.num_heads = static_cast<int>(q.shape[kHeads]);
+  params.q_strides = strides_of(request.q);
+  params.k_strides = strides_of(request.k);
+  params.v_strides = strides_of(request.v);
+  params.out_strides = strides_of(request.out);
   params.num_m_blocks = static_cast<int>(num_m_blocks);
-  params.softmax_scale_log2 = magnitude_log2(request.softmax_scale);
-  params.q_sign = sign_flip(request.softmax_scale);
   return params;
 }
 
@@ -63,14 +48,14 @@ FlashFwdParams params_of(const ForwardRequest& request, std::int64_t num_m_block
 LaunchPlan lay_out_forward(const ForwardRequest& request, const ArchLimits& arch, int multiprocessors) {
   require_arguments(request);
   LaunchPlan plan;
-  plan.spec = problem_spec(request.q, request.k, request.mask, access_of(request));
-  const std::int64_t seqlen_q = request.q.shape[kSeqlen];
-  const ProblemSize size{seqlen_q, request.q.shape[kBatch] * request.q.shape[kHeads], multiprocessors};
+  plan.spec = problem_spec(request.q, request.k, request.options, access_of(request));
+  const ProblemShape shape = problem_shape(request.q, request.k, request.options);
+  const ProblemSize size{shape.seqlen_q, shape.batch * request.q.shape[kHeads], multiprocessors};
   plan.spec.tile = request.tile ? *request.tile : choose_tile(plan.spec, arch, size);
   if (plan.spec.tile.block_m < 1) throw UnsupportedError(check(plan.spec, arch).value());
-  const std::int64_t num_m_blocks = (seqlen_q + plan.spec.tile.block_m - 1) / plan.spec.tile.block_m;
+  const std::int64_t num_m_blocks = (shape.seqlen_q + plan.spec.tile.block_m - 1) / plan.spec.tile.block_m;
   plan.params = params_of(request, num_m_blocks);
-  plan.blocks = grid_blocks({"q", request.q}, num_m_blocks);
+  plan.blocks = grid_blocks({"q", request.q}, shape.batch, num_m_blocks);
   return plan;
 }
 

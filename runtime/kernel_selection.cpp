@@ -13,6 +13,18 @@ std::vector<GlobalAccess> accesses_of(int head_dim) {
   return {GlobalAccess::kElement2B};
 }
 
+// Every spec of `specs` with every value in `field`.
+template <class Value>
+void cross(std::vector<KernelSpec>& specs, const std::vector<Value>& values, Value KernelSpec::*field) {
+  std::vector<KernelSpec> product;
+  for (const KernelSpec& spec : specs)
+    for (const Value value : values) {
+      product.push_back(spec);
+      product.back().*field = value;
+    }
+  specs = std::move(product);
+}
+
 void append_tiles(KernelSpec spec, const ArchLimits& arch, std::vector<KernelSpec>& specs) {
   require_head_dim(spec.head_dim);
   for (const TileConfig& tile : default_tiles(spec, arch)) {
@@ -26,20 +38,20 @@ void append_tiles(KernelSpec spec, const ArchLimits& arch, std::vector<KernelSpe
 }  // namespace
 
 std::vector<KernelSpec> select_kernels(const KernelSelection& selection, const ArchLimits& arch) {
+  std::vector<KernelSpec> problems{KernelSpec{}};
+  cross(problems, selection.kinds, &KernelSpec::kind);
+  cross(problems, selection.head_dims, &KernelSpec::head_dim);
+  cross(problems, selection.masks, &KernelSpec::mask);
+  cross(problems, selection.softcaps, &KernelSpec::softcap);
+  cross(problems, selection.alibis, &KernelSpec::alibi);
+  cross(problems, selection.lengths, &KernelSpec::lengths);
+  cross(problems, selection.group_sizes, &KernelSpec::group_size);
   std::vector<KernelSpec> specs;
-  for (const KernelKind kind : selection.kinds)
-    for (const int head_dim : selection.head_dims)
-      for (const Mask mask : selection.masks)
-        for (const int group_size : selection.group_sizes)
-          for (const GlobalAccess access : accesses_of(head_dim)) {
-            KernelSpec spec;
-            spec.kind = kind;
-            spec.head_dim = head_dim;
-            spec.mask = mask;
-            spec.group_size = group_size;
-            spec.access = access;
-            append_tiles(spec, arch, specs);
-          }
+  for (KernelSpec spec : problems)
+    for (const GlobalAccess access : accesses_of(spec.head_dim)) {
+      spec.access = access;
+      append_tiles(spec, arch, specs);
+    }
   return specs;
 }
 

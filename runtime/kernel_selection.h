@@ -13,6 +13,9 @@ struct KernelSelection {
   std::vector<int> head_dims;
   std::vector<Mask> masks;
   std::vector<int> group_sizes;
+  std::vector<Softcap> softcaps{Softcap::kOff};
+  std::vector<Alibi> alibis{Alibi::kOff};
+  std::vector<Lengths> lengths{Lengths::kFixed};
 };
 
 // Every default tile, with 16-byte accesses (where the head dim is a multiple of 8) and with element-wise

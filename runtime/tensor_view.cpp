@@ -1,11 +1,9 @@
 #include "runtime/tensor_view.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "generator/errors.h"
-#include "generator/legality.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -14,12 +12,6 @@ constexpr std::int64_t kMostInt = std::numeric_limits<int>::max();
 // Kernels count rows in ints, and round them up to whole blocks on the way.
 constexpr std::int64_t kMostExtent = kMostInt - 65535;
 constexpr std::int64_t kVectorElements = 8;  // fp16 elements in 16 bytes
-constexpr float kLog2E = 1.4426950408889634f;
-// A score, at most 256 x 65504^2 before it is scaled, stays above kNoMaximum of templates/softmax.cuh.
-constexpr float kMostScale = 1e17f;
-constexpr float kLeastScale = 0x1p-100f;  // see softmax_scale_log2 in templates/flash_fwd_params.cuh
-constexpr unsigned kFlipBothSigns = 0x80008000u;
-
 std::string text_of(const std::array<std::int64_t, 4>& numbers) {
   std::string text;
   for (const std::int64_t number : numbers) text += (text.empty() ? "(" : ", ") + std::to_string(number);
@@ -39,17 +31,21 @@ void require_shape(const NamedTensor& tensor, const std::array<std::int64_t, 4>&
                       "; accepted: " + text_of(expected) + ", " + why);
 }
 
-void require_readable(const NamedTensor& tensor) {
+void require_readable_by_elements(const NamedTensor& tensor) {
   const TensorView& view = tensor.view;
   for (const std::int64_t extent : view.shape)
     if (extent < 0 || extent > kMostExtent)
       throw UnsupportedError(std::string(tensor.name) + " has shape " + text_of(view.shape) +
                              "; accepted: 0 to " + std::to_string(kMostExtent) + " in each dimension");
-  if (!has_elements(view)) return;
-  if (view.data == nullptr)
+  if (has_elements(view) && view.data == nullptr)
     throw ArgumentError(std::string(tensor.name) + " has shape " + text_of(view.shape) +
                         " and no memory (a null pointer); accepted: a tensor with its data");
-  if (view.shape[kHeadDim] > 1 && view.strides[kHeadDim] != 1)
+}
+
+void require_readable(const NamedTensor& tensor) {
+  require_readable_by_elements(tensor);
+  const TensorView& view = tensor.view;
+  if (has_elements(view) && view.shape[kHeadDim] > 1 && view.strides[kHeadDim] != 1)
     throw ArgumentError(std::string(tensor.name) + " has strides " + text_of(view.strides) +
                         "; accepted: a contiguous last dimension (stride 1)");
 }
@@ -61,28 +57,11 @@ void require_heads(std::int64_t num_heads, std::int64_t num_heads_k) {
                       "; accepted: a number of heads of q that is a multiple of k's");
 }
 
-void require_finite_scale(float softmax_scale) {
-  if (!(std::fabs(softmax_scale) <= kMostScale))
-    throw ArgumentError("softmax_scale is " + std::to_string(softmax_scale) +
-                        "; accepted: a number from -1e17 to 1e17");
-}
-
 void require_row_memory(const char* name, const float* rows, const TensorView& q) {
   const bool has_rows = q.shape[kBatch] > 0 && q.shape[kSeqlen] > 0 && q.shape[kHeads] > 0;
   if (rows == nullptr && has_rows)
     throw ArgumentError(std::string(name) +
                         " is a null pointer; accepted: memory for (batch, num_heads, seqlen_q) float32");
-}
-
-KernelSpec problem_spec(const TensorView& q, const TensorView& k, Mask mask, GlobalAccess access) {
-  require_head_dim(q.shape[kHeadDim]);
-  const std::int64_t num_heads_k = k.shape[kHeads];
-  KernelSpec spec;
-  spec.head_dim = static_cast<int>(q.shape[kHeadDim]);
-  spec.mask = mask;
-  spec.group_size = num_heads_k > 0 ? static_cast<int>(q.shape[kHeads] / num_heads_k) : 1;
-  spec.access = access;
-  return spec;
 }
 
 std::int64_t stride_of(const TensorView& view, Dim dim) {
@@ -92,7 +71,7 @@ std::int64_t stride_of(const TensorView& view, Dim dim) {
 bool is_aligned(const TensorView& view) {
   if (view.shape[kHeadDim] % kVectorElements != 0) return false;
   return !has_elements(view) ||
-         (reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 &&
+         (view.strides[kHeadDim] == 1 && reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 &&
           stride_of(view, kBatch) % kVectorElements == 0 && stride_of(view, kSeqlen) % kVectorElements == 0 &&
           stride_of(view, kHeads) % kVectorElements == 0);
 }
@@ -102,22 +81,16 @@ bool tiles_fit_offsets(const TensorView& view) {
   return stride_of(view, kSeqlen) < kMostInt / (2 * kMostRowsOfTile);
 }
 
-float magnitude_log2(float softmax_scale) { return std::max(std::fabs(softmax_scale) * kLog2E, kLeastScale); }
-
-unsigned sign_flip(float softmax_scale) { return softmax_scale < 0 ? kFlipBothSigns : 0; }
-
 // batch x heads x row_blocks, each below 2^31.
-std::int64_t grid_blocks(const NamedTensor& tensor, std::int64_t row_blocks) {
-  const auto& shape = tensor.view.shape;
-  const std::int64_t batch_heads = shape[kBatch] * shape[kHeads];
+std::int64_t grid_blocks(const NamedTensor& tensor, std::int64_t batch, std::int64_t row_blocks) {
+  const std::int64_t heads = tensor.view.shape[kHeads], batch_heads = batch * heads;
   if (batch_heads == 0 || row_blocks == 0) return 0;
   if (batch_heads > kMostInt / row_blocks)
-    throw UnsupportedError(std::string(tensor.name) + " has shape " + text_of(shape) + ", which takes " +
-                           std::to_string(shape[kBatch]) + " x " + std::to_string(shape[kHeads]) + " x " +
+    throw UnsupportedError(std::string(tensor.name) + " has shape " + text_of(tensor.view.shape) + ", which takes " +
+                           std::to_string(batch) + " x " + std::to_string(heads) + " x " +
                            std::to_string(row_blocks) +
                            " thread blocks; accepted: at most 2147483647. Split the batch");
   return batch_heads * row_blocks;
 }
-
 
 }  // namespace flash_attn_jit

@@ -3,6 +3,8 @@
 //   S = scale Q K^T     P = exp(S - lse)     dP = dO V^T     dS = P (dP - delta) scale
 //   dQ = dS K           dK = dS^T Q          dV = P^T dO
 //
+// With softcap: S = softcap tanh(scale Q K^T / softcap), and dS has the factor 1 - tanh^2. ALiBi's bias is added to S.
+//
 // A block owns kBlockM rows of one side: queries for dQ, keys for dK and dV. A warp has 16 or 32 of them, and their two
 // matrices (Q and dO, or K and V) at hand as A operands. The other side comes in tiles of kBlockN columns, last tile
 // first, through a ring of three slots in shared memory. With rows as the M side, P and dS leave their products in the
@@ -15,9 +17,11 @@
 #pragma once
 
 #include "flash_bwd_params.cuh"
+#include "mask.cuh"
 #include "primitives.cuh"
 #include "row_fragments.cuh"
 #include "row_output.cuh"
+#include "sequence.cuh"
 #include "tile_copy.cuh"
 
 enum class RowSide { kQueries, kKeys };
@@ -52,18 +56,13 @@ struct FlashBwdTile {
   static constexpr int kSharedBytes = kRowsBegin + Traits::kNWarps * 2 * Fragments::kSharedBytes;
 };
 
-// A matrix of the problem, one head of it.
-struct Matrix {
-  const unsigned short* base;
-  long long row_stride;
-};
-
 template <class Traits>
 class FlashBwd {
   using Tile = FlashBwdTile<Traits>;
   static constexpr bool kRowsAreKeys = Tile::kRowsAreKeys;
   static constexpr int kMTiles = Tile::kMTiles, kDTiles = Tile::kDims / 8, kSteps = Tile::kSteps;
   static constexpr int kOutputDTiles = Tile::kOutputDims / 8;
+  static constexpr float kLog2E = 1.44269504088896341f;
   static constexpr int kPitch = row_pitch(Tile::kDims);
   static constexpr int kGradients = kRowsAreKeys ? 2 : 1;
   static constexpr int kProducts = kSteps * kGradients * kMTiles * kOutputDTiles;  // of a turn's gradients
@@ -78,44 +77,49 @@ class FlashBwd {
     float lse[2], delta[2];
   };
 
-  // What a thread brings of a tile.
+  // What a thread brings of a tile, as it lies in memory: nothing waits for it before it is stored.
   struct Incoming {
     typename Stream::Chunks first, second;
     float lse, delta;
   };
 
  public:
-  __device__ __forceinline__ explicit FlashBwd(const FlashBwdParams& params)
-      : params_(params), lane_(thread_in_block() % 32), warp_(thread_in_block() / 32) {
-    const int split_block = block_in_grid() / Tile::kOutputSplits;
-    const int turn = split_block % params.num_row_blocks;
-    const int batch_head = split_block / params.num_row_blocks;
-    first_output_dim_ = block_in_grid() % Tile::kOutputSplits * Tile::kOutputDims;
-    const int heads = kRowsAreKeys ? params.num_heads_k : params.num_heads;
-    // Causal blocks with the most columns go first, so that the short ones fill the last wave: the last queries, the
-    // first keys.
-    const bool last_first = Traits::kIsCausal && !kRowsAreKeys;
-    row_begin_ = (last_first ? params.num_row_blocks - 1 - turn : turn) * Traits::kBlockM;
-    head_ = batch_head % heads;
-    batch_ = batch_head / heads;
+  __device__ __forceinline__ explicit FlashBwd(const FlashBwdParams& params) : params_(params) {
+    locate(thread_in_block(), block_in_grid());
   }
 
   __device__ __forceinline__ void run() {
+    if (Traits::kIsVarlen && row_begin_ >= seqlen_rows()) return;
     clear(acc_first_);
     if (kRowsAreKeys) clear(acc_second_);
-    if (n_min() < n_max()) {
+    const TileRange columns = column_tiles();
+    if (columns.begin < columns.end) {
       load_rows();
-      const int heads = kRowsAreKeys ? Traits::kGroupSize : 1;
-      for (int i = 0; i < heads; ++i) attend(head_ * heads + i);
+      const int group_heads = kRowsAreKeys ? Traits::kGroupSize : 1;
+      for (int i = 0; i < group_heads; ++i) {
+        locate(reread_thread_in_block(), reread_block_in_grid());
+        attend(head_ * group_heads + i);
+      }
     }
     write_out();
   }
 
  private:
-  static __device__ __forceinline__ int minimum(int a, int b) { return a < b ? a : b; }
-  static __device__ __forceinline__ int maximum(int a, int b) { return a > b ? a : b; }
-  static __device__ __forceinline__ int tiles_of(int columns) {
-    return (columns + Traits::kBlockN - 1) / Traits::kBlockN;
+  // Which rows of which head are this warp's.
+  __device__ __forceinline__ void locate(int thread, int block) {
+    lane_ = thread % 32;
+    warp_ = thread / 32;
+    const int split_block = block / Tile::kOutputSplits;
+    const int turn = split_block % params_.num_row_blocks;
+    const int batch_head = split_block / params_.num_row_blocks;
+    first_output_dim_ = block % Tile::kOutputSplits * Tile::kOutputDims;
+    const int heads = kRowsAreKeys ? params_.num_heads_k : params_.num_heads;
+    // Causal blocks with the most columns go first, so that the short ones fill the last wave: the last queries, the
+    // first keys.
+    const bool last_first = Traits::kIsCausal && !kRowsAreKeys;
+    row_begin_ = (last_first ? params_.num_row_blocks - 1 - turn : turn) * Traits::kBlockM;
+    head_ = batch_head % heads;
+    sequence_ = Sequence<Traits>(params_, batch_head / heads);
   }
 
   static __device__ __forceinline__ void clear(Gradient& gradient) {
@@ -127,77 +131,80 @@ class FlashBwd {
         for (int c = 0; c < 4; ++c) gradient[m][d][c] = 0.0f;
   }
 
-  // ---- which columns the block's rows meet: query i sees key j when j <= i + diagonal ----
-  //
-  //   rows are queries:  tiles [0, n_unmasked) whole, [n_unmasked, n_max) in part
-  //   rows are keys:     tiles [n_min, n_whole) in part, [n_whole, n_max) whole
+  // ---- which columns the rows meet ----
 
-  __device__ __forceinline__ int seqlen_rows() const { return kRowsAreKeys ? params_.seqlen_k : params_.seqlen_q; }
-  __device__ __forceinline__ int seqlen_columns() const { return kRowsAreKeys ? params_.seqlen_q : params_.seqlen_k; }
-  __device__ __forceinline__ int diagonal() const { return params_.seqlen_k - params_.seqlen_q; }
-  __device__ __forceinline__ int last_row() const { return minimum(row_begin_ + Traits::kBlockM, seqlen_rows()) - 1; }
+  __device__ __forceinline__ int seqlen_rows() const {
+    return kRowsAreKeys ? sequence_.seqlen_k() : sequence_.seqlen_q();
+  }
+  __device__ __forceinline__ int seqlen_columns() const {
+    return kRowsAreKeys ? sequence_.seqlen_q() : sequence_.seqlen_k();
+  }
+  __device__ __forceinline__ TileRange column_tiles() const {
+    return kRowsAreKeys ? sequence_.query_tiles(row_begin_, Traits::kBlockM)
+                        : sequence_.key_tiles(row_begin_, Traits::kBlockM);
+  }
+  __device__ __forceinline__ int first_column(int row) const {
+    return kRowsAreKeys ? sequence_.first_query(row) : sequence_.first_key(row);
+  }
+  __device__ __forceinline__ int end_column(int row) const {
+    return kRowsAreKeys ? sequence_.end_query(row) : sequence_.end_key(row);
+  }
 
-  // The number of leading keys that query `row` sees; the first query that sees key `row`.
-  __device__ __forceinline__ int visible_keys(int row) const {
-    return Traits::kIsCausal ? minimum(row + diagonal() + 1, params_.seqlen_k) : params_.seqlen_k;
-  }
-  __device__ __forceinline__ int first_query(int row) const {
-    return Traits::kIsCausal ? maximum(row - diagonal(), 0) : 0;
-  }
-
-  __device__ __forceinline__ int n_max() const {
-    return tiles_of(kRowsAreKeys ? params_.seqlen_q : maximum(visible_keys(last_row()), 0));
-  }
-  __device__ __forceinline__ int n_min() const { return kRowsAreKeys ? first_query(row_begin_) / Traits::kBlockN : 0; }
-  __device__ __forceinline__ int n_unmasked() const { return maximum(visible_keys(row_begin_), 0) / Traits::kBlockN; }
-  __device__ __forceinline__ int n_whole() const { return tiles_of(first_query(last_row())); }
+  // May a tile begin before the first column of a row that meets it?
+  static constexpr bool kHasFirstColumn = Traits::kIsLocal || (Traits::kIsCausal && kRowsAreKeys);
 
   // ---- memory ----
 
-  __device__ __forceinline__ Matrix matrix(const void* tensor, const TensorStrides& strides, int head) const {
-    return {static_cast<const unsigned short*>(tensor) + batch_ * strides.batch + head * strides.head, strides.row};
+  // Head `head` of a tensor with q's rows, or with k's.
+  __device__ __forceinline__ GlobalMatrix queries(const void* tensor, const TensorStrides& strides, int head) const {
+    return {static_cast<const unsigned short*>(tensor) + sequence_.query_offset(strides, head), strides.row};
+  }
+  __device__ __forceinline__ GlobalMatrix keys(const void* tensor, const TensorStrides& strides, int head) const {
+    return {static_cast<const unsigned short*>(tensor) + sequence_.key_offset(strides, head), strides.row};
+  }
+  __device__ __forceinline__ GlobalMatrix dout(int head) const {
+    GlobalMatrix matrix = queries(params_.dout, params_.dout_strides, head);
+    matrix.dim_stride = params_.dout_dim_stride;
+    return matrix;
   }
 
   __device__ __forceinline__ int first_row() const { return row_begin_ + warp_ * Tile::kRowsPerWarp; }
 
   __device__ __forceinline__ void load_rows() {
-    const Matrix first = kRowsAreKeys ? matrix(params_.k, params_.k_strides, head_)
-                                      : matrix(params_.q, params_.q_strides, head_);
-    const Matrix second = kRowsAreKeys ? matrix(params_.v, params_.v_strides, head_)
-                                       : matrix(params_.dout, params_.dout_strides, head_);
+    const GlobalMatrix first =
+        kRowsAreKeys ? keys(params_.k, params_.k_strides, head_) : queries(params_.q, params_.q_strides, head_);
+    const GlobalMatrix second = kRowsAreKeys ? keys(params_.v, params_.v_strides, head_) : dout(head_);
     const SharedAddress staging = warp_ * Tile::kStagingWarpBytes;
     const SharedAddress rows = Tile::kRowsBegin + warp_ * 2 * Tile::Fragments::kSharedBytes;
-    first_rows_.load(first.base, first.row_stride, first_row(), seqlen_rows(), params_.sign, lane_, staging, rows);
-    second_rows_.load(second.base, second.row_stride, first_row(), seqlen_rows(), 0, lane_, staging,
-                      rows + Tile::Fragments::kSharedBytes);
+    first_rows_.load(first, first_row(), seqlen_rows(), params_.sign, lane_, staging, rows);
+    second_rows_.load(second, first_row(), seqlen_rows(), 0, lane_, staging, rows + Tile::Fragments::kSharedBytes);
     if (!kRowsAreKeys) {
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int row = first_row() + 16 * m + 8 * half + lane_ / 4;
-          load_statistics(head_, row, row_statistics_[m].lse[half], row_statistics_[m].delta[half]);
+          float lse, delta;
+          load_statistics(sequence_.statistics_offset(head_, row), row < sequence_.seqlen_q(), lse, delta);
+          row_statistics_[m].lse[half] = scaled_lse(lse);
+          row_statistics_[m].delta[half] = scaled_delta(delta);
         }
     }
     block_barrier();  // every warp has its rows out of the slots' memory
   }
 
-  // Of query `row`; beyond the last query P and dS come out as 0.
-  __device__ __forceinline__ void load_statistics(int head, int row, float& lse, float& delta) const {
-    constexpr float kLog2E = 1.44269504088896341f;
+  // Of a query, or of none: there P and dS come out as 0.
+  __device__ __forceinline__ void load_statistics(long long offset, bool exists, float& lse, float& delta) const {
     lse = infinity();
     delta = 0.0f;
-    if (row < params_.seqlen_q) {
-      const long long at = (static_cast<long long>(batch_) * params_.num_heads + head) * params_.seqlen_q + row;
-      lse = load_global_f32(params_.softmax_lse + at) * kLog2E;
-      delta = load_global_f32(params_.delta + at) * params_.softmax_scale;
+    if (exists) {
+      lse = load_global_f32(params_.softmax_lse + offset);
+      delta = load_global_f32(params_.delta + offset);
     }
   }
 
-  __device__ __forceinline__ void load_column_statistics(Incoming& in, int tile) const {
-    if (kRowsAreKeys && thread_in_block() < Traits::kBlockN)
-      load_statistics(head_q_, tile * Traits::kBlockN + thread_in_block(), in.lse, in.delta);
-  }
+  __device__ __forceinline__ float scaled_lse(float lse) const { return lse * kLog2E; }
+  __device__ __forceinline__ float scaled_delta(float delta) const { return delta * params_.softmax_scale; }
 
   // The turn to tile n brings tile n - 1. Turn 0 brings tile 0 again, which nobody uses: that costs less than a branch.
   __device__ __forceinline__ int incoming_tile() const { return n_block_ > 1 ? n_block_ - 2 : 0; }
@@ -206,14 +213,17 @@ class FlashBwd {
     if (n_block_ > 1) {
       first_stream_.advance();
       second_stream_.advance();
+      column_offset_ -= Traits::kBlockN;
     }
   }
+
+  static __device__ __forceinline__ bool has_column() { return thread_in_block() < Traits::kBlockN; }
 
   __device__ __forceinline__ void load(Incoming& in) {
     advance();
     first_stream_.load(in.first);
     second_stream_.load(in.second);
-    load_column_statistics(in, incoming_tile());
+    if (kRowsAreKeys) load_statistics(column_offset_, has_column(), in.lse, in.delta);
   }
 
   // The same where it may be the last tile, which need not be whole.
@@ -221,18 +231,19 @@ class FlashBwd {
     const int columns = seqlen_columns() - tile * Traits::kBlockN;
     first_stream_.load_bounded(in.first, columns);
     second_stream_.load_bounded(in.second, columns);
-    load_column_statistics(in, tile);
+    if (kRowsAreKeys)
+      load_statistics(column_offset_, has_column() && thread_in_block() < columns, in.lse, in.delta);
   }
 
   // Two columns' statistics lie together, the lse of both first: one 16-byte read fetches what a lane needs.
   __device__ __forceinline__ void store(const Incoming& in, SharedAddress slot) const {
     Stream::store(slot, in.first);
     Stream::store(slot + Tile::kTileBytes, in.second);
-    if (kRowsAreKeys && thread_in_block() < Traits::kBlockN) {
+    if (kRowsAreKeys && has_column()) {
       const SharedAddress at =
           slot + 2 * Tile::kTileBytes + thread_in_block() / 2 * 16 + thread_in_block() % 2 * 4;
-      store_shared_f32(at, in.lse);
-      store_shared_f32(at + 8, in.delta);
+      store_shared_f32(at, scaled_lse(in.lse));
+      store_shared_f32(at + 8, scaled_delta(in.delta));
     }
     block_barrier();
   }
@@ -301,8 +312,8 @@ class FlashBwd {
       mma_m16n8k8(acc, a[2 * half], a[2 * half + 1], b);
   }
 
-  // P and dS of the step whose S and dP are at hand.
-  __device__ __forceinline__ void differentiate(const Scores& s, const Scores& dp, SharedAddress slot, int step,
+  // P and dS of a step of tile n, which lies in `slot`, from its S and dP.
+  __device__ __forceinline__ void differentiate(const Scores& s, const Scores& dp, int n, SharedAddress slot, int step,
                                                 Operands& p, Operands& ds) const {
     Statistics columns;
     if (kRowsAreKeys) {
@@ -320,8 +331,13 @@ class FlashBwd {
         for (int c = 0; c < 2; ++c) {
           const float lse = kRowsAreKeys ? columns.lse[c] : row_statistics_[m].lse[half];
           const float delta = kRowsAreKeys ? columns.delta[c] : row_statistics_[m].delta[half];
-          each_p[c] = exp2_approx(fma_rounded(s[m][2 * half + c], params_.softmax_scale_log2, -lse));
+          const float score = s[m][2 * half + c];
+          float exponent = fma_rounded(score, params_.softmax_scale_log2, -lse);
+          if constexpr (Traits::kHasAlibi) exponent -= alibi_bias(m, half, n * Traits::kBlockN + 8 * step + c);
+          each_p[c] = exp2_approx(exponent);
           each_ds[c] = each_p[c] * fma_rounded(dp[m][2 * half + c], params_.softmax_scale, -delta);
+          // Masked scores are -inf, for which no tanh stands.
+          if constexpr (Traits::kIsSoftcap) each_ds[c] *= max_ignoring_nan(fma_rounded(-score, score, 1.0f), 0.0f);
         }
         p[m][half] = pack_fp16(each_p[0], each_p[1]);
         ds[m][half] = pack_fp16(each_ds[0], each_ds[1]);
@@ -361,30 +377,33 @@ class FlashBwd {
 
   // ---- the turns ----
 
-  // All columns of one query head.
+  // All columns of one query head, last tile first. The last one need not be whole, so that it counts as masked.
   __device__ __forceinline__ void attend(int head_q) {
     head_q_ = head_q;
-    start_head();
-    masked_turns(kRowsAreKeys ? n_max() - 1 : maximum(minimum(n_unmasked(), n_max() - 1), 0));
-    unmasked_turns(kRowsAreKeys ? maximum(n_whole(), n_min()) : 0);
-    if (kRowsAreKeys && Traits::kIsCausal) masked_turns(n_min());
+    if constexpr (Traits::kHasAlibi) alibi_slope_log2_ = sequence_.alibi_slope(head_q) * kLog2E;
+    const TileRange columns = column_tiles();
+    start_head(columns.end);
+    masked_turns(Sequence<Traits>::maximum(Sequence<Traits>::minimum(columns.whole_end, columns.end - 1), columns.begin));
+    unmasked_turns(Sequence<Traits>::maximum(columns.whole_begin, columns.begin));
+    if (kHasFirstColumn) masked_turns(columns.begin);
     finish_step();
     block_barrier();  // the slots' memory is free
   }
 
   // Brings the last tile.
-  __device__ __forceinline__ void start_head() {
-    const Matrix first = kRowsAreKeys ? matrix(params_.q, params_.q_strides, head_q_)
-                                      : matrix(params_.k, params_.k_strides, head_q_ / Traits::kGroupSize);
-    const Matrix second = kRowsAreKeys ? matrix(params_.dout, params_.dout_strides, head_q_)
-                                       : matrix(params_.v, params_.v_strides, head_q_ / Traits::kGroupSize);
-    first_stream_ = Stream(first.base, first.row_stride);
-    second_stream_ = Stream(second.base, second.row_stride);
-    n_block_ = n_max();
+  __device__ __forceinline__ void start_head(int tiles) {
+    const GlobalMatrix first = kRowsAreKeys ? queries(params_.q, params_.q_strides, head_q_)
+                                            : keys(params_.k, params_.k_strides, head_q_ / Traits::kGroupSize);
+    const GlobalMatrix second = kRowsAreKeys ? dout(head_q_)
+                                             : keys(params_.v, params_.v_strides, head_q_ / Traits::kGroupSize);
+    first_stream_ = Stream(first);
+    second_stream_ = Stream(second);
+    n_block_ = tiles;
     slot_ = 0;
     has_step_ = false;
     first_stream_.go_to(n_block_ - 1);
     second_stream_.go_to(n_block_ - 1);
+    column_offset_ = sequence_.statistics_offset(head_q_, (n_block_ - 1) * Traits::kBlockN + thread_in_block());
     Incoming in;
     load_bounded(in, n_block_ - 1);
     store(in, next_slot(slot_));
@@ -401,10 +420,11 @@ class FlashBwd {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         if (step > 0)
-          use_step(slot, step - 1);
+          use_step(n_block_ - 1, slot, step - 1);
         else if (has_step_)
-          use_step(slot_, kSteps - 1);
+          use_step(n_block_, slot_, kSteps - 1);
         scores(slot, step);
+        cap();
         mask(step);
       }
       has_step_ = true;
@@ -419,13 +439,13 @@ class FlashBwd {
   }
 
   // Uses up the step whose S and dP are at hand.
-  __device__ __forceinline__ void use_step(SharedAddress slot, int step) {
+  __device__ __forceinline__ void use_step(int n, SharedAddress slot, int step) {
     Operands p, ds;
-    differentiate(acc_s_, acc_dp_, slot, step, p, ds);
+    differentiate(acc_s_, acc_dp_, n, slot, step, p, ds);
     accumulate_step(p, ds, slot, step, [] {});
   }
 
-  __device__ __forceinline__ void finish_step() { use_step(slot_, kSteps - 1); }
+  __device__ __forceinline__ void finish_step() { use_step(n_block_, slot_, kSteps - 1); }
 
   // Turns to the next tile n. Its barrier stands among the products, so that warps leave it with work at hand.
   __device__ __forceinline__ void turn() {
@@ -445,8 +465,9 @@ class FlashBwd {
           s[m][c] = acc_s_[m][c];
           dp[m][c] = acc_dp_[m][c];
         }
-      differentiate(s, dp, step_slot, previous, p, ds);
+      differentiate(s, dp, step == 0 ? n_block_ : n_block_ - 1, step_slot, previous, p, ds);
       scores(slot, step);
+      cap();
       accumulate_step(p, ds, step_slot, previous, [&] {
         if (product == last_before(Traits::kLoadEighth)) load(in);
         if (product == last_before(Traits::kBarrierEighth)) store(in, free);
@@ -457,6 +478,24 @@ class FlashBwd {
     --n_block_;
   }
 
+  // Row r of a 16-row tile's upper or lower half that this lane holds scores of.
+  __device__ __forceinline__ int lane_row(int m, int half) const { return first_row() + 16 * m + 8 * half + lane_ / 4; }
+
+  __device__ __forceinline__ void cap() {
+    if constexpr (Traits::kIsSoftcap) {
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) acc_s_[m][c] = tanh_of(acc_s_[m][c] * params_.softcap_scale);
+    }
+  }
+
+  // What ALiBi takes off the exponent of the lane's score in column `column` + lane_ % 4 * 2.
+  __device__ __forceinline__ float alibi_bias(int m, int half, int column) const {
+    const int row = lane_row(m, half), own_column = column + lane_ % 4 * 2;
+    return alibi_slope_log2_ * alibi_distance(sequence_, kRowsAreKeys ? own_column : row, kRowsAreKeys ? row : own_column);
+  }
+
   // Of the step's scores, those that belong to no visible pair become P = 0 and dS = 0.
   __device__ __forceinline__ void mask(int step) {
     const int column = (n_block_ - 1) * Traits::kBlockN + 8 * step + lane_ % 4 * 2;
@@ -464,45 +503,46 @@ class FlashBwd {
     for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = first_row() + 16 * m + 8 * half + lane_ / 4;
+        const int first = first_column(lane_row(m, half)), end = end_column(lane_row(m, half));
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const bool visible = kRowsAreKeys ? column + c >= first_query(row) : column + c < visible_keys(row);
-          if (!visible) {
+        for (int c = 0; c < 2; ++c)
+          if (column + c >= end || (kHasFirstColumn && column + c < first)) {
             acc_s_[m][2 * half + c] = -infinity();
             acc_dp_[m][2 * half + c] = 0.0f;
           }
-        }
       }
   }
 
   // ---- the output ----
 
   __device__ __forceinline__ void write_out() {
+    locate(reread_thread_in_block(), reread_block_in_grid());
     if (kRowsAreKeys) {
-      write_gradient(acc_first_, params_.dk, params_.dk_strides);
-      write_gradient(acc_second_, params_.dv, params_.dv_strides);
+      write_gradient(acc_first_, keys(params_.dk, params_.dk_strides, head_));
+      write_gradient(acc_second_, keys(params_.dv, params_.dv_strides, head_));
     } else {
-      write_gradient(acc_first_, params_.dq, params_.dq_strides);
+      write_gradient(acc_first_, queries(params_.dq, params_.dq_strides, head_));
     }
   }
 
-  __device__ __forceinline__ void write_gradient(const Gradient& gradient, void* tensor, const TensorStrides& strides) {
+  __device__ __forceinline__ void write_gradient(const Gradient& gradient, const GlobalMatrix& matrix) {
     float ones[2 * kMTiles];
 #pragma unroll
     for (int r = 0; r < 2 * kMTiles; ++r) ones[r] = 1.0f;
-    unsigned short* base = static_cast<unsigned short*>(tensor) + batch_ * strides.batch + head_ * strides.head +
-                           first_row() * strides.row;
-    Tile::Output::write(gradient, ones, base, strides.row, seqlen_rows() - first_row(), first_output_dim_,
+    unsigned short* rows = const_cast<unsigned short*>(matrix.base) + first_row() * matrix.row_stride;
+    Tile::Output::write(gradient, ones, rows, matrix.row_stride, seqlen_rows() - first_row(), first_output_dim_,
                         warp_ * Tile::kStagingWarpBytes, lane_);
   }
 
   const FlashBwdParams& params_;
-  const int lane_, warp_;
-  int row_begin_, head_, batch_, head_q_, first_output_dim_;
+  int lane_, warp_;
+  Sequence<Traits> sequence_;
+  int row_begin_, head_, head_q_, first_output_dim_;
+  float alibi_slope_log2_;
   typename Tile::Fragments first_rows_, second_rows_;
   Statistics row_statistics_[kMTiles];
   Stream first_stream_, second_stream_;
+  long long column_offset_;  // of the statistics of the column that this thread brings
   int n_block_;         // the tile whose last step is at hand; the turn goes to the one before it
   bool has_step_;       // false before a head's first turn
   SharedAddress slot_;  // where that tile lies; the next one is in the slot behind it

@@ -1,5 +1,7 @@
 // delta = sum over the head dims of dout * out, for every row: the part of dS that a row's own softmax takes back.
 //
+// Rows of all sequences are alike here: varlen tensors come as one sequence of total_q rows.
+//
 // A block has kBlockM rows of one head, a warp 16 or 32 of them. Some lanes share a row, a chunk of 8 dims each.
 #pragma once
 
@@ -36,8 +38,10 @@ class FlashBwdPreprocess {
     const bool exists = row < params_.seqlen_q;
     if (exists && chunk < kChunks) {
       Vec16 out, dout;
-      load_chunk<Traits>(out, at(params_.out, params_.out_strides, row, chunk), chunk * kChunkDims);
-      load_chunk<Traits>(dout, at(params_.dout, params_.dout_strides, row, chunk), chunk * kChunkDims);
+      const int dim = chunk * kChunkDims;
+      const long long dim_stride = Traits::kVectorAccess ? 1 : params_.dout_dim_stride;
+      load_chunk<Traits>(out, at_row(params_.out, params_.out_strides, row) + dim, dim, 1);
+      load_chunk<Traits>(dout, at_row(params_.dout, params_.dout_strides, row) + dim * dim_stride, dim, dim_stride);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         sum = fma_rounded(low_fp16(dout.word[i]), low_fp16(out.word[i]), sum);
@@ -53,10 +57,10 @@ class FlashBwdPreprocess {
     }
   }
 
-  __device__ __forceinline__ const unsigned short* at(const void* tensor, const TensorStrides& strides, int row,
-                                                      int chunk) const {
+  __device__ __forceinline__ const unsigned short* at_row(const void* tensor, const TensorStrides& strides,
+                                                          int row) const {
     return static_cast<const unsigned short*>(tensor) + batch_ * strides.batch + head_ * strides.head +
-           row * strides.row + chunk * kChunkDims;
+           row * strides.row;
   }
 
   const FlashBwdParams& params_;

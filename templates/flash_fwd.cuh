@@ -72,44 +72,61 @@ class FlashFwd {
         lane_(thread_in_block() % 32),
         warp_(thread_in_block() / 32),
         softmax_(params.softmax_scale_log2),
-        k_stream_(head_base(params.k, params.k_batch_stride, params.k_head_stride, block_.head_k), params.k_row_stride),
-        v_stream_(head_base(params.v, params.v_batch_stride, params.v_head_stride, block_.head_k), params.v_row_stride) {}
+        k_stream_(keys(params.k, params.k_strides)),
+        v_stream_(keys(params.v, params.v_strides)) {
+    if constexpr (Traits::kHasAlibi) {
+      constexpr float kLog2E = 1.44269504088896341f;
+      alibi_slope_ = block_.sequence.alibi_slope(block_.head) * kLog2E * reciprocal(params.softmax_scale_log2);
+    }
+  }
 
   __device__ __forceinline__ void run() {
+    if (!block_.has_rows()) return;
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
       for (int d = 0; d < kDTiles; ++d)
 #pragma unroll
         for (int c = 0; c < 4; ++c) acc_o_[m][d][c] = 0.0f;
-    const KeyTiles tiles = block_.key_tiles(params_, block_.m_begin, Traits::kBlockM);
-    if (tiles.n_max > 0) attend(tiles);
+    const TileRange tiles = block_.sequence.key_tiles(block_.m_begin, Traits::kBlockM);
+    if (tiles.begin < tiles.end) attend(tiles);
     write_out();
   }
 
  private:
   __device__ __forceinline__ int first_row() const { return block_.m_begin + warp_ * Tile::kRowsPerWarp; }
-  __device__ __forceinline__ const unsigned short* head_base(const void* tensor, long long batch_stride,
-                                                             long long head_stride, int head) const {
-    return static_cast<const unsigned short*>(tensor) + block_.batch * batch_stride + head * head_stride;
+
+  // The keys or values of the block's head.
+  __device__ __forceinline__ GlobalMatrix keys(const void* tensor, const TensorStrides& strides) const {
+    return {static_cast<const unsigned short*>(tensor) + block_.sequence.key_offset(strides, block_.head_k),
+            strides.row};
+  }
+  __device__ __forceinline__ GlobalMatrix queries() const {
+    return {static_cast<const unsigned short*>(params_.q) + block_.sequence.query_offset(params_.q_strides, block_.head),
+            params_.q_strides.row};
   }
 
-  // Every tile from the last to the first. The masked turns go on into the first tile that every row of the block sees:
-  // after it every row has a maximum, which the unmasked turns rely on, unless it has met nothing but -inf.
-  __device__ __forceinline__ void attend(const KeyTiles& tiles) {
-    query_.load(head_base(params_.q, params_.q_batch_stride, params_.q_head_stride, block_.head), params_.q_row_stride,
-                first_row(), params_.seqlen_q, params_.q_sign, lane_, warp_ * Tile::kStagingWarpBytes,
-                Tile::kQueryBegin + warp_ * Tile::kQWarpBytes);
+  // Every tile from the last to the first. The masked turns go on into the first tile that every row of the block sees
+  // whole: after it every row has a maximum, which the unmasked turns rely on, unless it has met nothing but -inf.
+  __device__ __forceinline__ void attend(const TileRange& tiles) {
+    query_.load(queries(), first_row(), block_.sequence.seqlen_q(), params_.sign, lane_,
+                warp_ * Tile::kStagingWarpBytes, Tile::kQueryBegin + warp_ * Tile::kQWarpBytes);
     block_barrier();  // every warp has its Q out of the slots' memory
-    bring_first_keys(tiles.n_max - 1);
-    const int seen_by_warp = block_.key_tiles(params_, first_row(), Tile::kRowsPerWarp).n_max;
-    masked_turns(tiles.n_unmasked > 0 ? tiles.n_unmasked - 1 : 0, seen_by_warp);
-    if (softmax_.lacks_maximum())
-      masked_turns(0, seen_by_warp);
-    else
-      unmasked_turns();
-    if (seen_by_warp > 0) finish_tile();
+    bring_first_keys(tiles.end - 1);
+    const TileRange of_warp = block_.sequence.key_tiles(first_row(), Tile::kRowsPerWarp);
+    masked_turns(tiles.whole_end > tiles.begin ? tiles.whole_end - 1 : tiles.begin, of_warp);
+    if (softmax_.lacks_maximum()) {
+      masked_turns(tiles.begin, of_warp);
+    } else {
+      unmasked_turns(tiles.whole_begin);
+      if (Traits::kIsLocal) masked_turns(tiles.begin, of_warp);
+    }
+    if (meets(of_warp, n_block_)) finish_tile();
     block_barrier();  // the slots' memory is free for the output
+  }
+
+  static __device__ __forceinline__ bool meets(const TileRange& tiles, int n) {
+    return n < tiles.end && (!Traits::kIsLocal || n >= tiles.begin);
   }
 
   // ---- the slots ----
@@ -134,7 +151,7 @@ class FlashFwd {
     k_stream_.go_to(last);
     v_stream_.go_to(last + 1);
     typename Stream::Chunks k;
-    k_stream_.load_bounded(k, params_.seqlen_k - last * Traits::kBlockN);
+    k_stream_.load_bounded(k, block_.sequence.seqlen_k() - last * Traits::kBlockN);
     Stream::store(slots_.k, k);
     block_barrier();
   }
@@ -154,8 +171,8 @@ class FlashFwd {
   // The same where one of the two may be the sequence's last tile, which need not be whole.
   __device__ __forceinline__ void load_bounded(typename Stream::Chunks& k, typename Stream::Chunks& v) {
     advance();
-    k_stream_.load_bounded(k, params_.seqlen_k - (n_block_ > 1 ? n_block_ - 2 : 0) * Traits::kBlockN);
-    v_stream_.load_bounded(v, params_.seqlen_k - (n_block_ - 1) * Traits::kBlockN);
+    k_stream_.load_bounded(k, block_.sequence.seqlen_k() - (n_block_ > 1 ? n_block_ - 2 : 0) * Traits::kBlockN);
+    v_stream_.load_bounded(v, block_.sequence.seqlen_k() - (n_block_ - 1) * Traits::kBlockN);
   }
 
   static __device__ __forceinline__ void store(const Slots& slots, const typename Stream::Chunks& k,
@@ -269,15 +286,16 @@ class FlashFwd {
   // ---- the turns ----
 
   // Turns to the tiles down to n_end, some of whose keys some rows do not see; a warp leaves out the tiles that none of
-  // its rows sees, which are those from seen_by_warp on. Here one thing comes after the other: these turns are few.
-  __device__ __forceinline__ void masked_turns(int n_end, int seen_by_warp) {
+  // its rows sees. Here one thing comes after the other: these turns are few.
+  __device__ __forceinline__ void masked_turns(int n_end, const TileRange& of_warp) {
     while (n_block_ > n_end) {
       typename Stream::Chunks k, v;
       load_bounded(k, v);
-      if (n_block_ < seen_by_warp) finish_tile();
-      if (n_block_ <= seen_by_warp) {
+      if (meets(of_warp, n_block_)) finish_tile();
+      if (meets(of_warp, n_block_ - 1)) {
         load_first_k(slots_.k);
         scores();
+        adjust(n_block_ - 1);
         mask(n_block_ - 1);
         if (softmax_.must_correct(acc_s_)) softmax_.correct(acc_s_, acc_o_);
 #pragma unroll
@@ -298,9 +316,9 @@ class FlashFwd {
     accumulate(p, [](int) {});
   }
 
-  // Turns to the remaining tiles. The correction stands outside the loop that nearly every turn stays in.
-  __device__ __forceinline__ void unmasked_turns() {
-    while (n_block_ > 0) {
+  // Turns to the tiles down to n_end, which every row sees whole. The correction stands outside the loop that nearly every turn stays in.
+  __device__ __forceinline__ void unmasked_turns(int n_end) {
+    while (n_block_ > n_end) {
       bool must_correct;
       do {
         float largest = -infinity();
@@ -308,7 +326,7 @@ class FlashFwd {
 #pragma unroll
         for (int i = 0; i < kScores; ++i) largest = max_ignoring_nan(largest, make_exponent(i));
         must_correct = any_in_warp(largest > kMaxRise);
-      } while (n_block_ > 0 && !must_correct);
+      } while (n_block_ > n_end && !must_correct);
       if (must_correct) softmax_.correct_exponents(acc_s_, acc_o_);
     }
   }
@@ -326,6 +344,7 @@ class FlashFwd {
 #pragma unroll
     for (int i = 0; i < kScores; ++i) exponentiate(t, p, i);
     scores();
+    adjust(n_block_ - 1);
     accumulate(p, [&](int product) {
       if (product == last_before(Traits::kLoadEighth)) load(k, v);
       if (product == last_before(Traits::kBarrierEighth)) store(next, k, v);
@@ -335,10 +354,16 @@ class FlashFwd {
     --n_block_;
   }
 
-  __device__ __forceinline__ void mask(int n) {
-    apply_mask<Traits>(acc_s_, block_, params_.seqlen_k, first_row() + lane_ / 4,
-                       n * Traits::kBlockN + lane_ % 4 * 2);
+  // Of the scores of tile n: this lane's first query and key.
+  __device__ __forceinline__ int lane_query() const { return first_row() + lane_ / 4; }
+  __device__ __forceinline__ int lane_key(int n) const { return n * Traits::kBlockN + lane_ % 4 * 2; }
+
+  __device__ __forceinline__ void adjust(int n) {
+    if constexpr (Traits::kIsSoftcap) apply_softcap(acc_s_, params_.softcap_scale);
+    if constexpr (Traits::kHasAlibi) apply_alibi(acc_s_, block_.sequence, alibi_slope_, lane_query(), lane_key(n));
   }
+
+  __device__ __forceinline__ void mask(int n) { apply_mask(acc_s_, block_.sequence, lane_query(), lane_key(n)); }
 
   // ---- the output ----
 
@@ -348,12 +373,13 @@ class FlashFwd {
     const int thread = reread_thread_in_block();
     const int lane = thread % 32, warp = thread / 32;
     const int row = block.m_begin + warp * Tile::kRowsPerWarp;
-    unsigned short* out = static_cast<unsigned short*>(params_.out) + block.batch * params_.out_batch_stride +
-                          block.head * params_.out_head_stride + row * params_.out_row_stride;
+    const TensorStrides& strides = params_.out_strides;
+    unsigned short* out = static_cast<unsigned short*>(params_.out) + block.sequence.query_offset(strides, block.head) +
+                          row * strides.row;
     float inverse[2 * kMTiles];
 #pragma unroll
     for (int r = 0; r < 2 * kMTiles; ++r) inverse[r] = finish_row(block, row + lane / 4 + 8 * r, lane, r);
-    Tile::Output::write(acc_o_, inverse, out, params_.out_row_stride, params_.seqlen_q - row, 0,
+    Tile::Output::write(acc_o_, inverse, out, strides.row, block.sequence.seqlen_q() - row, 0,
                         warp * Tile::kStagingWarpBytes, lane);
   }
 
@@ -361,12 +387,11 @@ class FlashFwd {
   // +inf and 0; one that sees only scores of -inf gets 1 / 0, whose product with 0 is NaN, as in the formula.
   __device__ __forceinline__ float finish_row(const BlockInfo<Traits>& block, int row, int lane, int r) {
     const float sum = softmax_.total(r);
-    const bool sees_keys = block.visible_keys(row, params_.seqlen_k) > 0;
-    if (row < params_.seqlen_q && lane % 4 == 0) {
+    const bool sees_keys = block.sequence.sees_keys(row);
+    if (row < block.sequence.seqlen_q() && lane % 4 == 0) {
       constexpr float kLn2 = 0.693147180559945309f;
       const float lse = sees_keys ? (softmax_.row_max[r] + log2_approx(sum)) * kLn2 : infinity();
-      const long long head = static_cast<long long>(block.batch) * params_.num_heads + block.head;
-      store_global_f32(params_.softmax_lse + head * params_.seqlen_q + row, lse);
+      store_global_f32(params_.softmax_lse + block.sequence.statistics_offset(block.head, row), lse);
     }
     return sees_keys ? reciprocal(sum) : 0.0f;
   }
@@ -375,6 +400,7 @@ class FlashFwd {
   const BlockInfo<Traits> block_;
   const int lane_, warp_;
   Softmax<kMTiles, kNTiles> softmax_;
+  float alibi_slope_;  // in units of a raw score
   Stream k_stream_, v_stream_;
   typename Tile::QueryFragments query_;
   int n_block_;           // the tile whose exponents are at hand; the turn goes to the one before it

@@ -7,6 +7,7 @@ enum class HostAccess : int {
   kLoadGlobal16B,
   kLoadGlobal2B,
   kLoadGlobalF32,
+  kLoadGlobalI32,
   kStoreGlobal16B,
   kStoreGlobal2B,
   kStoreGlobalF32,
@@ -20,7 +21,7 @@ enum class HostAccess : int {
   kLdmatrixX2,
   kLdmatrixX2Trans,
 };
-constexpr int kHostAccesses = 15;
+constexpr int kHostAccesses = 16;
 
 // Every function takes the template's file and line last, so that a failing check names them.
 struct HostEngine {

@@ -11,6 +11,7 @@
 //   load_global_16B(Vec16&, ptr)                  16 bytes, ptr 16-byte aligned
 //   load_global_2B(ptr) -> unsigned               one fp16, in the low half
 //   load_global_f32(ptr) -> float
+//   load_global_i32(ptr) -> int
 //   store_global_16B(ptr, Vec16)
 //   store_global_2B(ptr, unsigned)                the low half
 //   store_global_f32(ptr, float)

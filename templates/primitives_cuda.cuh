@@ -38,6 +38,12 @@ __device__ __forceinline__ float load_global_f32(const float* p) {
   return v;
 }
 
+__device__ __forceinline__ int load_global_i32(const int* p) {
+  int v;
+  asm volatile("ld.global.s32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+
 __device__ __forceinline__ void store_global_16B(void* p, const Vec16& v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]),
                "r"(v.word[3])

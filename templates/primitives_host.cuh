@@ -42,6 +42,12 @@ inline float load_global_f32(const float* p, FLASH_ATTN_JIT_SITE) {
   return v;
 }
 
+inline int load_global_i32(const int* p, FLASH_ATTN_JIT_SITE) {
+  int v;
+  flash_attn_jit_engine.load_global(HostAccess::kLoadGlobalI32, &v, p, file, line);
+  return v;
+}
+
 inline void store_global_16B(void* p, const Vec16& v, FLASH_ATTN_JIT_SITE) {
   flash_attn_jit_engine.store_global(HostAccess::kStoreGlobal16B, p, &v, file, line);
 }

@@ -20,17 +20,14 @@ class RowFragments {
   // fragment[m] is 16 rows x 16 dims: a0 and a1 of the first 8 dims, then of the last 8.
   using Step = unsigned[kMTiles][4];
 
-  // Rows [row, row + kRows) of the matrix at `base`; those from `seqlen` on are zero. The signs of fp16 pairs are flipped
-  // by `sign`. Uses `staging`. A block barrier has to follow, before get() and before `staging` is used for anything
-  // else.
-  __device__ __forceinline__ void load(const unsigned short* base, long long row_stride, int row, int seqlen,
-                                       unsigned sign, int lane, SharedAddress staging, SharedAddress shared) {
-    const unsigned short* rows = base + row * row_stride;
-    const int valid = seqlen - row;
+  // Rows [row, row + kRows) of the matrix; those from `seqlen` on are zero. The signs of fp16 pairs are flipped by
+  // `sign`. Uses `staging`. A block barrier has to follow, before get() and before `staging` is used for anything else.
+  __device__ __forceinline__ void load(const GlobalMatrix& matrix, int row, int seqlen, unsigned sign, int lane,
+                                       SharedAddress staging, SharedAddress shared) {
     typename Staged::Chunks chunks[kDims / 16];
 #pragma unroll
     for (int step = 0; step < kDims / 16; ++step)
-      Staged::load(chunks[step], rows, row_stride, valid, 16 * step, lane);
+      Staged::load(chunks[step], matrix, row, seqlen - row, 16 * step, lane);
 #pragma unroll
     for (int step = 0; step < kRegisterSteps; ++step) {
       Staged::store_shared(staging, row_pitch(16), chunks[step], lane, sign);

@@ -15,9 +15,16 @@ constexpr int kChunkBytes = 16;
 // Bytes from a row to the next of a tile with `dims` head dims.
 constexpr int row_pitch(int dims) { return dims * 2 + kChunkBytes; }
 
+// One head of a tensor in global memory. Only element-wise loads know of a dim_stride other than 1.
+struct GlobalMatrix {
+  const unsigned short* base;  // of row 0
+  long long row_stride;
+  long long dim_stride = 1;
+};
+
 // One chunk of a global row: dims [dim, dim + 8), the first of them at `at`; what lies beyond kHeadDim reads as zero.
 template <class Traits>
-__device__ __forceinline__ void load_chunk(Vec16& chunk, const unsigned short* at, int dim) {
+__device__ __forceinline__ void load_chunk(Vec16& chunk, const unsigned short* at, int dim, long long dim_stride) {
   if constexpr (Traits::kVectorAccess) {
     if (Traits::kHeadDim % 16 == 0 || dim < Traits::kHeadDim)
       load_global_16B(chunk, at);
@@ -26,8 +33,8 @@ __device__ __forceinline__ void load_chunk(Vec16& chunk, const unsigned short* a
   } else {
 #pragma unroll
     for (int i = 0; i < kChunkDims / 2; ++i) {
-      const unsigned lo = dim + 2 * i < Traits::kHeadDim ? load_global_2B(at + 2 * i) : 0u;
-      const unsigned hi = dim + 2 * i + 1 < Traits::kHeadDim ? load_global_2B(at + 2 * i + 1) : 0u;
+      const unsigned lo = dim + 2 * i < Traits::kHeadDim ? load_global_2B(at + 2 * i * dim_stride) : 0u;
+      const unsigned hi = dim + 2 * i + 1 < Traits::kHeadDim ? load_global_2B(at + (2 * i + 1) * dim_stride) : 0u;
       chunk.word[i] = lo | hi << 16;
     }
   }
@@ -70,13 +77,14 @@ class TileStream {
 
   TileStream() = default;
 
-  // Stands at tile 0 of the sequence whose row 0 is at `base`.
-  __device__ __forceinline__ TileStream(const unsigned short* base, long long row_stride)
-      : chunk_0_(base + chunk_row(0) * row_stride + chunk_dim(0)), row_stride_(row_stride) {
+  // Stands at tile 0 of the matrix.
+  __device__ __forceinline__ explicit TileStream(const GlobalMatrix& matrix)
+      : row_stride_(matrix.row_stride), dim_stride_(Traits::kVectorAccess ? 1 : matrix.dim_stride) {
+    chunk_0_ = matrix.base + chunk_row(0) * row_stride_ + chunk_dim(0) * dim_stride_;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass)
-      offset_[pass] = 2 * (static_cast<Offset>(chunk_row(pass) - chunk_row(0)) * static_cast<Offset>(row_stride) +
-                           chunk_dim(pass) - chunk_dim(0));
+      offset_[pass] = 2 * (static_cast<Offset>(chunk_row(pass) - chunk_row(0)) * static_cast<Offset>(row_stride_) +
+                           (chunk_dim(pass) - chunk_dim(0)) * static_cast<Offset>(dim_stride_));
   }
 
   // From tile 0.
@@ -120,11 +128,11 @@ class TileStream {
 
   __device__ __forceinline__ void load_pass(Vec16& chunk, int pass) const {
     const char* at = reinterpret_cast<const char*>(chunk_0_) + offset_[pass];
-    load_chunk<Traits>(chunk, reinterpret_cast<const unsigned short*>(at), chunk_dim(pass));
+    load_chunk<Traits>(chunk, reinterpret_cast<const unsigned short*>(at), chunk_dim(pass), dim_stride_);
   }
 
   const unsigned short* chunk_0_;  // this thread's first chunk of the tile
-  long long row_stride_;
+  long long row_stride_, dim_stride_;
   Offset offset_[kPasses];         // of its chunks from the first
 };
 
@@ -144,14 +152,17 @@ struct WarpRows {
     return tile + row(pass, lane) * pitch + dim(pass, lane) * 2;
   }
 
-  // Dims [first_dim, first_dim + kDims) of the first `rows` rows from `base` on; the other rows read as zero.
-  static __device__ __forceinline__ void load(Chunks& chunks, const unsigned short* base, long long row_stride,
-                                              int rows, int first_dim, int lane) {
+  // Dims [first_dim, first_dim + kDims) of the first `rows` rows from `first_row` on; the other rows read as zero.
+  static __device__ __forceinline__ void load(Chunks& chunks, const GlobalMatrix& matrix, int first_row, int rows,
+                                              int first_dim, int lane) {
+    const long long dim_stride = Traits::kVectorAccess ? 1 : matrix.dim_stride;
+    const unsigned short* first = matrix.base + first_row * matrix.row_stride;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int d = first_dim + dim(pass, lane);
       chunks[pass] = Vec16{};
-      if (row(pass, lane) < rows) load_chunk<Traits>(chunks[pass], base + row(pass, lane) * row_stride + d, d);
+      if (row(pass, lane) < rows)
+        load_chunk<Traits>(chunks[pass], first + row(pass, lane) * matrix.row_stride + d * dim_stride, d, dim_stride);
     }
   }
 

@@ -16,6 +16,7 @@ inline constexpr std::array<AccessKind, kHostAccesses> kAccessKinds = {{
     {"load_global_16B", 16},
     {"load_global_2B", 2},
     {"load_global_f32", 4},
+    {"load_global_i32", 4},
     {"store_global_16B", 16},
     {"store_global_2B", 2},
     {"store_global_f32", 4},

@@ -6,25 +6,39 @@
 
 namespace flash_attn_jit {
 
+namespace {
+
+// The tensors that the kernel `launch` may touch.
+std::vector<TensorExtent> extents_of(const BackwardRequest& request, const BackwardLaunch& launch) {
+  const bool makes_delta = launch.spec.kind == KernelKind::kBackwardPreprocess;
+  std::vector<TensorExtent> tensors = {
+      fp16_extent("q", request.q, TensorUse::kRead),
+      fp16_extent("k", request.k, TensorUse::kRead),
+      fp16_extent("v", request.v, TensorUse::kRead),
+      fp16_extent("out", request.out, TensorUse::kRead),
+      fp16_extent("dout", request.dout, TensorUse::kRead),
+      row_extent("softmax_lse", request.softmax_lse, request.q, TensorUse::kRead),
+      row_extent("delta", request.delta, request.q, makes_delta ? TensorUse::kWrite : TensorUse::kRead),
+  };
+  if (request.dq) tensors.push_back(fp16_extent("dq", *request.dq, TensorUse::kWrite));
+  if (request.dkdv) {
+    tensors.push_back(fp16_extent("dk", request.dkdv->dk, TensorUse::kWrite));
+    tensors.push_back(fp16_extent("dv", request.dkdv->dv, TensorUse::kWrite));
+  }
+  append_option_extents(request.options, request.q, tensors);
+  return tensors;
+}
+
+}  // namespace
+
 void backward_in_interpreter(const BackwardRequest& request) {
-  for (const BackwardLaunch& launch : plan_backward(request, arch_limits(75), kInterpretedMultiprocessors)) {
+  const BackwardPlan plan = plan_backward(request, arch_limits(75), kInterpretedMultiprocessors);
+  require_cu_seqlens(request.options, request.q, request.k);
+  for (const BackwardLaunch& launch : plan) {
     if (launch.blocks == 0) continue;
-    const bool makes_delta = launch.spec.kind == KernelKind::kBackwardPreprocess;
     const FoundKernel found = find_or_compile_for_host(launch.spec);
-    const TensorExtent tensors[] = {
-        fp16_extent("q", request.q, TensorUse::kRead),
-        fp16_extent("k", request.k, TensorUse::kRead),
-        fp16_extent("v", request.v, TensorUse::kRead),
-        fp16_extent("out", request.out, TensorUse::kRead),
-        fp16_extent("dout", request.dout, TensorUse::kRead),
-        fp16_extent("dq", request.dq, TensorUse::kWrite),
-        fp16_extent("dk", request.dk, TensorUse::kWrite),
-        fp16_extent("dv", request.dv, TensorUse::kWrite),
-        row_extent("softmax_lse", request.softmax_lse, request.q, TensorUse::kRead),
-        row_extent("delta", request.delta, request.q, makes_delta ? TensorUse::kWrite : TensorUse::kRead),
-    };
     const GridShape grid{launch.blocks, found.kernel.threads, found.kernel.dynamic_smem};
-    interpret(found.kernel, grid, &launch.params, tensors);
+    interpret(found.kernel, grid, &launch.params, extents_of(request, launch));
   }
 }
 

@@ -1,6 +1,7 @@
 // How the interpreter is told of the tensors that every kernel family knows.
 #pragma once
 
+#include "runtime/attention_options.h"
 #include "runtime/interpreter/interpreter.h"
 #include "runtime/tensor_view.h"
 
@@ -13,5 +14,11 @@ TensorExtent fp16_extent(const char* name, const TensorView& view, TensorUse use
 
 // (batch, num_heads, seqlen_q) float32, contiguous, for the queries `q`.
 TensorExtent row_extent(const char* name, const float* data, const TensorView& q, TensorUse use);
+
+// What an option reads, where it is on.
+void append_option_extents(const AttentionOptions& options, const TensorView& q, std::vector<TensorExtent>& tensors);
+
+// Varlen: throws ArgumentError where cu_seqlens is not what it must be. A kernel on a GPU cannot tell.
+void require_cu_seqlens(const AttentionOptions& options, const TensorView& q, const TensorView& k);
 
 }  // namespace flash_attn_jit

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "generator/default_tiles.h"
+#include "generator/errors.h"
 #include "runtime/program/command.h"
 
 namespace flash_attn_jit::program {
@@ -51,12 +52,14 @@ ArchLimits parse_arch_flag(const std::string& flag, const std::string& text) {
 }
 
 KernelKind parse_kind(const std::string& flag, const std::string& text) {
-  std::string accepted;
-  for (const KernelKind kind : kKernelKinds) {
-    if (text == to_text(kind)) return kind;
-    accepted += (accepted.empty() ? "" : ", ") + std::string(to_text(kind));
+  try {
+    return flash_attn_jit::parse_kind(text);
+  } catch (const SpecError&) {
+    std::string accepted;
+    for (const KernelKind kind : kKernelKinds)
+      accepted += (accepted.empty() ? "" : ", ") + std::string(to_text(kind));
+    refuse(flag, text, accepted);
   }
-  refuse(flag, text, accepted);
 }
 
 std::vector<KernelKind> parse_kinds(const std::string& flag, const std::vector<std::string>& texts) {
@@ -77,11 +80,9 @@ std::vector<KernelKind> parse_kinds(const std::string& flag, const std::vector<s
   return kinds;
 }
 
-std::vector<Mask> parse_masks(const std::string& flag, const std::string& text) {
-  if (text == "both") return {Mask::kNone, Mask::kCausal};
-  if (text == "yes") return {Mask::kCausal};
-  if (text == "no") return {Mask::kNone};
-  refuse(flag, text, "both, yes, no");
+Switch parse_switch(const std::string& flag, const std::string& text) {
+  if (text != "both" && text != "yes" && text != "no") refuse(flag, text, "both, yes, no");
+  return {.off = text != "yes", .on = text != "no"};
 }
 
 Config config_with_nvrtc(const std::string& flag, const std::string& path) {
@@ -98,10 +99,16 @@ KernelSpec parse_kernel(const KernelFlags& flags, const ArchLimits& arch) {
   KernelSpec spec;
   spec.kind = parse_kind("--kind", flags.kind);
   spec.head_dim = static_cast<int>(parse_number("--head-dim", flags.head_dim, 1, kMostHeadDim));
-  spec.mask = flags.causal ? Mask::kCausal : Mask::kNone;
+  if (flags.causal && flags.window)
+    throw UsageError("--causal and --window are both given; accepted: one of them. A causal window is a window");
+  spec.mask = flags.causal ? Mask::kCausal : flags.window ? Mask::kWindow : Mask::kNone;
+  if (flags.softcap) spec.softcap = Softcap::kOn;
+  if (flags.alibi) spec.alibi = Alibi::kOn;
+  if (flags.varlen) spec.lengths = Lengths::kVarlen;
   spec.group_size = static_cast<int>(parse_number("--gqa", flags.gqa, 1, std::numeric_limits<int>::max()));
   spec.access = spec.head_dim % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
 
+  spec = normalized(spec);
   const std::vector<TileConfig> tiles = default_tiles(spec, arch);
   if (!tiles.empty()) spec.tile = tiles.front();
   require_legal("--head-dim", flags.head_dim, spec, arch);

@@ -23,7 +23,21 @@ std::vector<int> parse_numbers(const std::string& flag, const std::vector<std::s
 ArchLimits parse_arch_flag(const std::string& flag, const std::string& text);  // "sm_75"
 KernelKind parse_kind(const std::string& flag, const std::string& text);       // "fwd", "bwd_dq" and so on
 std::vector<KernelKind> parse_kinds(const std::string& flag, const std::vector<std::string>& texts);  // "fwd", "bwd"
-std::vector<Mask> parse_masks(const std::string& flag, const std::string& text);  // "both", "yes", "no"
+
+struct Switch {
+  bool off, on;
+};
+Switch parse_switch(const std::string& flag, const std::string& text);  // "no", "yes", "both"
+
+// As the values that stand for off and on. the values that stand for off and on.
+template <class Value>
+std::vector<Value> parse_switch(const std::string& flag, const std::string& text, Value off, Value on) {
+  std::vector<Value> values;
+  const Switch wanted = parse_switch(flag, text);
+  if (wanted.off) values.push_back(off);
+  if (wanted.on) values.push_back(on);
+  return values;
+}
 
 // The process's configuration, with the NVRTC that the flag names, if it names one.
 Config config_with_nvrtc(const std::string& flag, const std::string& path);
@@ -33,7 +47,7 @@ Config config_with_nvrtc(const std::string& flag, const std::string& path);
 struct KernelFlags {
   std::string kind = "fwd";
   std::string head_dim;
-  bool causal = false;
+  bool causal = false, window = false, softcap = false, alibi = false, varlen = false;
   std::string gqa = "1";
   std::string tile = "auto";
 };

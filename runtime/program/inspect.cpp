@@ -141,9 +141,13 @@ void add_inspect(CLI::App& app, Action& chosen) {
   CLI::App* const command =
       app.add_subcommand("inspect", "Show one kernel: its spec, source, code or resources");
   const auto flags = std::make_shared<InspectFlags>();
-  command->add_option("--kind", flags->kernel.kind, "Kind of kernel: fwd")->capture_default_str();
+  command->add_option("--kind", flags->kernel.kind, "Kind of kernel: fwd, bwd_preprocess, bwd_dkdv or bwd_dq")->capture_default_str();
   command->add_option("--head-dim", flags->kernel.head_dim, "Head dim, 1 to 256")->required();
   command->add_flag("--causal", flags->kernel.causal, "With the causal mask");
+  command->add_flag("--window", flags->kernel.window, "With a sliding window instead");
+  command->add_flag("--softcap", flags->kernel.softcap, "With softcap");
+  command->add_flag("--alibi", flags->kernel.alibi, "With ALiBi slopes");
+  command->add_flag("--varlen", flags->kernel.varlen, "For cu_seqlens");
   command->add_option("--gqa", flags->kernel.gqa, "Group size: num_heads / num_heads_k")
       ->capture_default_str();
   command->add_option("--arch", flags->arch, "Architecture to compile for")->capture_default_str();

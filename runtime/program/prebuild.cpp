@@ -34,7 +34,8 @@ struct PrebuildFlags {
   std::string arch;
   std::vector<std::string> kinds;
   std::vector<std::string> head_dims;
-  std::string causal;
+  std::string causal, softcap = "no", alibi = "no", varlen = "no";
+  bool window = false;
   std::vector<std::string> gqa;
   std::string out;
   std::string jobs;
@@ -56,7 +57,11 @@ KernelSelection parse_selection(const PrebuildFlags& flags) {
   KernelSelection selection;
   selection.kinds = parse_kinds("--kinds", flags.kinds);
   selection.head_dims = parse_numbers("--head-dims", flags.head_dims, 1, kMostHeadDim);
-  selection.masks = parse_masks("--causal", flags.causal);
+  selection.masks = parse_switch("--causal", flags.causal, Mask::kNone, Mask::kCausal);
+  if (flags.window) selection.masks.push_back(Mask::kWindow);
+  selection.softcaps = parse_switch("--softcap", flags.softcap, Softcap::kOff, Softcap::kOn);
+  selection.alibis = parse_switch("--alibi", flags.alibi, Alibi::kOff, Alibi::kOn);
+  selection.lengths = parse_switch("--varlen", flags.varlen, Lengths::kFixed, Lengths::kVarlen);
   selection.group_sizes = parse_numbers("--gqa", flags.gqa, 1, kMostInt);
   return selection;
 }
@@ -173,11 +178,15 @@ void add_prebuild(CLI::App& app, Action& chosen) {
   CLI::App* const command = app.add_subcommand("prebuild", "Build a pack of kernels; needs no GPU");
   const auto flags = std::make_shared<PrebuildFlags>();
   command->add_option("--arch", flags->arch, "Architecture to build for: sm_75 or newer")->required();
-  command->add_option("--kinds", flags->kinds, "Kinds of kernels: fwd")->required()->delimiter(',');
+  command->add_option("--kinds", flags->kinds, "Kinds of kernels: fwd, bwd")->required()->delimiter(',');
   command->add_option("--head-dims", flags->head_dims, "Head dims, 1 to 256: 64,128")
       ->required()
       ->delimiter(',');
   command->add_option("--causal", flags->causal, "both, yes or no")->required();
+  command->add_flag("--window", flags->window, "Besides those of --causal, the kernels of sliding windows");
+  command->add_option("--softcap", flags->softcap, "Kernels with softcap: both, yes or no")->capture_default_str();
+  command->add_option("--alibi", flags->alibi, "Kernels with ALiBi: both, yes or no")->capture_default_str();
+  command->add_option("--varlen", flags->varlen, "Kernels for cu_seqlens: both, yes or no")->capture_default_str();
   command->add_option("--gqa", flags->gqa, "Group sizes (num_heads / num_heads_k): 1,2,4,8")
       ->required()
       ->delimiter(',');

@@ -74,45 +74,49 @@ class Attention {
   }
 
   AttentionResult run() {
-    const std::int64_t group = shape_[2] / problem_.k->shape()[2];
-    for (std::int64_t b = 0; b < shape_[0]; ++b)
+    const std::int64_t heads_k = problem_.k->shape()[2], group = heads_k > 0 ? shape_[2] / heads_k : 1;
+    for (const SequenceRows& sequence : sequences_of(problem_))
       for (std::int64_t h = 0; h < shape_[2]; ++h) {
         if (h % group == 0) {
-          k_ = matrix<Number>(*problem_.k, b, h / group);
-          v_ = matrix<Number>(*problem_.v, b, h / group);
+          k_ = matrix<Number>(*problem_.k, sequence.b, h / group);
+          v_ = matrix<Number>(*problem_.v, sequence.b, h / group);
         }
-        q_ = matrix<Number>(*problem_.q, b, h);
-        for (std::int64_t i = 0; i < shape_[1]; ++i) row(b, h, i);
+        q_ = matrix<Number>(*problem_.q, sequence.b, h);
+        for (std::int64_t i = 0; i < sequence.seqlen_q; ++i) row(sequence, h, i);
       }
     return std::move(result_);
   }
 
  private:
-  void row(std::int64_t b, std::int64_t h, std::int64_t i) {
-    const std::int64_t dim = shape_[3], seqlen_k = problem_.k->shape()[1];
-    std::int64_t visible = seqlen_k;
-    while (visible > 0 && !sees(problem_.mask, shape_[1], seqlen_k, i, visible - 1)) --visible;
-    double* out = &result_.out[((b * shape_[1] + i) * shape_[2] + h) * dim];
-    double& lse = result_.lse[(b * shape_[2] + h) * shape_[1] + i];
-    if (visible == 0) {
+  void row(const SequenceRows& sequence, std::int64_t h, std::int64_t i) {
+    const std::int64_t dim = shape_[3], query = sequence.q_begin + i;
+    double* out = &result_.out[((sequence.b * shape_[1] + query) * shape_[2] + h) * dim];
+    double& lse = result_.lse[(sequence.b * shape_[2] + h) * shape_[1] + query];
+    std::vector<Number> scores;
+    std::vector<std::int64_t> keys;
+    Number maximum = -std::numeric_limits<Number>::infinity(), sum = 0;
+    bool has_nan = false;
+    for (std::int64_t j = 0; j < sequence.seqlen_k; ++j) {
+      if (!sees(problem_.options, sequence, i, j)) continue;
+      const Number dot_product = dot(&q_[query * dim], &k_[(sequence.k_begin + j) * dim], dim);
+      const Number scaled = dot_product * static_cast<Number>(problem_.options.softmax_scale);
+      keys.push_back(sequence.k_begin + j);
+      scores.push_back(adjusted(problem_.options, sequence, h, i, j, scaled).value);
+      has_nan |= std::isnan(scores.back());
+      maximum = std::max(maximum, scores.back());
+    }
+    if (keys.empty()) {
       std::fill(out, out + dim, 0.0);
       lse = std::numeric_limits<double>::infinity();
       return;
     }
-    std::vector<Number> p(visible), acc(dim, 0);
-    Number maximum = -std::numeric_limits<Number>::infinity(), sum = 0;
-    bool has_nan = false;
-    for (std::int64_t j = 0; j < visible; ++j) {
-      p[j] = dot(&q_[i * dim], &k_[j * dim], dim) * static_cast<Number>(problem_.softmax_scale);
-      has_nan |= std::isnan(p[j]);
-      maximum = std::max(maximum, p[j]);
-    }
     if (has_nan) maximum = std::numeric_limits<Number>::quiet_NaN();
-    for (std::int64_t j = 0; j < visible; ++j) {
-      const Number each = std::exp(p[j] - maximum);
+    std::vector<Number> acc(dim, 0);
+    for (std::size_t n = 0; n < keys.size(); ++n) {
+      const Number each = std::exp(scores[n] - maximum);
       sum += each;
       const Number rounded = rounding_.probability(each);
-      for (std::int64_t d = 0; d < dim; ++d) acc[d] += rounded * v_[j * dim + d];
+      for (std::int64_t d = 0; d < dim; ++d) acc[d] += rounded * v_[keys[n] * dim + d];
     }
     for (std::int64_t d = 0; d < dim; ++d) out[d] = rounding_.out(acc[d] / sum);
     lse = maximum + std::log(sum);
@@ -159,8 +163,32 @@ bool WatchedTensor::surroundings_are_untouched() const {
   return true;
 }
 
-bool sees(Mask mask, std::int64_t seqlen_q, std::int64_t seqlen_k, std::int64_t row, std::int64_t key) {
-  return mask == Mask::kNone || key <= row + seqlen_k - seqlen_q;
+std::vector<SequenceRows> sequences_of(const AttentionProblem& problem) {
+  const std::int64_t rows_q = problem.q->shape()[1], rows_k = problem.k->shape()[1];
+  std::vector<SequenceRows> sequences;
+  if (const auto& varlen = problem.options.varlen) {
+    for (std::int64_t b = 0; b < varlen->batch; ++b) {
+      const int *q = varlen->cu_seqlens_q + b, *k = varlen->cu_seqlens_k + b;
+      sequences.push_back({b, 0, q[0], q[1] - q[0], k[0], k[1] - k[0]});
+    }
+  } else {
+    for (std::int64_t b = 0; b < problem.q->shape()[0]; ++b) sequences.push_back({b, b, 0, rows_q, 0, rows_k});
+  }
+  return sequences;
+}
+
+bool sees(const AttentionOptions& options, const SequenceRows& sequence, std::int64_t i, std::int64_t j) {
+  const std::int64_t ahead = j - (i + sequence.seqlen_k - sequence.seqlen_q);
+  switch (options.mask) {
+    case Mask::kNone:
+      return true;
+    case Mask::kCausal:
+      return ahead <= 0;
+    case Mask::kWindow:
+      return (options.window.left < 0 || ahead >= -options.window.left) &&
+             (options.window.right < 0 || ahead <= options.window.right);
+  }
+  return false;
 }
 
 AttentionResult attention_float64(const AttentionProblem& problem) {

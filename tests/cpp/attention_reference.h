@@ -2,7 +2,9 @@
 #pragma once
 
 #include <array>
+#include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <vector>
 
 #include "runtime/forward.h"
@@ -44,9 +46,36 @@ struct AttentionProblem {
   WatchedTensor* q;
   WatchedTensor* k;
   WatchedTensor* v;
-  float softmax_scale;
-  Mask mask;
+  AttentionOptions options;
 };
+
+// Where one sequence lies: rows of batch entry `b`, which is 0 for varlen.
+struct SequenceRows {
+  std::int64_t index, b, q_begin, seqlen_q, k_begin, seqlen_k;
+};
+std::vector<SequenceRows> sequences_of(const AttentionProblem& problem);
+
+// Whether query i of the sequence may see key j, by the definition of the masks.
+bool sees(const AttentionOptions& options, const SequenceRows& sequence, std::int64_t i, std::int64_t j);
+
+// What softcap and ALiBi make of a scaled score, and the derivative of that.
+template <class Number>
+struct Score {
+  Number value, derivative;
+};
+template <class Number>
+Score<Number> adjusted(const AttentionOptions& options, const SequenceRows& sequence, std::int64_t h, std::int64_t i,
+                       std::int64_t j, Number scaled) {
+  Score<Number> score{scaled, 1};
+  if (options.softcap > 0) {
+    const Number cap = options.softcap, tanh = std::tanh(scaled / cap);
+    score = {cap * tanh, 1 - tanh * tanh};
+  }
+  if (options.alibi)
+    score.value -= static_cast<Number>(options.alibi->data[sequence.index * options.alibi->batch_stride + h]) *
+                   static_cast<Number>(std::llabs(i + sequence.seqlen_k - sequence.seqlen_q - j));
+  return score;
+}
 
 // out is (batch, seqlen_q, heads, head_dim), lse is (batch, heads, seqlen_q); both contiguous.
 struct AttentionResult {
@@ -59,9 +88,6 @@ AttentionResult attention_float64(const AttentionProblem& problem);
 // In float32, with out rounded to fp16, and probabilities too, relative to a running maximum that lags behind the row's
 // by `lag` log2 units: the error that any kernel with fp16 operands has to make.
 AttentionResult attention_emulated(const AttentionProblem& problem, double lag);
-
-// Whether query row `row` may see key `key`: all of them, or bottom-right causal.
-bool sees(Mask mask, std::int64_t seqlen_q, std::int64_t seqlen_k, std::int64_t row, std::int64_t key);
 
 // The elements, widened, as in a contiguous tensor.
 std::vector<double> values_of(WatchedTensor& tensor);

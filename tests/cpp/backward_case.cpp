@@ -42,89 +42,103 @@ class Backward {
   using Number = typename Rounding::Number;
 
  public:
-  explicit Backward(BackwardTensors& t) : t_(t), shape_(t.forward.q.shape()), seqlen_k_(t.forward.k.shape()[1]) {}
+  explicit Backward(BackwardTensors& t)
+      : t_(t),
+        problem_(t.forward.problem()),
+        shape_(t.forward.q.shape()),
+        rows_k_(t.forward.k.shape()[1]) {}
 
   Gradients run() {
     const std::int64_t heads_k = t_.forward.k.shape()[2], group = heads_k > 0 ? shape_[2] / heads_k : 1;
     const std::int64_t dim = shape_[3];
     Gradients result;
     result.dq.resize(shape_[0] * shape_[1] * shape_[2] * dim);
-    result.dk.resize(shape_[0] * seqlen_k_ * heads_k * dim);
+    result.dk.resize(shape_[0] * rows_k_ * heads_k * dim);
     result.dv.resize(result.dk.size());
-    for (std::int64_t b = 0; b < shape_[0]; ++b)
+    for (const SequenceRows& sequence : sequences_of(problem_))
       for (std::int64_t hk = 0; hk < heads_k; ++hk) {
-        k_ = matrix(t_.forward.k, b, hk);
-        v_ = matrix(t_.forward.v, b, hk);
-        dk_.assign(seqlen_k_ * dim, 0);
-        dv_.assign(seqlen_k_ * dim, 0);
+        k_ = matrix(t_.forward.k, sequence.b, hk);
+        v_ = matrix(t_.forward.v, sequence.b, hk);
+        dk_.assign(sequence.seqlen_k * dim, 0);
+        dv_.assign(sequence.seqlen_k * dim, 0);
         for (std::int64_t h = hk * group; h < (hk + 1) * group; ++h) {
-          query_head(b, h);
-          place(dq_, result.dq, b, h, shape_[1], shape_[2]);
+          query_head(sequence, h);
+          place(dq_, result.dq, sequence.b * shape_[1] + sequence.q_begin, h, shape_[2]);
         }
-        place(dk_, result.dk, b, hk, seqlen_k_, heads_k);
-        place(dv_, result.dv, b, hk, seqlen_k_, heads_k);
+        place(dk_, result.dk, sequence.b * rows_k_ + sequence.k_begin, hk, heads_k);
+        place(dv_, result.dv, sequence.b * rows_k_ + sequence.k_begin, hk, heads_k);
       }
     return result;
   }
 
  private:
-  void place(const std::vector<Number>& from, std::vector<double>& to, std::int64_t b, std::int64_t h,
-             std::int64_t seqlen, std::int64_t heads) {
-    const std::int64_t dim = shape_[3];
-    for (std::int64_t s = 0; s < seqlen; ++s)
+  // Rows of head h, the first of them at row `begin` of the whole tensor.
+  void place(const std::vector<Number>& from, std::vector<double>& to, std::int64_t begin, std::int64_t h,
+             std::int64_t heads) {
+    const std::int64_t dim = shape_[3], rows = static_cast<std::int64_t>(from.size()) / dim;
+    for (std::int64_t s = 0; s < rows; ++s)
       for (std::int64_t d = 0; d < dim; ++d)
-        to[((b * seqlen + s) * heads + h) * dim + d] = Rounding::fp16(from[s * dim + d]);
+        to[((begin + s) * heads + h) * dim + d] = Rounding::fp16(from[s * dim + d]);
   }
 
-  void query_head(std::int64_t b, std::int64_t h) {
+  void query_head(const SequenceRows& sequence, std::int64_t h) {
     const std::int64_t dim = shape_[3];
-    const std::vector<double> q = matrix(t_.forward.q, b, h), out = matrix(t_.forward.out, b, h),
-                              dout = matrix(t_.dout, b, h);
-    dq_.assign(shape_[1] * dim, 0);
-    for (std::int64_t i = 0; i < shape_[1]; ++i) {
-      const float lse = t_.forward.lse[(b * shape_[2] + h) * shape_[1] + i];
-      row(i, &q[i * dim], &out[i * dim], &dout[i * dim], lse);
+    const std::vector<double> q = matrix(t_.forward.q, sequence.b, h), out = matrix(t_.forward.out, sequence.b, h),
+                              dout = matrix(t_.dout, sequence.b, h);
+    dq_.assign(sequence.seqlen_q * dim, 0);
+    for (std::int64_t i = 0; i < sequence.seqlen_q; ++i) {
+      const std::int64_t query = sequence.q_begin + i;
+      const float lse = t_.forward.lse[(sequence.b * shape_[2] + h) * shape_[1] + query];
+      row(sequence, h, i, {&q[query * dim], &out[query * dim], &dout[query * dim], lse});
     }
   }
 
-  void row(std::int64_t i, const double* q, const double* out, const double* dout, float stored_lse) {
+  struct QueryRow {
+    const double *q, *out, *dout;
+    float stored_lse;
+  };
+
+  void row(const SequenceRows& sequence, std::int64_t h, std::int64_t i, const QueryRow& query) {
     const std::int64_t dim = shape_[3];
-    const Number scale = t_.forward.softmax_scale;
-    std::vector<Number> s, dp;
+    const Number scale = problem_.options.softmax_scale;
+    std::vector<Score<Number>> s;
+    std::vector<Number> dp;
     std::vector<std::int64_t> keys;
     Number maximum = -std::numeric_limits<Number>::infinity();
-    for (std::int64_t j = 0; j < seqlen_k_; ++j)
-      if (sees(t_.forward.mask, shape_[1], seqlen_k_, i, j)) {
+    for (std::int64_t j = 0; j < sequence.seqlen_k; ++j)
+      if (sees(problem_.options, sequence, i, j)) {
+        const double *k = &k_[(sequence.k_begin + j) * dim], *v = &v_[(sequence.k_begin + j) * dim];
         keys.push_back(j);
-        s.push_back(dot<Number>(q, &k_[j * dim], dim) * scale);
-        dp.push_back(dot<Number>(dout, &v_[j * dim], dim));
-        maximum = std::max(maximum, s.back());
+        s.push_back(adjusted(problem_.options, sequence, h, i, j, dot<Number>(query.q, k, dim) * scale));
+        dp.push_back(dot<Number>(query.dout, v, dim));
+        maximum = std::max(maximum, s.back().value);
       }
     if (keys.empty()) return;
-    Number lse = stored_lse, delta = 0;
+    Number lse = query.stored_lse, delta = 0;
     if constexpr (std::is_same_v<Number, double>) {  // nothing that a kernel made goes in
       double sum = 0;
-      for (const double each : s) sum += std::exp(each - maximum);
+      for (const auto& each : s) sum += std::exp(each.value - maximum);
       lse = maximum + std::log(sum);
-      for (std::size_t n = 0; n < s.size(); ++n) delta += std::exp(s[n] - lse) * dp[n];
+      for (std::size_t n = 0; n < s.size(); ++n) delta += std::exp(s[n].value - lse) * dp[n];
     } else {
-      delta = dot<Number>(dout, out, dim);
+      delta = dot<Number>(query.dout, query.out, dim);
     }
     for (std::size_t n = 0; n < s.size(); ++n) {
-      const Number p = std::exp(s[n] - lse);
-      const Number ds = Rounding::fp16(p * (dp[n] - delta) * scale), rounded_p = Rounding::fp16(p);
+      const Number p = std::exp(s[n].value - lse);
+      const Number ds = Rounding::fp16(p * (dp[n] - delta) * scale * s[n].derivative), rounded_p = Rounding::fp16(p);
       const std::int64_t j = keys[n];
       for (std::int64_t d = 0; d < dim; ++d) {
-        dq_[i * dim + d] += ds * static_cast<Number>(k_[j * dim + d]);
-        dk_[j * dim + d] += ds * static_cast<Number>(q[d]);
-        dv_[j * dim + d] += rounded_p * static_cast<Number>(dout[d]);
+        dq_[i * dim + d] += ds * static_cast<Number>(k_[(sequence.k_begin + j) * dim + d]);
+        dk_[j * dim + d] += ds * static_cast<Number>(query.q[d]);
+        dv_[j * dim + d] += rounded_p * static_cast<Number>(query.dout[d]);
       }
     }
   }
 
   BackwardTensors& t_;
+  const AttentionProblem problem_;
   std::array<std::int64_t, 4> shape_;
-  std::int64_t seqlen_k_;
+  std::int64_t rows_k_;
   std::vector<double> k_, v_;
   std::vector<Number> dq_, dk_, dv_;
 };
@@ -191,15 +205,13 @@ BackwardRequest BackwardTensors::request() {
   return {.q = forward.q.view(),
           .out = forward.out.view(),
           .dout = dout.view(),
-          .dq = dq.view(),
           .k = forward.k.view(),
           .v = forward.v.view(),
-          .dk = dk.view(),
-          .dv = dv.view(),
+          .dq = dq.view(),
+          .dkdv = KeyGradients{dk.view(), dv.view()},
           .softmax_lse = forward.lse.data(),
           .delta = delta.data(),
-          .softmax_scale = forward.softmax_scale,
-          .mask = forward.mask,
+          .options = forward.options,
           .dkdv_tile = dkdv_tile,
           .dq_tile = dq_tile};
 }

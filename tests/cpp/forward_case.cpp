@@ -55,6 +55,50 @@ bool take_number(std::string_view word, std::string_view prefix, Number& value) 
   return true;
 }
 
+// "5,-1"
+bool take_window(std::string_view text, ForwardCase& c) {
+  const std::size_t comma = text.find(',');
+  if (comma == std::string_view::npos) return false;
+  c.mask = Mask::kWindow;
+  return take_number(std::string("l") + std::string(text.substr(0, comma)), "l", c.window.left) &&
+         take_number(std::string("r") + std::string(text.substr(comma + 1)), "r", c.window.right);
+}
+
+std::string mask_text(const ForwardCase& c) {
+  if (c.mask != Mask::kWindow) return std::string(to_text(c.mask));
+  return "window" + std::to_string(c.window.left) + "," + std::to_string(c.window.right);
+}
+
+// Lengths of a varlen case: one as long as `longest`, one empty, others between; and where each sequence begins.
+std::vector<int> cu_seqlens_of(std::int64_t sequences, std::int64_t longest, int turn) {
+  std::vector<int> begins = {0};
+  for (std::int64_t b = 0; b < sequences; ++b) {
+    const std::int64_t choice = (b + turn) % 4;
+    const std::int64_t length = b == 0 || choice == 0 ? longest : choice == 1 ? 0 : longest * choice / 4 + 1;
+    begins.push_back(begins.back() + static_cast<int>(std::min(length, longest)));
+  }
+  return begins;
+}
+
+std::array<std::int64_t, 4> shape_of(const ForwardCase& c, const std::vector<int>& cu_seqlens, std::int64_t seqlen,
+                                     std::int64_t heads) {
+  if (c.sequences == 0) return {c.batch, seqlen, heads, c.head_dim};
+  return {1, cu_seqlens.back(), heads, c.head_dim};
+}
+
+AttentionOptions options_of(const ForwardCase& c, const ForwardTensors& t) {
+  AttentionOptions options;
+  options.softmax_scale = c.scale();
+  options.mask = c.mask;
+  options.window = c.window;
+  options.softcap = static_cast<float>(c.softcap);
+  if (c.alibi != AlibiCase::kOff)
+    options.alibi = {t.alibi_slopes.data(), c.alibi == AlibiCase::kBatchAndHeads ? c.num_heads_k * c.group_size : 0};
+  if (c.sequences > 0)
+    options.varlen = {t.cu_seqlens_q.data(), t.cu_seqlens_k.data(), c.sequences, c.seqlen_q, c.seqlen_k};
+  return options;
+}
+
 bool take_word(std::string_view word, ForwardCase& c) {
   for (const auto& [layout, name] : kLayouts)
     if (word == name) return c.layout = layout, true;
@@ -64,6 +108,10 @@ bool take_word(std::string_view word, ForwardCase& c) {
   }
   if (word == "causal" || word == "full")
     return c.mask = word == "causal" ? Mask::kCausal : Mask::kNone, true;
+  if (word.starts_with("window")) return take_window(word.substr(6), c);
+  if (word == "alibi" || word == "alibibatch")
+    return c.alibi = word == "alibi" ? AlibiCase::kHeads : AlibiCase::kBatchAndHeads, true;
+  if (take_number(word, "softcap", c.softcap) || take_number(word, "varlen", c.sequences)) return true;
   if (float scale; take_number(word, "scale", scale)) return c.softmax_scale = scale, true;
   return take_number(word, "hdim", c.head_dim) || take_number(word, "gqa", c.group_size) ||
          take_number(word, "batch", c.batch) || take_number(word, "headsk", c.num_heads_k) ||
@@ -91,7 +139,7 @@ void add_scores(ForwardTensors& t, Score score) {
         for (std::int64_t h = 0; h < heads; ++h) tensor.at(b, s, h, 0) = to_fp16(value(s));
   };
   set_first(t.q, [](std::int64_t) { return 16.0; });
-  set_first(t.k, [&](std::int64_t key) { return score(key) / (16.0 * t.softmax_scale); });
+  set_first(t.k, [&](std::int64_t key) { return score(key) / (16.0 * t.options.softmax_scale); });
 }
 
 void fill_inputs(const ForwardCase& c, ForwardTensors& t) {
@@ -156,12 +204,15 @@ void compare(const ForwardCase& c, ForwardTensors& t, ForwardOutcome& outcome) {
 }  // namespace
 
 std::string ForwardCase::text() const {
-  std::string text = "hdim" + std::to_string(head_dim) + (mask == Mask::kCausal ? " causal" : " full") +
+  std::string text = "hdim" + std::to_string(head_dim) + " " + mask_text(*this) +
                      " gqa" + std::to_string(group_size) + " batch" + std::to_string(batch) + " headsk" +
                      std::to_string(num_heads_k) + " sq" + std::to_string(seqlen_q) + " sk" +
                      std::to_string(seqlen_k) + " " + name_of(kLayouts, layout) + " " +
                      name_of(kInputs, inputs);
   if (inputs == Inputs::kRising || inputs == Inputs::kFalling) text += number_text(rise);
+  if (softcap > 0) text += " softcap" + number_text(softcap);
+  if (alibi != AlibiCase::kOff) text += alibi == AlibiCase::kHeads ? " alibi" : " alibibatch";
+  if (sequences > 0) text += " varlen" + std::to_string(sequences);
   if (softmax_scale) text += " scale" + number_text(*softmax_scale);
   if (seed != 1) text += " seed" + std::to_string(seed);
   if (tile) text += " " + tile->text();
@@ -181,14 +232,18 @@ float ForwardCase::scale() const {
 }
 
 ForwardTensors::ForwardTensors(const ForwardCase& c)
-    : q({c.batch, c.seqlen_q, c.num_heads_k * c.group_size, c.head_dim}, c.layout),
-      k({c.batch, c.seqlen_k, c.num_heads_k, c.head_dim}, c.layout),
-      v({c.batch, c.seqlen_k, c.num_heads_k, c.head_dim}, c.layout),
-      out({c.batch, c.seqlen_q, c.num_heads_k * c.group_size, c.head_dim}, c.layout),
-      lse(c.batch * c.num_heads_k * c.group_size * c.seqlen_q, NAN),
-      softmax_scale(c.scale()),
-      mask(c.mask),
+    : cu_seqlens_q(cu_seqlens_of(c.sequences, c.seqlen_q, 0)),
+      cu_seqlens_k(cu_seqlens_of(c.sequences, c.seqlen_k, 1)),
+      q(shape_of(c, cu_seqlens_q, c.seqlen_q, c.num_heads_k * c.group_size), c.layout),
+      k(shape_of(c, cu_seqlens_k, c.seqlen_k, c.num_heads_k), c.layout),
+      v(k.shape(), c.layout),
+      out(q.shape(), c.layout),
+      lse(q.shape()[0] * q.shape()[2] * q.shape()[1], NAN),
       tile(c.tile) {
+  const std::int64_t batch = c.sequences > 0 ? c.sequences : c.batch;
+  for (std::int64_t i = 0; i < batch * c.num_heads_k * c.group_size; ++i)
+    alibi_slopes.push_back(0.5f / static_cast<float>(1 + i % 5));
+  options = options_of(c, *this);
   fill_inputs(c, *this);
 }
 
@@ -198,8 +253,7 @@ ForwardRequest ForwardTensors::request() {
           .v = v.view(),
           .out = out.view(),
           .softmax_lse = lse.data(),
-          .softmax_scale = softmax_scale,
-          .mask = mask,
+          .options = options,
           .tile = tile};
 }
 

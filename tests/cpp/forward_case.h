@@ -18,11 +18,17 @@ enum class Inputs {
   kThousand,  // scores of about +-1000
 };
 
+enum class AlibiCase { kOff, kHeads, kBatchAndHeads };  // the shape of the slopes
+
 struct ForwardCase {
   int head_dim = 64;
   Mask mask = Mask::kNone;
   int group_size = 1;
   std::int64_t batch = 1, num_heads_k = 1, seqlen_q = 64, seqlen_k = 64;
+  Window window;           // where mask is kWindow
+  double softcap = 0;      // 0: none
+  AlibiCase alibi = AlibiCase::kOff;
+  std::int64_t sequences = 0;  // varlen: so many, the longest seqlen_q and seqlen_k long, some empty; 0: fixed lengths
   Layout layout = Layout::kContiguous;
   Inputs inputs = Inputs::kNormal;
   double rise = 0;                     // natural logarithm
@@ -30,6 +36,7 @@ struct ForwardCase {
   std::optional<TileConfig> tile;      // none: the library chooses
   unsigned seed = 1;
 
+  // "window5,-1" for a mask, "softcap15", "alibi" or "alibibatch", "varlen4", and so on:
   // "hdim64 causal gqa2 batch1 headsk1 sq257 sk129 rowgaps rising9 scale-0.5 m128n32w4q64l2b8k8"
   std::string text() const;
   // Words in any order; those left out keep their defaults. Throws SpecError.
@@ -48,13 +55,15 @@ struct ForwardOutcome {
 struct ForwardTensors {
   explicit ForwardTensors(const ForwardCase& c);
 
-  AttentionProblem problem() { return {&q, &k, &v, softmax_scale, mask}; }
+  AttentionProblem problem() { return {&q, &k, &v, options}; }
   ForwardRequest request();
 
+  ForwardTensors(const ForwardTensors&) = delete;  // options point into it
+
+  std::vector<int> cu_seqlens_q, cu_seqlens_k;
   WatchedTensor q, k, v, out;
-  std::vector<float> lse;
-  float softmax_scale;
-  Mask mask;
+  std::vector<float> lse, alibi_slopes;
+  AttentionOptions options;
   std::optional<TileConfig> tile;
 };
 

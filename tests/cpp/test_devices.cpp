@@ -42,7 +42,7 @@ ForwardRequest request(std::int64_t head_dim = 64, std::int64_t seqlen = 64) {
   r.v = view(0x3000);
   r.out = view(0x4000);
   r.softmax_lse = reinterpret_cast<float*>(0x5000);
-  r.softmax_scale = 0.125f;
+  r.options.softmax_scale = 0.125f;
   return r;
 }
 

@@ -28,7 +28,7 @@ ForwardRequest request(std::int64_t b, std::int64_t sq, std::int64_t sk, std::in
   r.v = contiguous(0x3000, b, sk, hk, d);
   r.out = contiguous(0x4000, b, sq, h, d);
   r.softmax_lse = reinterpret_cast<float*>(address(0x5000));
-  r.softmax_scale = 0.125f;
+  r.options.softmax_scale = 0.125f;
   return r;
 }
 
@@ -48,7 +48,7 @@ std::string refusal(const ForwardRequest& r) {
 
 TEST_CASE("plan: what the kernel is told") {
   ForwardRequest r = request(2, 300, 500, 8, 2, 64);
-  r.mask = Mask::kCausal;
+  r.options.mask = Mask::kCausal;
   const LaunchPlan p = plan(r);
   CHECK(p.spec.head_dim == 64);
   CHECK(p.spec.mask == Mask::kCausal);
@@ -65,36 +65,36 @@ TEST_CASE("plan: what the kernel is told") {
   CHECK(p.params.seqlen_q == 300);
   CHECK(p.params.seqlen_k == 500);
   CHECK(p.params.num_heads == 8);
-  CHECK(p.params.q_batch_stride == 300 * 8 * 64);
-  CHECK(p.params.q_row_stride == 8 * 64);
-  CHECK(p.params.q_head_stride == 64);
-  CHECK(p.params.k_batch_stride == 500 * 2 * 64);
-  CHECK(p.params.v_row_stride == 2 * 64);
-  CHECK(p.params.out_head_stride == 64);
+  CHECK(p.params.q_strides.batch == 300 * 8 * 64);
+  CHECK(p.params.q_strides.row == 8 * 64);
+  CHECK(p.params.q_strides.head == 64);
+  CHECK(p.params.k_strides.batch == 500 * 2 * 64);
+  CHECK(p.params.v_strides.row == 2 * 64);
+  CHECK(p.params.out_strides.head == 64);
   CHECK(p.params.softmax_scale_log2 == doctest::Approx(0.125 * std::log2(std::exp(1.0))));
-  CHECK(p.params.q_sign == 0);
+  CHECK(p.params.sign == 0);
 }
 
 TEST_CASE("plan: strides are taken as they are") {
   ForwardRequest r = request(2, 32, 32, 4, 4, 64);
   r.q.strides = {1'000'000'000'000, 64, 32 * 64, 1};  // (b, h, s, d) transposed, batches far apart
   const LaunchPlan p = plan(r);
-  CHECK(p.params.q_batch_stride == 1'000'000'000'000);
-  CHECK(p.params.q_row_stride == 64);
-  CHECK(p.params.q_head_stride == 32 * 64);
+  CHECK(p.params.q_strides.batch == 1'000'000'000'000);
+  CHECK(p.params.q_strides.row == 64);
+  CHECK(p.params.q_strides.head == 32 * 64);
   CHECK(p.spec.access == GlobalAccess::kVector16B);
 }
 
 TEST_CASE("plan: the sign and the size of the scale") {
   ForwardRequest r = request(1, 8, 8, 1, 1, 64);
-  r.softmax_scale = -2;
-  CHECK(plan(r).params.q_sign == 0x80008000u);
+  r.options.softmax_scale = -2;
+  CHECK(plan(r).params.sign == 0x80008000u);
   CHECK(plan(r).params.softmax_scale_log2 == doctest::Approx(2 * std::log2(std::exp(1.0))));
-  r.softmax_scale = 0;
-  CHECK(plan(r).params.q_sign == 0);
+  r.options.softmax_scale = 0;
+  CHECK(plan(r).params.sign == 0);
   CHECK(plan(r).params.softmax_scale_log2 == 0x1p-100f);
   for (const float bad : {std::numeric_limits<float>::infinity(), std::nanf(""), 3e38f}) {
-    r.softmax_scale = bad;
+    r.options.softmax_scale = bad;
     CHECK(refusal<ArgumentError>(r) == Containing{"softmax_scale"});
   }
 }
@@ -127,10 +127,10 @@ TEST_CASE("plan: a dimension of one element may have any stride") {
   r.k.strides = {7, 64, 9, 1};
   const LaunchPlan p = plan(r);
   CHECK(p.spec.access == GlobalAccess::kVector16B);
-  CHECK(p.params.q_batch_stride == 0);
-  CHECK(p.params.q_head_stride == 0);
-  CHECK(p.params.k_batch_stride == 0);
-  CHECK(p.params.q_row_stride == 64);
+  CHECK(p.params.q_strides.batch == 0);
+  CHECK(p.params.q_strides.head == 0);
+  CHECK(p.params.k_strides.batch == 0);
+  CHECK(p.params.q_strides.row == 64);
   ForwardRequest one = request(2, 8, 8, 1, 1, 1);
   one.q.strides[3] = 77;
   CHECK(plan(one).blocks > 0);

@@ -85,10 +85,12 @@ ForwardCase small_case(Mask mask) {
 std::function<bool(const Row&)> own_tile(const ForwardCase& c, std::int64_t b, std::int64_t key,
                                          std::int64_t head_k) {
   return [=](const Row& row) {
-    if (row.b != b || row.h / c.group_size != head_k || sees(c.mask, c.seqlen_q, c.seqlen_k, row.i, key))
-      return false;
+    AttentionOptions options;
+    options.mask = c.mask;
+    const SequenceRows sequence{b, b, 0, c.seqlen_q, 0, c.seqlen_k};
+    if (row.b != b || row.h / c.group_size != head_k || sees(options, sequence, row.i, key)) return false;
     const std::int64_t last_row = std::min((row.i / c.tile->block_m + 1) * c.tile->block_m, c.seqlen_q) - 1;
-    return sees(c.mask, c.seqlen_q, c.seqlen_k, last_row, key / c.tile->block_n * c.tile->block_n);
+    return sees(options, sequence, last_row, key / c.tile->block_n * c.tile->block_n);
   };
 }
 

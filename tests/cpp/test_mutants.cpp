@@ -50,8 +50,9 @@ std::string backward_error(const TemplateSet& templates, const BackwardCase& c) 
   const TensorExtent tensors[] = {
       fp16_extent("q", request.q, TensorUse::kRead),      fp16_extent("k", request.k, TensorUse::kRead),
       fp16_extent("v", request.v, TensorUse::kRead),      fp16_extent("dout", request.dout, TensorUse::kRead),
-      fp16_extent("dq", request.dq, TensorUse::kWrite),   fp16_extent("dk", request.dk, TensorUse::kWrite),
-      fp16_extent("dv", request.dv, TensorUse::kWrite),
+      fp16_extent("dq", *request.dq, TensorUse::kWrite),
+      fp16_extent("dk", request.dkdv->dk, TensorUse::kWrite),
+      fp16_extent("dv", request.dkdv->dv, TensorUse::kWrite),
       row_extent("softmax_lse", request.softmax_lse, request.q, TensorUse::kRead),
       row_extent("delta", request.delta, request.q, TensorUse::kRead)};
   std::string error;

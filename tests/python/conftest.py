@@ -99,7 +99,7 @@ class Pack:
         done = run_python(
             "import json, sys; from flash_attn_jit import _core\n"
             "library = _core.open_pack_for_writing(sys.argv[1])\n"
-            "specs = _core.select_forward_kernels([64, 128], [False, True], [1, 2, 4, 8], 'sm_75')\n"
+            "specs = _core.select_kernels(['fwd'], [64, 128], [False, True], [1, 2, 4, 8], 'sm_75')\n"
             "print(json.dumps([library.find_or_compile(spec, 'sm_75') for spec in specs]))".replace(
                 "sys.argv[1]", repr(str(self.folder))
             )

@@ -99,7 +99,7 @@ def work_interpreted():
     q = torch.randn(1, 8, 1, 64).half()
     flash_attn_jit.flash_attn_func(q, q, q)
 def work_compiled():
-    (spec, *_) = _core.select_forward_kernels([64], [False], [1], "sm_75")
+    (spec, *_) = _core.select_kernels(["fwd"], [64], [False], [1], "sm_75")
     _core.process_library().find_or_compile(spec, "sm_75")
 try:
     WORK()

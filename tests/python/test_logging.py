@@ -15,7 +15,7 @@ logger = logging.getLogger("flash_attn_jit")
 logger.setLevel(logging.INFO)
 logger.propagate = False
 logger.addHandler(Keep())
-(spec, *_) = _core.select_forward_kernels([64], [False], [1], "sm_75")
+(spec, *_) = _core.select_kernels(["fwd"], [64], [False], [1], "sm_75")
 kernel = _core.process_library().find_or_compile(spec, "sm_75")
 print(json.dumps({"records": records, "origin": kernel["origin"], "seconds": kernel["seconds"]}))
 """

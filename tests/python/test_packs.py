@@ -10,9 +10,9 @@ LOOK_UP = """
 import json
 from flash_attn_jit import MissingKernelError, _core
 _core.set_python_search_path([])
-specs = _core.select_forward_kernels([64, 128], [False, True], [1, 2, 4, 8], "sm_75")
+specs = _core.select_kernels(["fwd"], [64, 128], [False, True], [1, 2, 4, 8], "sm_75")
 origins = [_core.process_library().find_or_compile(spec, "sm_75")["origin"] for spec in specs]
-(not_there, *_) = _core.select_forward_kernels([80], [False], [1], "sm_75")
+(not_there, *_) = _core.select_kernels(["fwd"], [80], [False], [1], "sm_75")
 try:
     _core.process_library().find_or_compile(not_there, "sm_75")
 except MissingKernelError as error:
@@ -60,7 +60,7 @@ def test_the_pack_holds_what_the_jit_makes(pack_12, tmp_path):
     code = """
 import hashlib, json, sys
 from flash_attn_jit import _core
-specs = _core.select_forward_kernels([64], [False, True], [1], "sm_75")
+specs = _core.select_kernels(["fwd"], [64], [False, True], [1], "sm_75")
 library = _core.open_pack_for_writing(FOLDER) if FOLDER else _core.process_library()
 kernels = [library.find_or_compile(spec, "sm_75") for spec in specs]
 compared = ("name", "registers", "built_by", "dynamic_smem", "origin")

@@ -114,7 +114,7 @@ def cache(tmp_path):
     folder = tmp_path / "cache"
     code = """
 from flash_attn_jit import _core
-for spec in _core.select_forward_kernels([64], [False], [1], "sm_75")[:2]:
+for spec in _core.select_kernels(["fwd"], [64], [False], [1], "sm_75")[:2]:
     _core.process_library().find_or_compile(spec, "sm_75")
 """
     done = run_python(code, FLASH_ATTN_JIT_CACHE_DIR=folder)

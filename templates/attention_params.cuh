@@ -1,0 +1,27 @@
+// What every kernel is told of the problem, shared by device code and host code. Strides count elements.
+#pragma once
+
+struct TensorStrides {
+  long long batch, row, head;
+};
+
+struct AttentionParams {
+  int seqlen_q, seqlen_k;  // varlen: of the longest sequence
+  int num_heads, num_heads_k;
+
+  // Varlen: sequence b has the rows [cu_seqlens[b], cu_seqlens[b + 1]) of its tensors, whose batch strides are 0.
+  const int* cu_seqlens_q;
+  const int* cu_seqlens_k;
+  int total_q;  // rows of q, all sequences together
+
+  // Query i sees key j where -window_left <= j - (i + seqlen_k - seqlen_q) <= window_right.
+  int window_left, window_right;
+
+  float softmax_scale_log2;  // |softmax_scale| x log2(e), or softcap x log2(e); at least 2^-100, so that a masked score
+                             // of -inf stays -inf
+  unsigned sign;             // 0x80008000 where softmax_scale is negative: flips the signs of fp16 pairs, else 0
+  float softcap_scale;       // |softmax_scale| / softcap: tanh's argument is this times a score
+
+  const float* alibi_slopes;     // (batch, num_heads); the batch stride may be 0
+  long long alibi_batch_stride;
+};
