@@ -77,25 +77,15 @@ class FlashBwd {
     float lse[2], delta[2];
   };
 
-  // What a thread brings of a tile.
+  // What a thread brings of a tile, as it lies in memory: nothing waits for it before it is stored.
   struct Incoming {
     typename Stream::Chunks first, second;
     float lse, delta;
   };
 
  public:
-  __device__ __forceinline__ explicit FlashBwd(const FlashBwdParams& params)
-      : params_(params),
-        lane_(thread_in_block() % 32),
-        warp_(thread_in_block() / 32),
-        head_(batch_head(params) % heads(params)),
-        sequence_(params, batch_head(params) / heads(params)) {
-    const int turn = block_in_grid() / Tile::kOutputSplits % params.num_row_blocks;
-    first_output_dim_ = block_in_grid() % Tile::kOutputSplits * Tile::kOutputDims;
-    // Causal blocks with the most columns go first, so that the short ones fill the last wave: the last queries, the
-    // first keys.
-    const bool last_first = Traits::kIsCausal && !kRowsAreKeys;
-    row_begin_ = (last_first ? params.num_row_blocks - 1 - turn : turn) * Traits::kBlockM;
+  __device__ __forceinline__ explicit FlashBwd(const FlashBwdParams& params) : params_(params) {
+    locate(thread_in_block(), block_in_grid());
   }
 
   __device__ __forceinline__ void run() {
@@ -106,18 +96,30 @@ class FlashBwd {
     if (columns.begin < columns.end) {
       load_rows();
       const int group_heads = kRowsAreKeys ? Traits::kGroupSize : 1;
-      for (int i = 0; i < group_heads; ++i) attend(head_ * group_heads + i);
+      for (int i = 0; i < group_heads; ++i) {
+        locate(reread_thread_in_block(), reread_block_in_grid());
+        attend(head_ * group_heads + i);
+      }
     }
     write_out();
   }
 
  private:
-  // The block's place in the flat grid: row blocks of one head next to each other.
-  static __device__ __forceinline__ int batch_head(const FlashBwdParams& params) {
-    return block_in_grid() / Tile::kOutputSplits / params.num_row_blocks;
-  }
-  static __device__ __forceinline__ int heads(const FlashBwdParams& params) {
-    return kRowsAreKeys ? params.num_heads_k : params.num_heads;
+  // Which rows of which head are this warp's.
+  __device__ __forceinline__ void locate(int thread, int block) {
+    lane_ = thread % 32;
+    warp_ = thread / 32;
+    const int split_block = block / Tile::kOutputSplits;
+    const int turn = split_block % params_.num_row_blocks;
+    const int batch_head = split_block / params_.num_row_blocks;
+    first_output_dim_ = block % Tile::kOutputSplits * Tile::kOutputDims;
+    const int heads = kRowsAreKeys ? params_.num_heads_k : params_.num_heads;
+    // Causal blocks with the most columns go first, so that the short ones fill the last wave: the last queries, the
+    // first keys.
+    const bool last_first = Traits::kIsCausal && !kRowsAreKeys;
+    row_begin_ = (last_first ? params_.num_row_blocks - 1 - turn : turn) * Traits::kBlockM;
+    head_ = batch_head % heads;
+    sequence_ = Sequence<Traits>(params_, batch_head / heads);
   }
 
   static __device__ __forceinline__ void clear(Gradient& gradient) {
@@ -182,27 +184,27 @@ class FlashBwd {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int row = first_row() + 16 * m + 8 * half + lane_ / 4;
-          load_statistics(head_, row, row_statistics_[m].lse[half], row_statistics_[m].delta[half]);
+          float lse, delta;
+          load_statistics(sequence_.statistics_offset(head_, row), row < sequence_.seqlen_q(), lse, delta);
+          row_statistics_[m].lse[half] = scaled_lse(lse);
+          row_statistics_[m].delta[half] = scaled_delta(delta);
         }
     }
     block_barrier();  // every warp has its rows out of the slots' memory
   }
 
-  // Of query `row`; beyond the last query P and dS come out as 0.
-  __device__ __forceinline__ void load_statistics(int head, int row, float& lse, float& delta) const {
+  // Of a query, or of none: there P and dS come out as 0.
+  __device__ __forceinline__ void load_statistics(long long offset, bool exists, float& lse, float& delta) const {
     lse = infinity();
     delta = 0.0f;
-    if (row < sequence_.seqlen_q()) {
-      const long long at = sequence_.statistics_offset(head, row);
-      lse = load_global_f32(params_.softmax_lse + at) * kLog2E;
-      delta = load_global_f32(params_.delta + at) * params_.softmax_scale;
+    if (exists) {
+      lse = load_global_f32(params_.softmax_lse + offset);
+      delta = load_global_f32(params_.delta + offset);
     }
   }
 
-  __device__ __forceinline__ void load_column_statistics(Incoming& in, int tile) const {
-    if (kRowsAreKeys && thread_in_block() < Traits::kBlockN)
-      load_statistics(head_q_, tile * Traits::kBlockN + thread_in_block(), in.lse, in.delta);
-  }
+  __device__ __forceinline__ float scaled_lse(float lse) const { return lse * kLog2E; }
+  __device__ __forceinline__ float scaled_delta(float delta) const { return delta * params_.softmax_scale; }
 
   // The turn to tile n brings tile n - 1. Turn 0 brings tile 0 again, which nobody uses: that costs less than a branch.
   __device__ __forceinline__ int incoming_tile() const { return n_block_ > 1 ? n_block_ - 2 : 0; }
@@ -211,14 +213,17 @@ class FlashBwd {
     if (n_block_ > 1) {
       first_stream_.advance();
       second_stream_.advance();
+      column_offset_ -= Traits::kBlockN;
     }
   }
+
+  static __device__ __forceinline__ bool has_column() { return thread_in_block() < Traits::kBlockN; }
 
   __device__ __forceinline__ void load(Incoming& in) {
     advance();
     first_stream_.load(in.first);
     second_stream_.load(in.second);
-    load_column_statistics(in, incoming_tile());
+    if (kRowsAreKeys) load_statistics(column_offset_, has_column(), in.lse, in.delta);
   }
 
   // The same where it may be the last tile, which need not be whole.
@@ -226,18 +231,19 @@ class FlashBwd {
     const int columns = seqlen_columns() - tile * Traits::kBlockN;
     first_stream_.load_bounded(in.first, columns);
     second_stream_.load_bounded(in.second, columns);
-    load_column_statistics(in, tile);
+    if (kRowsAreKeys)
+      load_statistics(column_offset_, has_column() && thread_in_block() < columns, in.lse, in.delta);
   }
 
   // Two columns' statistics lie together, the lse of both first: one 16-byte read fetches what a lane needs.
   __device__ __forceinline__ void store(const Incoming& in, SharedAddress slot) const {
     Stream::store(slot, in.first);
     Stream::store(slot + Tile::kTileBytes, in.second);
-    if (kRowsAreKeys && thread_in_block() < Traits::kBlockN) {
+    if (kRowsAreKeys && has_column()) {
       const SharedAddress at =
           slot + 2 * Tile::kTileBytes + thread_in_block() / 2 * 16 + thread_in_block() % 2 * 4;
-      store_shared_f32(at, in.lse);
-      store_shared_f32(at + 8, in.delta);
+      store_shared_f32(at, scaled_lse(in.lse));
+      store_shared_f32(at + 8, scaled_delta(in.delta));
     }
     block_barrier();
   }
@@ -397,6 +403,7 @@ class FlashBwd {
     has_step_ = false;
     first_stream_.go_to(n_block_ - 1);
     second_stream_.go_to(n_block_ - 1);
+    column_offset_ = sequence_.statistics_offset(head_q_, (n_block_ - 1) * Traits::kBlockN + thread_in_block());
     Incoming in;
     load_bounded(in, n_block_ - 1);
     store(in, next_slot(slot_));
@@ -509,6 +516,7 @@ class FlashBwd {
   // ---- the output ----
 
   __device__ __forceinline__ void write_out() {
+    locate(reread_thread_in_block(), reread_block_in_grid());
     if (kRowsAreKeys) {
       write_gradient(acc_first_, keys(params_.dk, params_.dk_strides, head_));
       write_gradient(acc_second_, keys(params_.dv, params_.dv_strides, head_));
@@ -527,14 +535,14 @@ class FlashBwd {
   }
 
   const FlashBwdParams& params_;
-  const int lane_, warp_;
-  const int head_;  // of the rows
-  const Sequence<Traits> sequence_;
-  int row_begin_, head_q_, first_output_dim_;
+  int lane_, warp_;
+  Sequence<Traits> sequence_;
+  int row_begin_, head_, head_q_, first_output_dim_;
   float alibi_slope_log2_;
   typename Tile::Fragments first_rows_, second_rows_;
   Statistics row_statistics_[kMTiles];
   Stream first_stream_, second_stream_;
+  long long column_offset_;  // of the statistics of the column that this thread brings
   int n_block_;         // the tile whose last step is at hand; the turn goes to the one before it
   bool has_step_;       // false before a head's first turn
   SharedAddress slot_;  // where that tile lies; the next one is in the slot behind it

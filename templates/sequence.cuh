@@ -25,7 +25,9 @@ struct TileRange {
 template <class Traits>
 class Sequence {
  public:
-  __device__ __forceinline__ Sequence(const AttentionParams& params, int batch) : params_(params), batch_(batch) {
+  Sequence() = default;
+
+  __device__ __forceinline__ Sequence(const AttentionParams& params, int batch) : params_(&params), batch_(batch) {
     if constexpr (Traits::kIsVarlen) {
       q_begin_ = load_global_i32(params.cu_seqlens_q + batch);
       k_begin_ = load_global_i32(params.cu_seqlens_k + batch);
@@ -35,8 +37,8 @@ class Sequence {
   }
 
   __device__ __forceinline__ int batch() const { return batch_; }
-  __device__ __forceinline__ int seqlen_q() const { return Traits::kIsVarlen ? seqlen_q_ : params_.seqlen_q; }
-  __device__ __forceinline__ int seqlen_k() const { return Traits::kIsVarlen ? seqlen_k_ : params_.seqlen_k; }
+  __device__ __forceinline__ int seqlen_q() const { return Traits::kIsVarlen ? seqlen_q_ : params_->seqlen_q; }
+  __device__ __forceinline__ int seqlen_k() const { return Traits::kIsVarlen ? seqlen_k_ : params_->seqlen_k; }
 
   // ---- memory: element offsets from a tensor's first element ----
 
@@ -49,12 +51,12 @@ class Sequence {
 
   // Of query row `row` in softmax_lse and delta.
   __device__ __forceinline__ long long statistics_offset(int head, int row) const {
-    if constexpr (Traits::kIsVarlen) return static_cast<long long>(head) * params_.total_q + q_begin_ + row;
-    return (static_cast<long long>(batch_) * params_.num_heads + head) * params_.seqlen_q + row;
+    if constexpr (Traits::kIsVarlen) return static_cast<long long>(head) * params_->total_q + q_begin_ + row;
+    return (static_cast<long long>(batch_) * params_->num_heads + head) * params_->seqlen_q + row;
   }
 
   __device__ __forceinline__ float alibi_slope(int head) const {
-    return load_global_f32(params_.alibi_slopes + batch_ * params_.alibi_batch_stride + head);
+    return load_global_f32(params_->alibi_slopes + batch_ * params_->alibi_batch_stride + head);
   }
 
   // ---- what sees what ----
@@ -65,21 +67,21 @@ class Sequence {
   __device__ __forceinline__ int first_key(int query) const {
     if constexpr (!Traits::kIsLocal) return 0;
     // Rows beyond the last query see its last key at least, so that they have a maximum like all others.
-    return maximum(minimum(query + diagonal(), seqlen_k() - 1) - params_.window_left, 0);
+    return maximum(minimum(query + diagonal(), seqlen_k() - 1) - params_->window_left, 0);
   }
   __device__ __forceinline__ int end_key(int query) const {
-    if constexpr (Traits::kIsLocal) return minimum(query + diagonal() + params_.window_right + 1, seqlen_k());
+    if constexpr (Traits::kIsLocal) return minimum(query + diagonal() + params_->window_right + 1, seqlen_k());
     return Traits::kIsCausal ? minimum(query + diagonal() + 1, seqlen_k()) : seqlen_k();
   }
   __device__ __forceinline__ bool sees_keys(int query) const { return first_key(query) < end_key(query); }
 
   __device__ __forceinline__ int first_query(int key) const {
-    if constexpr (Traits::kIsLocal) return maximum(key - diagonal() - params_.window_right, 0);
+    if constexpr (Traits::kIsLocal) return maximum(key - diagonal() - params_->window_right, 0);
     return Traits::kIsCausal ? maximum(key - diagonal(), 0) : 0;
   }
   __device__ __forceinline__ int end_query(int key) const {
     if constexpr (!Traits::kIsLocal) return seqlen_q();
-    return minimum(key - diagonal() + params_.window_left + 1, seqlen_q());
+    return minimum(key - diagonal() + params_->window_left + 1, seqlen_q());
   }
 
   // Of the queries [query, query + rows), and of the keys [key, key + rows).
@@ -108,7 +110,7 @@ class Sequence {
             (maximum(last_end, 0) + kN - 1) / kN};
   }
 
-  const AttentionParams& params_;
+  const AttentionParams* params_;
   int batch_;
   int q_begin_, k_begin_, seqlen_q_, seqlen_k_;  // varlen
 };

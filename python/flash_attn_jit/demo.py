@@ -1,25 +1,29 @@
 """``python -m flash_attn_jit.demo``: builds a T4's kernels for some well-known models, on any machine, runs each, and
-compares it with float64: on the GPU where there is one, else in the interpreter."""
+compares it with float64: on the GPU where there is one, else in the interpreter. Then a training step."""
 
 import argparse
+import copy
 import os
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, cast
 
 import torch
+from torch import nn
 
-from . import _core
-from ._reference import reference_heads
+from . import _core, flash_attn_func
+from ._reference import reference_gradients, reference_heads
 
+_KINDS = ("fwd", "bwd_preprocess", "bwd_dkdv", "bwd_dq")
 _SEQLEN = 300  # no multiple of any tile's edge
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What a model asks of the forward kernel, from its published configuration."""
+    """What a model asks of the kernels, from its published configuration."""
 
     models: str
     head_dim: int
@@ -37,7 +41,7 @@ MODELS = (
 
 def _specs(model: Attention) -> List[str]:
     """The kernels that the runtime may choose for the model's tensors, which are aligned."""
-    specs = _core.select_kernels(["fwd"], [model.head_dim], [model.causal], [model.group_size], "sm_75")
+    specs = _core.select_kernels(_KINDS, [model.head_dim], [model.causal], [model.group_size], "sm_75")
     return [spec for spec in specs if " vec16 " in spec]
 
 
@@ -73,23 +77,142 @@ def prebuild(specs: Sequence[str], out: Path) -> Dict[str, Dict[str, Any]]:
     return kernels
 
 
-def error_of(model: Attention, tile: str, device: str) -> float:
-    """The greatest difference from float64 on N(0, 1) inputs of two sequences, one group of heads."""
-    generator = torch.Generator().manual_seed(0)
+class _Problem:
+    """N(0, 1) inputs of two sequences, one group of heads; float64's out, dq, dk and dv beside them."""
 
-    def normal(heads: int) -> torch.Tensor:
-        return torch.randn(2, _SEQLEN, heads, model.head_dim, generator=generator).to(device, torch.float16)
+    def __init__(self, model: Attention, device: str):
+        generator = torch.Generator().manual_seed(0)
 
-    q, k, v = normal(model.group_size), normal(1), normal(1)
-    out = torch.empty_like(q)
-    softmax_lse = torch.empty(2, model.group_size, _SEQLEN, dtype=torch.float32, device=device)
-    _core.forward(q, k, v, out, softmax_lse, None, model.causal, tile=tile)
-    greatest = 0.0
-    for b in range(2):
-        keys, values = (t[b].transpose(0, 1).expand(model.group_size, -1, -1) for t in (k, v))
-        reference = reference_heads(q[b].transpose(0, 1), keys, values, model.causal)
-        greatest = max(greatest, (out[b].transpose(0, 1).double() - reference).abs().max().item())
-    return greatest
+        def normal(heads: int) -> torch.Tensor:
+            shape = (2, _SEQLEN, heads, model.head_dim)
+            return torch.randn(shape, generator=generator).to(device, torch.float16)
+
+        self._causal = model.causal
+        self.q, self.k, self.v = normal(model.group_size), normal(1), normal(1)
+        self.dout = normal(model.group_size)
+        self.exact = {name: torch.empty_like(x, dtype=torch.float64) for name, x in self._outputs().items()}
+        for b in range(2):
+            q, dout = (x[b].transpose(0, 1) for x in (self.q, self.dout))
+            k, v = (x[b].transpose(0, 1).expand_as(q) for x in (self.k, self.v))
+            self.exact["out"][b] = reference_heads(q, k, v, model.causal).transpose(0, 1)
+            dq, dk, dv = reference_gradients(q, k, v, dout, model.causal)
+            self.exact["dq"][b] = dq.transpose(0, 1)
+            for name, gradient in (("dk", dk), ("dv", dv)):  # summed over the group
+                self.exact[name][b] = gradient.sum(0)[:, None]
+
+    def _outputs(self) -> Dict[str, torch.Tensor]:
+        return {"out": self.q, "dq": self.q, "dk": self.k, "dv": self.v}
+
+    def errors(
+        self, tile: Optional[str] = None, dkdv_tile: Optional[str] = None, dq_tile: Optional[str] = None
+    ) -> Dict[str, float]:
+        """The greatest difference from float64 of each tensor, with these tiles or the default ones."""
+        results = {name: torch.empty_like(x) for name, x in self._outputs().items()}
+        out, dq, dk, dv = results.values()
+        batch, seqlen, heads, _ = self.q.shape
+        softmax_lse = torch.empty(batch, heads, seqlen, dtype=torch.float32, device=self.q.device)
+        _core.forward(self.q, self.k, self.v, out, softmax_lse, None, self._causal, tile=tile)
+        _core.backward(
+            self.dout,
+            self.q,
+            self.k,
+            self.v,
+            out,
+            softmax_lse,
+            dq,
+            dk,
+            dv,
+            torch.empty_like(softmax_lse),
+            None,
+            self._causal,
+            dkdv_tile=dkdv_tile,
+            dq_tile=dq_tile,
+        )
+        return {name: (results[name].double() - self.exact[name]).abs().max().item() for name in results}
+
+
+def errors_of(
+    model: Attention, kernels: Dict[str, Dict[str, Any]], device: str
+) -> Dict[str, Optional[float]]:
+    """By spec, the greatest error of what its kernel writes: out, dk and dv, or dq. The preprocess kernel writes none
+    of these: None."""
+    problem = _Problem(model, device)
+    of_kind = {kind: [spec for spec in kernels if spec.split()[0] == kind] for kind in _KINDS}
+    errors: Dict[str, Optional[float]] = {spec: None for spec in kernels}
+    for specs in zip_longest(of_kind["fwd"], of_kind["bwd_dkdv"], of_kind["bwd_dq"]):
+        found = problem.errors(*(kernels[spec]["tile"] if spec else None for spec in specs))
+        for spec, written in zip(specs, (["out"], ["dk", "dv"], ["dq"])):
+            if spec:
+                errors[spec] = max(found[name] for name in written)
+    return errors
+
+
+_Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, flash_attn_func(q.half(), k.half(), v.half(), causal=True)).to(q.dtype)
+
+
+def _attend_in_float64(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return reference_heads(q, k, v, causal=True).transpose(1, 2)
+
+
+class _Layer(nn.Module):
+    """Causal self-attention with its projections, normalisation and residual."""
+
+    def __init__(self, width: int, head_dim: int):
+        super().__init__()
+        self._head_dim = head_dim
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.projection = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, attend: _Attend) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, -1, self._head_dim)).unbind(2)
+        return x + self.projection(attend(q, k, v).flatten(-2))
+
+
+class TrainingStep(NamedTuple):
+    layers: int
+    loss: float
+    loss_in_float64: float
+    gradient_error: float  # the greatest of any weight's gradient, over that gradient's largest element in float64
+    loss_after: float
+
+
+def _loss(layers: nn.ModuleList, x: torch.Tensor, target: torch.Tensor, attend: _Attend) -> torch.Tensor:
+    for layer in layers:
+        x = layer(x, attend)
+    return nn.functional.mse_loss(x, target)
+
+
+def training_step(device: str) -> TrainingStep:
+    """One step of two attention layers like GPT-2's, of float32 weights, with loss scaling: the attention is float16.
+    The same weights in float64 say what loss and gradients should be."""
+    torch.manual_seed(0)
+    batch, width = 2, 2 * 64
+    layers = nn.ModuleList(_Layer(width, head_dim=64) for _ in range(2)).to(device)
+    x, target = torch.randn(2, batch, _SEQLEN, width).to(device).unbind()
+    exact_layers = copy.deepcopy(layers).double()
+    exact_loss = _loss(exact_layers, x.double(), target.double(), _attend_in_float64)
+    exact_loss.backward()
+
+    optimizer = torch.optim.AdamW(layers.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler(device)
+    loss = _loss(layers, x, target, _attend)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    error = max(
+        ((got.grad - exact.grad).abs().max() / exact.grad.abs().max()).item()
+        for got, exact in zip(layers.parameters(), exact_layers.parameters())
+        if got.grad is not None and exact.grad is not None
+    )
+    scaler.step(optimizer)
+    with torch.no_grad():
+        loss_after = _loss(layers, x, target, _attend)
+    return TrainingStep(len(layers), loss.item(), exact_loss.item(), error, loss_after.item())
 
 
 def choose_device(pack: Path) -> str:
@@ -103,7 +226,7 @@ def choose_device(pack: Path) -> str:
     return "cpu"
 
 
-def _row(model: Attention, kernel: Dict[str, Any], error: float) -> List[str]:
+def _row(model: Attention, kernel: Dict[str, Any], error: Optional[float]) -> List[str]:
     spills = kernel["spill_stores"] + kernel["spill_loads"]
     family = kernel["name"].removesuffix("_" + kernel["tile"])
     return [
@@ -113,7 +236,7 @@ def _row(model: Attention, kernel: Dict[str, Any], error: float) -> List[str]:
         str(kernel["registers"]),
         f"{spills} B",
         f"{kernel['seconds']:.2f} s",
-        f"{error:.1e}",
+        "-" if error is None else f"{error:.1e}",
     ]
 
 
@@ -133,16 +256,22 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     device = choose_device(out)
 
     specs = {model: _specs(model) for model in MODELS}
-    kernels = prebuild([spec for of_model in specs.values() for spec in of_model], out)
+    kernels = prebuild(list(dict.fromkeys(spec for of_model in specs.values() for spec in of_model)), out)
     where = torch.cuda.get_device_name() if device == "cuda" else "the interpreter"
     print(
         f"Kernels for sm_75 in {out}; FLASH_ATTN_JIT_PREBUILT={out} makes a T4 load them. Running each on {where}."
     )
     rows = [["model", "kernel", "tile", "registers", "spills", "compiled in", "max error vs float64"]]
     for model, of_model in specs.items():
-        for spec in of_model:
-            rows.append(_row(model, kernels[spec], error_of(model, kernels[spec]["tile"], device)))
+        errors = errors_of(model, {spec: kernels[spec] for spec in of_model}, device)
+        rows += [_row(model, kernels[spec], errors[spec]) for spec in of_model]
     _print_table(rows)
+    step = training_step(device)
+    print(
+        f"A training step of {step.layers} causal attention layers on {where}: loss {step.loss:.6f} (float64: "
+        f"{step.loss_in_float64:.6f}), the greatest relative error of a gradient {step.gradient_error:.1e}, "
+        f"loss after the step {step.loss_after:.6f}."
+    )
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""``python -m flash_attn_jit.bench``: speed, accuracy and host cost beside PyTorch's own attention."""
+"""``python -m flash_attn_jit.bench``: speed, accuracy, memory and host cost beside PyTorch's own attention."""

@@ -1,65 +1,104 @@
-"""Error against float64, beside SDPA's backends on the same inputs."""
+"""Errors against float64, beside SDPA's backends on the same inputs."""
 
 from math import sqrt
 from typing import Any, Dict, List, Sequence
 
 import torch
 
-from .._reference import reference_heads
+from .._reference import reference_gradients, reference_heads
 from .backends import SDPA_FLASH, Backend
-from .problem import Inputs, Problem
+from .problem import BACKWARD, BOTH, FORWARD, Inputs, Problem
 
-_SCORE_BYTES = 1 << 30  # of float64 scores at a time
+_SCORE_BYTES = 1 << 29  # of float64 scores at a time; the gradients need some such matrices at once
+
+OUT = "out"
+GRADIENTS = ("dq", "dk", "dv")
 
 
-def squared_and_max_error(out: torch.Tensor, inputs: Inputs, causal: bool) -> Dict[str, float]:
-    """Of `out` (batch, seqlen, heads, head_dim) against float64: the greatest error and the mean square."""
-    q, k, v = inputs
+def tensors_of(passes: Sequence[str]) -> List[str]:
+    """What a run that measures these passes compares."""
+    names = [OUT] if any(which != BACKWARD for which in passes) else []
+    return names + (list(GRADIENTS) if any(which != FORWARD for which in passes) else [])
+
+
+def references(inputs: Inputs, causal: bool) -> Dict[str, torch.Tensor]:
+    """out and, where there is a dout, the gradients, in float64 and like q, k and v; some heads at a time."""
+    q, k, v, dout = inputs
     group_size = q.shape[2] // k.shape[2]
     heads_at_once = max(1, _SCORE_BYTES // (8 * q.shape[1] * k.shape[1]))
-    greatest, squares = 0.0, 0.0
+    exact = {OUT: torch.zeros_like(q, dtype=torch.float64)}
+    if dout is not None:
+        exact.update({f"d{name}": torch.zeros_like(x, dtype=torch.float64) for name, x in zip("qkv", (q, k, v))})
     for b in range(q.shape[0]):
         for head in range(0, q.shape[2], heads_at_once):
             heads = slice(head, head + heads_at_once)
             key_heads = torch.arange(q.shape[2], device=q.device)[heads] // group_size
-            reference = reference_heads(
-                q[b, :, heads].transpose(0, 1),
-                k[b].transpose(0, 1)[key_heads],
-                v[b].transpose(0, 1)[key_heads],
-                causal,
-            )
-            error = (out[b, :, heads].transpose(0, 1).double() - reference).abs()
-            greatest = max(greatest, error.max().item())
-            squares += error.square().sum().item()
-    return {"max": greatest, "mean_square": squares / out.numel()}
+            queries = q[b, :, heads].transpose(0, 1)
+            keys, values = (x[b].transpose(0, 1)[key_heads] for x in (k, v))
+            exact[OUT][b, :, heads] = reference_heads(queries, keys, values, causal).transpose(0, 1)
+            if dout is None:
+                continue
+            dq, dk, dv = reference_gradients(queries, keys, values, dout[b, :, heads].transpose(0, 1), causal)
+            exact["dq"][b, :, heads] = dq.transpose(0, 1)
+            for name, gradient in (("dk", dk), ("dv", dv)):  # summed over the heads of a group
+                exact[name][b].index_add_(1, key_heads, gradient.transpose(0, 1))
+    return exact
 
 
-def run(problem: Problem, names: Sequence[str], seeds: Sequence[int]) -> List[Dict[str, Any]]:
-    """One row a backend: over all seeds the greatest error and the root mean square, and both beside SDPA flash's."""
-    errors: Dict[str, List[Dict[str, float]]] = {}
+def max_and_mean_square(got: torch.Tensor, exact: torch.Tensor) -> Dict[str, float]:
+    """The greatest error and the mean square of all."""
+    error = got.double() - exact
+    return {"max": error.abs().max().item(), "mean_square": error.square().mean().item()}
+
+
+def _results(backend: Backend, inputs: Inputs) -> Dict[str, torch.Tensor]:
+    with backend.selected():
+        out = backend.forward(inputs)
+        if inputs.dout is None:
+            return {OUT: out}
+        gradients = torch.autograd.grad(out, inputs.qkv, inputs.dout)
+    return {OUT: out.detach(), **dict(zip(GRADIENTS, gradients))}
+
+
+def run(
+    problem: Problem, passes: Sequence[str], names: Sequence[str], seeds: Sequence[int]
+) -> List[Dict[str, Any]]:
+    """One row a tensor and backend: over all seeds the greatest error and the root mean square, and both beside SDPA
+    flash's."""
+    tensors = tensors_of(passes)
+    which = FORWARD if tensors == [OUT] else BOTH
+    errors: Dict[str, Dict[str, List[Dict[str, float]]]] = {tensor: {} for tensor in tensors}
     skipped: Dict[str, str] = {}
-    with torch.no_grad():
-        for seed in seeds:
-            inputs = problem.inputs(seed)
-            for name in names:
-                backend = Backend(name, problem)
-                skipped[name] = backend.why_not(inputs)
-                if skipped[name]:
-                    continue
-                with backend.selected():
-                    out = backend.call()(inputs)
-                errors.setdefault(name, []).append(squared_and_max_error(out, inputs, problem.causal))
+    for seed in seeds:
+        inputs = problem.inputs(seed, which)
+        with torch.no_grad():
+            exact = references(inputs, problem.causal)
+        for name in names:
+            backend = Backend(name, problem)
+            skipped[name] = backend.why_not(inputs)
+            if skipped[name]:
+                continue
+            results = _results(backend, inputs)
+            for tensor in tensors:
+                errors[tensor].setdefault(name, []).append(max_and_mean_square(results[tensor], exact[tensor]))
     rows = []
-    for name in names:
-        row: Dict[str, Any] = {**problem.record(), "backend": name, "seeds": len(seeds)}
-        if skipped[name]:
-            rows.append({**row, "skipped": skipped[name]})
-            continue
-        row["max_error"] = max(error["max"] for error in errors[name])
-        row["rms_error"] = sqrt(sum(error["mean_square"] for error in errors[name]) / len(seeds))
-        rows.append(row)
-    _add_ratios(rows)
+    for tensor in tensors:
+        of_tensor = [
+            {**problem.record(), "tensor": tensor, "backend": name, "seeds": len(seeds)} for name in names
+        ]
+        for row in of_tensor:
+            name = row["backend"]
+            row.update({"skipped": skipped[name]} if skipped[name] else _over_seeds(errors[tensor][name]))
+        _add_ratios(of_tensor)
+        rows += of_tensor
     return rows
+
+
+def _over_seeds(errors: Sequence[Dict[str, float]]) -> Dict[str, float]:
+    return {
+        "max_error": max(error["max"] for error in errors),
+        "rms_error": sqrt(sum(error["mean_square"] for error in errors) / len(errors)),
+    }
 
 
 def _add_ratios(rows: List[Dict[str, Any]]) -> None:

@@ -2,14 +2,15 @@
 
 import warnings
 from contextlib import nullcontext
-from typing import Callable, ContextManager, Dict, cast
+from functools import partial
+from typing import Callable, ContextManager, Dict, List, Sequence, Tuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import flash_attn_func
-from .problem import Inputs, Problem
+from .problem import BACKWARD, FORWARD, Inputs, Problem
 
 OURS = "flash_attn_jit"
 SDPA_FLASH = "sdpa_flash"
@@ -22,7 +23,7 @@ NAMES = (OURS, *_SDPA)
 
 
 class Backend:
-    """``selected()`` must be entered around calls: it picks SDPA's backend, outside of what is timed."""
+    """``selected()`` must be entered around everything else: it picks SDPA's backend, outside of what is timed."""
 
     def __init__(self, name: str, problem: Problem):
         self.name = name
@@ -31,15 +32,31 @@ class Backend:
     def selected(self) -> ContextManager[None]:
         return nullcontext() if self.name == OURS else sdpa_kernel(_SDPA[self.name])
 
-    def call(self) -> Callable[[Inputs], torch.Tensor]:
-        """A function of (q, k, v), each (batch, seqlen, heads, head_dim); so is its result."""
-        return self._ours if self.name == OURS else self._sdpa
+    def forward(self, inputs: Inputs) -> torch.Tensor:
+        """The output, (batch, seqlen, heads, head_dim)."""
+        return self._ours(inputs) if self.name == OURS else self._sdpa(inputs)
+
+    def both(self, inputs: Inputs) -> Tuple[torch.Tensor, ...]:
+        """dq, dk and dv, by the forward pass and the backward pass."""
+        return torch.autograd.grad(self.forward(inputs), inputs.qkv, inputs.dout)
+
+    def calls(self, which: str, input_sets: Sequence[Inputs]) -> List[Callable[[], object]]:
+        """One call of the pass for each input set. For the backward pass alone the graphs are made here, once, and a
+        call walks its own and keeps it."""
+        if which == FORWARD:
+            return [partial(self.forward, inputs) for inputs in input_sets]
+        if which == BACKWARD:
+            return [
+                partial(torch.autograd.grad, self.forward(inputs), inputs.qkv, inputs.dout, retain_graph=True)
+                for inputs in input_sets
+            ]
+        return [partial(self.both, inputs) for inputs in input_sets]
 
     def _ours(self, inputs: Inputs) -> torch.Tensor:
-        return cast(torch.Tensor, flash_attn_func(*inputs, causal=self._problem.causal))
+        return cast(torch.Tensor, flash_attn_func(*inputs.qkv, causal=self._problem.causal))
 
     def _sdpa(self, inputs: Inputs) -> torch.Tensor:
-        q, k, v = (tensor.transpose(1, 2) for tensor in inputs)
+        q, k, v = (tensor.transpose(1, 2) for tensor in inputs.qkv)
         causal = self._problem.causal
         if self._problem.num_heads == self._problem.num_heads_k:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -47,15 +64,21 @@ class Backend:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
         return out.transpose(1, 2)
 
+    def _run_once(self, inputs: Inputs) -> None:
+        if inputs.dout is None:
+            self.forward(inputs)
+        else:
+            self.both(inputs)
+
     def why_not(self, inputs: Inputs) -> str:
-        """Empty where the backend runs, else PyTorch's reasons."""
+        """Empty where the backend runs these (with their gradients where they need them), else PyTorch's reasons."""
         if self.name == OURS:
-            self._ours(inputs)
+            self._run_once(inputs)
             return ""
         with warnings.catch_warnings(record=True) as caught, self.selected():
             warnings.simplefilter("always")
             try:
-                self._sdpa(inputs)
+                self._run_once(inputs)
             except RuntimeError as error:
                 reasons = [str(warning.message).split(" (Triggered")[0] for warning in caught]
                 return "; ".join(reasons) or str(error)

@@ -2,15 +2,35 @@
 
 from statistics import median
 from time import perf_counter
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .. import flash_attn_func
 from .backends import OURS
+from .problem import BOTH, FORWARD
 
-_CALLS = 200  # a burst: far fewer launches than a stream's queue holds
+_CALLS = 100  # a burst: fewer launches than a stream's queue holds, with all kernels of a backward pass
+
+
+class Mode(NamedTuple):
+    which: str  # the pass
+    grad_mode: bool
+    inputs_need_gradients: bool
+
+    def __str__(self) -> str:
+        if not self.grad_mode:
+            return "grad off"
+        return "grad on, inputs need gradients" if self.inputs_need_gradients else "grad on"
+
+
+_MODES = (
+    Mode(FORWARD, False, False),
+    Mode(FORWARD, True, False),
+    Mode(FORWARD, True, True),
+    Mode(BOTH, True, True),
+)
 
 
 def _burst_us(call: Callable[[], object], wait: Callable[[], object]) -> float:
@@ -23,25 +43,36 @@ def _burst_us(call: Callable[[], object], wait: Callable[[], object]) -> float:
     return elapsed / _CALLS * 1e6
 
 
-def _calls(device: str) -> Dict[str, Callable[[], object]]:
+def _calls(mode: Mode, device: str) -> Dict[str, Callable[[], object]]:
     # On the CPU a query of length 0 makes the whole way to the launch, and launches nothing.
     seqlen = 16 if device == "cuda" else 0
-    q = torch.randn(1, seqlen, 8, 64, dtype=torch.float16, device=device)
-    heads_first = q.transpose(1, 2)
+    q, k, v, dout = torch.randn(4, 1, seqlen, 8, 64, dtype=torch.float16, device=device).unbind()
+    inputs = [t.detach().requires_grad_(mode.inputs_need_gradients) for t in (q, k, v)]
+    # Of SDPA's layout, so that its calls need no transpose.
+    heads_first = [t.transpose(1, 2).detach().requires_grad_(mode.inputs_need_gradients) for t in (q, k, v)]
+    dout_heads_first = dout.transpose(1, 2)
+    if mode.which == FORWARD:
+        return {
+            OURS: lambda: flash_attn_func(*inputs),
+            "sdpa": lambda: F.scaled_dot_product_attention(*heads_first),
+        }
     return {
-        OURS: lambda: flash_attn_func(q, q, q),
-        "sdpa": lambda: F.scaled_dot_product_attention(heads_first, heads_first, heads_first),
+        OURS: lambda: torch.autograd.grad(flash_attn_func(*inputs), inputs, dout),
+        "sdpa": lambda: torch.autograd.grad(
+            F.scaled_dot_product_attention(*heads_first), heads_first, dout_heads_first
+        ),
     }
 
 
 def run(rounds: int = 50) -> List[Dict[str, Any]]:
-    """Microseconds a call, with grad mode off and on, inputs that need no gradient; bursts take turns."""
+    """Microseconds a call: forward with grad mode off and on, forward of inputs that need gradients, and forward and
+    backward of them; bursts take turns."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    calls = _calls(device)
     rows = []
-    for grad_mode in (False, True):
-        with torch.set_grad_enabled(grad_mode):
+    for mode in _MODES:
+        calls = _calls(mode, device)
+        with torch.set_grad_enabled(mode.grad_mode):
             samples: Dict[str, List[float]] = {name: [] for name in calls}
             for call in calls.values():
                 _burst_us(call, wait)
@@ -53,7 +84,10 @@ def run(rounds: int = 50) -> List[Dict[str, Any]]:
                 {
                     "backend": name,
                     "device": device,
-                    "grad_mode": "on" if grad_mode else "off",
+                    "pass": mode.which,
+                    "grad_mode": "on" if mode.grad_mode else "off",
+                    "inputs_need_gradients": mode.inputs_need_gradients,
+                    "mode": str(mode),
                     "us_median": median(values),
                     "us_min": min(values),
                     "us_max": max(values),

@@ -1,9 +1,11 @@
 """The PNG of a timing run, from its JSON alone."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 from .backends import NAMES
+from .problem import BACKWARD, BOTH, FORWARD, PASSES
 
 _LABELS = {
     "flash_attn_jit": "flash_attn_jit",
@@ -11,6 +13,11 @@ _LABELS = {
     "sdpa_flash": "SDPA flash",
     "sdpa_cudnn": "SDPA cuDNN",
 }
+_PASS_TITLES = {FORWARD: "forward", BACKWARD: "backward", BOTH: "forward and backward"}
+
+
+def _pass_of(row: Dict[str, Any]) -> str:
+    return row.get("pass", FORWARD)  # a record from before there were others does not say it
 
 
 def _bars(axes: Any, rows: List[Dict[str, Any]]) -> None:
@@ -31,7 +38,7 @@ def _bars(axes: Any, rows: List[Dict[str, Any]]) -> None:
 
 
 def plot(record: Dict[str, Any], png: Path) -> None:
-    """Draws `record` (a timing run's JSON) into `png`: head dims by rows, full and causal by columns."""
+    """Draws `record` (a timing run's JSON) into `png`: head dims and passes by rows, full and causal by columns."""
     try:
         import matplotlib
     except ImportError as error:
@@ -45,14 +52,15 @@ def plot(record: Dict[str, Any], png: Path) -> None:
         raise SystemExit("--plot: this JSON holds no timings")
     head_dims = sorted({row["head_dim"] for row in rows})
     masks = sorted({row["causal"] for row in rows})
-    size: Tuple[float, float] = (6.4 * len(masks), 3.6 * len(head_dims))
-    figure, grid = pyplot.subplots(
-        len(head_dims), len(masks), figsize=size, squeeze=False, layout="constrained"
-    )
-    for head_dim, line in zip(head_dims, grid):
+    passes = [which for which in PASSES if any(_pass_of(row) == which for row in rows)]
+    panels = list(product(head_dims, passes))
+    size: Tuple[float, float] = (6.4 * len(masks), 3.6 * len(panels))
+    figure, grid = pyplot.subplots(len(panels), len(masks), figsize=size, squeeze=False, layout="constrained")
+    for (head_dim, which), line in zip(panels, grid):
         for causal, axes in zip(masks, line):
-            _bars(axes, [row for row in rows if row["head_dim"] == head_dim and row["causal"] == causal])
-            axes.set_title(f"head dim {head_dim}, {'causal' if causal else 'full'}")
+            shown_here = (head_dim, which, causal)
+            _bars(axes, [row for row in rows if (row["head_dim"], _pass_of(row), row["causal"]) == shown_here])
+            axes.set_title(f"{_PASS_TITLES[which]}, head dim {head_dim}, {'causal' if causal else 'full'}")
     shown = [name for name in NAMES if any(row["backend"] == name for row in rows)]
     figure.legend(
         handles=[Patch(color=f"C{NAMES.index(name)}", label=_LABELS[name]) for name in shown],
@@ -60,5 +68,5 @@ def plot(record: Dict[str, Any], png: Path) -> None:
         ncols=len(shown),
     )
     machine = record["machine"]
-    figure.suptitle(f"Forward attention, fp16, {machine['gpu']}, target {machine['target']}")
+    figure.suptitle(f"Attention, fp16, {machine['gpu']}, target {machine['target']}")
     figure.savefig(png, dpi=150)
