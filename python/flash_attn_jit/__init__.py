@@ -31,7 +31,7 @@ from .interface import (
 )
 
 from . import bert_padding
-from .sdpa import SdpaRouter, route_sdpa, sdpa
+from ._sdpa import SdpaRouter, route_sdpa, sdpa
 
 __version__: str = _version("flash-attn-jit")
 

@@ -6,7 +6,7 @@ takes, and torch.compile sees one operator either way.
 
 import logging
 import sys
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 
@@ -52,17 +52,23 @@ def _forward(
     return out, softmax_lse
 
 
-def _forward_fake(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    # Every other check is _core.forward's, before a kernel runs: its rules need no second copy here. But a single
+_INPUTS = ("q", "k", "v")
+_OPTION_NAMES = tuple(option.split()[1] for option in _OPTIONS.split(", "))
+
+
+def _check_devices(q: torch.Tensor, names: Sequence[str], values: Sequence[Any]) -> None:
+    # Every other check is the compiled module's, before a kernel runs: its rules need no second copy here. But a single
     # argument on the meta device brings the call here instead of there.
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.device != q.device:
+    for name, value in zip(names, values):
+        if isinstance(value, torch.Tensor) and value.device != q.device:
             raise ValueError(
-                f"{name} is on device {tensor.device} and q on {q.device}. Accepted: all on one device."
+                f"{name} is on device {value.device} and q on {q.device}. Accepted: all on one device."
             )
-    return _allocate(q, options[_CU_SEQLENS_Q])
+
+
+def _forward_fake(q: torch.Tensor, *others: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+    _check_devices(q, (*_INPUTS[1:], *_OPTION_NAMES), others)
+    return _allocate(q, others[2 + _CU_SEQLENS_Q])
 
 
 def _backward(
@@ -81,8 +87,9 @@ def _backward(
     _core.backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, delta, *options)
 
 
-def _backward_fake(*arguments: Any) -> None:
-    pass
+def _backward_fake(dout: torch.Tensor, q: torch.Tensor, *others: Any) -> None:
+    names = ("dout", *_INPUTS[1:], "out", "softmax_lse", "dq", "dk", "dv", *_OPTION_NAMES)
+    _check_devices(q, names, (dout, *others))
 
 
 _library = torch.library.Library("flash_attn_jit", "DEF")
@@ -141,8 +148,8 @@ def _forward_plainly(*arguments: Any) -> Tuple[torch.Tensor, torch.Tensor]:
         return _forward(*arguments)
     except ValueError:
         pass
-    # The compiled module cannot read a meta tensor, nor one that outlived its transform; the operator makes something
-    # of both. Everything else it refuses again, in the same words.
+    # The compiled module cannot read meta tensors, nor one that outlived its transform; the operator makes something of
+    # both. Everything else it refuses as well.
     return _forward_operator(*arguments)
 
 

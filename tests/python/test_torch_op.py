@@ -121,6 +121,14 @@ def test_backward_writes_what_it_is_given_and_nothing_else():
     assert torch.equal(dk, whole[7]) and torch.equal(dv, whole[8])
 
 
+@pytest.mark.parametrize("which", [0, 1, 2, 3, 5, 6, 8])
+def test_one_argument_of_backward_on_the_meta_device(which):
+    arguments = list(backward_arguments(*normal_qkv(1, 8, 8, 1, 1, 64), NO_OPTIONS))
+    arguments[which] = arguments[which].to("meta")
+    with pytest.raises(ValueError, match="is on device .*Accepted: all on one device"):
+        BACKWARD(*arguments)
+
+
 def lengths(of):
     cu_seqlens = torch.tensor([0, 7, 20], dtype=torch.int32)
     return (cu_seqlens, 13) if of == "qkv" else (cu_seqlens, cu_seqlens, 13, 13)
