@@ -178,9 +178,7 @@ class TrainingStep(NamedTuple):
     layers: int
     loss: float
     loss_in_float64: float
-    gradient_error: (
-        float  # the greatest of any weight's gradient, over that gradient's largest element in float64
-    )
+    gradient_error: float  # the greatest of any weight's gradient, over that gradient's largest element in float64
     loss_after: float
 
 

@@ -135,9 +135,7 @@ def test_a_transformer_learns_what_it_learns_with_sdpa(attend, losses_with_sdpa)
     losses = train(attend, "cuda")
     smoothed, expected = (x.unfold(0, SMOOTHED, 1).mean(-1) for x in (losses, losses_with_sdpa))
     greatest = (smoothed - expected).abs().max().item()
-    print(
-        f"{attend.__name__}: {losses[0]:.4f} to {smoothed[-1]:.4f}, greatest difference from SDPA {greatest:.5f}"
-    )
+    print(f"{attend.__name__}: {losses[0]:.4f} to {smoothed[-1]:.4f}, greatest difference from SDPA {greatest:.5f}")
     assert greatest <= 0.025
     for curve in (losses, losses_with_sdpa):
         assert curve.isfinite().all() and curve[-SMOOTHED:].mean() < 0.15 * curve[0]
@@ -148,9 +146,7 @@ def test_a_transformer_learns_what_it_learns_with_sdpa(attend, losses_with_sdpa)
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize(
-    "lengths_and_heads", [(500, 500, 4, 4), (1000, 40, 8, 1), (300, 1000, 8, 1)], ids=str
-)
+@pytest.mark.parametrize("lengths_and_heads", [(500, 500, 4, 4), (1000, 40, 8, 1), (300, 1000, 8, 1)], ids=str)
 def test_largest_gradient_of_2_to_the_15(lengths_and_heads, head_dim, causal):
     check_scaled_gradients(*qkv(1, *lengths_and_heads, head_dim), causal)
 
@@ -292,8 +288,7 @@ def test_varlen_is_each_sequence_by_itself(heads, head_dim, causal):
     lengths_q, lengths_k = (300, 0, 1, 65, 129, 700), (300, 40, 64, 0, 257, 500)
     q = normal(sum(lengths_q), num_heads, head_dim, seed=1, device="cuda").requires_grad_()
     k, v = (
-        normal(sum(lengths_k), num_heads_k, head_dim, seed=seed, device="cuda").requires_grad_()
-        for seed in (2, 3)
+        normal(sum(lengths_k), num_heads_k, head_dim, seed=seed, device="cuda").requires_grad_() for seed in (2, 3)
     )
     dout = normal(*q.shape, seed=4, device="cuda")
     lengths = cumulative(lengths_q), cumulative(lengths_k), max(lengths_q), max(lengths_k)

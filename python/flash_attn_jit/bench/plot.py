@@ -59,9 +59,7 @@ def plot(record: Dict[str, Any], png: Path) -> None:
     for (head_dim, which), line in zip(panels, grid):
         for causal, axes in zip(masks, line):
             shown_here = (head_dim, which, causal)
-            _bars(
-                axes, [row for row in rows if (row["head_dim"], _pass_of(row), row["causal"]) == shown_here]
-            )
+            _bars(axes, [row for row in rows if (row["head_dim"], _pass_of(row), row["causal"]) == shown_here])
             axes.set_title(f"{_PASS_TITLES[which]}, head dim {head_dim}, {'causal' if causal else 'full'}")
     shown = [name for name in NAMES if any(row["backend"] == name for row in rows)]
     figure.legend(
