@@ -20,7 +20,18 @@ from .errors import (
     MissingKernelError,
     UnsupportedError,
 )
-from .interface import flash_attn_func, interpreter_report
+from .interface import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    interpreter_report,
+)
+
+from . import bert_padding
+from .sdpa import SdpaRouter, route_sdpa, sdpa
 
 __version__: str = _version("flash-attn-jit")
 
@@ -31,8 +42,17 @@ __all__ = [
     "InterpreterError",
     "InterpreterReport",
     "MissingKernelError",
+    "SdpaRouter",
     "UnsupportedError",
     "__version__",
+    "bert_padding",
     "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "interpreter_report",
+    "route_sdpa",
+    "sdpa",
 ]

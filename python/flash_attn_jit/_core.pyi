@@ -46,6 +46,14 @@ def forward(
     softmax_lse: torch.Tensor,
     softmax_scale: Optional[float],
     causal: bool,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Optional[torch.Tensor] = None,
+    cu_seqlens_q: Optional[torch.Tensor] = None,
+    cu_seqlens_k: Optional[torch.Tensor] = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
     tile: Optional[str] = None,
 ) -> None: ...
 def backward(
@@ -55,19 +63,27 @@ def backward(
     v: torch.Tensor,
     out: torch.Tensor,
     softmax_lse: torch.Tensor,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
+    dq: Optional[torch.Tensor],
+    dk: Optional[torch.Tensor],
+    dv: Optional[torch.Tensor],
     delta: torch.Tensor,
     softmax_scale: Optional[float],
     causal: bool,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Optional[torch.Tensor] = None,
+    cu_seqlens_q: Optional[torch.Tensor] = None,
+    cu_seqlens_k: Optional[torch.Tensor] = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
     dkdv_tile: Optional[str] = None,
     dq_tile: Optional[str] = None,
 ) -> None: ...
 def interpreter_report() -> InterpreterReport: ...
 def devices() -> List[Dict[str, Any]]: ...
-def select_forward_kernels(
-    head_dims: Sequence[int], causal: Sequence[bool], group_sizes: Sequence[int], arch: str
+def select_kernels(
+    kinds: Sequence[str], head_dims: Sequence[int], causal: Sequence[bool], group_sizes: Sequence[int], arch: str
 ) -> List[str]: ...
 def process_library() -> KernelLibrary: ...
 def open_pack_for_writing(dir: str) -> KernelLibrary: ...

@@ -121,7 +121,9 @@ class Backward {
       lse = maximum + std::log(sum);
       for (std::size_t n = 0; n < s.size(); ++n) delta += std::exp(s[n].value - lse) * dp[n];
     } else {
-      delta = dot<Number>(query.dout, query.out, dim);
+      // Backwards: where a row sees one key, delta and dP are the same sum, and cancel but for the order of adding.
+      for (std::int64_t d = dim - 1; d >= 0; --d)
+        delta += static_cast<Number>(query.dout[d]) * static_cast<Number>(query.out[d]);
     }
     for (std::size_t n = 0; n < s.size(); ++n) {
       const Number p = std::exp(s[n].value - lse);
@@ -166,6 +168,8 @@ std::string BackwardCase::text() const {
   std::string text = forward.text();
   if (dkdv_tile) text += " dkdv:" + dkdv_tile->text();
   if (dq_tile) text += " dq:" + dq_tile->text();
+  if (dout_layout == DoutLayout::kApart) text += " doutapart";
+  if (dout_layout == DoutLayout::kExpanded) text += " doutexpanded";
   if (dout_factor != 1) text += " dout" + std::to_string(dout_factor);
   return text;
 }
@@ -179,6 +183,8 @@ BackwardCase BackwardCase::parse(std::string_view text) {
       c.dkdv_tile = TileConfig::parse(word.substr(5));
     else if (word.starts_with("dq:"))
       c.dq_tile = TileConfig::parse(word.substr(3));
+    else if (word == "doutapart" || word == "doutexpanded")
+      c.dout_layout = word == "doutapart" ? DoutLayout::kApart : DoutLayout::kExpanded;
     else if (word.starts_with("dout"))
       c.dout_factor = std::stod(word.substr(4));
     else
@@ -198,13 +204,38 @@ BackwardTensors::BackwardTensors(const BackwardCase& c)
       dkdv_tile(c.dkdv_tile),
       dq_tile(c.dq_tile) {
   fill_dout(c, dout);
+  lay_out_dout(c.dout_layout);
   forward_in_interpreter(forward.request());
+}
+
+void BackwardTensors::lay_out_dout(DoutLayout layout) {
+  dout_view = dout.view();
+  if (layout == DoutLayout::kLikeQ) return;
+  const auto [batch, seqlen, heads, dim] = dout.shape();
+  if (layout == DoutLayout::kExpanded) {
+    dout_copy = {to_fp16(0.75)};
+    dout_view = {dout_copy.data(), dout.shape(), {0, 0, 0, 0}};
+  } else {
+    dout_copy.resize(static_cast<std::size_t>(batch * seqlen * heads * dim));
+    dout_view = {dout_copy.data(), dout.shape(), {dim * seqlen * heads, 1, seqlen, heads * seqlen}};
+  }
+  for (std::int64_t b = 0; b < batch; ++b)
+    for (std::int64_t s = 0; s < seqlen; ++s)
+      for (std::int64_t h = 0; h < heads; ++h)
+        for (std::int64_t d = 0; d < dim; ++d) {
+          const auto& strides = dout_view.strides;
+          std::uint16_t& copy = dout_copy[b * strides[0] + s * strides[1] + h * strides[2] + d * strides[3]];
+          if (layout == DoutLayout::kExpanded)
+            dout.at(b, s, h, d) = copy;
+          else
+            copy = dout.at(b, s, h, d);
+        }
 }
 
 BackwardRequest BackwardTensors::request() {
   return {.q = forward.q.view(),
           .out = forward.out.view(),
-          .dout = dout.view(),
+          .dout = dout_view,
           .k = forward.k.view(),
           .v = forward.v.view(),
           .dq = dq.view(),

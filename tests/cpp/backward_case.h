@@ -9,12 +9,20 @@
 
 namespace flash_attn_jit::testing {
 
+enum class DoutLayout {
+  kLikeQ,
+  kApart,     // its head dims lie apart: the last stride is not 1
+  kExpanded,  // one element for all: every stride is 0
+};
+
 struct BackwardCase {
   ForwardCase forward;
   std::optional<TileConfig> dkdv_tile, dq_tile;  // none: the library chooses
   double dout_factor = 1;                        // dout is N(0, 1) times this
+  DoutLayout dout_layout = DoutLayout::kLikeQ;
 
-  // The forward case's words, then "dkdv:m64n16w4q64l0b8k8 dq:m64n16w4q64l0b8k8 dout64".
+  // The forward case's words, then "dkdv:m64n16w4q64l0b8k8 dq:m64n16w4q64l0b8k8 dout64 doutapart" or
+  // "doutexpanded".
   std::string text() const;
   // Words in any order; those left out keep their defaults. Throws SpecError.
   static BackwardCase parse(std::string_view text);
@@ -27,9 +35,15 @@ struct BackwardTensors {
   BackwardRequest request();
 
   ForwardTensors forward;
-  WatchedTensor dout, dq, dk, dv;
+  WatchedTensor dout;
+  TensorView dout_view;  // of its memory, or of a copy of it
+  std::vector<std::uint16_t> dout_copy;
+  WatchedTensor dq, dk, dv;
   std::vector<float> delta;
   std::optional<TileConfig> dkdv_tile, dq_tile;
+
+ private:
+  void lay_out_dout(DoutLayout layout);
 };
 
 struct Gradients {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "backward_case.h"
+#include "case_grid.h"
 #include "generator/default_tiles.h"
 #include "generator/legality.h"
 
@@ -44,35 +45,101 @@ TEST_CASE("backward: edges of tiles, masks, groups, layouts and scales") {
            "hdim8 full sq65 sk65",
            "hdim64 full sq64 sk64 scale0",
            "hdim64 full sq64 sk64 dout1024",
+           "hdim64 window20,0 sq300 sk300",
+           "hdim64 window5,7 gqa2 sq150 sk230",
+           "hdim32 window-1,9 sq200 sk150",
+           "hdim64 window40,-1 sq150 sk200",
+           "hdim64 full softcap5 sq70 sk130",
+           "hdim64 causal alibi gqa2 batch2 sq70 sk130",
+           "hdim128 window30,3 alibibatch softcap5 varlen4 sq170 sk190",
+           "hdim64 causal varlen5 gqa2 sq150 sk230",
+           "hdim64 full gqa2 sq70 sk70 doutapart",
+           "hdim128 causal sq70 sk90 doutexpanded",
+           "hdim33 full varlen3 sq40 sk50 doutapart",
        }) {
     CAPTURE(text);
     CHECK(run_backward_case(BackwardCase::parse(text)) == "");
   }
 }
 
-// Tiles of the backward tables and, spread over it, of the tile space.
-std::vector<TileConfig> sample_of_tiles(KernelKind kind, int head_dim) {
+namespace {
+
+std::vector<TileConfig> default_tiles_of(KernelKind kind, int head_dim) {
   KernelSpec spec;
   spec.kind = kind;
   spec.head_dim = head_dim;
-  std::vector<TileConfig> tiles = default_tiles(spec, arch_limits(75));
-  const std::vector<TileConfig> space = tile_space(spec, arch_limits(75));
-  for (std::size_t i = 0; i < space.size(); i += 7) tiles.push_back(space[i]);
-  return tiles;
+  return default_tiles(spec, arch_limits(75));
 }
 
-TEST_CASE("backward: tiles of every head dim class") {
-  for (const int head_dim : {32, 64, 96, 128, 192, 256}) {
-    const auto dkdv = sample_of_tiles(KernelKind::kBackwardDkDv, head_dim);
-    const auto dq = sample_of_tiles(KernelKind::kBackwardDq, head_dim);
-    for (std::size_t i = 0; i < std::max(dkdv.size(), dq.size()); ++i) {
-      BackwardCase c = BackwardCase::parse(i % 2 ? "full sq70 sk150" : "causal gqa2 sq150 sk135");
-      c.forward.head_dim = head_dim;
-      c.dkdv_tile = dkdv[i % dkdv.size()];
-      c.dq_tile = dq[i % dq.size()];
-      CHECK(run_backward_case(c) == "");
-    }
+std::vector<TileConfig> backward_tiles(KernelKind kind, const ForwardCase& c) {
+  KernelSpec spec;
+  spec.kind = kind;
+  spec.head_dim = c.head_dim;
+  spec.mask = c.mask;
+  return tile_space(spec, arch_limits(75));
+}
+
+// The i-th tiles of the case's tile spaces.
+BackwardCase with_tiles(const ForwardCase& c, std::size_t i) {
+  const auto dkdv = backward_tiles(KernelKind::kBackwardDkDv, c), dq = backward_tiles(KernelKind::kBackwardDq, c);
+  return {c, dkdv[i % dkdv.size()], dq[i % dq.size()]};
+}
+
+std::size_t most_tiles(const ForwardCase& c) {
+  return std::max(backward_tiles(KernelKind::kBackwardDkDv, c).size(), backward_tiles(KernelKind::kBackwardDq, c).size());
+}
+
+// The default tiles of every head dim, then tiles of the space in turn, until every two choices have met.
+std::vector<BackwardCase> pairwise_cases() {
+  std::vector<BackwardCase> cases;
+  PairwiseChoices choices;
+  for (int d = 0; d < static_cast<int>(kHeadDims.size()); ++d)
+    for (const TileConfig& dkdv : default_tiles_of(KernelKind::kBackwardDkDv, kHeadDims[d]))
+      for (const TileConfig& dq : default_tiles_of(KernelKind::kBackwardDq, kHeadDims[d]))
+        cases.push_back({make_case(choices.next(only(d))), dkdv, dq});
+  for (std::size_t i = 0; !choices.all_covered(); ++i)
+    cases.push_back(with_tiles(make_case(choices.next(only(-1))), 7 * i));
+  return cases;
+}
+
+// Every tile with every head dim, and every pair of lengths with every head dim and mask; the rest takes turns.
+std::vector<BackwardCase> all_cases() {
+  std::vector<BackwardCase> cases;
+  PairwiseChoices choices;
+  const Choice size = sizes();
+  for (int d = 0; d < size[kDimChoice]; ++d) {
+    const std::size_t tiles = most_tiles(make_case(choices.next(only(d))));
+    for (std::size_t i = 0; i < tiles; ++i) cases.push_back(with_tiles(make_case(choices.next(only(d))), i));
+    for (int visible = 0; visible < size[kVisible]; ++visible)
+      for (int q = 0; q < size[kSeqlenQ]; ++q)
+        for (int k = 0; k < size[kSeqlenK]; ++k) {
+          Choice fixed = only(d);
+          fixed[kVisible] = visible;
+          fixed[kSeqlenQ] = q;
+          fixed[kSeqlenK] = k;
+          cases.push_back({make_case(choices.next(fixed)), std::nullopt, std::nullopt});
+        }
   }
+  return cases;
+}
+
+void check_all(const std::vector<BackwardCase>& cases) {
+  MESSAGE(cases.size() << " cases");
+  CHECK(count_faults(cases, run_backward_case) == 0);
+}
+
+}  // namespace
+
+TEST_CASE("backward: every head dim, length, mask, layout and input, pair by pair") { check_all(pairwise_cases()); }
+
+TEST_CASE("backward: the whole grid (FLASH_ATTN_JIT_TEST_ALL=1)") {
+  const char* all = std::getenv("FLASH_ATTN_JIT_TEST_ALL");
+  if (all == nullptr || std::string(all) != "1") return;
+  check_all(all_cases());
+}
+
+TEST_CASE("backward: a case's text parses back") {
+  for (const BackwardCase& c : pairwise_cases()) REQUIRE(BackwardCase::parse(c.text()).text() == c.text());
 }
 
 TEST_CASE("backward: no queries or no keys leave gradients of zero") {

@@ -1,23 +1,58 @@
 """Attention in float64, and what float32 with fp16 probabilities would make of it: the bound of every numeric test."""
 
 from math import exp
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
 
 
+# softmax_scale, causal, window_left, window_right, softcap, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+# max_seqlen_k: what the operators take after the tensors, where nothing is asked for.
+NO_OPTIONS = (None, False, -1, -1, 0.0, None, None, None, 0, 0)
+
+
+def _visible(seqlen_q: int, seqlen_k: int, causal: bool, window_size: Sequence[int]) -> torch.Tensor:
+    """(seqlen_q, seqlen_k), bool. Both masks are aligned bottom-right."""
+    distance = _distance(seqlen_q, seqlen_k)
+    left, right = window_size
+    right = 0 if causal else right
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if left >= 0:
+        visible &= distance <= left
+    if right >= 0:
+        visible &= distance >= -right
+    return visible
+
+
+def _distance(seqlen_q: int, seqlen_k: int) -> torch.Tensor:
+    """i + seqlen_k - seqlen_q - j of query i and key j."""
+    return torch.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q - torch.arange(seqlen_k)[None, :]
+
+
 def _probabilities(
-    q: torch.Tensor, k: torch.Tensor, scale: float, causal: bool, dtype: torch.dtype
+    q: torch.Tensor,
+    k: torch.Tensor,
+    dtype: torch.dtype,
+    causal: bool = False,
+    softmax_scale: Optional[float] = None,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(exp(s - max), its sum, log-sum-exp), each over (batch, num_heads, seqlen_q, ...)."""
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     group_size = q.shape[2] // k.shape[2]
     keys = k.to(dtype).permute(0, 2, 3, 1).repeat_interleave(group_size, 1)
     scores = q.to(dtype).permute(0, 2, 1, 3) @ keys * scale
     seqlen_q, seqlen_k = scores.shape[-2:]
-    if causal:
-        i = torch.arange(seqlen_q, device=q.device)[:, None]
-        j = torch.arange(seqlen_k, device=q.device)[None, :]
-        scores = scores.masked_fill(j > i + seqlen_k - seqlen_q, float("-inf"))
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        distance = _distance(seqlen_q, seqlen_k).to(q.device)
+        scores = scores - alibi_slopes.to(dtype)[..., None, None] * distance.abs()
+    scores = scores.masked_fill(
+        ~_visible(seqlen_q, seqlen_k, causal, window_size).to(q.device), float("-inf")
+    )
     if seqlen_k == 0:
         return (
             scores,
@@ -44,11 +79,11 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     causal: bool = False,
-    softmax_scale: Optional[float] = None,
+    **options: Any,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """(out, softmax_lse) in float64; q, k, v (batch, seqlen, heads, head_dim)."""
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    p, row_sum, lse = _probabilities(q, k, scale, causal, torch.float64)
+    """(out, softmax_lse) in float64; q, k, v (batch, seqlen, heads, head_dim). Options: softmax_scale, window_size,
+    softcap, alibi_slopes."""
+    p, row_sum, lse = _probabilities(q, k, torch.float64, causal, **options)
     return _times_v(p, row_sum, v), lse
 
 
@@ -62,12 +97,11 @@ def error_bound(
     k: torch.Tensor,
     v: torch.Tensor,
     causal: bool = False,
-    softmax_scale: Optional[float] = None,
+    **options: Any,
 ) -> float:
     """Twice the greatest error of float32 arithmetic that rounds P and out to fp16, plus 1e-5."""
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    p, row_sum, _ = _probabilities(q, k, scale, causal, torch.float32)
-    exact, _ = attention(q, k, v, causal, softmax_scale)
+    p, row_sum, _ = _probabilities(q, k, torch.float32, causal, **options)
+    exact, _ = attention(q, k, v, causal, **options)
     if exact.numel() == 0:
         return 1e-5
     errors = []
@@ -84,14 +118,14 @@ def check_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     causal: bool = False,
-    softmax_scale: Optional[float] = None,
+    **options: Any,
 ) -> None:
     """Asserts that out is within the bound, and softmax_lse within float32's reach of float64."""
     assert out.shape == q.shape and out.dtype == torch.float16 and out.device == q.device
-    expected, expected_lse = attention(q, k, v, causal, softmax_scale)
+    expected, expected_lse = attention(q, k, v, causal, **options)
     if out.numel():
         error = (out.double() - expected).abs().max().item()
-        assert error <= error_bound(q, k, v, causal, softmax_scale)
+        assert error <= error_bound(q, k, v, causal, **options)
     if softmax_lse is not None:
         assert softmax_lse.shape == (q.shape[0], q.shape[2], q.shape[1])
         assert softmax_lse.dtype == torch.float32
@@ -109,9 +143,71 @@ def exact_gradients(
     return torch.autograd.grad(out, inputs, dout.double())
 
 
+def sequences(
+    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, **options: Any
+) -> Iterator[Tuple[slice, slice, Dict[str, Any]]]:
+    """(rows of q, rows of k and v, options) of each sequence of a varlen batch."""
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for b in range(len(starts_q) - 1):
+        own = dict(options)
+        slopes = own.get("alibi_slopes")
+        if slopes is not None and slopes.dim() == 2:
+            own["alibi_slopes"] = slopes[b]
+        yield slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1]), own
+
+
+def varlen_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    **options: Any,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """attention() of each sequence: out (total_q, heads, head_dim), softmax_lse (heads, total_q)."""
+    parts = [
+        attention(q[rows][None], k[keys][None], v[keys][None], **own)
+        for rows, keys, own in sequences(cu_seqlens_q, cu_seqlens_k, **options)
+    ]
+    return torch.cat([out[0] for out, _ in parts]), torch.cat([lse[0] for _, lse in parts], 1)
+
+
+def check_varlen_attention(
+    out: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    **options: Any,
+) -> None:
+    assert out.shape == q.shape and softmax_lse.shape == (q.shape[1], q.shape[0])
+    for rows, keys, own in sequences(cu_seqlens_q, cu_seqlens_k, **options):
+        check_attention(
+            out[rows][None], softmax_lse[:, rows][None], q[rows][None], k[keys][None], v[keys][None], **own
+        )
+
+
+def exact_varlen_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    *cu_seqlens: torch.Tensor,
+    **options: Any,
+) -> Sequence[torch.Tensor]:
+    """(dq, dk, dv) in float64, by autograd through varlen_attention()."""
+    inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    out, _ = varlen_attention(*inputs, *cu_seqlens, **options)
+    return torch.autograd.grad(out, inputs, dout.double())
+
+
 def check_gradients(gradients: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
     for got, exact in zip(gradients, expected):
         assert got.shape == exact.shape and got.dtype == torch.float16
+        if not exact.numel():
+            continue
         # P, dS and the gradients are rounded to fp16, 11 bits; a gradient sums some of them.
         bound = 4 * 2**-11 * exact.abs().max().item() + 1e-4
         assert (got.double() - exact).abs().max().item() <= bound

@@ -3,13 +3,13 @@
 import importlib.metadata
 import inspect
 
+import flash_attention_interface
+import pytest
+
 import flash_attn_jit
 
 # Of flash-attn 2's interface, in its order and with its defaults.
-FLASH_ATTN_FUNC = {
-    "q": inspect.Parameter.empty,
-    "k": inspect.Parameter.empty,
-    "v": inspect.Parameter.empty,
+OPTIONS = {
     "dropout_p": 0.0,
     "softmax_scale": None,
     "causal": False,
@@ -19,22 +19,54 @@ FLASH_ATTN_FUNC = {
     "deterministic": False,
     "return_attn_probs": False,
 }
+LENGTHS = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
+FUNCTIONS = {
+    "flash_attn_func": (["q", "k", "v"], OPTIONS),
+    "flash_attn_kvpacked_func": (["q", "kv"], OPTIONS),
+    "flash_attn_qkvpacked_func": (["qkv"], OPTIONS),
+    "flash_attn_varlen_func": (["q", "k", "v", *LENGTHS], {**OPTIONS, "block_table": None}),
+    "flash_attn_varlen_kvpacked_func": (["q", "kv", *LENGTHS], OPTIONS),
+    "flash_attn_varlen_qkvpacked_func": (["qkv", "cu_seqlens", "max_seqlen"], OPTIONS),
+}
+# Of ssiu/flash-attention-turing.
+REFERENCE_OPTIONS = {"softmax_scale": None, "causal": False}
 
-NOT_BUILT = [
-    "flash_attn_kvpacked_func",
-    "flash_attn_qkvpacked_func",
-    "flash_attn_varlen_func",
-    "flash_attn_varlen_kvpacked_func",
-    "flash_attn_varlen_qkvpacked_func",
-    "flash_attn_with_kvcache",
-]
+NOT_BUILT = ["flash_attn_with_kvcache"]
 
 
-def test_flash_attn_func():
-    parameters = inspect.signature(flash_attn_jit.flash_attn_func).parameters
-    assert {name: parameter.default for name, parameter in parameters.items()} == FLASH_ATTN_FUNC
-    assert list(parameters) == list(FLASH_ATTN_FUNC)
-    assert {parameter.kind for parameter in parameters.values()} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+def check_signature(function, required, defaults):
+    parameters = inspect.signature(function).parameters
+    assert list(parameters) == [*required, *defaults]
+    for name, parameter in parameters.items():
+        assert parameter.default == defaults.get(name, inspect.Parameter.empty)
+        assert parameter.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name):
+    check_signature(getattr(flash_attn_jit, name), *FUNCTIONS[name])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_the_reference_project(name):
+    check_signature(getattr(flash_attention_interface, name), FUNCTIONS[name][0], REFERENCE_OPTIONS)
+
+
+def test_the_reference_module_exports_its_six_functions():
+    assert sorted(flash_attention_interface.__all__) == sorted(FUNCTIONS)
+
+
+def test_sdpa():
+    torchs = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+    check_signature(flash_attn_jit.sdpa, ["query", "key", "value"], torchs)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_documentation_names_every_argument(name):
+    text = inspect.getdoc(getattr(flash_attn_jit, name))
+    assert "{" not in text
+    for argument in inspect.signature(getattr(flash_attn_jit, name)).parameters:
+        assert f"\n    {argument}: " in text
 
 
 def test_what_is_not_built_is_not_exported():

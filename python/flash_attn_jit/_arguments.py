@@ -1,0 +1,162 @@
+"""Checks of what the compiled module does not see: the types of scalars, and what is a tensor at all."""
+
+import logging
+import math
+import operator
+from numbers import Real
+from typing import Any, Optional, Sequence, Tuple, Union
+
+import torch
+
+UNBOUNDED = (-1, -1)  # the default's identity lets a call skip the look at it
+
+Window = Union[Sequence[int], torch.Tensor]
+
+# softmax_scale, causal, window_left, window_right, softcap, alibi_slopes
+ScoreOptions = Tuple[Optional[float], bool, int, int, float, Optional[torch.Tensor]]
+
+_LONGEST = 2**31 - 1
+_logger = logging.getLogger("flash_attn_jit")
+
+
+def score_options(
+    dropout_p: Any,
+    softmax_scale: Any,
+    causal: Any,
+    window_size: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    deterministic: Any,
+) -> ScoreOptions:
+    """What turns scores into weights, checked. Defaults pass with one comparison each."""
+    if (type(dropout_p) is not float or dropout_p != 0.0) and number("dropout_p", dropout_p) != 0.0:
+        raise NotImplementedError(f"dropout_p={dropout_p} is not built yet. Accepted: 0.0.")
+    if softmax_scale is not None and type(softmax_scale) is not float:
+        softmax_scale = _scale(softmax_scale)
+    if causal is not True and causal is not False:
+        causal = truth("causal", causal)
+    left, right = UNBOUNDED if window_size is UNBOUNDED else _window(window_size)
+    if type(softcap) is not float or softcap != 0.0:
+        softcap = _softcap(softcap)
+    if alibi_slopes is not None:
+        _check_slopes(alibi_slopes)
+    if deterministic is not True and deterministic is not False:
+        truth("deterministic", deterministic)
+    return softmax_scale, causal, left, right, softcap, alibi_slopes
+
+
+def _scale(softmax_scale: Any) -> float:
+    if isinstance(softmax_scale, bool):
+        raise ValueError(
+            f"softmax_scale is {softmax_scale}. Accepted: a number, or None for 1/sqrt(head_dim). "
+            f"For a causal mask write causal={softmax_scale}."
+        )
+    return number("softmax_scale", softmax_scale)
+
+
+def _window(window_size: Any) -> Tuple[int, int]:
+    """(left, right) from a sequence or a tensor of two; -1 where a side is unbounded."""
+    values = window_size.tolist() if isinstance(window_size, torch.Tensor) else window_size
+    try:
+        left, right = values
+        left, right = operator.index(left), operator.index(right)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"window_size is {window_size!r}. Accepted: two integers, (left, right), -1 for unbounded."
+        ) from None
+    # No sequence is longer than _LONGEST, so that a wider window hides nothing either.
+    return (left if 0 <= left <= _LONGEST else -1), (right if 0 <= right <= _LONGEST else -1)
+
+
+def _softcap(value: Any) -> float:
+    softcap = number("softcap", value)
+    if not 0.0 <= softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}. Accepted: 0.0 for none, or a positive finite number.")
+    return softcap
+
+
+def _check_slopes(alibi_slopes: Any) -> None:
+    if not isinstance(alibi_slopes, torch.Tensor):
+        raise ValueError(
+            f"alibi_slopes is a {type(alibi_slopes).__name__}. Accepted: a torch.Tensor, float32, "
+            "(num_heads) or (batch, num_heads), or None."
+        )
+    if alibi_slopes.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "alibi_slopes requires a gradient, which is not built yet. Accepted: alibi_slopes.detach()."
+        )
+
+
+def number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, Real):
+            return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is beyond float's range. Accepted: a finite number.") from None
+    raise ValueError(f"{name} is a {type(value).__name__}. Accepted: a number.")
+
+
+def truth(name: str, value: Any) -> bool:
+    try:  # numpy's booleans are no ints, and its arrays have no truth
+        if not isinstance(value, (torch.Tensor, float)) and value in (0, 1):
+            return bool(value)
+    except ValueError:
+        pass
+    raise ValueError(f"{name} is {value!r}. Accepted: True or False.")
+
+
+def max_seqlen(name: str, value: Any) -> int:
+    """An int from an int or a 0-d tensor of one."""
+    if type(value) is int:
+        return value
+    try:
+        if not isinstance(value, torch.Tensor):
+            return operator.index(value)
+        if value.dim() == 0 and not value.is_floating_point():
+            if value.device.type != "cpu" and not torch.compiler.is_compiling():
+                _tell_of_synchronisation(name, value.device)
+            return int(value)
+    except TypeError:
+        pass
+    raise ValueError(
+        f"{name} is {value!r}. Accepted: the longest sequence's length, an int or an integer tensor of 0 dimensions."
+    )
+
+
+_told_of_synchronisation = False
+
+
+def _tell_of_synchronisation(name: str, device: torch.device) -> None:
+    global _told_of_synchronisation
+    if _told_of_synchronisation:
+        return
+    _told_of_synchronisation = True
+    _logger.warning(
+        "%s is a tensor on %s: reading it waits for the device at every call. Give an int. (Said once.)",
+        name,
+        device,
+    )
+
+
+def reject_what_is_no_tensor(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}. Accepted: a torch.Tensor.")
+
+
+def check_packed(name: str, tensor: torch.Tensor, layout: Tuple[str, ...]) -> None:
+    """The rank of a packed tensor and its dimension of 2 or 3, both as in `layout`."""
+    if tensor.dim() != len(layout):
+        raise ValueError(
+            f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}. "
+            f"Accepted: {len(layout)}, ({', '.join(layout)})."
+        )
+    if tensor.layout is not torch.strided:
+        raise ValueError(
+            f"{name} has layout {tensor.layout}. Accepted: torch.strided. Use {name}.to_dense()."
+        )
+    if tensor.shape[-3] != int(layout[-3]):
+        raise ValueError(
+            f"{name} has size {tensor.shape[-3]} in dimension {len(layout) - 3}, shape {tuple(tensor.shape)}. "
+            f"Accepted: {layout[-3]}, ({', '.join(layout)})."
+        )

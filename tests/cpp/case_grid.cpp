@@ -1,0 +1,127 @@
+#include "case_grid.h"
+
+#include <algorithm>
+
+namespace flash_attn_jit::testing {
+
+const std::vector<int> kHeadDims = {1, 8, 16, 33, 40, 64, 72, 80, 96, 128, 160, 192, 256};
+
+namespace {
+
+struct VisibleChoice {
+  Mask mask;
+  Window window;
+};
+const std::vector<VisibleChoice> kVisibleChoices = {
+    {Mask::kNone, {}},          {Mask::kCausal, {}},         {Mask::kWindow, {0, 0}},
+    {Mask::kWindow, {20, 0}},   {Mask::kWindow, {70, 5}},    {Mask::kWindow, {-1, 30}},
+    {Mask::kWindow, {100, -1}}, {Mask::kWindow, {999, 999}},
+};
+
+struct AdjustmentChoice {
+  double softcap;
+  AlibiCase alibi;
+};
+const std::vector<AdjustmentChoice> kAdjustmentChoices = {{0, AlibiCase::kOff},
+                                                          {5, AlibiCase::kOff},
+                                                          {0, AlibiCase::kHeads},
+                                                          {30, AlibiCase::kBatchAndHeads}};
+const std::vector<std::int64_t> kSequenceChoices = {0, 5};
+const std::vector<int> kGroupSizes = {1, 2, 4, 7};
+const std::vector<int> kLengths = {0, 1, 63, 64, 65, 127, 129, 257};
+const std::vector<Layout> kLayouts = {Layout::kContiguous, Layout::kTransposed, Layout::kRowGaps, Layout::kOddStrides,
+                                      Layout::kMisaligned};
+
+struct InputChoice {
+  Inputs inputs;
+  double rise;
+};
+const std::vector<InputChoice> kInputChoices = {
+    {Inputs::kNormal, 0},  {Inputs::kRising, 0.5}, {Inputs::kRising, 4},
+    {Inputs::kRising, 9},  {Inputs::kRising, 30},  {Inputs::kFalling, 4},
+    {Inputs::kFalling, 9}, {Inputs::kFalling, 30}, {Inputs::kThousand, 0},
+};
+const std::vector<std::optional<float>> kScales = {std::nullopt, 0.25f, 0.0f, -0.125f};
+
+// Two values of two different factors.
+using Pair = std::array<int, 4>;
+
+std::vector<Pair> pairs_of(const Choice& choice) {
+  std::vector<Pair> pairs;
+  for (int a = 0; a < kFactors; ++a)
+    for (int b = a + 1; b < kFactors; ++b) pairs.push_back({a, choice[a], b, choice[b]});
+  return pairs;
+}
+
+}  // namespace
+
+Choice sizes() {
+  const auto size = [](const auto& list) { return static_cast<int>(list.size()); };
+  return {size(kHeadDims),   size(kVisibleChoices), size(kAdjustmentChoices), size(kSequenceChoices),
+          size(kGroupSizes), size(kLengths),        size(kLengths),           size(kLayouts),
+          size(kInputChoices), size(kScales)};
+}
+
+ForwardCase make_case(const Choice& choice) {
+  ForwardCase c;
+  c.head_dim = kHeadDims[choice[kDimChoice]];
+  c.mask = kVisibleChoices[choice[kVisible]].mask;
+  c.window = kVisibleChoices[choice[kVisible]].window;
+  c.softcap = kAdjustmentChoices[choice[kAdjustment]].softcap;
+  c.alibi = kAdjustmentChoices[choice[kAdjustment]].alibi;
+  c.sequences = kSequenceChoices[choice[kSequences]];
+  c.group_size = kGroupSizes[choice[kGroup]];
+  c.seqlen_q = kLengths[choice[kSeqlenQ]];
+  c.seqlen_k = kLengths[choice[kSeqlenK]];
+  c.layout = kLayouts[choice[kLayout]];
+  c.inputs = kInputChoices[choice[kInput]].inputs;
+  c.rise = kInputChoices[choice[kInput]].rise;
+  c.softmax_scale = kScales[choice[kScale]];
+  // With few elements, the emulation's error is small by luck: have some thousand.
+  c.num_heads_k = c.group_size > 2 ? 1 : 2;
+  const std::int64_t elements = std::max<std::int64_t>(1, c.seqlen_q * c.head_dim * c.num_heads_k * c.group_size);
+  c.batch = std::clamp<std::int64_t>(2048 / elements, c.group_size > 2 ? 1 : 2, 32);
+  if (c.sequences > 0) c.sequences = std::max(c.sequences, c.batch);
+  return c;
+}
+
+Choice only(int head_dim) {
+  Choice fixed;
+  fixed.fill(-1);
+  fixed[kDimChoice] = head_dim;
+  return fixed;
+}
+
+Choice PairwiseChoices::next(const Choice& fixed) {
+  Choice best{};
+  int best_new = -1;
+  for (int candidate = 0; candidate < 40; ++candidate) {
+    const Choice choice = draw(fixed);
+    int fresh = 0;
+    for (const Pair& pair : pairs_of(choice)) fresh += !covered_.count(pair);
+    if (fresh > best_new) {
+      best_new = fresh;
+      best = choice;
+    }
+  }
+  for (const Pair& pair : pairs_of(best)) covered_.insert(pair);
+  return best;
+}
+
+bool PairwiseChoices::all_covered() const {
+  const Choice size = sizes();
+  std::size_t pairs = 0;
+  for (int a = 0; a < kFactors; ++a)
+    for (int b = a + 1; b < kFactors; ++b) pairs += static_cast<std::size_t>(size[a]) * size[b];
+  return covered_.size() == pairs;
+}
+
+// mt19937's numbers are the same everywhere; the standard distributions' are not.
+Choice PairwiseChoices::draw(const Choice& fixed) {
+  const Choice size = sizes();
+  Choice choice;
+  for (int i = 0; i < kFactors; ++i) choice[i] = fixed[i] >= 0 ? fixed[i] : static_cast<int>(random_() % size[i]);
+  return choice;
+}
+
+}  // namespace flash_attn_jit::testing

@@ -1,0 +1,78 @@
+// The grid of cases that both passes are tested over: everything a case is made of, but for its tiles.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdio>
+#include <random>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "forward_case.h"
+
+namespace flash_attn_jit::testing {
+
+extern const std::vector<int> kHeadDims;
+
+// A case's choices, as indices into lists of values.
+enum Factor {
+  kDimChoice,
+  kVisible,     // the mask, a window's widths with it
+  kAdjustment,  // softcap, ALiBi
+  kSequences,   // one length for all, or cu_seqlens
+  kGroup,
+  kSeqlenQ,
+  kSeqlenK,
+  kLayout,  // the first kAlignedLayouts of them allow 16-byte accesses
+  kInput,
+  kScale,
+  kFactors
+};
+constexpr int kAlignedLayouts = 3;
+using Choice = std::array<int, kFactors>;
+
+// How many values each factor has.
+Choice sizes();
+
+ForwardCase make_case(const Choice& choice);
+
+// Every factor open (-1) but the head dim, an index of kHeadDims; -1 leaves that open too.
+Choice only(int head_dim);
+
+// Draws choices, each time the best of a few, until every pair of values of two factors has stood in one.
+class PairwiseChoices {
+ public:
+  // `fixed` holds the values that are given, -1 for those to choose.
+  Choice next(const Choice& fixed);
+  bool all_covered() const;
+
+ private:
+  Choice draw(const Choice& fixed);
+
+  std::mt19937 random_{1};
+  std::set<std::array<int, 4>> covered_;
+};
+
+// Runs cases on two threads; `run` returns a fault or "". Faults are told as they come, so that a long run that is broken
+// off has told what it found.
+template <class Case, class Run>
+int count_faults(const std::vector<Case>& cases, Run run) {
+  std::atomic<std::size_t> next = 0;
+  std::atomic<int> faults = 0;
+  const auto work = [&] {
+    for (std::size_t i; (i = next++) < cases.size();) {
+      const std::string fault = run(cases[i]);
+      if (fault.empty()) continue;
+      ++faults;
+      std::fprintf(stderr, "%s\n", fault.c_str());
+    }
+  };
+  std::thread other(work);
+  work();
+  other.join();
+  return faults;
+}
+
+}  // namespace flash_attn_jit::testing

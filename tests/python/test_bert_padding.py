@@ -1,0 +1,81 @@
+"""Padding taken off and put back."""
+
+import pytest
+import torch
+
+from flash_attn_jit.bert_padding import index_first_axis, pad_input, unpad_input
+
+MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0]])
+
+
+def hidden(*rest):
+    return torch.randn(*MASK.shape, *rest, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("mask", [MASK, MASK.bool(), MASK.int()], ids=["int64", "bool", "int32"])
+@pytest.mark.parametrize("rest", [(), (5,), (2, 5)], ids=str)
+def test_round_trip(rest, mask):
+    states = hidden(*rest)
+    rows, indices, cu_seqlens, max_seqlen, seqused = unpad_input(states, mask)
+    assert torch.equal(rows, states[MASK.bool()])
+    assert indices.tolist() == [0, 1, 2, 4, 13, 14] and indices.dtype == torch.int64
+    assert cu_seqlens.tolist() == [0, 3, 4, 4, 6] and cu_seqlens.dtype == torch.int32
+    assert type(max_seqlen) is int and max_seqlen == 3
+    assert seqused.tolist() == [3, 1, 0, 2] and seqused.dtype == torch.int32
+    padded = pad_input(rows, indices, *MASK.shape)
+    kept = MASK.bool().reshape(*MASK.shape, *(1 for _ in rest))
+    assert torch.equal(padded, torch.where(kept, states, 0.0))
+
+
+def test_rows_that_are_kept_but_not_used():
+    unused = torch.zeros_like(MASK)
+    unused[0, 3] = unused[2, 0] = 1
+    states = hidden(5)
+    rows, indices, cu_seqlens, max_seqlen, seqused = unpad_input(states, MASK, unused)
+    assert torch.equal(rows, states[(MASK + unused).bool()])
+    assert cu_seqlens.tolist() == [0, 4, 5, 6, 8] and max_seqlen == 4
+    assert seqused.tolist() == [3, 1, 0, 2]
+
+
+def test_gradients():
+    states = hidden(5).requires_grad_()
+    rows, indices, *_ = unpad_input(states, MASK)
+    weights = torch.randn(*MASK.shape, 5)
+    (gradient,) = torch.autograd.grad((pad_input(rows, indices, *MASK.shape) * weights).sum(), states)
+    assert torch.equal(gradient, torch.where(MASK.bool()[..., None], weights, 0.0))
+
+
+def test_gradcheck():
+    states = hidden(2).double().requires_grad_()
+    indices = unpad_input(states, MASK)[1]
+    assert torch.autograd.gradcheck(lambda x: unpad_input(x, MASK)[0], states)
+    assert torch.autograd.gradcheck(lambda x: index_first_axis(x.flatten(0, 1), indices), states)
+    rows = states.detach().flatten(0, 1)[indices].requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: pad_input(x, indices, *MASK.shape), rows)
+
+
+def test_rows_in_any_order():
+    states = torch.randn(5, 3)
+    assert torch.equal(index_first_axis(states, torch.tensor([3, 0, 3])), states[[3, 0, 3]])
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)], ids=str)
+def test_empty(shape):
+    rows, indices, cu_seqlens, max_seqlen, seqused = unpad_input(torch.ones(*shape, 2), torch.ones(shape))
+    assert rows.shape == (0, 2) and indices.numel() == 0 and max_seqlen == 0
+    assert cu_seqlens.tolist() == [0] * (shape[0] + 1) and seqused.tolist() == [0] * shape[0]
+    assert pad_input(rows, indices, *shape).shape == (*shape, 2)
+
+
+def test_refusals():
+    states, mask = hidden(5), MASK
+    with pytest.raises(ValueError, match=r"^attention_mask has shape \(4, 3\).*\(4, 4\)"):
+        unpad_input(states, mask[:, :3])
+    with pytest.raises(ValueError, match=r"^unused_mask has shape"):
+        unpad_input(states, mask, mask[:1])
+    with pytest.raises(ValueError, match="^hidden_states has 1 dimension"):
+        unpad_input(states[0, 0], mask)
+    with pytest.raises(ValueError, match="^indices has 2 dimensions"):
+        index_first_axis(states, mask)
+    with pytest.raises(ValueError, match=r"^hidden_states has shape \(4, 4, 5\) and indices \(3,\)"):
+        pad_input(states, torch.arange(3), 4, 4)
