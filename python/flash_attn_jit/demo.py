@@ -171,7 +171,8 @@ class _Layer(nn.Module):
 
     def forward(self, x: torch.Tensor, attend: _Attend) -> torch.Tensor:
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, -1, self._head_dim)).unbind(2)
-        return x + self.projection(attend(q, k, v).flatten(-2))
+        attended: torch.Tensor = self.projection(attend(q, k, v).flatten(-2))
+        return x + attended
 
 
 class TrainingStep(NamedTuple):

@@ -130,13 +130,14 @@ def losses_with_sdpa():
 
 @pytest.mark.parametrize("attend", [separate, packed])
 def test_a_transformer_learns_what_it_learns_with_sdpa(attend, losses_with_sdpa):
-    """The bound is some forty times what perturbing the attention's tensors and gradients by fp16's rounding did to
-    the same training in float32 (0.0006 in the smoothed curve, 0.0012 in a single step); the loss falls by 3.3."""
+    """The bound stands between what fp16's rounding of the attention's tensors and gradients did to the same training
+    in float32 (the smoothed curve moved by 0.0006) and what gradients of K did that miss every key after the 64th
+    (0.024). The loss falls by 3.3."""
     losses = train(attend, "cuda")
     smoothed, expected = (x.unfold(0, SMOOTHED, 1).mean(-1) for x in (losses, losses_with_sdpa))
     greatest = (smoothed - expected).abs().max().item()
     print(f"{attend.__name__}: {losses[0]:.4f} to {smoothed[-1]:.4f}, greatest difference from SDPA {greatest:.5f}")
-    assert greatest <= 0.025
+    assert greatest <= 0.01
     for curve in (losses, losses_with_sdpa):
         assert curve.isfinite().all() and curve[-SMOOTHED:].mean() < 0.15 * curve[0]
 

@@ -2,7 +2,7 @@
 
 from statistics import median
 from time import perf_counter
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import Any, Callable, Dict, List, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,20 +47,20 @@ def _calls(mode: Mode, device: str) -> Dict[str, Callable[[], object]]:
     # On the CPU a query of length 0 makes the whole way to the launch, and launches nothing.
     seqlen = 16 if device == "cuda" else 0
     q, k, v, dout = torch.randn(4, 1, seqlen, 8, 64, dtype=torch.float16, device=device).unbind()
-    inputs = [t.detach().requires_grad_(mode.inputs_need_gradients) for t in (q, k, v)]
-    # Of SDPA's layout, so that its calls need no transpose.
-    heads_first = [t.transpose(1, 2).detach().requires_grad_(mode.inputs_need_gradients) for t in (q, k, v)]
-    dout_heads_first = dout.transpose(1, 2)
+    needed = mode.inputs_need_gradients
+    q, k, v = (x.detach().requires_grad_(needed) for x in (q, k, v))
+    # Leaves in SDPA's layout, so that its calls need no transpose.
+    sq, sk, sv = (x.detach().transpose(1, 2).requires_grad_(needed) for x in (q, k, v))
+    sdout = dout.transpose(1, 2)
+    attend = cast(Callable[..., torch.Tensor], flash_attn_func)
     if mode.which == FORWARD:
         return {
-            OURS: lambda: flash_attn_func(*inputs),
-            "sdpa": lambda: F.scaled_dot_product_attention(*heads_first),
+            OURS: lambda: attend(q, k, v),
+            "sdpa": lambda: F.scaled_dot_product_attention(sq, sk, sv),
         }
     return {
-        OURS: lambda: torch.autograd.grad(flash_attn_func(*inputs), inputs, dout),
-        "sdpa": lambda: torch.autograd.grad(
-            F.scaled_dot_product_attention(*heads_first), heads_first, dout_heads_first
-        ),
+        OURS: lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), dout),
+        "sdpa": lambda: torch.autograd.grad(F.scaled_dot_product_attention(sq, sk, sv), (sq, sk, sv), sdout),
     }
 
 

@@ -17,7 +17,7 @@ _PASS_TITLES = {FORWARD: "forward", BACKWARD: "backward", BOTH: "forward and bac
 
 
 def _pass_of(row: Dict[str, Any]) -> str:
-    return row.get("pass", FORWARD)  # a record from before there were others does not say it
+    return str(row.get("pass", FORWARD))  # a record from before there were others does not say it
 
 
 def _bars(axes: Any, rows: List[Dict[str, Any]]) -> None:
