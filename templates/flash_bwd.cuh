@@ -105,8 +105,8 @@ class FlashBwd {
   }
 
  private:
-  // Which rows of which head are this warp's.
-  __device__ __forceinline__ void locate(int thread, int block) {
+  // Which rows of which head are this warp's. An unsigned thread lets the compiler make masks of the lane's divisions.
+  __device__ __forceinline__ void locate(unsigned thread, int block) {
     lane_ = thread % 32;
     warp_ = thread / 32;
     const int split_block = block / Tile::kOutputSplits;
