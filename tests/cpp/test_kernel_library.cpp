@@ -200,6 +200,14 @@ TEST_CASE("without a compiler and without the kernel, the error names the comman
     CHECK(message == Containing{"FLASH_ATTN_JIT_NVRTC: " + (setting.folder / "empty").string()});
   }
   CHECK(missing);
+
+  spec.mask = Mask::kWindow;
+  spec.softcap = Softcap::kOn;
+  spec.alibi = Alibi::kOn;
+  spec.lengths = Lengths::kVarlen;
+  CHECK_THROWS_WITH_AS(KernelLibrary(setting.settings(12040)).find_or_compile(spec, kCubin),
+                       doctest::Contains("--head-dims 128 --causal no --window --softcap yes --alibi yes --varlen yes --gqa 4"),
+                       MissingKernelError);
 }
 
 TEST_CASE("an illegal spec is refused with check()'s reason") {

@@ -17,7 +17,10 @@ KernelSpec random_spec(std::mt19937& random) {
   KernelSpec spec;
   spec.dtype = below(2) ? DType::kFloat16 : DType::kBFloat16;
   spec.head_dim = below(1000);
-  spec.mask = below(2) ? Mask::kCausal : Mask::kNone;
+  spec.mask = kAllMasks[static_cast<std::size_t>(below(3))];
+  spec.softcap = below(2) ? Softcap::kOn : Softcap::kOff;
+  spec.alibi = below(2) ? Alibi::kOn : Alibi::kOff;
+  spec.lengths = below(2) ? Lengths::kVarlen : Lengths::kFixed;
   spec.group_size = below(200);
   spec.access = below(2) ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
   spec.tile = {below(600), below(200), below(40), below(300), {below(9), below(9), below(9)}};
@@ -56,7 +59,9 @@ TEST_CASE("a text that is no spec is refused, naming the field and what it accep
   };
   CHECK(contains(refusal(""), "seven words"));
   CHECK(contains(refusal("fwd hdim64 fp16 full gqa1 vec16"), "seven words"));
-  CHECK(contains(refusal("fwd hdim64 fp16 diagonal gqa1 vec16 m64n16w4q64l2b4k7"), "mask is 'diagonal'; accepted: full, causal"));
+  CHECK(contains(refusal("fwd hdim64 fp16 diagonal gqa1 vec16 m64n16w4q64l2b4k7"), "mask is 'diagonal'; accepted: full, causal, window"));
+  CHECK(contains(refusal("fwd hdim64 fp16 full varlen alibi gqa1 vec16 m64n16w4q64l2b4k7"), "seven words"));
+  CHECK(contains(refusal("fwd hdim64 fp16 full alibi alibi gqa1 vec16 m64n16w4q64l2b4k7"), "seven words"));
   CHECK(contains(refusal("fwd hdim64 fp32 full gqa1 vec16 m64n16w4q64l2b4k7"), "dtype is 'fp32'"));
   CHECK(contains(refusal("bwd hdim64 fp16 full gqa1 vec16 m64n16w4q64l2b4k7"), "kind is 'bwd'"));
   for (const char* number : {"hdim", "hdim064", "hdim-64", "hdim+64", "hdim64x", "hdim99999999999"})
@@ -75,6 +80,10 @@ TEST_CASE("every field of a spec changes its text and its name") {
   CHECK(differs([](KernelSpec& s) { s.dtype = DType::kBFloat16; }));
   CHECK(differs([](KernelSpec& s) { s.head_dim = 120; }));
   CHECK(differs([](KernelSpec& s) { s.mask = Mask::kNone; }));
+  CHECK(differs([](KernelSpec& s) { s.mask = Mask::kWindow; }));
+  CHECK(differs([](KernelSpec& s) { s.softcap = Softcap::kOn; }));
+  CHECK(differs([](KernelSpec& s) { s.alibi = Alibi::kOn; }));
+  CHECK(differs([](KernelSpec& s) { s.lengths = Lengths::kVarlen; }));
   CHECK(differs([](KernelSpec& s) { s.group_size = 1; }));
   CHECK(differs([](KernelSpec& s) { s.access = GlobalAccess::kElement2B; }));
   CHECK(differs([](KernelSpec& s) { s.tile.block_m = 128; }));

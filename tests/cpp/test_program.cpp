@@ -86,6 +86,7 @@ TEST_CASE("a wrong call names the flag, what came and what is accepted, and exit
   refused("inspect --head-dim 300 --emit spec", "--head-dim", "300", "1 to 256");
   refused("inspect --head-dim 64 --gqa 0 --emit spec", "--gqa", "'0'", "from 1");
   refused("inspect --head-dim 64 --kind bwd --emit spec", "--kind", "'bwd'", "fwd");
+  refused("inspect --head-dim 64 --causal --window --emit spec", "--window", "--causal", "one of them");
   refused("inspect --head-dim 64 --arch sm_70 --emit spec", "--arch", "sm_70", "sm_75");
   refused("inspect --head-dim 64 --arch turing --emit spec", "--arch", "turing", "sm_75");
   refused("inspect --head-dim 64 --tile huge --emit spec", "--tile", "'huge'", "auto");
@@ -93,6 +94,8 @@ TEST_CASE("a wrong call names the flag, what came and what is accepted, and exit
   const std::string pack = "prebuild --arch sm_75 --out " + (program.folder() / "pack").string();
   refused(pack + " --kinds fwd --head-dims 64 --causal maybe --gqa 1", "--causal", "'maybe'",
           "both, yes, no");
+  refused(pack + " --kinds fwd --head-dims 64 --causal no --gqa 1 --varlen 1", "--varlen", "'1'", "both, yes, no");
+  refused(pack + " --kinds dq --head-dims 64 --causal no --gqa 1", "--kinds", "'dq'", "fwd, bwd");
   refused(pack + " --kinds fwd --head-dims 64,300 --causal no --gqa 1", "--head-dims", "300", "1 to 256");
   refused(pack + " --kinds fwd --head-dims 64 --causal no --gqa 1,x", "--gqa", "'x'", "a whole number");
   refused(pack + " --kinds fwd --head-dims 64 --causal no --gqa 1 --jobs 0", "--jobs", "'0'", "from 1");
@@ -112,6 +115,14 @@ TEST_CASE("inspect prints the spec and the source without a compiler") {
   const ProgramRun spec = program.run("inspect --kind fwd --head-dim 128 --causal --gqa 4 --emit spec");
   CHECK(spec.exit_code == 0);
   CHECK(spec.out.starts_with("fwd hdim128 fp16 causal gqa4 vec16 m"));
+  const auto starts = [&](const std::string& flags, const std::string& expected) {
+    const std::string text = program.run("inspect --head-dim 64 --emit spec " + flags).out;
+    CHECK_MESSAGE(text.starts_with(expected), text);
+  };
+  starts("--window --softcap", "fwd hdim64 fp16 window softcap gqa1 vec16 m");
+  starts("--kind bwd_dq --alibi --varlen", "bwd_dq hdim64 fp16 full alibi varlen gqa1 vec16 m");
+  starts("--kind bwd_dkdv --causal --gqa 2", "bwd_dkdv hdim64 fp16 causal gqa2 vec16 m");
+  starts("--kind bwd_preprocess --causal --softcap", "bwd_preprocess hdim64 fp16 full gqa1 vec16 m");  // is one for all
   CHECK(
       program.run("inspect --head-dim 63 --emit spec").out.starts_with("fwd hdim63 fp16 full gqa1 elem2 m"));
 

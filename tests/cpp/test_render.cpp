@@ -59,6 +59,17 @@ TEST_CASE("the traits are the spec's") {
   CHECK(constant(traits, "kFirstKeysEighth") == "7");
 }
 
+TEST_CASE("what is compiled in is what the spec has on") {
+  const auto traits = [](const char* text) { return render(spec_of(text), embedded_templates()).source; };
+  const std::string off = traits("fwd hdim64 fp16 full gqa1 vec16 m64n16w4q64l2b4k7");
+  const std::string on = traits("fwd hdim64 fp16 window softcap alibi varlen gqa1 vec16 m64n16w4q64l2b4k7");
+  for (const char* name : {"kIsLocal", "kIsSoftcap", "kHasAlibi", "kIsVarlen"}) {
+    CHECK(constant(off, name) == "false");
+    CHECK(constant(on, name) == "true");
+  }
+  CHECK(constant(on, "kIsCausal") == "false");
+}
+
 TEST_CASE("rendering is a function of its arguments, and every edit of a template shows") {
   TemplateSet templates = embedded_templates();
   CHECK(render(kSpec, templates).source == render(kSpec, templates).source);

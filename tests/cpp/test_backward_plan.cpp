@@ -1,0 +1,157 @@
+// What the backward kernels are told, and which of them are launched.
+#include <doctest/doctest.h>
+
+#include <cmath>
+
+#include "generator/errors.h"
+#include "runtime/backward.h"
+#include "tests/cpp/containing.h"
+
+using namespace flash_attn_jit;
+using flash_attn_jit::testing::Containing;
+
+namespace {
+
+enum Kernel { kPreprocess, kDkDv, kDq };
+
+TensorView contiguous(std::uintptr_t at, std::int64_t b, std::int64_t s, std::int64_t h, std::int64_t d) {
+  return {reinterpret_cast<void*>(at), {b, s, h, d}, {s * h * d, h * d, d, 1}};
+}
+
+BackwardRequest request(std::int64_t b, std::int64_t sq, std::int64_t sk, std::int64_t h, std::int64_t hk,
+                        std::int64_t d) {
+  BackwardRequest r;
+  r.q = contiguous(0x1000, b, sq, h, d);
+  r.k = contiguous(0x2000, b, sk, hk, d);
+  r.v = contiguous(0x3000, b, sk, hk, d);
+  r.out = contiguous(0x4000, b, sq, h, d);
+  r.dout = contiguous(0x5000, b, sq, h, d);
+  r.dq = contiguous(0x6000, b, sq, h, d);
+  r.dkdv = KeyGradients{contiguous(0x7000, b, sk, hk, d), contiguous(0x8000, b, sk, hk, d)};
+  r.softmax_lse = reinterpret_cast<float*>(0x9000);
+  r.delta = reinterpret_cast<float*>(0xa000);
+  r.options.softmax_scale = 0.125f;
+  return r;
+}
+
+BackwardPlan plan(const BackwardRequest& r) { return plan_backward(r, arch_limits(75), 40); }
+
+template <typename Expected>
+std::string refusal(const BackwardRequest& r) {
+  try {
+    plan(r);
+  } catch (const Expected& error) {
+    return error.what();
+  }
+  return "";
+}
+
+std::int64_t row_blocks(const BackwardLaunch& launch, std::int64_t rows) {
+  return (rows + launch.spec.tile.block_m - 1) / launch.spec.tile.block_m;
+}
+
+}  // namespace
+
+TEST_CASE("backward plan: each kernel has blocks for its own rows") {
+  BackwardRequest r = request(2, 300, 500, 8, 2, 64);
+  r.options.mask = Mask::kCausal;
+  const BackwardPlan p = plan(r);
+  CHECK(p[kPreprocess].spec.kind == KernelKind::kBackwardPreprocess);
+  CHECK(p[kPreprocess].spec.mask == Mask::kNone);  // one kernel for all masks
+  CHECK(p[kDkDv].spec.mask == Mask::kCausal);
+  CHECK(p[kDkDv].spec.group_size == 4);
+  CHECK(p[kPreprocess].blocks == 2 * 8 * row_blocks(p[kPreprocess], 300));
+  CHECK(p[kDkDv].blocks == 2 * 2 * row_blocks(p[kDkDv], 500));
+  CHECK(p[kDq].blocks == 2 * 8 * row_blocks(p[kDq], 300));
+  CHECK(p[kDq].params.softmax_scale == 0.125f);
+  CHECK(p[kDq].params.q_strides.batch == 300 * 8 * 64);
+  CHECK(p[kDkDv].params.dk_strides.head == 64);
+}
+
+TEST_CASE("backward plan: what nobody wants is not launched") {
+  BackwardRequest r = request(2, 300, 500, 8, 2, 64);
+  r.dq.reset();
+  CHECK(plan(r)[kDq].blocks == 0);
+  CHECK(plan(r)[kDkDv].blocks > 0);
+  CHECK(plan(r)[kPreprocess].blocks > 0);
+  r = request(2, 300, 500, 8, 2, 64);
+  r.dkdv.reset();
+  CHECK(plan(r)[kDkDv].blocks == 0);
+  CHECK(plan(r)[kDq].blocks > 0);
+  r.dq.reset();
+  for (const BackwardLaunch& launch : plan(r)) CHECK(launch.blocks == 0);
+}
+
+TEST_CASE("backward plan: a varlen grid follows from the longest sequence, and the preprocess kernel's from all rows") {
+  BackwardRequest r = request(1, 700, 900, 8, 2, 64);
+  r.options.varlen = Varlen{reinterpret_cast<int*>(0xb000), reinterpret_cast<int*>(0xc000), 5, 300, 400};
+  const BackwardPlan p = plan(r);
+  CHECK(p[kDkDv].spec.lengths == Lengths::kVarlen);
+  CHECK(p[kPreprocess].spec.lengths == Lengths::kFixed);
+  CHECK(p[kPreprocess].params.seqlen_q == 700);
+  CHECK(p[kPreprocess].blocks == 8 * row_blocks(p[kPreprocess], 700));
+  CHECK(p[kDkDv].blocks == 5 * 2 * row_blocks(p[kDkDv], 400));
+  CHECK(p[kDq].blocks == 5 * 8 * row_blocks(p[kDq], 300));
+  CHECK(p[kDq].params.total_q == 700);
+  CHECK(p[kDq].params.cu_seqlens_k == reinterpret_cast<int*>(0xc000));
+  r.options.varlen->max_seqlen_q = 5000;  // no sequence is longer than all of them
+  CHECK(plan(r)[kDq].params.seqlen_q == 700);
+  r.options.varlen->max_seqlen_q = -1;
+  CHECK(refusal<ArgumentError>(r) == Containing{"max_seqlen_q is -1"});
+}
+
+TEST_CASE("backward plan: dout alone may lie apart in its last dimension, and is then read element by element") {
+  BackwardRequest r = request(2, 30, 30, 4, 4, 64);
+  CHECK(plan(r)[kDq].spec.access == GlobalAccess::kVector16B);
+  CHECK(plan(r)[kDq].params.dout_dim_stride == 1);
+  r.dout.strides = {0, 0, 0, 0};
+  CHECK(plan(r)[kDq].spec.access == GlobalAccess::kElement2B);
+  CHECK(plan(r)[kDq].params.dout_dim_stride == 0);
+  r = request(2, 30, 30, 4, 4, 64);
+  r.dkdv->dv.strides[3] = 2;
+  CHECK(refusal<ArgumentError>(r) == Containing{"dv has strides"});
+}
+
+TEST_CASE("backward plan: the options as kernels see them") {
+  BackwardRequest r = request(2, 30, 30, 4, 4, 64);
+  r.options.softmax_scale = -0.5f;
+  r.options.softcap = 10;
+  r.options.mask = Mask::kWindow;
+  r.options.window = {7, -1};
+  const float slopes[4] = {};
+  r.options.alibi = AlibiSlopes{slopes, 0};
+  const FlashBwdParams params = plan(r)[kDkDv].params;
+  CHECK(params.sign == 0x80008000u);
+  CHECK(params.softmax_scale == -0.5f);
+  CHECK(params.softcap_scale == doctest::Approx(0.05));
+  CHECK(params.softmax_scale_log2 == doctest::Approx(10 * std::log2(std::exp(1.0))));
+  CHECK(params.window_left == 7);
+  CHECK(params.window_right >= 1 << 29);
+  CHECK(params.alibi_slopes == slopes);
+  const KernelSpec spec = plan(r)[kDkDv].spec;
+  CHECK(spec.softcap == Softcap::kOn);
+  CHECK(spec.alibi == Alibi::kOn);
+  for (const float bad : {-1.0f, std::nanf(""), INFINITY}) {
+    r.options.softcap = bad;
+    CHECK(refusal<ArgumentError>(r) == Containing{"softcap is"});
+  }
+}
+
+TEST_CASE("backward plan: gradients of another shape are named") {
+  BackwardRequest r = request(2, 30, 40, 4, 2, 64);
+  r.dq = contiguous(0x6000, 2, 31, 4, 64);
+  CHECK(refusal<ArgumentError>(r) == Containing{"dq has shape (2, 31, 4, 64); accepted: (2, 30, 4, 64)"});
+  r = request(2, 30, 40, 4, 2, 64);
+  r.dkdv->dk = contiguous(0x7000, 2, 40, 4, 64);
+  CHECK(refusal<ArgumentError>(r) == Containing{"dk has shape"});
+  r = request(2, 30, 40, 4, 2, 64);
+  r.delta = nullptr;
+  CHECK(refusal<ArgumentError>(r) == Containing{"delta"});
+}
+
+TEST_CASE("backward plan: a window over more rows than 32 bits can add") {
+  BackwardRequest r = request(1, 1 << 30, 8, 1, 1, 64);
+  r.options.mask = Mask::kWindow;
+  r.options.window = {5, 5};
+  CHECK(refusal<UnsupportedError>(r) == Containing{"window_size with a sequence of 1073741824 rows"});
+}
