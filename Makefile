@@ -20,7 +20,7 @@ cpp_tests := $(shell find tests/cpp -type f)
 
 .PHONY: help setup demo test test-all clean
 help:
-	@echo 'make demo      prebuild kernels for sm_75, run attention, compare it with float64'
+	@echo 'make demo      prebuild kernels for sm_75, run attention and a training step, compare them with float64'
 	@echo 'make test      build, C++ tests (plain and under sanitizers), Python tests'
 	@echo 'make test-all  the same with the full grids'
 	@echo 'make setup     only install what those need; make clean removes every build and .venv'
