@@ -48,15 +48,50 @@ constexpr std::array kSmall = {
     TileRow{256, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 192, .schedule = {2, 8, 8}}},
 };
 
-// Backward, chosen like forward's. Above 64 a warp has 16 rows: with 32 the gradients alone would take all registers.
-constexpr std::array kLargeDq = {
-    TileRow{64, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 64, .schedule = {0, 5, 8}}},
+// Backward, chosen like forward's. 32 rows a warp halve the reads of shared memory, which bind it, as far as the
+// registers hold their gradients and operands: dQ to 96, dK and dV, which are two gradients, to 64.
+constexpr std::array kLargeDqFull = {
+    TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {0, 6, 8}}},
+    TileRow{64, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
+    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 7, 8}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {4, 8, 8}}},
     TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {0, 4, 8}}},
+    TileRow{160, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {0, 6, 8}}},
+    TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 192, .schedule = {0, 8, 8}}},
     TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
 };
-constexpr std::array kLargeDkDv = {
+constexpr std::array kLargeDqCausal = {
+    TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {0, 6, 8}}},
+    TileRow{64, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 64, .schedule = {0, 5, 8}}},
+    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {1, 7, 8}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {3, 8, 8}}},
+    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {0, 4, 8}}},
+    TileRow{160, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {0, 6, 8}}},
+    TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 192, .schedule = {0, 8, 8}}},
+    TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
+};
+constexpr std::array kLargeDkDvFull = {
+    TileRow{32, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 32, .schedule = {4, 6, 8}}},
+    TileRow{48, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 48, .schedule = {2, 6, 8}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {0, 8, 8}}},
+    TileRow{80, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 80, .schedule = {1, 5, 8}}},
+    TileRow{96, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {0, 6, 8}}},
+    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {4, 8, 8}}},
+    TileRow{160, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {2, 6, 8}}},
+    TileRow{192, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 192, .schedule = {0, 8, 8}}},
+    TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 176, .schedule = {0, 8, 8}}},
+    TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
+};
+constexpr std::array kLargeDkDvCausal = {
+    TileRow{32, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 32, .schedule = {4, 6, 8}}},
+    TileRow{48, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 48, .schedule = {2, 6, 8}}},
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 8, 8}}},
-    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {2, 8, 8}}},
+    TileRow{80, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 80, .schedule = {2, 6, 8}}},
+    TileRow{96, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {0, 6, 8}}},
+    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {1, 8, 8}}},
+    TileRow{160, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {2, 6, 8}}},
+    TileRow{192, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 192, .schedule = {0, 8, 8}}},
+    TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 176, .schedule = {0, 8, 8}}},
     TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
 };
 constexpr std::array kSmallBackward = {
@@ -69,10 +104,13 @@ constexpr std::array kPreprocess = {
 
 std::span<const TileRow> large_tiles(const KernelSpec& spec) {
   if (spec.kind == KernelKind::kBackwardPreprocess) return kPreprocess;
-  if (spec.kind == KernelKind::kBackwardDq) return kLargeDq;
-  if (spec.kind == KernelKind::kBackwardDkDv) return kLargeDkDv;
+  const auto by_mask = [&](std::span<const TileRow> full, std::span<const TileRow> causal) {
+    return spec.mask == Mask::kNone ? full : causal;
+  };
+  if (spec.kind == KernelKind::kBackwardDq) return by_mask(kLargeDqFull, kLargeDqCausal);
+  if (spec.kind == KernelKind::kBackwardDkDv) return by_mask(kLargeDkDvFull, kLargeDkDvCausal);
   if (spec.access == GlobalAccess::kElement2B) return kLargeElement;
-  return spec.mask == Mask::kNone ? std::span<const TileRow>(kLargeFull) : kLargeCausal;
+  return by_mask(kLargeFull, kLargeCausal);
 }
 
 // Problems that do not fill the device.
@@ -129,7 +167,7 @@ std::vector<TileConfig> tile_space(const KernelSpec& spec, const ArchLimits& arc
   std::vector<TileConfig> tiles = default_tiles(spec, arch);
   for (int warps : {2, 4, 8})
     for (int rows : {16, 32})
-      for (int block_n : {8, 16, 32})
+      for (int block_n : {8, 16, 24, 32})
         for (int register_dims : {dims, dims * 5 / 8 / 16 * 16})
           for (const LoopSchedule& schedule : schedules) {
             const TileConfig tile{warps * rows, block_n, warps, register_dims, schedule};
