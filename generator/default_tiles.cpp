@@ -55,16 +55,18 @@ constexpr std::array kLargeDqFull = {
     TileRow{64, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
     TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 7, 8}}},
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {4, 8, 8}}},
+    TileRow{112, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 112, .schedule = {0, 6, 8}}},
     TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {0, 4, 8}}},
     TileRow{160, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {0, 6, 8}}},
     TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 192, .schedule = {0, 8, 8}}},
-    TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
+    TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 112, .schedule = {0, 8, 8}}},
 };
 constexpr std::array kLargeDqCausal = {
     TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {0, 6, 8}}},
     TileRow{64, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 64, .schedule = {0, 5, 8}}},
     TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {1, 7, 8}}},
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {3, 8, 8}}},
+    TileRow{112, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 112, .schedule = {2, 5, 8}}},
     TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {0, 4, 8}}},
     TileRow{160, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {0, 6, 8}}},
     TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 192, .schedule = {0, 8, 8}}},
@@ -73,29 +75,33 @@ constexpr std::array kLargeDqCausal = {
 constexpr std::array kLargeDkDvFull = {
     TileRow{32, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 32, .schedule = {4, 6, 8}}},
     TileRow{48, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 48, .schedule = {2, 6, 8}}},
-    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {0, 8, 8}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {1, 8, 8}}},
     TileRow{80, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 80, .schedule = {1, 5, 8}}},
     TileRow{96, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {0, 6, 8}}},
     TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {4, 8, 8}}},
     TileRow{160, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {2, 6, 8}}},
     TileRow{192, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 192, .schedule = {0, 8, 8}}},
     TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 176, .schedule = {0, 8, 8}}},
-    TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
+    TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 112, .schedule = {0, 8, 8}}},
 };
 constexpr std::array kLargeDkDvCausal = {
     TileRow{32, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 32, .schedule = {4, 6, 8}}},
     TileRow{48, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 48, .schedule = {2, 6, 8}}},
-    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 8, 8}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {1, 8, 8}}},
     TileRow{80, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 80, .schedule = {2, 6, 8}}},
     TileRow{96, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {0, 6, 8}}},
     TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {1, 8, 8}}},
     TileRow{160, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {2, 6, 8}}},
     TileRow{192, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 192, .schedule = {0, 8, 8}}},
     TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 176, .schedule = {0, 8, 8}}},
-    TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
+    TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 112, .schedule = {0, 8, 8}}},
+};
+// Loads of one element at a time: as in the forward pass.
+constexpr std::array kElementBackward = {
+    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {0, 8, 8}}},
 };
 constexpr std::array kSmallBackward = {
-    TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
+    TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 80, .schedule = {0, 8, 8}}},
     TileRow{256, {.block_m = 32, .block_n = 8, .warps = 2, .register_dims = 128, .schedule = {0, 8, 8}}},
 };
 constexpr std::array kPreprocess = {
@@ -107,9 +113,12 @@ std::span<const TileRow> large_tiles(const KernelSpec& spec) {
   const auto by_mask = [&](std::span<const TileRow> full, std::span<const TileRow> causal) {
     return spec.mask == Mask::kNone ? full : causal;
   };
+  const bool backward = spec.kind != KernelKind::kForward, by_elements = spec.access == GlobalAccess::kElement2B;
+  if (backward && by_elements && spec.padded_head_dim() <= kElementBackward.back().max_head_dim)
+    return kElementBackward;
   if (spec.kind == KernelKind::kBackwardDq) return by_mask(kLargeDqFull, kLargeDqCausal);
   if (spec.kind == KernelKind::kBackwardDkDv) return by_mask(kLargeDkDvFull, kLargeDkDvCausal);
-  if (spec.access == GlobalAccess::kElement2B) return kLargeElement;
+  if (by_elements) return kLargeElement;
   return by_mask(kLargeFull, kLargeCausal);
 }
 

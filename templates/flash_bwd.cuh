@@ -105,7 +105,8 @@ class FlashBwd {
   }
 
  private:
-  // Which rows of which head are this warp's. An unsigned thread lets the compiler make masks of the lane's divisions.
+  // Which rows of which head are this warp's. Called again, with indices read anew, wherever they are needed after
+  // turns: keeping them would take registers from the loop. As `thread` is unsigned, what divides a lane is a mask.
   __device__ __forceinline__ void locate(unsigned thread, int block) {
     lane_ = thread % 32;
     warp_ = thread / 32;
@@ -219,6 +220,7 @@ class FlashBwd {
 
   static __device__ __forceinline__ bool has_column() { return thread_in_block() < Traits::kBlockN; }
 
+  // Brings a tile that is whole.
   __device__ __forceinline__ void load(Incoming& in) {
     advance();
     first_stream_.load(in.first);
@@ -542,7 +544,7 @@ class FlashBwd {
   typename Tile::Fragments first_rows_, second_rows_;
   Statistics row_statistics_[kMTiles];
   Stream first_stream_, second_stream_;
-  long long column_offset_;  // of the statistics of the column that this thread brings
+  long long column_offset_;  // of the statistics of the column that this thread brings next
   int n_block_;         // the tile whose last step is at hand; the turn goes to the one before it
   bool has_step_;       // false before a head's first turn
   SharedAddress slot_;  // where that tile lies; the next one is in the slot behind it
