@@ -96,46 +96,91 @@ constexpr std::array kLargeDkDvCausal = {
     TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 176, .schedule = {0, 8, 8}}},
     TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 112, .schedule = {0, 8, 8}}},
 };
+// Windows, ALiBi and cu_seqlens take registers too. Rows for what would spill with the tiles above.
+constexpr std::array kLargeDqWindow = {
+    TileRow{64, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {4, 8, 8}}},
+};
+constexpr std::array kLargeDqVarlen = {
+    TileRow{64, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {3, 7, 8}}},
+};
+constexpr std::array kLargeDqAlibi = {
+    TileRow{64, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
+    TileRow{96, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 96, .schedule = {0, 6, 8}}},
+};
+constexpr std::array kLargeDkDvAlibi = {
+    TileRow{64, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {1, 5, 8}}},
+};
+
 // Loads of one element at a time: as in the forward pass.
 constexpr std::array kElementBackward = {
     TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {0, 8, 8}}},
 };
 constexpr std::array kSmallBackward = {
-    TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 80, .schedule = {0, 8, 8}}},
+    TileRow{96, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 80, .schedule = {0, 8, 8}}},
+    TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
     TileRow{256, {.block_m = 32, .block_n = 8, .warps = 2, .register_dims = 128, .schedule = {0, 8, 8}}},
 };
 constexpr std::array kPreprocess = {
     TileRow{256, {.block_m = 64, .block_n = 0, .warps = 4, .register_dims = 0, .schedule = {0, 0, 0}}},
 };
 
-std::span<const TileRow> large_tiles(const KernelSpec& spec) {
-  if (spec.kind == KernelKind::kBackwardPreprocess) return kPreprocess;
-  const auto by_mask = [&](std::span<const TileRow> full, std::span<const TileRow> causal) {
-    return spec.mask == Mask::kNone ? full : causal;
-  };
-  const bool backward = spec.kind != KernelKind::kForward, by_elements = spec.access == GlobalAccess::kElement2B;
-  if (backward && by_elements && spec.padded_head_dim() <= kElementBackward.back().max_head_dim)
-    return kElementBackward;
-  if (spec.kind == KernelKind::kBackwardDq) return by_mask(kLargeDqFull, kLargeDqCausal);
-  if (spec.kind == KernelKind::kBackwardDkDv) return by_mask(kLargeDkDvFull, kLargeDkDvCausal);
-  if (by_elements) return kLargeElement;
-  return by_mask(kLargeFull, kLargeCausal);
+// Tables to look in, one after the other, for the tile for large problems.
+using Tables = std::vector<std::span<const TileRow>>;
+
+Tables large_forward(const KernelSpec& spec) {
+  if (spec.access == GlobalAccess::kElement2B) return {kLargeElement};
+  return {spec.mask == Mask::kNone ? std::span<const TileRow>(kLargeFull) : kLargeCausal};
 }
 
-// Problems that do not fill the device.
-std::span<const TileRow> small_tiles(const KernelSpec& spec) {
+Tables large_dq(const KernelSpec& spec) {
+  Tables tables;
+  if (spec.access == GlobalAccess::kElement2B) tables.push_back(kElementBackward);
+  if (spec.alibi == Alibi::kOn) tables.push_back(kLargeDqAlibi);
+  if (spec.mask == Mask::kWindow) tables.push_back(kLargeDqWindow);
+  if (spec.lengths == Lengths::kVarlen) tables.push_back(kLargeDqVarlen);
+  tables.push_back(spec.mask == Mask::kNone ? std::span<const TileRow>(kLargeDqFull) : kLargeDqCausal);
+  return tables;
+}
+
+Tables large_dkdv(const KernelSpec& spec) {
+  Tables tables;
+  if (spec.access == GlobalAccess::kElement2B) tables.push_back(kElementBackward);
+  if (spec.alibi == Alibi::kOn) tables.push_back(kLargeDkDvAlibi);
+  tables.push_back(spec.mask == Mask::kNone ? std::span<const TileRow>(kLargeDkDvFull) : kLargeDkDvCausal);
+  return tables;
+}
+
+Tables large_tiles(const KernelSpec& spec) {
+  switch (spec.kind) {
+    case KernelKind::kForward:
+      return large_forward(spec);
+    case KernelKind::kBackwardPreprocess:
+      return {kPreprocess};
+    case KernelKind::kBackwardDkDv:
+      return large_dkdv(spec);
+    case KernelKind::kBackwardDq:
+      return large_dq(spec);
+  }
+  return {};
+}
+
+// The same for problems that do not fill the device.
+Tables small_tiles(const KernelSpec& spec) {
   if (spec.kind == KernelKind::kBackwardPreprocess) return {};
-  return spec.kind == KernelKind::kForward ? std::span<const TileRow>(kSmall) : kSmallBackward;
+  return {spec.kind == KernelKind::kForward ? std::span<const TileRow>(kSmall) : kSmallBackward};
 }
 
-// The row of the spec's head dim, if there is one.
-std::optional<TileConfig> find_row(std::span<const TileRow> rows, const KernelSpec& spec) {
-  for (const TileRow& row : rows)
-    if (spec.padded_head_dim() <= row.max_head_dim) {
-      TileConfig tile = row.tile;
-      tile.register_dims = std::min(tile.register_dims, spec.padded_head_dim());
-      return tile;
-    }
+// The first row of the tables that the spec's head dim fits, if there is one.
+std::optional<TileConfig> find_row(const Tables& tables, const KernelSpec& spec) {
+  for (const auto& rows : tables)
+    for (const TileRow& row : rows)
+      if (spec.padded_head_dim() <= row.max_head_dim) {
+        TileConfig tile = row.tile;
+        tile.register_dims = std::min(tile.register_dims, spec.padded_head_dim());
+        return tile;
+      }
   return std::nullopt;
 }
 
@@ -154,8 +199,8 @@ std::int64_t blocks_of(const TileConfig& tile, const ProblemSize& size) {
 
 std::vector<TileConfig> default_tiles(const KernelSpec& spec, const ArchLimits&) {
   std::vector<TileConfig> tiles;
-  for (const auto& rows : {large_tiles(spec), small_tiles(spec)})
-    if (const auto tile = find_row(rows, spec)) tiles.push_back(*tile);
+  for (const Tables& tables : {large_tiles(spec), small_tiles(spec)})
+    if (const auto tile = find_row(tables, spec)) tiles.push_back(*tile);
   return tiles;
 }
 
