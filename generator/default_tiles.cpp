@@ -112,6 +112,9 @@ constexpr std::array kLargeDqAlibi = {
 constexpr std::array kLargeDkDvAlibi = {
     TileRow{64, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {1, 5, 8}}},
 };
+constexpr std::array kLargeDkDvVarlen = {
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 8, 8}}},
+};
 
 // Loads of one element at a time: as in the forward pass.
 constexpr std::array kElementBackward = {
@@ -148,6 +151,7 @@ Tables large_dkdv(const KernelSpec& spec) {
   Tables tables;
   if (spec.access == GlobalAccess::kElement2B) tables.push_back(kElementBackward);
   if (spec.alibi == Alibi::kOn) tables.push_back(kLargeDkDvAlibi);
+  if (spec.lengths == Lengths::kVarlen) tables.push_back(kLargeDkDvVarlen);
   tables.push_back(spec.mask == Mask::kNone ? std::span<const TileRow>(kLargeDkDvFull) : kLargeDkDvCausal);
   return tables;
 }

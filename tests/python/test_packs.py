@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import find_nvrtc, run_python
+from conftest import find_nvrtc, run_program, run_python
 
 # Whatever its place in the search, an empty folder that is named must end it; the second call proves that it does.
 LOOK_UP = """
@@ -93,3 +93,17 @@ def test_a_second_run_builds_nothing(pack_12):
     again = pack_12.build()
     assert (again["built"], again["skipped"]) == (0, len(before))
     assert {path: path.read_bytes() for path in pack_12.folder.glob("*.kernel")} == before
+
+
+BACKWARD = ["--kinds", "bwd", "--head-dims", "32,64,96", "--gqa", "1,4"]
+
+
+def test_no_backward_kernel_spills_up_to_head_dim_96(tmp_path):
+    for more in (["--causal", "both"], ["--causal", "both", "--varlen", "yes"], ["--causal", "yes", "--alibi", "yes"]):
+        done = run_program("prebuild", "--arch", "sm_75", *BACKWARD, *more, "--out", tmp_path, "--nvrtc", find_nvrtc(12))
+        assert done.returncode == 0, done.stderr.decode()
+    kernels = json.loads((tmp_path / "manifest.json").read_text())["kernels"]
+    # The preprocess kernel, one for all masks; else kinds x masks x groups x accesses x tiles for large and small problems.
+    assert len(kernels) == 3 * (2 + (2 + 2 + 1) * 2 * 2 * 2 * 2)
+    spills = {kernel["spec"]: (kernel["spill_stores"], kernel["spill_loads"]) for kernel in kernels}
+    assert {spec: bytes for spec, bytes in spills.items() if bytes != (0, 0)} == {}
