@@ -46,11 +46,11 @@ class PairwiseChoices {
  public:
   // `fixed` holds the values that are given, -1 for those to choose.
   Choice next(const Choice& fixed);
+  // The same at random; covers nothing.
+  Choice draw(const Choice& fixed);
   bool all_covered() const;
 
  private:
-  Choice draw(const Choice& fixed);
-
   std::mt19937 random_{1};
   std::set<std::array<int, 4>> covered_;
 };

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <set>
+#include <utility>
 #include <vector>
 
 #include "backward_case.h"
@@ -64,13 +66,6 @@ TEST_CASE("backward: edges of tiles, masks, groups, layouts and scales") {
 
 namespace {
 
-std::vector<TileConfig> default_tiles_of(KernelKind kind, int head_dim) {
-  KernelSpec spec;
-  spec.kind = kind;
-  spec.head_dim = head_dim;
-  return default_tiles(spec, arch_limits(75));
-}
-
 std::vector<TileConfig> backward_tiles(KernelKind kind, const ForwardCase& c) {
   KernelSpec spec;
   spec.kind = kind;
@@ -89,14 +84,45 @@ std::size_t most_tiles(const ForwardCase& c) {
   return std::max(backward_tiles(KernelKind::kBackwardDkDv, c).size(), backward_tiles(KernelKind::kBackwardDq, c).size());
 }
 
-// The default tiles of every head dim, then tiles of the space in turn, until every two choices have met.
+// The default tiles of dK/dV and of dQ for a case's problem, large problems' first.
+std::vector<BackwardCase> with_default_tiles(const ForwardCase& c) {
+  KernelSpec spec;
+  spec.head_dim = c.head_dim;
+  spec.mask = c.mask;
+  if (c.softcap > 0) spec.softcap = Softcap::kOn;
+  if (c.alibi != AlibiCase::kOff) spec.alibi = Alibi::kOn;
+  if (c.sequences > 0) spec.lengths = Lengths::kVarlen;
+  const bool aligned = c.layout != Layout::kOddStrides && c.layout != Layout::kMisaligned && c.head_dim % 8 == 0;
+  spec.access = aligned ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
+  spec.kind = KernelKind::kBackwardDkDv;
+  const auto dkdv = default_tiles(spec, arch_limits(75));
+  spec.kind = KernelKind::kBackwardDq;
+  const auto dq = default_tiles(spec, arch_limits(75));
+  std::vector<BackwardCase> cases;
+  for (std::size_t i = 0; i < dq.size(); ++i) cases.push_back({c, dkdv[i], dq[i]});
+  return cases;
+}
+
+// Every default tile with what it is for, then tiles of the space in turn, until every two choices have met.
 std::vector<BackwardCase> pairwise_cases() {
   std::vector<BackwardCase> cases;
   PairwiseChoices choices;
-  for (int d = 0; d < static_cast<int>(kHeadDims.size()); ++d)
-    for (const TileConfig& dkdv : default_tiles_of(KernelKind::kBackwardDkDv, kHeadDims[d]))
-      for (const TileConfig& dq : default_tiles_of(KernelKind::kBackwardDq, kHeadDims[d]))
-        cases.push_back({make_case(choices.next(only(d))), dkdv, dq});
+  std::set<std::pair<TileConfig, TileConfig>> seen;
+  const Choice size = sizes();
+  for (int d = 0; d < size[kDimChoice]; ++d)
+    for (int visible = 0; visible < size[kVisible]; ++visible)
+      for (int adjustment = 0; adjustment < size[kAdjustment]; ++adjustment)
+        for (int sequences = 0; sequences < size[kSequences]; ++sequences)
+          for (const int layout : {0, kAlignedLayouts}) {
+            Choice fixed = only(d);
+            fixed[kVisible] = visible;
+            fixed[kAdjustment] = adjustment;
+            fixed[kSequences] = sequences;
+            fixed[kLayout] = layout;
+            for (const BackwardCase& c : with_default_tiles(make_case(choices.draw(fixed))))
+              if (seen.emplace(*c.dkdv_tile, *c.dq_tile).second)
+                cases.push_back({make_case(choices.next(fixed)), c.dkdv_tile, c.dq_tile});
+          }
   for (std::size_t i = 0; !choices.all_covered(); ++i)
     cases.push_back(with_tiles(make_case(choices.next(only(-1))), 7 * i));
   return cases;
