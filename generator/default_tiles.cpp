@@ -96,7 +96,7 @@ constexpr std::array kLargeDkDvCausal = {
     TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 176, .schedule = {0, 8, 8}}},
     TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 112, .schedule = {0, 8, 8}}},
 };
-// Windows, ALiBi and cu_seqlens take registers too. Rows for what would spill with the tiles above.
+// Windows, softcap, ALiBi and cu_seqlens take registers too. Rows for what would spill with the tiles above.
 constexpr std::array kLargeDqWindow = {
     TileRow{64, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {4, 8, 8}}},
@@ -105,14 +105,14 @@ constexpr std::array kLargeDqVarlen = {
     TileRow{64, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {3, 7, 8}}},
 };
-constexpr std::array kLargeDqAlibi = {
+constexpr std::array kLargeDqSoftcapAlibi = {
     TileRow{64, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
     TileRow{96, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 96, .schedule = {0, 6, 8}}},
 };
-constexpr std::array kLargeDkDvAlibi = {
+constexpr std::array kLargeDkDvWindowAlibi = {
     TileRow{64, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {1, 5, 8}}},
 };
-constexpr std::array kLargeDkDvVarlen = {
+constexpr std::array kLargeDkDvSoftcapVarlen = {
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 8, 8}}},
 };
 
@@ -140,7 +140,7 @@ Tables large_forward(const KernelSpec& spec) {
 Tables large_dq(const KernelSpec& spec) {
   Tables tables;
   if (spec.access == GlobalAccess::kElement2B) tables.push_back(kElementBackward);
-  if (spec.alibi == Alibi::kOn) tables.push_back(kLargeDqAlibi);
+  if (spec.softcap == Softcap::kOn || spec.alibi == Alibi::kOn) tables.push_back(kLargeDqSoftcapAlibi);
   if (spec.mask == Mask::kWindow) tables.push_back(kLargeDqWindow);
   if (spec.lengths == Lengths::kVarlen) tables.push_back(kLargeDqVarlen);
   tables.push_back(spec.mask == Mask::kNone ? std::span<const TileRow>(kLargeDqFull) : kLargeDqCausal);
@@ -150,8 +150,8 @@ Tables large_dq(const KernelSpec& spec) {
 Tables large_dkdv(const KernelSpec& spec) {
   Tables tables;
   if (spec.access == GlobalAccess::kElement2B) tables.push_back(kElementBackward);
-  if (spec.alibi == Alibi::kOn) tables.push_back(kLargeDkDvAlibi);
-  if (spec.lengths == Lengths::kVarlen) tables.push_back(kLargeDkDvVarlen);
+  if (spec.mask == Mask::kWindow || spec.alibi == Alibi::kOn) tables.push_back(kLargeDkDvWindowAlibi);
+  if (spec.softcap == Softcap::kOn || spec.lengths == Lengths::kVarlen) tables.push_back(kLargeDkDvSoftcapVarlen);
   tables.push_back(spec.mask == Mask::kNone ? std::span<const TileRow>(kLargeDkDvFull) : kLargeDkDvCausal);
   return tables;
 }

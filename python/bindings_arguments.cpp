@@ -1,6 +1,7 @@
 #include "python/bindings_arguments.h"
 
 #include <cmath>
+#include <cstdio>
 
 #include "generator/errors.h"
 #include "python/bindings_errors.h"
@@ -99,13 +100,27 @@ void check_small_tensor(const Argument& argument, const Argument& q, ElementType
                       accepted);
 }
 
+std::string number_text(double x) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", x);
+  return text;
+}
+
 float scale_of(std::optional<double> softmax_scale, std::int64_t head_dim) {
   // Head dim 0 is refused by the legality rules, in their own words.
   const double scale = softmax_scale.value_or(head_dim > 0 ? 1.0 / std::sqrt(double(head_dim)) : 1.0);
-  if (!std::isfinite(static_cast<float>(scale)))
-    throw ArgumentError("softmax_scale is " + std::to_string(scale) +
-                        ". Accepted: a finite number in float32's range, or None for 1/sqrt(head_dim).");
+  if (!(std::fabs(scale) <= kMostScale))
+    throw ArgumentError("softmax_scale is " + number_text(scale) + ". Accepted: a number from " +
+                        number_text(-kMostScale) + " to " + number_text(kMostScale) +
+                        ", or None for 1/sqrt(head_dim).");
   return static_cast<float>(scale);
+}
+
+float softcap_of(double softcap) {
+  if (softcap != 0 && !(softcap >= kLeastSoftcap && softcap <= kMostScale))
+    throw ArgumentError("softcap is " + number_text(softcap) + ". Accepted: 0.0 for none, or a number from " +
+                        number_text(kLeastSoftcap) + " to " + number_text(kMostScale) + ".");
+  return static_cast<float>(softcap);
 }
 
 // One length for the whole batch, or cu_seqlens.
@@ -148,7 +163,7 @@ AttentionOptions read_options(const OptionArguments& arguments, const Argument& 
   options.softmax_scale = scale_of(arguments.softmax_scale, q.info.shape[q.info.rank - 1]);
   options.window = {arguments.window_left, arguments.causal ? 0 : arguments.window_right};
   options.mask = mask_of(options.window);
-  options.softcap = static_cast<float>(arguments.softcap);
+  options.softcap = softcap_of(arguments.softcap);
   options.varlen = read_varlen(arguments, q);
   options.alibi = read_alibi(arguments, q, options.varlen);
   return options;

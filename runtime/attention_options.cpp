@@ -11,8 +11,6 @@ namespace flash_attn_jit {
 namespace {
 
 constexpr float kLog2E = 1.4426950408889634f;
-// A score, at most 256 x 65504^2 before it is scaled, stays above kNoMaximum of templates/softmax.cuh.
-constexpr float kMostScale = 1e17f;
 constexpr float kLeastScale = 0x1p-100f;  // see softmax_scale_log2 in templates/attention_params.cuh
 constexpr unsigned kFlipBothSigns = 0x80008000u;
 
@@ -42,9 +40,9 @@ void require_options(const AttentionOptions& options, const ProblemShape& shape)
   if (!(std::fabs(options.softmax_scale) <= kMostScale))
     throw ArgumentError("softmax_scale is " + std::to_string(options.softmax_scale) +
                         "; accepted: a number from -1e17 to 1e17");
-  if (!(options.softcap >= 0 && options.softcap <= kMostScale))
+  if (options.softcap != 0 && !(options.softcap >= kLeastSoftcap && options.softcap <= kMostScale))
     throw ArgumentError("softcap is " + std::to_string(options.softcap) +
-                        "; accepted: 0.0 for none, or a positive number up to 1e17");
+                        "; accepted: 0.0 for none, or a number from 1e-6 to 1e17");
   if (options.varlen) require_varlen(*options.varlen);
   if (options.mask == Mask::kWindow && std::max(shape.seqlen_q, shape.seqlen_k) > kMostSeqlenWithWindow)
     throw UnsupportedError("window_size with a sequence of " + std::to_string(std::max(shape.seqlen_q, shape.seqlen_k)) +

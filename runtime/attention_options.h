@@ -30,6 +30,11 @@ struct Varlen {
   std::int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // no sequence is longer
 };
 
+// A score, at most 256 x 65504^2 before it is scaled, stays above kNoMaximum of templates/softmax.cuh, and finite once it
+// is divided by a softcap.
+inline constexpr float kMostScale = 1e17f;
+inline constexpr float kLeastSoftcap = 1e-6f;
+
 struct AttentionOptions {
   float softmax_scale = 0;
   Mask mask = Mask::kNone;

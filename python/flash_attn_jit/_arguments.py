@@ -1,7 +1,6 @@
 """Checks of what the compiled module does not see: the types of scalars, and what is a tensor at all."""
 
 import logging
-import math
 import operator
 from numbers import Real
 from typing import Any, Optional, Sequence, Tuple, Union
@@ -37,7 +36,7 @@ def score_options(
         causal = truth("causal", causal)
     left, right = UNBOUNDED if window_size is UNBOUNDED else _window(window_size)
     if type(softcap) is not float or softcap != 0.0:
-        softcap = _softcap(softcap)
+        softcap = number("softcap", softcap)
     if alibi_slopes is not None:
         _check_slopes(alibi_slopes)
     if deterministic is not True and deterministic is not False:
@@ -46,7 +45,7 @@ def score_options(
 
 
 def _scale(softmax_scale: Any) -> float:
-    if isinstance(softmax_scale, bool):
+    if type(softmax_scale).__name__ in ("bool", "bool_"):  # numpy's is no subclass of Python's
         raise ValueError(
             f"softmax_scale is {softmax_scale}. Accepted: a number, or None for 1/sqrt(head_dim). "
             f"For a causal mask write causal={softmax_scale}."
@@ -55,24 +54,30 @@ def _scale(softmax_scale: Any) -> float:
 
 
 def _window(window_size: Any) -> Tuple[int, int]:
-    """(left, right) from a sequence or a tensor of two; -1 where a side is unbounded."""
-    values = window_size.tolist() if isinstance(window_size, torch.Tensor) else window_size
+    """(left, right) from a sequence or a tensor of two; negative where a side is unbounded."""
+    if isinstance(window_size, torch.Tensor):
+        return _window_of_tensor(window_size)
     try:
-        left, right = values
+        left, right = window_size
         left, right = operator.index(left), operator.index(right)
     except (TypeError, ValueError):
-        raise ValueError(
-            f"window_size is {window_size!r}. Accepted: two integers, (left, right), -1 for unbounded."
-        ) from None
+        raise _window_error(repr(window_size)) from None
     # No sequence is longer than _LONGEST, so that a wider window hides nothing either.
     return (left if 0 <= left <= _LONGEST else -1), (right if 0 <= right <= _LONGEST else -1)
 
 
-def _softcap(value: Any) -> float:
-    softcap = number("softcap", value)
-    if not 0.0 <= softcap < math.inf:
-        raise ValueError(f"softcap is {softcap}. Accepted: 0.0 for none, or a positive finite number.")
-    return softcap
+def _window_of_tensor(window_size: torch.Tensor) -> Tuple[int, int]:
+    if window_size.shape != (2,) or window_size.is_floating_point():
+        raise _window_error(f"a tensor of shape {tuple(window_size.shape)} and dtype {window_size.dtype}")
+    _tell_of_synchronisation("window_size", window_size)
+    left, right = window_size.tolist()
+    return left, right
+
+
+def _window_error(what_came: str) -> ValueError:
+    return ValueError(
+        f"window_size is {what_came}. Accepted: two integers, (left, right), -1 for unbounded, or a tensor of them."
+    )
 
 
 def _check_slopes(alibi_slopes: Any) -> None:
@@ -108,13 +113,12 @@ def truth(name: str, value: Any) -> bool:
 def max_seqlen(name: str, value: Any) -> int:
     """An int from an int or a 0-d tensor of one."""
     if type(value) is int:
-        return value
+        return min(value, _LONGEST) if value >= 0 else -1
     try:
         if not isinstance(value, torch.Tensor):
             return operator.index(value)
         if value.dim() == 0 and not value.is_floating_point():
-            if value.device.type != "cpu" and not torch.compiler.is_compiling():
-                _tell_of_synchronisation(name, value.device)
+            _tell_of_synchronisation(name, value)
             return int(value)
     except TypeError:
         pass
@@ -126,15 +130,15 @@ def max_seqlen(name: str, value: Any) -> int:
 _told_of_synchronisation = False
 
 
-def _tell_of_synchronisation(name: str, device: torch.device) -> None:
+def _tell_of_synchronisation(name: str, tensor: torch.Tensor) -> None:
     global _told_of_synchronisation
-    if _told_of_synchronisation:
+    if tensor.device.type == "cpu" or torch.compiler.is_compiling() or _told_of_synchronisation:
         return
     _told_of_synchronisation = True
     _logger.warning(
-        "%s is a tensor on %s: reading it waits for the device at every call. Give an int. (Said once.)",
+        "%s is a tensor on %s: reading it waits for the device at every call. Give numbers. (Said once.)",
         name,
-        device,
+        tensor.device,
     )
 
 

@@ -3,6 +3,7 @@
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Type
 
 import torch
+from torch.amp import is_autocast_available
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
@@ -177,7 +178,7 @@ _qkvpacked = _by_plainness(_QkvpackedAttention)
 def _cast_for_autocast(tensor: torch.Tensor) -> torch.Tensor:
     """A float32 tensor in autocast's dtype where autocast is on for its device, differentiably."""
     device = tensor.device.type
-    if tensor.dtype is torch.float32 and torch.is_autocast_enabled(device):
+    if tensor.dtype is torch.float32 and is_autocast_available(device) and torch.is_autocast_enabled(device):
         return tensor.to(torch.get_autocast_dtype(device))
     return tensor
 
@@ -260,4 +261,4 @@ def _of_packed(error: ValueError, packed: str, layout: Tuple[str, ...]) -> Value
     """The error with what the names in it are slices of."""
     before = ":, " * (len(layout) - 3)
     slices = ", ".join(f"{name} is {packed}[{before}{i}]" for i, name in enumerate(packed))
-    return type(error)(f"{error} Here {slices}.")
+    return type(error)(f"{str(error).removesuffix('.')}. Here {slices}.")

@@ -365,7 +365,7 @@ def _why_not_routed(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return f"{name} is a {type(tensor).__name__}"
-    if scale is not None and type(scale) is not float:
+    if scale is not None and type(scale) not in (float, int):
         return f"scale is a {type(scale).__name__}"
     if not torch.compiler.is_compiling():  # a compiler sees to its own transforms
         if torch._C._are_functorch_transforms_active():
@@ -398,6 +398,10 @@ def route_sdpa() -> SdpaRouter:
     Falls back, with the reason counted: attn_mask or dropout_p given, a dtype other than float16 (after autocast),
     CPU tensors without the interpreter, GPUs older than sm_75, nested, sparse and subclassed tensors, shapes that would
     be broadcast, value head dims other than query's, head dims over 256, a last dimension that is not contiguous, and
-    the transforms of ``torch.func``. A routed call has no second derivative: create_graph=True is an error there.
+    the transforms of ``torch.func``, and a scale that is neither a float nor an int.
+
+    What differs from PyTorch's own: a routed call has no second derivative (create_graph=True is an error there), its
+    output may not be changed in place, and ``torch.nn.attention.sdpa_kernel`` chooses among PyTorch's backends alone:
+    what can run here does.
     """
     return SdpaRouter()

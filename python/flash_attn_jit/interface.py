@@ -34,16 +34,16 @@ _SHARED: Dict[str, str] = {
 """,
     "options": """
         dropout_p: not built yet: 0.0.
-        softmax_scale: a factor for the scores before the softmax; 1/sqrt(head_dim) where None.
+        softmax_scale: a factor for the scores before the softmax, from -1e17 to 1e17; 1/sqrt(head_dim) where None.
         causal: query i sees key j where j <= i + seqlen_k - seqlen_q (aligned bottom-right).
         window_size: (left, right), two integers or a tensor of them: query i sees key j where
             i + seqlen_k - seqlen_q - left <= j <= i + seqlen_k - seqlen_q + right. Negative is unbounded. With
-            ``causal``, right is 0.
-        softcap: a score s becomes softcap * tanh(s / softcap) where softcap is positive; 0.0 is off.
+            ``causal``, right is 0. A tensor on the GPU costs a synchronisation.
+        softcap: a score s becomes softcap * tanh(s / softcap), from 1e-6 to 1e17; 0.0 is off.
         alibi_slopes: (num_heads) or (batch, num_heads), float32: slope * |i + seqlen_k - seqlen_q - j| is taken from
             each score. Has no gradient.
         deterministic: accepted; the result is the same bits every time with either value.
-        return_attn_probs: also return softmax_lse and S_dmask.
+        return_attn_probs: also return softmax_lse and S_dmask. Neither has a gradient.
 """,
     "cu_seqlens": """
             (batch + 1), int32, contiguous, on the tensors' device: where each sequence starts, and at last where the

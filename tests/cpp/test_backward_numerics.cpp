@@ -52,6 +52,8 @@ TEST_CASE("backward: edges of tiles, masks, groups, layouts and scales") {
            "hdim32 window-1,9 sq200 sk150",
            "hdim64 window40,-1 sq150 sk200",
            "hdim64 full softcap5 sq70 sk130",
+           "hdim64 full softcap1e6 sq70 sk130",
+           "hdim64 causal softcap1e-3 sq70 sk130",
            "hdim64 causal alibi gqa2 batch2 sq70 sk130",
            "hdim128 window30,3 alibibatch softcap5 varlen4 sq170 sk190",
            "hdim64 causal varlen5 gqa2 sq150 sk230",

@@ -131,7 +131,7 @@ TEST_CASE("backward plan: the options as kernels see them") {
   const KernelSpec spec = plan(r)[kDkDv].spec;
   CHECK(spec.softcap == Softcap::kOn);
   CHECK(spec.alibi == Alibi::kOn);
-  for (const float bad : {-1.0f, std::nanf(""), INFINITY}) {
+  for (const float bad : {-1.0f, 1e-7f, 1e18f, std::nanf(""), INFINITY}) {
     r.options.softcap = bad;
     CHECK(refusal<ArgumentError>(r) == Containing{"softcap is"});
   }

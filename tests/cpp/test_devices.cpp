@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
 #include <cstring>
 #include <thread>
 
@@ -122,7 +123,10 @@ TEST_CASE("a launch: arguments as planned, on the caller's stream" * doctest::sk
   CHECK(launches[0].blocks == plan.blocks);
   CHECK(launches[0].threads == static_cast<unsigned>(plan.spec.tile.threads()));
   CHECK(launches[0].stream == stream(77));
-  CHECK(std::memcmp(&launches[0].params, &plan.params, sizeof plan.params) == 0);
+  // Up to the last member: there may be padding behind it.
+  const auto bytes = reinterpret_cast<const char*>(&plan.params.num_m_blocks + 1) -
+                     reinterpret_cast<const char*>(&plan.params);
+  CHECK(std::memcmp(&launches[0].params, &plan.params, static_cast<std::size_t>(bytes)) == 0);
   const int smem = render(plan.spec, embedded_templates()).dynamic_smem;
   CHECK(launches[0].dynamic_smem == static_cast<unsigned>(smem));
   CHECK(stub().allowed_smem(0, plan.spec.name()) == (smem > 48 * 1024 ? smem : 0));

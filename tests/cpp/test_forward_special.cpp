@@ -248,3 +248,24 @@ TEST_CASE("element offsets beyond 2^31, in batch, head and row strides") {
   }
   munmap(memory, kElements * 2);
 }
+
+TEST_CASE("a softcap far above the scores changes nothing, one far below makes all keys equal") {
+  for (const char* text : {"hdim64 full softcap1e6 sq70 sk130", "hdim64 full softcap1e17 sq70 sk130",
+                           "hdim64 causal softcap1e-6 sq70 sk130", "hdim64 full softcap1000 sq70 sk130 thousand"}) {
+    CAPTURE(text);
+    CHECK(run_forward_case(ForwardCase::parse(text)).fault == "");
+  }
+}
+
+TEST_CASE("a window visits only the tiles that it touches") {
+  const auto loads_of_v = [](const char* text) {
+    CHECK(run_forward_case(ForwardCase::parse(text)).fault == "");
+    return last_interpreter_report().shared.at("ldmatrix_x4_trans").accesses;
+  };
+  const auto full = loads_of_v("hdim64 full sq64 sk640 m64n16w4q64l2b4k7");
+  const auto narrow = loads_of_v("hdim64 window0,0 sq64 sk640 m64n16w4q64l2b4k7");
+  const auto wide = loads_of_v("hdim64 window999,999 sq64 sk640 m64n16w4q64l2b4k7");
+  CHECK(wide == full);
+  // Of 40 tiles of 16 keys, the 16 rows of a warp see one.
+  CHECK(narrow == full / 40);
+}

@@ -1,4 +1,4 @@
-"""What needs a GPU: `pytest -m gpu`. Runs for the device's own machine code, then once more through compute_75."""
+"""What needs a GPU: `pytest -m gpu`. test_gpu_compute_75.py repeats it on the Turing code."""
 
 import os
 import shutil
@@ -413,18 +413,3 @@ def test_compute_sanitizer(tool):
     print(f"{TARGET} {tool}: {summary}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert summary and all("0 errors" in line for line in summary)
-
-
-@pytest.mark.skipif(TARGET == "compute_75", reason="this is that run")
-def test_again_through_compute_75():
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command,
-        env=environment(FLASH_ATTN_JIT_TARGET="compute_75"),
-        capture_output=True,
-        text=True,
-        timeout=3600,
-        cwd=Path(__file__).parents[2],
-    )
-    print(done.stdout[-2000:])
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]

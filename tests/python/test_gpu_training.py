@@ -1,9 +1,5 @@
-"""Training on a GPU: `pytest -m gpu`. Runs for the device's own machine code, then once more through compute_75."""
+"""Training on a GPU: `pytest -m gpu`. test_gpu_compute_75.py repeats it on the Turing code."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Callable, List, Sequence
 
 import pytest
@@ -17,7 +13,6 @@ from attention_reference import (
     normal,
     normal_qkv,
 )
-from conftest import environment
 from loss_scaling import (
     check_scaled_gradients,
     check_that_a_scaler_skips_the_step,
@@ -33,7 +28,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU"),
 ]
-TARGET = os.environ.get("FLASH_ATTN_JIT_TARGET", "native")
 
 
 def qkv(*shape):
@@ -312,18 +306,3 @@ def test_varlen_is_each_sequence_by_itself(heads, head_dim, causal):
             check_gradients(of_sequence, [x.double() for x in gradients_of(*own, dout[rows][None], causal)])
         else:  # no pair: every gradient is 0
             assert not any(x.any() for x in (gradients[0][rows], gradients[1][keys], gradients[2][keys]))
-
-
-@pytest.mark.skipif(TARGET == "compute_75", reason="this is that run")
-def test_again_through_compute_75():
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command,
-        env=environment(FLASH_ATTN_JIT_TARGET="compute_75"),
-        capture_output=True,
-        text=True,
-        timeout=3600,
-        cwd=Path(__file__).parents[2],
-    )
-    print(done.stdout[-2000:])
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]

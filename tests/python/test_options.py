@@ -49,6 +49,30 @@ def test_windows_that_hide_nothing(window_size):
     assert torch.equal(flash_attn_func(q, k, v, window_size=window_size), flash_attn_func(q, k, v))
 
 
+@pytest.mark.parametrize("window_size", [(5,), (5, 2.0), "ab", torch.tensor([5.0, 2.0]), torch.tensor([5])], ids=str)
+def test_windows_of_another_kind(window_size):
+    q, k, v = normal_qkv(1, 8, 8, 1, 1, 64)
+    with pytest.raises(ValueError, match="^window_size is .*Accepted: two integers"):
+        flash_attn_func(q, k, v, window_size=window_size)
+
+
+def test_a_window_in_a_tensor_compiles():
+    compiled = torch.compile(
+        lambda q, k, v, window: flash_attn_func(q, k, v, window_size=window), fullgraph=True, backend="aot_eager"
+    )
+    q, k, v = normal_qkv(1, 30, 30, 1, 1, 64)
+    for window in ((3, 4), (8, 0)):
+        expected = flash_attn_func(q, k, v, window_size=window)
+        assert torch.equal(compiled(q, k, v, torch.tensor(window)), expected)
+
+
+@pytest.mark.parametrize("softcap", [-1.0, 1e-7, 1e18, 1e300, float("nan"), float("inf"), "5"], ids=str)
+def test_softcaps_out_of_range(softcap):
+    q, k, v = normal_qkv(1, 8, 8, 1, 1, 64)
+    with pytest.raises(ValueError, match="^softcap is"):
+        flash_attn_func(q, k, v, softcap=softcap)
+
+
 def test_causal_is_a_window():
     q, k, v = normal_qkv(1, 30, 50, 1, 1, 64)
     for window_size in ((-1, -1), (-1, 5)):

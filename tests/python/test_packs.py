@@ -99,11 +99,19 @@ BACKWARD = ["--kinds", "bwd", "--head-dims", "32,64,96", "--gqa", "1,4"]
 
 
 def test_no_backward_kernel_spills_up_to_head_dim_96(tmp_path):
-    for more in (["--causal", "both"], ["--causal", "both", "--varlen", "yes"], ["--causal", "yes", "--alibi", "yes"]):
-        done = run_program("prebuild", "--arch", "sm_75", *BACKWARD, *more, "--out", tmp_path, "--nvrtc", find_nvrtc(12))
+    for options in (
+        ["--causal", "both", "--window"],
+        ["--causal", "both", "--varlen", "yes"],
+        ["--causal", "yes", "--alibi", "yes"],
+        ["--causal", "yes", "--softcap", "yes"],
+    ):
+        done = run_program(
+            "prebuild", "--arch", "sm_75", *BACKWARD, *options, "--out", tmp_path, "--nvrtc", find_nvrtc(12)
+        )
         assert done.returncode == 0, done.stderr.decode()
     kernels = json.loads((tmp_path / "manifest.json").read_text())["kernels"]
-    # The preprocess kernel, one for all masks; else kinds x masks x groups x accesses x tiles for large and small problems.
-    assert len(kernels) == 3 * (2 + (2 + 2 + 1) * 2 * 2 * 2 * 2)
+    # The preprocess kernel, one for all masks, with 2 accesses; else kinds x groups x accesses x tiles for large and small
+    # problems, 16 for each of 3 masks, 2 with varlen, ALiBi, softcap.
+    assert len(kernels) == 3 * (2 + 16 * (3 + 2 + 1 + 1))
     spills = {kernel["spec"]: (kernel["spill_stores"], kernel["spill_loads"]) for kernel in kernels}
     assert {spec: bytes for spec, bytes in spills.items() if bytes != (0, 0)} == {}
