@@ -122,7 +122,7 @@ constexpr std::array kElementBackward = {
 };
 constexpr std::array kSmallBackward = {
     TileRow{96, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 80, .schedule = {0, 8, 8}}},
-    TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
+    TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 112, .schedule = {0, 8, 8}}},
     TileRow{256, {.block_m = 32, .block_n = 8, .warps = 2, .register_dims = 128, .schedule = {0, 8, 8}}},
 };
 constexpr std::array kPreprocess = {
