@@ -388,7 +388,8 @@ def route_sdpa() -> SdpaRouter:
         router.reasons          # {} or {"attn_mask is given, ...": 3}
 
     It is a TorchFunctionMode: names imported before it are caught, as are the calls of
-    ``torch.nn.functional.multi_head_attention_forward`` and so of ``nn.MultiheadAttention`` and ``nn.Transformer...``.
+    ``torch.nn.functional.multi_head_attention_forward`` and so of ``nn.MultiheadAttention`` and ``nn.Transformer...``,
+    as far as these call SDPA: with ``need_weights=True``, its default, ``nn.MultiheadAttention`` does not.
     It holds for the thread that entered it. The backward pass need not run inside it.
 
     A call that torch.compile traces inside it is routed as well, with no graph break, and the compiled form is used

@@ -65,7 +65,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--plot", type=Path, metavar="JSON", help="measure nothing: draw the PNG of this timing run"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="JSON to write (default: bench.json), or --plot's PNG"
+        "--output", type=Path, metavar="FILE", help="JSON to write (default: bench.json, bench-accuracy.json and so on), or --plot's PNG"
     )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--heads", type=int, default=16)
@@ -212,7 +212,9 @@ def main(arguments: Sequence[str]) -> None:
     kinds = ("host_cost", "accuracy", "memory")
     kind = next((kind for kind in kinds if getattr(options, kind)), "timing")
     record = {"kind": kind, "machine": machine(), "command": list(arguments), "rows": _measure(options)}
-    output = options.output or Path("bench.json")
+    # Each mode has a file of its own, so that none overwrites another's.
+    default = "bench.json" if kind == "timing" else f"bench-{kind.replace('_', '-')}.json"
+    output = options.output or Path(default)
     output.write_text(json.dumps(record, indent=1) + "\n")
     print(output)
 
