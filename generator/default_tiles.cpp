@@ -113,6 +113,7 @@ constexpr std::array kLargeDkDvWindowAlibi = {
     TileRow{64, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {1, 5, 8}}},
 };
 constexpr std::array kLargeDkDvSoftcapVarlen = {
+    TileRow{48, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 48, .schedule = {2, 6, 8}}},
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 8, 8}}},
 };
 
