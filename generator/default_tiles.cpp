@@ -130,33 +130,34 @@ constexpr std::array kPreprocess = {
     TileRow{256, {.block_m = 64, .block_n = 0, .warps = 4, .register_dims = 0, .schedule = {0, 0, 0}}},
 };
 
-// Tables to look in, one after the other, for the tile for large problems.
-using Tables = std::vector<std::span<const TileRow>>;
+using Table = std::span<const TileRow>;
+
+// Tables to look in, one after the other; some may be empty. Looked up at every launch: nothing is allocated.
+using Tables = std::array<Table, 5>;
+
+Table only_if(bool applies, Table table) { return applies ? table : Table{}; }
 
 Tables large_forward(const KernelSpec& spec) {
   if (spec.access == GlobalAccess::kElement2B) return {kLargeElement};
-  return {spec.mask == Mask::kNone ? std::span<const TileRow>(kLargeFull) : kLargeCausal};
+  return {spec.mask == Mask::kNone ? Table(kLargeFull) : kLargeCausal};
 }
 
 Tables large_dq(const KernelSpec& spec) {
-  Tables tables;
-  if (spec.access == GlobalAccess::kElement2B) tables.push_back(kElementBackward);
-  if (spec.softcap == Softcap::kOn || spec.alibi == Alibi::kOn) tables.push_back(kLargeDqSoftcapAlibi);
-  if (spec.mask == Mask::kWindow) tables.push_back(kLargeDqWindow);
-  if (spec.lengths == Lengths::kVarlen) tables.push_back(kLargeDqVarlen);
-  tables.push_back(spec.mask == Mask::kNone ? std::span<const TileRow>(kLargeDqFull) : kLargeDqCausal);
-  return tables;
+  return {only_if(spec.access == GlobalAccess::kElement2B, kElementBackward),
+          only_if(spec.softcap == Softcap::kOn || spec.alibi == Alibi::kOn, kLargeDqSoftcapAlibi),
+          only_if(spec.mask == Mask::kWindow, kLargeDqWindow),
+          only_if(spec.lengths == Lengths::kVarlen, kLargeDqVarlen),
+          spec.mask == Mask::kNone ? Table(kLargeDqFull) : kLargeDqCausal};
 }
 
 Tables large_dkdv(const KernelSpec& spec) {
-  Tables tables;
-  if (spec.access == GlobalAccess::kElement2B) tables.push_back(kElementBackward);
-  if (spec.mask == Mask::kWindow || spec.alibi == Alibi::kOn) tables.push_back(kLargeDkDvWindowAlibi);
-  if (spec.softcap == Softcap::kOn || spec.lengths == Lengths::kVarlen) tables.push_back(kLargeDkDvSoftcapVarlen);
-  tables.push_back(spec.mask == Mask::kNone ? std::span<const TileRow>(kLargeDkDvFull) : kLargeDkDvCausal);
-  return tables;
+  return {only_if(spec.access == GlobalAccess::kElement2B, kElementBackward),
+          only_if(spec.mask == Mask::kWindow || spec.alibi == Alibi::kOn, kLargeDkDvWindowAlibi),
+          only_if(spec.softcap == Softcap::kOn || spec.lengths == Lengths::kVarlen, kLargeDkDvSoftcapVarlen),
+          spec.mask == Mask::kNone ? Table(kLargeDkDvFull) : kLargeDkDvCausal};
 }
 
+// For large problems.
 Tables large_tiles(const KernelSpec& spec) {
   switch (spec.kind) {
     case KernelKind::kForward:
@@ -171,15 +172,15 @@ Tables large_tiles(const KernelSpec& spec) {
   return {};
 }
 
-// The same for problems that do not fill the device.
+// For problems that do not fill the device.
 Tables small_tiles(const KernelSpec& spec) {
   if (spec.kind == KernelKind::kBackwardPreprocess) return {};
-  return {spec.kind == KernelKind::kForward ? std::span<const TileRow>(kSmall) : kSmallBackward};
+  return {spec.kind == KernelKind::kForward ? Table(kSmall) : kSmallBackward};
 }
 
 // The first row of the tables that the spec's head dim fits, if there is one.
 std::optional<TileConfig> find_row(const Tables& tables, const KernelSpec& spec) {
-  for (const auto& rows : tables)
+  for (const Table rows : tables)
     for (const TileRow& row : rows)
       if (spec.padded_head_dim() <= row.max_head_dim) {
         TileConfig tile = row.tile;

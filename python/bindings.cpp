@@ -7,6 +7,7 @@
 #include "python/bindings_backward.h"
 #include "python/bindings_forward.h"
 #include "python/bindings_tensors.h"
+#include "runtime/attention_options.h"
 #include "runtime/config.h"
 #include "runtime/driver.h"
 #include "runtime/interpreter/interpreter.h"
@@ -189,6 +190,7 @@ PYBIND11_MODULE(_core, module) {
   });
 
   bind_attention(module);
+  module.attr("most_scale") = kMostScale;
   module.def("interpreter_report", &last_interpreter_report);
   module.def("devices", &devices);
   module.def("select_kernels", &select_kernel_texts, py::arg("kinds"), py::arg("head_dims"), py::arg("causal"),

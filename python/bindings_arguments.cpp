@@ -93,8 +93,8 @@ void check_small_tensor(const Argument& argument, const Argument& q, ElementType
                         const std::string& accepted) {
   check_same_device(argument, q);
   const TensorInfo& info = argument.info;
-  if (info.dtype == dtype && shape_fits && (info.rank == 0 || info.strides[info.rank - 1] == 1 || info.shape[info.rank - 1] <= 1))
-    return;
+  const int last = info.rank - 1;  // shape_fits: there is one
+  if (info.dtype == dtype && shape_fits && (info.strides[last] == 1 || info.shape[last] <= 1)) return;
   throw ArgumentError(std::string(argument.name) + " has shape " + shape_text(argument.object) + ", strides " +
                       strides_text(argument.object) + " and dtype " + dtype_text(argument.object) + ". Accepted: " +
                       accepted);
@@ -126,7 +126,8 @@ float softcap_of(double softcap) {
 // One length for the whole batch, or cu_seqlens.
 std::optional<Varlen> read_varlen(const OptionArguments& arguments, const Argument& q) {
   if (!arguments.is_varlen()) return std::nullopt;
-  const Argument cu_seqlens_q("cu_seqlens_q", arguments.cu_seqlens_q), cu_seqlens_k("cu_seqlens_k", arguments.cu_seqlens_k);
+  const Argument cu_seqlens_q("cu_seqlens_q", arguments.cu_seqlens_q);
+  const Argument cu_seqlens_k("cu_seqlens_k", arguments.cu_seqlens_k);
   for (const Argument* each : {&cu_seqlens_q, &cu_seqlens_k})
     check_small_tensor(*each, q, ElementType::kInt32, each->info.rank == 1 && each->info.shape[0] >= 1,
                        "(batch + 1), torch.int32, contiguous: where each sequence begins, and where the last ends.");
@@ -150,7 +151,7 @@ std::optional<AlibiSlopes> read_alibi(const OptionArguments& arguments, const Ar
   return AlibiSlopes{static_cast<const float*>(slopes.info.data), of_batch ? slopes.info.strides[0] : 0};
 }
 
-// causal forces a window's right half to 0.
+// A window without a left end that ends at the diagonal is the causal mask.
 Mask mask_of(const Window& window) {
   if (window.left < 0 && window.right < 0) return Mask::kNone;
   return window.left < 0 && window.right == 0 ? Mask::kCausal : Mask::kWindow;
@@ -161,6 +162,7 @@ Mask mask_of(const Window& window) {
 AttentionOptions read_options(const OptionArguments& arguments, const Argument& q) {
   AttentionOptions options;
   options.softmax_scale = scale_of(arguments.softmax_scale, q.info.shape[q.info.rank - 1]);
+  // causal forces a window's right half to 0.
   options.window = {arguments.window_left, arguments.causal ? 0 : arguments.window_right};
   options.mask = mask_of(options.window);
   options.softcap = softcap_of(arguments.softcap);

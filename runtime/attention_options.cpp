@@ -19,13 +19,16 @@ constexpr std::int64_t kMostWindow = 1 << 30;
 constexpr std::int64_t kMostSeqlenWithWindow = 1 << 29;
 
 void require_varlen(const Varlen& varlen) {
-  for (const auto& [name, seqlen] : {std::pair{"max_seqlen_q", varlen.max_seqlen_q}, {"max_seqlen_k", varlen.max_seqlen_k}})
+  for (const auto& [name, seqlen] :
+       {std::pair{"max_seqlen_q", varlen.max_seqlen_q}, {"max_seqlen_k", varlen.max_seqlen_k}})
     if (seqlen < 0)
       throw ArgumentError(std::string(name) + " is " + std::to_string(seqlen) +
                           "; accepted: the length of the longest sequence, 0 or more");
 }
 
-int window_width(std::int64_t width) { return static_cast<int>(width < 0 ? kMostWindow : std::min(width, kMostWindow)); }
+int window_width(std::int64_t width) {
+  return static_cast<int>(width < 0 ? kMostWindow : std::min(width, kMostWindow));
+}
 
 }  // namespace
 
@@ -44,9 +47,10 @@ void require_options(const AttentionOptions& options, const ProblemShape& shape)
     throw ArgumentError("softcap is " + std::to_string(options.softcap) +
                         "; accepted: 0.0 for none, or a number from 1e-6 to 1e17");
   if (options.varlen) require_varlen(*options.varlen);
-  if (options.mask == Mask::kWindow && std::max(shape.seqlen_q, shape.seqlen_k) > kMostSeqlenWithWindow)
-    throw UnsupportedError("window_size with a sequence of " + std::to_string(std::max(shape.seqlen_q, shape.seqlen_k)) +
-                           " rows; accepted: at most " + std::to_string(kMostSeqlenWithWindow) + " rows with a window");
+  const std::int64_t longest = std::max(shape.seqlen_q, shape.seqlen_k);
+  if (options.mask == Mask::kWindow && longest > kMostSeqlenWithWindow)
+    throw UnsupportedError("window_size with a sequence of " + std::to_string(longest) + " rows; accepted: at most " +
+                           std::to_string(kMostSeqlenWithWindow) + " rows with a window");
 }
 
 KernelSpec problem_spec(const TensorView& q, const TensorView& k, const AttentionOptions& options,

@@ -32,7 +32,7 @@ struct Varlen {
 
 // A score, at most 256 x 65504^2 before it is scaled, stays above kNoMaximum of templates/softmax.cuh, and finite once it
 // is divided by a softcap.
-inline constexpr float kMostScale = 1e17f;
+inline constexpr double kMostScale = 1e17;
 inline constexpr float kLeastSoftcap = 1e-6f;
 
 struct AttentionOptions {

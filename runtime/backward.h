@@ -31,7 +31,7 @@ struct BackwardRequest {
 
 using BackwardLaunch = KernelLaunch<FlashBwdParams>;
 
-// The preprocess kernel, then the one of dK and dV, then that of dQ; those of gradients that are not wanted have no blocks.
+// The preprocess kernel, then the one of dK and dV, then that of dQ; those of what is not wanted have no blocks.
 using BackwardPlan = std::array<BackwardLaunch, 3>;
 
 // Throws ArgumentError where shapes contradict each other, UnsupportedError where no kernel can do it.

@@ -385,7 +385,8 @@ class FlashBwd {
     if constexpr (Traits::kHasAlibi) alibi_slope_log2_ = sequence_.alibi_slope(head_q) * kLog2E;
     const TileRange columns = column_tiles();
     start_head(columns.end);
-    masked_turns(Sequence<Traits>::maximum(Sequence<Traits>::minimum(columns.whole_end, columns.end - 1), columns.begin));
+    const int whole_end = Sequence<Traits>::minimum(columns.whole_end, columns.end - 1);
+    masked_turns(Sequence<Traits>::maximum(whole_end, columns.begin));
     unmasked_turns(Sequence<Traits>::maximum(columns.whole_begin, columns.begin));
     if (kHasFirstColumn) masked_turns(columns.begin);
     finish_step();
@@ -495,7 +496,8 @@ class FlashBwd {
   // What ALiBi takes off the exponent of the lane's score in column `column` + lane_ % 4 * 2.
   __device__ __forceinline__ float alibi_bias(int m, int half, int column) const {
     const int row = lane_row(m, half), own_column = column + lane_ % 4 * 2;
-    return alibi_slope_log2_ * alibi_distance(sequence_, kRowsAreKeys ? own_column : row, kRowsAreKeys ? row : own_column);
+    const int query = kRowsAreKeys ? own_column : row, key = kRowsAreKeys ? row : own_column;
+    return alibi_slope_log2_ * alibi_distance(sequence_, query, key);
   }
 
   // Of the step's scores, those that belong to no visible pair become P = 0 and dS = 0.

@@ -1,6 +1,5 @@
 """``scaled_dot_product_attention`` on these kernels: as a function, and as a route for programs that call PyTorch's."""
 
-import math
 import threading
 import types as python_types
 from collections import Counter
@@ -21,6 +20,7 @@ __all__ = ["SdpaRouter", "route_sdpa", "sdpa"]
 _TORCHS = F.scaled_dot_product_attention
 _OLDEST_GPU = (7, 5)
 _MOST_HEAD_DIM = 256
+_MOST_SCALE = _core.most_scale
 
 # Why a call cannot be taken: the error's type, what came, what is accepted.
 _Refusal = Tuple[Type[Exception], str, str]
@@ -94,8 +94,9 @@ def _refusal(
         return NotImplementedError, "attn_mask is given, and masks are not built yet", accepted
     if dropout_p != 0.0:
         return NotImplementedError, f"dropout_p is {dropout_p}, and dropout is not built yet", "0.0"
-    if scale is not None and not math.isfinite(scale):
-        return ValueError, f"scale is {scale}", "a finite number, or None for 1/sqrt(head_dim)"
+    if scale is not None and not abs(scale) <= _MOST_SCALE:
+        accepted = f"a number from {-_MOST_SCALE:g} to {_MOST_SCALE:g}, or None for 1/sqrt(head_dim)"
+        return ValueError, f"scale is {scale}", accepted
     device, cast = query.device, _autocast_dtype(query)
     return (
         _device_refusal(device)
@@ -323,9 +324,7 @@ class SdpaRouter(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         reason = _why_not_routed(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        if (
-            not torch.compiler.is_compiling()
-        ):  # a compiled graph would be made anew for every value of a counter
+        if not torch.compiler.is_compiling():  # else the graph would be made anew for every value of a counter
             self._count(reason)
         if reason is None:
             return _attention(query, key, value, bool(is_causal), scale)

@@ -83,7 +83,8 @@ BackwardCase with_tiles(const ForwardCase& c, std::size_t i) {
 }
 
 std::size_t most_tiles(const ForwardCase& c) {
-  return std::max(backward_tiles(KernelKind::kBackwardDkDv, c).size(), backward_tiles(KernelKind::kBackwardDq, c).size());
+  return std::max(backward_tiles(KernelKind::kBackwardDkDv, c).size(),
+                  backward_tiles(KernelKind::kBackwardDq, c).size());
 }
 
 // The default tiles of dK/dV and of dQ for a case's problem, large problems' first.

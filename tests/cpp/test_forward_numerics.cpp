@@ -66,9 +66,10 @@ std::vector<ForwardCase> pairwise_cases() {
   return cases;
 }
 
-// Every tile with every mask and head dim, over all lengths; every pair of lengths with every head dim, mask and group size
-// on the default tiles. The other choices take turns. A tile keeps its group size and is used either with 16-byte or with
-// element-wise access, since each of these is another kernel to compile.
+// Every tile with every head dim, full and causal, and every seventh with each window, over all lengths; every pair of
+// lengths with every head dim, mask and group size on the default tiles. The other choices take turns. A tile keeps its
+// group size and is used either with 16-byte or with element-wise access, since each of these is another kernel to
+// compile.
 std::vector<ForwardCase> all_cases() {
   std::vector<ForwardCase> cases;
   std::mt19937 random(2);

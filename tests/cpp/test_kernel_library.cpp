@@ -206,7 +206,8 @@ TEST_CASE("without a compiler and without the kernel, the error names the comman
   spec.alibi = Alibi::kOn;
   spec.lengths = Lengths::kVarlen;
   CHECK_THROWS_WITH_AS(KernelLibrary(setting.settings(12040)).find_or_compile(spec, kCubin),
-                       doctest::Contains("--head-dims 128 --causal no --window --softcap yes --alibi yes --varlen yes --gqa 4"),
+                       doctest::Contains("--head-dims 128 --causal no --window --softcap yes --alibi yes "
+                                         "--varlen yes --gqa 4"),
                        MissingKernelError);
 }
 

@@ -73,6 +73,18 @@ def test_softcaps_out_of_range(softcap):
         flash_attn_func(q, k, v, softcap=softcap)
 
 
+@pytest.mark.parametrize("softcap", [1e-6, 1e17])
+def test_the_ends_of_softcaps_range_are_in_it(softcap):
+    q, k, v = normal_qkv(1, 8, 8, 1, 1, 64)
+    check_attention(flash_attn_func(q, k, v, softcap=softcap), None, q, k, v, softcap=softcap)
+
+
+@pytest.mark.parametrize("softmax_scale", [1e17, -1e17])
+def test_the_ends_of_softmax_scales_range_are_in_it(softmax_scale):
+    q, k, v = torch.zeros(3, 1, 8, 1, 64, dtype=torch.float16)  # other scores lose all accuracy there
+    assert not flash_attn_func(q, k, v, softmax_scale=softmax_scale).any()
+
+
 def test_causal_is_a_window():
     q, k, v = normal_qkv(1, 30, 50, 1, 1, 64)
     for window_size in ((-1, -1), (-1, 5)):

@@ -78,6 +78,7 @@ Q, K, V = heads_first(1, 4, 8, 64, seqlen_k=8)
         (NotImplementedError, "^dropout_p is 0.1", {"dropout_p": 0.1}),
         (ValueError, "^scale is a Tensor", {"scale": torch.tensor(1.0)}),
         (ValueError, "^scale is inf", {"scale": float("inf")}),
+        (ValueError, r"^scale is 1e\+18.*-1e\+17 to 1e\+17", {"scale": 1e18}),
         (ValueError, "^is_causal", {"is_causal": None}),
         (ValueError, "^enable_gqa", {"enable_gqa": 3.0}),
         (ValueError, "^query is a list", {"query": [1]}),

@@ -65,7 +65,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--plot", type=Path, metavar="JSON", help="measure nothing: draw the PNG of this timing run"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="JSON to write (default: bench.json, bench-accuracy.json and so on), or --plot's PNG"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="JSON to write (default: bench.json, bench-accuracy.json and so on), or --plot's PNG",
     )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--heads", type=int, default=16)
