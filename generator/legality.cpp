@@ -85,6 +85,10 @@ std::optional<std::string> check_backward_tile(const KernelSpec& spec) {
   if (tile.block_n < 8 || tile.block_n > 64 || tile.block_n % 8 != 0)
     return tile_name(spec) + " has " + std::to_string(tile.block_n) +
            " columns a turn; accepted: multiples of 8 up to 64";
+  // A block's threads bring the statistics of a tile's queries, one each.
+  if (spec.kind == KernelKind::kBackwardDkDv && tile.block_n > tile.threads())
+    return tile_name(spec) + " has " + std::to_string(tile.block_n) + " queries a turn for " +
+           std::to_string(tile.threads()) + " threads; accepted: at most one a thread";
   // The turn's first step still reads the slot that the tile stored before the barrier goes into: see FlashBwdTile.
   const LoopSchedule& at = tile.schedule;
   const int first_step_end = (64 + tile.block_n - 1) / tile.block_n;

@@ -10,16 +10,15 @@ int row_pitch(int dims) { return dims * 2 + 16; }
 
 int staging_dims(int dims) { return dims % 32 == 0 ? 32 : 16; }
 
-// Head dims that a kernel computes with.
-int kernel_dims(const KernelSpec& spec) {
-  const int padded = spec.padded_head_dim();
-  return output_splits(spec) == 2 ? (padded + 31) / 32 * 32 : padded;
-}
-
 // Head dims of the gradients that one block makes.
 int output_dims(const KernelSpec& spec) { return kernel_dims(spec) / output_splits(spec); }
 
 }  // namespace
+
+int kernel_dims(const KernelSpec& spec) {
+  const int step = 16 * output_splits(spec);
+  return (spec.head_dim + step - 1) / step * step;
+}
 
 int shared_bytes(const KernelSpec& spec) {
   const TileConfig& tile = spec.tile;

@@ -9,6 +9,10 @@ namespace flash_attn_jit {
 // the rendered source asserts.
 int shared_bytes(const KernelSpec& spec);
 
+// Head dims that the kernel computes with: head_dim rounded up to 16, and to 32 where its gradients are split in two. Those
+// beyond head_dim are zeros that no tensor holds.
+int kernel_dims(const KernelSpec& spec);
+
 // Into how many parts of the head dims the gradients are split, a block for each: above 128, 16 rows of both dK and dV
 // would take all of a thread's registers.
 int output_splits(const KernelSpec& spec);

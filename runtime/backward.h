@@ -26,7 +26,7 @@ struct BackwardRequest {
   const float* softmax_lse = nullptr;  // forward's
   float* delta = nullptr;              // like softmax_lse: room for what one kernel leaves to the next
   AttentionOptions options;
-  std::optional<TileConfig> dkdv_tile, dq_tile;  // force these tiles; none: the default table decides
+  std::optional<TileConfig> preprocess_tile, dkdv_tile, dq_tile;  // force these tiles; none: the default table decides
 };
 
 using BackwardLaunch = KernelLaunch<FlashBwdParams>;

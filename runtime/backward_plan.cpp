@@ -111,7 +111,7 @@ BackwardPlan lay_out_backward(const BackwardRequest& request, const ArchLimits& 
   const Side rows{q, request.q.shape[kBatch], request.q.shape[kSeqlen]}, queries{q, shape.batch, shape.seqlen_q},
       keys{k, shape.batch, shape.seqlen_k};
   BackwardPlan plan = {
-      lay_out(spec, KernelKind::kBackwardPreprocess, std::nullopt, rows, all_rows, arch, multiprocessors),
+      lay_out(spec, KernelKind::kBackwardPreprocess, request.preprocess_tile, rows, all_rows, arch, multiprocessors),
       lay_out(spec, KernelKind::kBackwardDkDv, request.dkdv_tile, keys, params, arch, multiprocessors),
       lay_out(spec, KernelKind::kBackwardDq, request.dq_tile, queries, params, arch, multiprocessors)};
   if (!request.dkdv) plan[1].blocks = 0;

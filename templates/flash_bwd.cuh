@@ -31,8 +31,7 @@ struct FlashBwdTile {
   static constexpr bool kRowsAreKeys = Traits::kRowSide == RowSide::kKeys;
   // Above 128, 16 rows of both dK and dV would take all of a thread's registers: a block makes half of the head dims.
   static constexpr int kOutputSplits = kRowsAreKeys && Traits::kHeadDim > 128 ? 2 : 1;
-  static constexpr int kDimsStep = 16 * kOutputSplits;
-  static constexpr int kDims = (Traits::kHeadDim + kDimsStep - 1) / kDimsStep * kDimsStep;
+  static constexpr int kDims = Traits::kTileDims;
   static constexpr int kOutputDims = kDims / kOutputSplits;
   static constexpr int kRowsPerWarp = Traits::kBlockM / Traits::kNWarps;
   static constexpr int kMTiles = kRowsPerWarp / 16;

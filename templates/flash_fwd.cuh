@@ -25,7 +25,7 @@
 // The numbers that follow from Traits.
 template <class Traits>
 struct FlashFwdTile {
-  static constexpr int kDims = (Traits::kHeadDim + 15) / 16 * 16;
+  static constexpr int kDims = Traits::kTileDims;
   static constexpr int kRowsPerWarp = Traits::kBlockM / Traits::kNWarps;
   static constexpr int kMTiles = kRowsPerWarp / 16;
   static constexpr int kNTiles = Traits::kBlockN / 8;

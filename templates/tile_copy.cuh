@@ -22,11 +22,15 @@ struct GlobalMatrix {
   long long dim_stride = 1;
 };
 
+// Whether a kernel has dims beyond the caller's: zeros where they are read, nothing where they are written.
+template <class Traits>
+constexpr bool kHasPaddedDims = Traits::kTileDims != Traits::kHeadDim;
+
 // One chunk of a global row: dims [dim, dim + 8), the first of them at `at`; what lies beyond kHeadDim reads as zero.
 template <class Traits>
 __device__ __forceinline__ void load_chunk(Vec16& chunk, const unsigned short* at, int dim, long long dim_stride) {
   if constexpr (Traits::kVectorAccess) {
-    if (Traits::kHeadDim % 16 == 0 || dim < Traits::kHeadDim)
+    if (!kHasPaddedDims<Traits> || dim < Traits::kHeadDim)
       load_global_16B(chunk, at);
     else
       chunk = Vec16{};
@@ -43,7 +47,7 @@ __device__ __forceinline__ void load_chunk(Vec16& chunk, const unsigned short* a
 template <class Traits>
 __device__ __forceinline__ void store_chunk(unsigned short* at, int dim, const Vec16& chunk) {
   if constexpr (Traits::kVectorAccess) {
-    if (Traits::kHeadDim % 16 == 0 || dim < Traits::kHeadDim) store_global_16B(at, chunk);
+    if (!kHasPaddedDims<Traits> || dim < Traits::kHeadDim) store_global_16B(at, chunk);
   } else {
 #pragma unroll
     for (int i = 0; i < kChunkDims / 2; ++i) {

@@ -1,12 +1,61 @@
 #include "case_grid.h"
 
 #include <algorithm>
+#include <set>
+#include <tuple>
+
+#include "generator/default_tiles.h"
+#include "generator/legality.h"
 
 namespace flash_attn_jit::testing {
 
-const std::vector<int> kHeadDims = {1, 8, 16, 33, 40, 64, 72, 80, 96, 128, 160, 192, 256};
-
 namespace {
+
+auto arithmetic_class(int d) {
+  const int padded = (d + 15) / 16 * 16;
+  return std::tuple(d % 8 == 0, d % 16 == 0, d % 32 == 0, padded % 32 == 0, d % 2 == 0, d > 128);
+}
+
+// The rows of the default tables that a head dim is served by, whatever the kind and the options.
+std::vector<TileConfig> table_rows(int d) {
+  std::vector<TileConfig> rows;
+  for (const KernelKind kind : kKernelKinds)
+    for (const Mask mask : kAllMasks)
+      for (const Softcap softcap : {Softcap::kOff, Softcap::kOn})
+        for (const Alibi alibi : {Alibi::kOff, Alibi::kOn})
+          for (const Lengths lengths : {Lengths::kFixed, Lengths::kVarlen}) {
+            KernelSpec spec;
+            spec.kind = kind;
+            spec.head_dim = d;
+            spec.mask = mask;
+            spec.softcap = softcap;
+            spec.alibi = alibi;
+            spec.lengths = lengths;
+            spec.access = d % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
+            for (TileConfig tile : default_tiles(spec, arch_limits(75))) {
+              tile.register_dims = 0;  // follows the head dim
+              rows.push_back(tile);
+            }
+          }
+  return rows;
+}
+
+// The greatest head dim of every table row, then the least of each arithmetic class that is still missing.
+std::vector<int> choose_head_dims() {
+  std::set<std::vector<TileConfig>> rows;
+  std::set<decltype(arithmetic_class(1))> classes;
+  std::vector<int> dims;
+  const auto add = [&](int d) {
+    dims.push_back(d);
+    classes.insert(arithmetic_class(d));
+  };
+  for (int d = kMostHeadDim; d >= 1; --d)
+    if (rows.insert(table_rows(d)).second) add(d);
+  for (int d = 1; d <= kMostHeadDim; ++d)
+    if (!classes.count(arithmetic_class(d))) add(d);
+  std::sort(dims.begin(), dims.end());
+  return dims;
+}
 
 struct VisibleChoice {
   Mask mask;
@@ -55,16 +104,21 @@ std::vector<Pair> pairs_of(const Choice& choice) {
 
 }  // namespace
 
+const std::vector<int>& head_dims() {
+  static const std::vector<int> dims = choose_head_dims();
+  return dims;
+}
+
 Choice sizes() {
   const auto size = [](const auto& list) { return static_cast<int>(list.size()); };
-  return {size(kHeadDims),   size(kVisibleChoices), size(kAdjustmentChoices), size(kSequenceChoices),
+  return {size(head_dims()), size(kVisibleChoices), size(kAdjustmentChoices), size(kSequenceChoices),
           size(kGroupSizes), size(kLengths),        size(kLengths),           size(kLayouts),
           size(kInputChoices), size(kScales)};
 }
 
 ForwardCase make_case(const Choice& choice) {
   ForwardCase c;
-  c.head_dim = kHeadDims[choice[kDimChoice]];
+  c.head_dim = head_dims()[choice[kDimChoice]];
   c.mask = kVisibleChoices[choice[kVisible]].mask;
   c.window = kVisibleChoices[choice[kVisible]].window;
   c.softcap = kAdjustmentChoices[choice[kAdjustment]].softcap;

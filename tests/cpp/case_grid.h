@@ -14,7 +14,11 @@
 
 namespace flash_attn_jit::testing {
 
-extern const std::vector<int> kHeadDims;
+// Head dims of every class that the code tells apart, at least one of each. Classes: whether rows can be read 16 bytes at a
+// time (8), whether the tensor instructions' 16 dims and the 32 of a fragment load are full, in the tensor and in the
+// padded tile, whether the last dim stands alone in its pair, on which side of 128, where gradients are split; and every
+// row of the tables of default tiles.
+const std::vector<int>& head_dims();
 
 // A case's choices, as indices into lists of values.
 enum Factor {
@@ -38,7 +42,7 @@ Choice sizes();
 
 ForwardCase make_case(const Choice& choice);
 
-// Every factor open (-1) but the head dim, an index of kHeadDims; -1 leaves that open too.
+// Every factor open (-1) but the head dim, an index of head_dims(); -1 leaves that open too.
 Choice only(int head_dim);
 
 // Draws choices, each time the best of a few, until every pair of values of two factors has stood in one.

@@ -79,7 +79,7 @@ std::vector<TileConfig> backward_tiles(KernelKind kind, const ForwardCase& c) {
 // The i-th tiles of the case's tile spaces.
 BackwardCase with_tiles(const ForwardCase& c, std::size_t i) {
   const auto dkdv = backward_tiles(KernelKind::kBackwardDkDv, c), dq = backward_tiles(KernelKind::kBackwardDq, c);
-  return {c, dkdv[i % dkdv.size()], dq[i % dq.size()]};
+  return {c, std::nullopt, dkdv[i % dkdv.size()], dq[i % dq.size()]};
 }
 
 std::size_t most_tiles(const ForwardCase& c) {
@@ -102,7 +102,7 @@ std::vector<BackwardCase> with_default_tiles(const ForwardCase& c) {
   spec.kind = KernelKind::kBackwardDq;
   const auto dq = default_tiles(spec, arch_limits(75));
   std::vector<BackwardCase> cases;
-  for (std::size_t i = 0; i < dq.size(); ++i) cases.push_back({c, dkdv[i], dq[i]});
+  for (std::size_t i = 0; i < dq.size(); ++i) cases.push_back({c, std::nullopt, dkdv[i], dq[i]});
   return cases;
 }
 
@@ -124,7 +124,7 @@ std::vector<BackwardCase> pairwise_cases() {
             fixed[kLayout] = layout;
             for (const BackwardCase& c : with_default_tiles(make_case(choices.draw(fixed))))
               if (seen.emplace(*c.dkdv_tile, *c.dq_tile).second)
-                cases.push_back({make_case(choices.next(fixed)), c.dkdv_tile, c.dq_tile});
+                cases.push_back({make_case(choices.next(fixed)), std::nullopt, c.dkdv_tile, c.dq_tile});
           }
   for (std::size_t i = 0; !choices.all_covered(); ++i)
     cases.push_back(with_tiles(make_case(choices.next(only(-1))), 7 * i));
@@ -146,7 +146,7 @@ std::vector<BackwardCase> all_cases() {
           fixed[kVisible] = visible;
           fixed[kSeqlenQ] = q;
           fixed[kSeqlenK] = k;
-          cases.push_back({make_case(choices.next(fixed)), std::nullopt, std::nullopt});
+          cases.push_back({make_case(choices.next(fixed)), std::nullopt, std::nullopt, std::nullopt});
         }
   }
   return cases;

@@ -36,7 +36,7 @@ ForwardCase with_tile(const Choice& choice, std::optional<TileConfig> tile) {
 // itself.
 void add_default_tiles(int head_dim, PairwiseChoices& choices, std::vector<ForwardCase>& cases) {
   KernelSpec spec;
-  spec.head_dim = kHeadDims[head_dim];
+  spec.head_dim = head_dims()[head_dim];
   for (const int visible : {0, 1})  // full, causal
     for (const int layout : {0, kAlignedLayouts}) {
       spec.mask = visible == 0 ? Mask::kNone : Mask::kCausal;
@@ -57,9 +57,9 @@ std::vector<ForwardCase> pairwise_cases() {
   std::vector<ForwardCase> cases;
   PairwiseChoices choices;
   std::set<TileConfig> seen;
-  for (int i = 0; i < static_cast<int>(kHeadDims.size()); ++i) {
+  for (int i = 0; i < static_cast<int>(head_dims().size()); ++i) {
     add_default_tiles(i, choices, cases);
-    for (const TileConfig& tile : tiles_of(kHeadDims[i]))
+    for (const TileConfig& tile : tiles_of(head_dims()[i]))
       if (seen.insert(tile).second) cases.push_back(with_tile(choices.next(only(i)), tile));
   }
   while (!choices.all_covered()) cases.push_back(make_case(choices.next(only(-1))));
@@ -80,7 +80,7 @@ std::vector<ForwardCase> all_cases() {
   };
   for (int d = 0; d < size[kDimChoice]; ++d)
     for (int m = 0; m < size[kVisible]; ++m) {
-      const std::vector<TileConfig> tiles = tiles_of(kHeadDims[d]);
+      const std::vector<TileConfig> tiles = tiles_of(head_dims()[d]);
       for (int t = m > 1 ? m % 7 : 0; t < static_cast<int>(tiles.size()); t += m > 1 ? 7 : 1)
         for (int q = 0; q < size[kSeqlenQ]; ++q) {
           const int layout = t / size[kGroup] % 2 ? q % kAlignedLayouts : kAlignedLayouts + q % 2;

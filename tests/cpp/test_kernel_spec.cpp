@@ -118,6 +118,13 @@ TEST_CASE("what is not legal is refused with its reason") {
   refused([](KernelSpec& s) { s.tile.schedule = {2, 8, 9}; }, "eighths");
   refused([](KernelSpec& s) { s.tile.block_n = 32; }, "bytes of shared memory; sm_75 has 65536");
   refused([](KernelSpec& s) { s.tile.register_dims = 128, s.tile.block_n = 32; }, "registers", 90);
+  const auto of_one_warp = [](KernelKind kind, const char* tile) {
+    KernelSpec spec{.kind = kind, .head_dim = 64, .tile = TileConfig::parse(tile)};
+    return reason(spec);
+  };
+  CHECK(contains(of_one_warp(KernelKind::kBackwardDkDv, "m32n40w1q64l0b8k8"), "40 queries a turn for 32 threads"));
+  CHECK(of_one_warp(KernelKind::kBackwardDkDv, "m32n32w1q64l0b8k8") == "legal");
+  CHECK(of_one_warp(KernelKind::kBackwardDq, "m32n40w1q64l0b8k8") == "legal");  // brings no statistics
 }
 
 TEST_CASE("architectures") {

@@ -1,7 +1,7 @@
 """Attention in float64, and what float32 with fp16 probabilities would make of it: the bound of every numeric test."""
 
 from math import exp
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -211,6 +211,18 @@ def check_gradients(gradients: Sequence[torch.Tensor], expected: Sequence[torch.
         # P, dS and the gradients are rounded to fp16, 11 bits; a gradient sums some of them.
         bound = 4 * 2**-11 * exact.abs().max().item() + 1e-4
         assert (got.double() - exact).abs().max().item() <= bound
+
+
+def head_dims() -> Sequence[int]:
+    """The least and the greatest head dim of every class that the kernels tell apart: rows that can be read 16 bytes at
+    a time (8), the instructions' 16 dims and the 32 of a fragment load full or not, in the tensor and in the padded
+    tile, a last dim alone in its pair, and above 128, where gradients are split."""
+    classes: Dict[Tuple[bool, ...], List[int]] = {}
+    for d in range(1, 257):
+        padded = -(-d // 16) * 16
+        key = (d % 8 == 0, d % 16 == 0, d % 32 == 0, padded % 32 == 0, d % 2 == 0, d > 128)
+        classes.setdefault(key, []).append(d)
+    return sorted({d for members in classes.values() for d in (members[0], members[-1])})
 
 
 def normal(*shape: int, seed: int = 0, device: str = "cpu") -> torch.Tensor:

@@ -18,7 +18,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("file", ["test_gpu.py", "test_gpu_options.py", "test_gpu_training.py"])
+OTHERS = sorted(path.name for path in Path(__file__).parent.glob("test_gpu*.py") if path != Path(__file__))
+
+
+@pytest.mark.parametrize("file", OTHERS)
 def test_again_through_compute_75(file):
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", "-p", "no:cacheprovider"]
     done = subprocess.run(

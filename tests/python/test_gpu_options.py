@@ -8,6 +8,7 @@ from attention_reference import (
     check_varlen_attention,
     exact_gradients,
     exact_varlen_gradients,
+    head_dims,
     normal,
     normal_qkv,
 )
@@ -45,7 +46,7 @@ def check(q, k, v, **options):
     check_gradients(torch.autograd.grad(out, (q, k, v), dout), exact_gradients(q, k, v, dout, **options))
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256, 40, 33])
+@pytest.mark.parametrize("head_dim", head_dims())
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options(options, head_dim):
     for seqlens in ((300, 300), (257, 500), (500, 130)):
@@ -59,7 +60,7 @@ def test_long_sequences(options, head_dim):
         check(*normal_qkv(1, *seqlens, 2, 1, head_dim, device="cuda"), **options)
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 128, 256, 33])
+@pytest.mark.parametrize("head_dim", head_dims())
 @pytest.mark.parametrize("options", [{}, {"causal": True}, *OPTIONS], ids=str)
 def test_varlen(options, head_dim):
     options = with_slopes(options, 4)

@@ -38,7 +38,7 @@ install_missing() {
   "${as_root[@]}" true 2>/dev/null || return 1
   echo "apt-get install ${missing[*]}"
   "${as_root[@]}" apt-get update -q || true  # an old index may still do
-  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "${missing[@]}"
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=120 install -q -y --no-install-recommends "${missing[@]}"
 }
 
 install_missing && exit 0

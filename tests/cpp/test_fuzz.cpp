@@ -1,0 +1,130 @@
+// Random legal problems and random legal tiles in the interpreter, against float64: what no grid holds. The numbers are
+// the same at every run; FLASH_ATTN_JIT_TEST_ALL=1 draws more of them.
+#include <doctest/doctest.h>
+
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "backward_case.h"
+#include "case_grid.h"
+#include "generator/legality.h"
+
+using namespace flash_attn_jit;
+using namespace flash_attn_jit::testing;
+
+namespace {
+
+int count(int usual, int all) {
+  const char* variable = std::getenv("FLASH_ATTN_JIT_TEST_ALL");
+  return variable != nullptr && std::string(variable) == "1" ? all : usual;
+}
+
+// mt19937's numbers are the same everywhere; the standard distributions' are not.
+class Dice {
+ public:
+  explicit Dice(unsigned seed) : random_(seed) {}
+  int between(int least, int most) { return least + static_cast<int>(random_() % (most - least + 1)); }
+  bool once_in(int n) { return between(1, n) == 1; }
+  template <class Value>
+  Value one_of(std::initializer_list<Value> values) {
+    return values.begin()[between(0, static_cast<int>(values.size()) - 1)];
+  }
+
+ private:
+  std::mt19937 random_;
+};
+
+// As often a multiple of 16 and of 8 as any: else few could be read 16 bytes at a time.
+int random_head_dim(Dice& dice) {
+  const int step = dice.one_of({1, 8, 16});
+  return step * dice.between(1, kMostHeadDim / step);
+}
+
+// Any legal problem; the library chooses its tiles.
+BackwardCase random_problem(Dice& dice) {
+  BackwardCase c;
+  ForwardCase& f = c.forward;
+  f.head_dim = random_head_dim(dice);
+  f.mask = dice.one_of({Mask::kNone, Mask::kCausal, Mask::kWindow});
+  f.window = {dice.between(-1, 150), dice.between(-1, 150)};
+  f.group_size = dice.between(1, 4);
+  f.num_heads_k = f.group_size > 2 ? 1 : dice.between(1, 2);
+  f.batch = f.group_size > 1 ? 1 : dice.between(1, 2);
+  f.seqlen_q = dice.between(0, 140);
+  f.seqlen_k = dice.between(0, 140);
+  if (dice.once_in(3)) f.sequences = dice.between(1, 3);
+  if (dice.once_in(3)) f.softcap = dice.one_of({0.7, 5.0, 30.0});
+  if (dice.once_in(3)) f.alibi = dice.one_of({AlibiCase::kHeads, AlibiCase::kBatchAndHeads});
+  f.layout = dice.one_of({Layout::kContiguous, Layout::kTransposed, Layout::kRowGaps, Layout::kOddStrides,
+                          Layout::kMisaligned});
+  if (dice.once_in(3)) {
+    f.inputs = dice.one_of({Inputs::kRising, Inputs::kFalling});
+    f.rise = dice.between(1, 20);
+  }
+  if (dice.once_in(4)) f.softmax_scale = dice.one_of({0.25f, 0.0f, -0.125f, 1.0f});
+  c.dout_layout = dice.one_of({DoutLayout::kLikeQ, DoutLayout::kLikeQ, DoutLayout::kApart, DoutLayout::kExpanded});
+  f.seed = static_cast<unsigned>(dice.between(2, 1 << 20));
+  return c;
+}
+
+// Any tile that check() admits for the spec, drawn from a box that is wider than what it admits.
+TileConfig random_tile(Dice& dice, KernelSpec spec) {
+  while (true) {
+    const int warps = dice.between(1, dice.one_of({2, 16}));
+    if (spec.kind == KernelKind::kBackwardPreprocess)
+      return {.block_m = warps * 16 * dice.between(1, 2), .warps = warps, .schedule = {0, 0, 0}};
+    spec.tile = {.block_m = warps * 16 * dice.between(1, 2),
+                 .block_n = 8 * dice.between(1, 9),
+                 .warps = warps,
+                 .register_dims = 16 * dice.between(0, spec.padded_head_dim() / 16),
+                 .schedule = {dice.between(0, 8), dice.between(0, 8), dice.once_in(2) ? 8 : dice.between(0, 8)}};
+    if (!check(spec, arch_limits(75))) return spec.tile;
+  }
+}
+
+KernelSpec spec_of(KernelKind kind, const ForwardCase& c) {
+  KernelSpec spec;
+  spec.kind = kind;
+  spec.head_dim = c.head_dim;
+  spec.mask = c.mask;
+  spec.access = c.head_dim % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
+  return spec;
+}
+
+// A small problem with random tiles of every kind.
+BackwardCase random_tiles(Dice& dice) {
+  BackwardCase c;
+  ForwardCase& f = c.forward;
+  f.head_dim = random_head_dim(dice);
+  f.mask = dice.one_of({Mask::kNone, Mask::kCausal, Mask::kWindow});
+  f.window = {dice.between(0, 80), dice.between(0, 40)};
+  f.seqlen_q = dice.between(1, 140);
+  f.seqlen_k = dice.between(1, 140);
+  f.tile = random_tile(dice, spec_of(KernelKind::kForward, f));
+  c.preprocess_tile = random_tile(dice, spec_of(KernelKind::kBackwardPreprocess, f));
+  c.dkdv_tile = random_tile(dice, spec_of(KernelKind::kBackwardDkDv, f));
+  c.dq_tile = random_tile(dice, spec_of(KernelKind::kBackwardDq, f));
+  return c;
+}
+
+template <class Draw>
+std::vector<BackwardCase> drawn(unsigned seed, int number, Draw draw) {
+  Dice dice(seed);
+  std::vector<BackwardCase> cases;
+  for (int i = 0; i < number; ++i) cases.push_back(draw(dice));
+  return cases;
+}
+
+std::string run_both_passes(const BackwardCase& c) { return run_forward_case(c.forward).fault + run_backward_case(c); }
+
+}  // namespace
+
+TEST_CASE("fuzz: random legal problems, both passes") {
+  CHECK(count_faults(drawn(1, count(30, 600), random_problem), run_both_passes) == 0);
+}
+
+TEST_CASE("fuzz: random legal tiles of every kind") {
+  CHECK(count_faults(drawn(2, count(20, 400), random_tiles), run_both_passes) == 0);
+}
