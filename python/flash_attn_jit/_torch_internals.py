@@ -1,0 +1,36 @@
+"""What this package asks of torch's private names, in one place, each with what serves where a version lacks it.
+
+The questions of ops.is_plain() fall back to "yes": every call then goes by the operators, which is slower and as right.
+"""
+
+from typing import Any, Callable
+
+import torch
+from torch.autograd import forward_ad
+
+
+def _yes() -> bool:
+    return True
+
+
+def _question(owner: Any, name: str) -> Callable[[], Any]:
+    return getattr(owner, name, _yes)
+
+
+# Each is true while ...
+dispatch_modes_are_on = _question(torch._C, "_len_torch_dispatch_stack")
+function_modes_are_on = _question(torch._C, "_len_torch_function_stack")
+profiler_is_on = _question(torch.autograd, "_profiler_enabled")
+jit_trace_is_on = _question(torch._C, "_get_tracing_state")
+# A transform of torch.func: grad, vmap, jvp, functionalize.
+transforms_are_active = _question(torch._C, "_are_functorch_transforms_active")
+
+
+if hasattr(forward_ad, "_current_level"):
+
+    def forward_mode_is_on() -> bool:
+        """Whether forward-mode differentiation may have given tensors tangents."""
+        return forward_ad._current_level >= 0
+
+else:
+    forward_mode_is_on = _yes
