@@ -31,7 +31,8 @@ from .interface import (
 )
 
 from . import bert_padding
-from ._sdpa import SdpaRouter, route_sdpa, sdpa
+from ._router import SdpaRouter, route_sdpa
+from ._sdpa import sdpa
 
 __version__: str = _version("flash-attn-jit")
 

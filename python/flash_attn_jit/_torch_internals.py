@@ -6,7 +6,9 @@ The questions of ops.is_plain() fall back to "yes": every call then goes by the 
 from typing import Any, Callable
 
 import torch
+import torch.utils.checkpoint
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 
 def _yes() -> bool:
@@ -34,3 +36,20 @@ if hasattr(forward_ad, "_current_level"):
 
 else:
     forward_mode_is_on = _yes
+
+
+def take_function_mode_off(mode: Any) -> None:
+    """Takes a mode off this thread's stack wherever it lies in it; nothing where it does not."""
+    stack = getattr(torch.overrides, "_get_current_function_mode_stack", lambda: [mode])()
+    if not any(each is mode for each in stack):
+        return
+    above = stack[len(stack) - stack[::-1].index(mode) :]
+    for _ in range(len(above) + 1):
+        TorchFunctionMode.__exit__(mode, None, None, None)
+    for each in above:
+        TorchFunctionMode.__enter__(each)
+
+
+# Of torch.utils.checkpoint with use_reentrant=False: what remembers a forward pass, and what is on while that runs again.
+CheckpointFrame: Any = getattr(torch.utils.checkpoint, "_CheckpointFrame", None)
+CheckpointRecomputation: Any = getattr(torch.utils.checkpoint, "_recomputation_hook", None)
