@@ -164,6 +164,20 @@ def _router_of_this_call() -> Optional[SdpaRouter]:
     return entered[-1][1]
 
 
+def _outside_of_graphs(function: Callable[..., None]) -> Callable[..., None]:
+    """The function so that torch.compile breaks its graph before a call and does not look into it. The compiler is slow
+    to import, and is not imported for this: where it is not loaded, nothing is compiled."""
+
+    def run(*arguments: Any) -> None:
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.disable(function)(*arguments)
+        else:
+            function(*arguments)
+
+    return run
+
+
+@_outside_of_graphs
 def _enter(router: SdpaRouter) -> None:
     global _entered, _is_on
     _Override.hold()
@@ -175,6 +189,7 @@ def _enter(router: SdpaRouter) -> None:
         _thread.has_mode = True
 
 
+@_outside_of_graphs
 def _leave(router: SdpaRouter) -> None:
     """Also where routers are left in another order than entered, or in another thread: that one's mode then does
     nothing, and goes when the thread next leaves a router."""
