@@ -17,7 +17,7 @@ from ._arguments import (
     reject_what_is_no_tensor,
 )
 from ._torch_internals import forward_mode_is_on, transforms_are_active
-from .ops import HEADS_FIRST, KVPACKED, QKVPACKED, SEPARATE, Form, are_plain, forward_plainly, is_plain
+from .ops import KVPACKED, QKVPACKED, SEPARATE, Form, are_plain, forward_plainly, is_plain
 
 # softmax_scale, causal, window_left, window_right, softcap, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
 # max_seqlen_k: what the operators take after the tensors
@@ -92,17 +92,6 @@ def _refuse_forward_mode(*_: Any) -> None:
     )
 
 
-def _backward_heads_first(
-    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any
-) -> Sequence[torch.Tensor]:
-    backward = SEPARATE.transformed_backward if _is_transformed() else SEPARATE.backward
-    gradients = backward(dout, *HEADS_FIRST.split(q, k, v), *others)
-    return [gradient.transpose(1, 2) if gradient.dim() > 1 else gradient for gradient in gradients]
-
-
-HEADS_FIRST.backward = HEADS_FIRST.transformed_backward = _backward_heads_first
-
-
 def _for_transforms(operator: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:
     """The operator and its derivative in the form that the transforms of torch.func ask for."""
     parts = {"forward": operator, "setup_context": setup_context, "backward": backward, "jvp": _refuse_forward_mode}
@@ -166,19 +155,26 @@ class _Attention(Function):
         return (*_gradients(ctx, SEPARATE, dout, True), None)
 
 
+def _heads_second(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+    return [tensor.transpose(1, 2) for tensor in tensors]
+
+
 class _HeadsFirstAttention(Function):
-    """For (batch, heads, seqlen, head_dim): four nodes of the graph fewer than with transposes outside."""
+    """For (batch, heads, seqlen, head_dim): four nodes of the graph fewer than with transposes outside. What is saved is
+    what the operator saves: one of a checkpoint's two passes may be plain and the other not."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> torch.Tensor:
-        out, softmax_lse = forward_plainly(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *options)
-        _save(ctx, options, q, k, v, out, softmax_lse)
+        inputs = _heads_second(q, k, v)
+        out, softmax_lse = forward_plainly(*inputs, *options)
+        _save(ctx, options, *inputs, out, softmax_lse)
         return out.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, dout: _Gradient) -> Tuple[_Gradient, ...]:
         dout = None if dout is None else dout.transpose(1, 2)
-        return (*_gradients(ctx, HEADS_FIRST, dout, True), None)
+        gradients = _gradients(ctx, SEPARATE, dout, True)
+        return (*(None if gradient is None else gradient.transpose(1, 2) for gradient in gradients), None)
 
 
 class _KvpackedAttention(Function):
@@ -264,7 +260,7 @@ def attention_heads_first(
     if forward_mode_is_on():
         _reject_tangents(query=q, key=k, value=v)
     if not (is_plain(q, k, v) and _are_plain(options)):
-        out, _ = _forward_operator(SEPARATE)(*HEADS_FIRST.split(q, k, v), *options)
+        out, _ = _forward_operator(SEPARATE)(*_heads_second(q, k, v), *options)
         return out.transpose(1, 2)
     if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _heads_first(q, k, v, options)

@@ -121,11 +121,6 @@ def _room(wanted: Sequence[bool], q: torch.Tensor, k: torch.Tensor, v: torch.Ten
     return (dq, dk if wanted[1] else None, dv if wanted[2] else None), (dq, dk, dv)
 
 
-def _room_heads_first(wanted: Sequence[bool], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Room:
-    gradients, room = _room(wanted, q, k, v)
-    return gradients, [None if t is None else t.transpose(1, 2) for t in room]
-
-
 def _room_kvpacked(wanted: Sequence[bool], q: torch.Tensor, kv: torch.Tensor) -> _Room:
     dq = _empty_like(q) if wanted[0] else None
     if not wanted[1]:
@@ -171,11 +166,6 @@ class Form:
 SEPARATE = Form(("q", "k", "v"), lambda q, k, v: (q, k, v), _room)
 KVPACKED = Form(("q", "kv"), lambda q, kv: (q, *kv.unbind(-3)), _room_kvpacked, KV_LAYOUTS)
 QKVPACKED = Form(("qkv",), lambda qkv: qkv.unbind(-3), _room_qkvpacked, QKV_LAYOUTS)
-HEADS_FIRST = Form(
-    ("q", "k", "v"),
-    lambda q, k, v: (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)),
-    _room_heads_first,
-)
 
 
 # ---- the operators ----

@@ -265,6 +265,16 @@ def test_under_autocast():
     assert router.counts == {"flash_attn_jit": 2, "torch": 0}
 
 
+def test_a_profiler_may_see_one_pass_alone():
+    for passes in ([True, False], [False, True]):
+        with route_sdpa():
+            with torch.autograd.profiler.profile(enabled=passes[0]):
+                x, loss = gradient_of(Q, False)
+            with torch.autograd.profiler.profile(enabled=passes[1]):
+                loss.backward()
+        torch.testing.assert_close(x.grad, routed_gradient(), atol=2e-3, rtol=2e-3)
+
+
 def test_a_backward_pass_to_come_routes_nothing_else():
     with route_sdpa() as router:
         x, loss = gradient_of(Q, False)
