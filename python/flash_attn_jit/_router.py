@@ -25,9 +25,9 @@ __all__ = ["SdpaRouter", "route_sdpa"]
 
 _TORCHS = F.scaled_dot_product_attention
 _OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
-# Autograd's keys come first in a call where both are there, and are left out under torch.inference_mode(). Nested tensors
-# are never taken; they are here to be counted. In this order, in which the kernels also go: with a kernel of ours left at
-# a nested key, torch would make none of its own for Autograd's.
+# Autograd's keys come first in a call where both are there, and are left out under torch.inference_mode(). Nested
+# tensors are never taken; they are here to be counted. In this order, in which the kernels also go: with a kernel of
+# ours left at a nested key, torch would make none of its own for Autograd's.
 _KEYS = (
     *("CPU", "CUDA", "NestedTensorCPU", "NestedTensorCUDA"),
     *("AutogradCPU", "AutogradCUDA", "AutogradNestedTensor"),
@@ -122,46 +122,56 @@ def route_sdpa() -> SdpaRouter:
     return SdpaRouter()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Which router a call belongs to
+# ---- Which router a call belongs to
 
 _lock = threading.RLock()  # a garbage collection inside of it may end a _Recomputation, which takes it too
 _entered: Tuple[Tuple[int, SdpaRouter], ...] = ()  # with the thread that entered it. Replaced, never changed
 _is_on = False  # whether there are any: what torch.compile looks at
 
 
-_ANY: Any = object()
+# Whose calls they are until the thread enters a router anew: a router or nobody, and how many it had entered then.
+_Pin = Tuple[Optional[SdpaRouter], int]
 
 
 class _Thread(threading.local):
-    router: Optional[SdpaRouter] = _ANY  # whose its calls are now, whatever was entered; None for nobody's
+    pin: Optional[_Pin] = None
     has_mode = False
 
 
 _thread = _Thread()
 
 
-def _run_for(
-    router: Optional[SdpaRouter], function: Callable[..., Any], *arguments: Any, **options: Any
-) -> Any:
-    before, _thread.router = _thread.router, router
-    try:
-        return function(*arguments, **options)
-    finally:
-        _thread.router = before
+def _own_routers() -> List[SdpaRouter]:
+    this_thread = threading.get_ident()
+    return [router for thread, router in _entered if thread == this_thread]
 
 
 def _router_of_this_call() -> Optional[SdpaRouter]:
-    if _thread.router is not _ANY:
-        return _thread.router
-    entered = _entered
-    if not entered:
+    pin, entered = _thread.pin, _entered
+    if pin is None and not entered:
         return None
-    this_thread = threading.get_ident()
-    for thread, router in reversed(entered):
-        if thread == this_thread:
-            return router
-    return entered[-1][1]
+    own = _own_routers()
+    if pin is not None and len(own) <= pin[1]:
+        return pin[0]
+    if own:
+        return own[-1]
+    return entered[-1][1] if entered else None
+
+
+def _pin_to(router: Optional[SdpaRouter]) -> Optional[_Pin]:
+    """Gives what was there before, to be put back."""
+    before, _thread.pin = _thread.pin, (router, len(_own_routers()))
+    return before
+
+
+def _run_for(
+    router: Optional[SdpaRouter], function: Callable[..., Any], *arguments: Any, **options: Any
+) -> Any:
+    before = _pin_to(router)
+    try:
+        return function(*arguments, **options)
+    finally:
+        _thread.pin = before
 
 
 def _outside_of_graphs(function: Callable[..., None]) -> Callable[..., None]:
@@ -208,8 +218,7 @@ def _leave(router: SdpaRouter) -> None:
     _Override.release()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The calls
+# ---- The calls
 
 
 class _Call(NamedTuple):
@@ -241,13 +250,11 @@ def _why_not_routed(call: _Call) -> Optional[str]:
 
 
 def _run(call: _Call) -> torch.Tensor:
-    return attention(
-        call.query, call.key, call.value, call.attn_mask, bool(call.is_causal), call.scale
-    )
+    return attention(call.query, call.key, call.value, call.attn_mask, bool(call.is_causal), call.scale)
 
 
 def _is_tracers(tensor: Any) -> bool:
-    """Whether it is a tensor that stands for another one while torch's compiler or exporter traces: no call to count."""
+    """Whether it stands for another tensor while torch's compiler or exporter traces: such a call is not counted."""
     return type(tensor).__module__.startswith("torch._subclasses.")
 
 
@@ -314,8 +321,7 @@ def _run_traced(*arguments: Any, **options: Any) -> torch.Tensor:
     return _TORCHS(*arguments, **options)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What of torch is replaced meanwhile
+# ---- What of torch is replaced meanwhile
 
 
 class _Override:
@@ -382,10 +388,12 @@ class _Override:
         reentrant = torch.utils.checkpoint.CheckpointFunction
         self._replace(reentrant, "forward", _remember_router, is_static=True)
         self._replace(reentrant, "backward", _backward_for_nobody, is_static=True)
-        if internals.CheckpointFrame and internals.CheckpointRecomputation:
+        if internals.has_checkpoint_hooks:
             self._replace(internals.CheckpointFrame, "__init__", _remember_router)
-            self._replace(internals.CheckpointRecomputation, "__enter__", _begin_recomputation)
-            self._replace(internals.CheckpointRecomputation, "__exit__", _end_recomputation)
+            self._replace(internals.CheckpointForward, "__enter__", _begin_pass(_router_of_this_call))
+            self._replace(internals.CheckpointForward, "__exit__", _end_pass)
+            self._replace(internals.CheckpointRecomputation, "__enter__", _begin_pass(lambda: None))
+            self._replace(internals.CheckpointRecomputation, "__exit__", _end_pass)
 
     def _replace_causal_bias(self) -> None:
         self._knows_biases = True
@@ -420,8 +428,9 @@ class _Recomputation:
             _Override.release()
 
 
-# A recomputation whose forward pass ran outside of every router is PyTorch's, as that was: with use_reentrant=False it
-# must save what that saved. One that is a _Recomputation says otherwise when it is called.
+# With use_reentrant=False a recomputation must save what the forward pass saved. So all of a forward pass belongs to the
+# router that it began in, which another thread may leave meanwhile; and a recomputation whose forward pass ran outside of
+# every router is PyTorch's, as that was. One that is a _Recomputation says otherwise when it is called.
 
 
 def _backward_for_nobody(theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -431,18 +440,21 @@ def _backward_for_nobody(theirs: Callable[..., Any]) -> Callable[..., Any]:
     return backward
 
 
-def _begin_recomputation(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    def __enter__(hook: Any) -> Any:
-        result = theirs(hook)
-        hook._flash_attn_jit_before, _thread.router = _thread.router, None
-        return result
+def _begin_pass(find_router: Callable[[], Optional[SdpaRouter]]) -> Callable[..., Any]:
+    def make(theirs: Callable[..., Any]) -> Callable[..., Any]:
+        def __enter__(hook: Any) -> Any:
+            result = theirs(hook)
+            hook._flash_attn_jit_before = _pin_to(find_router())
+            return result
 
-    return __enter__
+        return __enter__
+
+    return make
 
 
-def _end_recomputation(theirs: Callable[..., Any]) -> Callable[..., Any]:
+def _end_pass(theirs: Callable[..., Any]) -> Callable[..., Any]:
     def __exit__(hook: Any, *error: Any) -> Any:
-        _thread.router = getattr(hook, "_flash_attn_jit_before", _thread.router)
+        _thread.pin = getattr(hook, "_flash_attn_jit_before", _thread.pin)
         return theirs(hook, *error)
 
     return __exit__

@@ -188,7 +188,8 @@ def _shape_refusal(
                 "query's: nothing is broadcast",
             )
     if value.shape != key.shape:
-        return Refusal(ValueError, f"value has shape {tuple(value.shape)} and key {tuple(key.shape)}", "key's")
+        came = f"value has shape {tuple(value.shape)} and key {tuple(key.shape)}"
+        return Refusal(ValueError, came, "key's")
     if query.dim() == 2:
         return None
     heads, heads_k = query.shape[-3], key.shape[-3]

@@ -50,6 +50,8 @@ def state_of_torch():
         checkpoints.CheckpointFunction.forward,
         checkpoints.CheckpointFunction.backward,
         checkpoints._CheckpointFrame.__init__,
+        checkpoints._checkpoint_hook.__enter__,
+        checkpoints._checkpoint_hook.__exit__,
         checkpoints._recomputation_hook.__enter__,
         checkpoints._recomputation_hook.__exit__,
     )
@@ -62,8 +64,7 @@ def torch_is_left_as_it_was():
     assert state_of_torch() == before
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Threads
+# ---- Threads
 
 
 def test_another_threads_calls():
@@ -182,8 +183,7 @@ def test_an_error_inside_ends_it():
     assert router.counts == NONE
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpointing
+# ---- Checkpointing
 
 
 def layer(x):
@@ -233,7 +233,8 @@ def test_checkpointing(function, where, use_reentrant):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoints_inside_checkpoints(use_reentrant):
     def nested(x):
-        return checkpoint(layer, checkpoint(layer, x, use_reentrant=use_reentrant), use_reentrant=use_reentrant)
+        x = checkpoint(layer, x, use_reentrant=use_reentrant)
+        return checkpoint(layer, x, use_reentrant=use_reentrant)
 
     with route_sdpa() as router:
         x, loss = gradient_of(Q, use_reentrant, nested)
@@ -285,6 +286,39 @@ def test_a_backward_pass_to_come_routes_nothing_else():
     assert router.counts == {"flash_attn_jit": 2, "torch": 0}
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_layer_with_a_router_of_its_own(use_reentrant):
+    own = route_sdpa()
+
+    def routing(x):
+        with own:
+            return layer(x)
+
+    x, loss = gradient_of(Q, use_reentrant, routing)
+    with route_sdpa() as other:
+        loss.backward()
+        attend()
+    assert torch.equal(x.grad, routed_gradient())
+    assert own.counts == {"flash_attn_jit": 2, "torch": 0} and other.counts == ONE
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_router_that_another_thread_leaves_during_a_forward_pass(use_reentrant):
+    router, is_first = route_sdpa(), [True]
+
+    def interrupted(x):
+        x = layer(x)
+        if is_first.pop() if is_first else False:
+            in_a_thread(router.__exit__, None, None, None)
+        return layer(x)
+
+    in_a_thread(router.__enter__)
+    x, loss = gradient_of(Q, use_reentrant, interrupted)
+    loss.backward()
+    assert torch.equal(x.grad, routed_gradient(lambda x: layer(layer(x))))
+    assert router.counts == {"flash_attn_jit": 4, "torch": 0}
+
+
 def test_a_recomputation_that_fails():
     class Stop(Exception):
         pass
@@ -305,8 +339,7 @@ def test_a_recomputation_that_fails():
     assert router.counts == {"flash_attn_jit": 2, "torch": 0}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Callers and tensors of every kind, met by the operator's kernel alone: in a thread that has no function mode
+# ---- Callers and tensors of every kind, met by the operator's kernel alone: in a thread that has no function mode
 
 
 def to_script(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
@@ -414,9 +447,10 @@ def test_errors_come_through_as_they_are():
     with route_sdpa():
         with pytest.raises(RuntimeError, match="Expected size"):
             in_a_thread(attend, Q, K[..., :9], V)
-        out = in_a_thread(attend, Q.clone().requires_grad_(), K, V)
+        q = Q.clone().requires_grad_()
+        out = in_a_thread(attend, q, K, V)
         with pytest.raises(NotImplementedError, match="create_graph=True"):
-            torch.autograd.grad(out.float().sum(), out.grad_fn.next_functions[0][0].variable, create_graph=True)
+            torch.autograd.grad(out.float().sum(), q, create_graph=True)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -435,8 +469,28 @@ def test_a_transformer_layer_in_another_thread(train):
     torch.testing.assert_close(out, expected, atol=1e-2, rtol=1e-2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tracers
+@pytest.mark.filterwarnings("ignore:Warning only once")
+def test_somebody_elses_kernel_is_what_falls_back_and_what_is_left():
+    if not hasattr(torch.library, "get_kernel"):
+        pytest.skip("such a torch cannot be asked for a kernel")
+    theirs = []
+
+    def kernel(*arguments, **options):
+        theirs.append(arguments)
+        return torch.ops.aten.scaled_dot_product_attention.default.decompose(*arguments, **options)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("scaled_dot_product_attention", kernel, "AutogradCPU")
+    with route_sdpa() as router:
+        attend()
+        attend(Q.float(), K.float(), V.float())
+    assert router.counts == {"flash_attn_jit": 1, "torch": 1} and len(theirs) == 1
+    attend()
+    assert len(theirs) == 2
+    del library
+
+
+# ---- Tracers
 
 
 class Attend(torch.nn.Module):
@@ -513,8 +567,7 @@ def test_a_router_inside_of_a_compiled_function():
     assert "flash_attn_jit.forward.default" in targets
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Processes of their own
+# ---- Processes of their own
 
 SETUP = """
 import sys, threading, torch, torch.nn.functional as F

@@ -96,7 +96,8 @@ def check_causal_bias(query, key, value, make_bias, function=sdpa):
 def test_causal_biases(seqlens, make_bias):
     tensors = heads_first(1, 2, seqlens[0], 64, seqlen_k=seqlens[1])
     check_causal_bias(*tensors, make_bias)
-    check_causal_bias(*tensors, make_bias, torch.compile(sdpa, backend="aot_eager", fullgraph=True, dynamic=False))
+    compiled = torch.compile(sdpa, backend="aot_eager", fullgraph=True, dynamic=False)
+    check_causal_bias(*tensors, make_bias, compiled)
 
 
 def in_a_thread(function, *arguments):
@@ -151,7 +152,8 @@ with flash_attn_jit.route_sdpa() as router:
     out = F.scaled_dot_product_attention(q, k, k, causal_lower_right(8, 20))
 assert router.counts == {"flash_attn_jit": 1, "torch": 0}, router
 assert CausalBias._dispatch is before
-torch.testing.assert_close(F.scaled_dot_product_attention(q, k, k, causal_lower_right(8, 20)), out, atol=2e-3, rtol=2e-3)
+expected = F.scaled_dot_product_attention(q, k, k, causal_lower_right(8, 20))
+torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)
 """
     )
     assert done.returncode == 0, done.stderr
@@ -160,7 +162,9 @@ torch.testing.assert_close(F.scaled_dot_product_attention(q, k, k, causal_lower_
 def test_compiled_causal_biases():
     targets, bias = Targets(), causal_lower_right(8, 20)
     tensors = heads_first(1, 2, 8, 64, seqlen_k=20)
-    compiled = torch.compile(lambda *t: F.scaled_dot_product_attention(*t, bias), backend=targets, fullgraph=True)
+    compiled = torch.compile(
+        lambda *t: F.scaled_dot_product_attention(*t, bias), backend=targets, fullgraph=True
+    )
     with route_sdpa():
         out = compiled(*tensors)
     assert "flash_attn_jit.forward.default" in targets.graphs[0]
