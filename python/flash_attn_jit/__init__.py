@@ -30,7 +30,7 @@ from .interface import (
     interpreter_report,
 )
 
-from . import bert_padding
+from . import _flop_formulas, bert_padding
 from ._router import SdpaRouter, route_sdpa
 from ._sdpa import sdpa
 

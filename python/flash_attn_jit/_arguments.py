@@ -19,6 +19,7 @@ KV_LAYOUTS = (("batch", "seqlen_k", "2", "num_heads_k", "head_dim"), ("total_k",
 QKV_LAYOUTS = (("batch", "seqlen", "3", "num_heads", "head_dim"), ("total", "3", "num_heads", "head_dim"))
 
 _LONGEST = 2**31 - 1
+_is_compiling = torch.compiler.is_compiling
 _logger = logging.getLogger("flash_attn_jit")
 
 
@@ -80,7 +81,7 @@ def _is_symbolic(value: Any) -> bool:
     """Whether a tracer may keep this integer as a variable of its graph. A question about such a value, or a conversion,
     would make the graph hold for some values alone, and none can be answered where it comes out of a tensor: the
     compiled module asks when the graph runs."""
-    return type(value) is torch.SymInt or (type(value) is int and torch.compiler.is_compiling())
+    return type(value) is torch.SymInt or (type(value) is int and _is_compiling())
 
 
 def _window_of_tensor(window_size: torch.Tensor) -> Tuple[int, int]:
@@ -103,15 +104,14 @@ def _check_slopes(alibi_slopes: Any) -> None:
             f"alibi_slopes is a {type(alibi_slopes).__name__}. Accepted: a torch.Tensor, float32, "
             "(num_heads) or (batch, num_heads), or None."
         )
-    if torch.is_grad_enabled():
-        refuse_gradient_of_slopes(alibi_slopes)
+    if alibi_slopes.requires_grad and torch.is_grad_enabled():
+        refuse_gradient_of_slopes()
 
 
-def refuse_gradient_of_slopes(alibi_slopes: Optional[torch.Tensor]) -> None:
-    if alibi_slopes is not None and alibi_slopes.requires_grad:
-        raise NotImplementedError(
-            "alibi_slopes requires a gradient, which is not built yet. Accepted: alibi_slopes.detach()."
-        )
+def refuse_gradient_of_slopes() -> None:
+    raise NotImplementedError(
+        "alibi_slopes requires a gradient, which is not built yet. Accepted: alibi_slopes.detach()."
+    )
 
 
 def number(name: str, value: Any) -> float:
@@ -134,10 +134,10 @@ def truth(name: str, value: Any) -> bool:
 
 def max_seqlen(name: str, value: Any) -> int:
     """An int from an int or a 0-d tensor of one."""
+    if type(value) is int and not _is_compiling():
+        return min(value, _LONGEST) if value >= 0 else -1
     if _is_symbolic(value):
         return value  # type: ignore[no-any-return]
-    if type(value) is int:
-        return min(value, _LONGEST) if value >= 0 else -1
     try:
         if not isinstance(value, torch.Tensor):
             return operator.index(value)

@@ -104,12 +104,13 @@ def _register_derivative(form: Form) -> None:
 
     def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[torch.Tensor, torch.Tensor]) -> None:
         options = inputs[count:]
-        refuse_gradient_of_slopes(options[5])
         _save(ctx, options, *inputs[:count], *output)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
 
     def backward(ctx: Any, dout: _Gradient, _: None) -> Tuple[_Gradient, ...]:
+        if ctx.needs_input_grad[count + 5]:
+            refuse_gradient_of_slopes()
         return _gradients(ctx, form, dout, False) + no_options
 
     def save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
