@@ -78,9 +78,9 @@ def _window_side(width: Any) -> int:
 
 
 def _is_symbolic(value: Any) -> bool:
-    """Whether a tracer may keep this integer as a variable of its graph. A question about such a value, or a conversion,
-    would make the graph hold for some values alone, and none can be answered where it comes out of a tensor: the
-    compiled module asks when the graph runs."""
+    """Whether a tracer may keep this integer as a variable of its graph. A question about it, or a conversion, would
+    make the graph hold for some values alone, and has no answer where the value comes out of a tensor. The compiled
+    module asks when the graph runs."""
     return type(value) is torch.SymInt or (type(value) is int and _is_compiling())
 
 

@@ -137,7 +137,7 @@ def _room_qkvpacked(wanted: Sequence[bool], qkv: torch.Tensor) -> _Room:
 
 
 class Form:
-    """One way to give q, k and v. Their gradients lie in the tensors' gradients alike: what is packed is never copied."""
+    """One way to give q, k and v. Gradients lie in the tensors' gradients alike: what is packed is never copied."""
 
     # The operators. A gradient that is not wanted comes from the operator as a tensor without elements.
     forward: Callable[..., Tuple[torch.Tensor, torch.Tensor]]

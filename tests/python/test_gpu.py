@@ -444,3 +444,26 @@ def test_a_compiled_packed_step(backend):
         qkv = normal(2, 70, 3, 2, 64).cuda().requires_grad_()
         gradients.append(torch.autograd.grad(function(qkv, causal=True).float().square().sum(), qkv)[0])
     torch.testing.assert_close(*gradients)
+
+
+def test_the_current_stream_without_private_names():
+    """A torch that has neither DLPack's exchange interface nor its own function for the raw stream."""
+    done = run_python(
+        """
+import torch
+del torch.Tensor.__dlpack_c_exchange_api__, torch._C._cuda_getCurrentRawStream
+from flash_attn_jit import _core, flash_attn_func
+assert not _core.uses_exchange_api()
+q = torch.randn(1, 70, 2, 64, dtype=torch.float16, device="cuda")
+expected = flash_attn_func(q, q, q)
+torch.cuda.synchronize()
+stream = torch.cuda.Stream()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph, stream=stream):  # a launch on another stream than the captured one would fail
+    out = flash_attn_func(q, q, q)
+graph.replay()
+torch.cuda.synchronize()
+assert torch.equal(out, expected)
+"""
+    )
+    assert done.returncode == 0, done.stderr

@@ -369,7 +369,9 @@ RECORDERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "error:.*autograd kernel"
+)
 @pytest.mark.parametrize("record", RECORDERS)
 @pytest.mark.parametrize("attend", ATTENDS)
 def test_a_recorded_graph_keeps_the_gradient(attend, record):

@@ -1,4 +1,4 @@
-"""Tensors that are not simply memory: negated or conjugated when they are read, zeros without memory, subclasses, nested."""
+"""Tensors that are not simply memory: negated when they are read, zeros without memory, subclasses, nested."""
 
 import pytest
 import torch
