@@ -191,6 +191,7 @@ PYBIND11_MODULE(_core, module) {
 
   bind_attention(module);
   module.attr("most_scale") = kMostScale;
+  module.def("interprets", [] { return config().interpret; }, "Whether CPU tensors are run by the interpreter.");
   module.def("interpreter_report", &last_interpreter_report);
   module.def("devices", &devices);
   module.def("select_kernels", &select_kernel_texts, py::arg("kinds"), py::arg("head_dims"), py::arg("causal"),

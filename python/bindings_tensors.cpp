@@ -14,7 +14,7 @@ namespace {
 struct Torch {
   const dlpack::ExchangeApi* exchange = nullptr;  // null: read attributes instead
   py::object tensor_type, float16, bfloat16, float32, int32;
-  py::object current_raw_stream;  // None in a torch without CUDA
+  py::object current_stream_of;  // an ordinal's raw stream
 };
 Torch* torch = nullptr;
 
@@ -27,6 +27,15 @@ const dlpack::ExchangeApi* find_exchange_api(const py::object& tensor_type) {
   while (header && header->version.major != dlpack::kMajorVersion) header = header->previous;
   const auto* api = reinterpret_cast<const dlpack::ExchangeApi*>(header);
   return api && api->tensor_from_object && api->current_stream ? api : nullptr;
+}
+
+// torch's private function, which makes no object; its public way where a version lacks it, or is built without CUDA.
+py::object find_current_stream(const py::module_& module) {
+  const py::object raw = py::getattr(module.attr("_C"), "_cuda_getCurrentRawStream", py::none());
+  if (!raw.is_none()) return raw;
+  const py::object current_stream = module.attr("cuda").attr("current_stream");
+  return py::cpp_function(
+      [current_stream](int ordinal) { return py::object(current_stream(ordinal).attr("cuda_stream")); });
 }
 
 DeviceKind kind_of(const dlpack::Device& device) {
@@ -115,7 +124,7 @@ void connect_torch(py::module_ module) {
   found->float32 = module.attr("float32");
   found->int32 = module.attr("int32");
   found->exchange = find_exchange_api(found->tensor_type);
-  found->current_raw_stream = py::getattr(module.attr("_C"), "_cuda_getCurrentRawStream", py::none());
+  found->current_stream_of = find_current_stream(module);
   torch = found;
 }
 
@@ -139,7 +148,7 @@ void* current_cuda_stream(int ordinal) {
     if (torch->exchange->current_stream(dlpack::kCUDA, ordinal, &stream) != 0) throw py::error_already_set();
     return stream;
   }
-  return reinterpret_cast<void*>(torch->current_raw_stream(ordinal).cast<std::uintptr_t>());
+  return reinterpret_cast<void*>(torch->current_stream_of(ordinal).cast<std::uintptr_t>());
 }
 
 bool uses_exchange_api() { return torch && torch->exchange; }

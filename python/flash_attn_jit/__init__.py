@@ -30,8 +30,9 @@ from .interface import (
     interpreter_report,
 )
 
-from . import bert_padding
-from ._sdpa import SdpaRouter, route_sdpa, sdpa
+from . import _flop_formulas, bert_padding
+from ._router import SdpaRouter, route_sdpa
+from ._sdpa import sdpa
 
 __version__: str = _version("flash-attn-jit")
 

@@ -14,7 +14,12 @@ Window = Union[Sequence[int], torch.Tensor]
 # softmax_scale, causal, window_left, window_right, softcap, alibi_slopes
 ScoreOptions = Tuple[Optional[float], bool, int, int, float, Optional[torch.Tensor]]
 
+# Of packed tensors: with a batch, with cu_seqlens.
+KV_LAYOUTS = (("batch", "seqlen_k", "2", "num_heads_k", "head_dim"), ("total_k", "2", "num_heads_k", "head_dim"))
+QKV_LAYOUTS = (("batch", "seqlen", "3", "num_heads", "head_dim"), ("total", "3", "num_heads", "head_dim"))
+
 _LONGEST = 2**31 - 1
+_is_compiling = torch.compiler.is_compiling
 _logger = logging.getLogger("flash_attn_jit")
 
 
@@ -59,11 +64,24 @@ def _window(window_size: Any) -> Tuple[int, int]:
         return _window_of_tensor(window_size)
     try:
         left, right = window_size
-        left, right = operator.index(left), operator.index(right)
+        return _window_side(left), _window_side(right)
     except (TypeError, ValueError):
         raise _window_error(repr(window_size)) from None
+
+
+def _window_side(width: Any) -> int:
+    if _is_symbolic(width):
+        return width  # type: ignore[no-any-return]
+    width = operator.index(width)
     # No sequence is longer than _LONGEST, so that a wider window hides nothing either.
-    return (left if 0 <= left <= _LONGEST else -1), (right if 0 <= right <= _LONGEST else -1)
+    return width if 0 <= width <= _LONGEST else -1
+
+
+def _is_symbolic(value: Any) -> bool:
+    """Whether a tracer may keep this integer as a variable of its graph. A question about it, or a conversion, would
+    make the graph hold for some values alone, and has no answer where the value comes out of a tensor. The compiled
+    module asks when the graph runs."""
+    return type(value) is torch.SymInt or (type(value) is int and _is_compiling())
 
 
 def _window_of_tensor(window_size: torch.Tensor) -> Tuple[int, int]:
@@ -87,9 +105,13 @@ def _check_slopes(alibi_slopes: Any) -> None:
             "(num_heads) or (batch, num_heads), or None."
         )
     if alibi_slopes.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(
-            "alibi_slopes requires a gradient, which is not built yet. Accepted: alibi_slopes.detach()."
-        )
+        refuse_gradient_of_slopes()
+
+
+def refuse_gradient_of_slopes() -> None:
+    raise NotImplementedError(
+        "alibi_slopes requires a gradient, which is not built yet. Accepted: alibi_slopes.detach()."
+    )
 
 
 def number(name: str, value: Any) -> float:
@@ -112,8 +134,10 @@ def truth(name: str, value: Any) -> bool:
 
 def max_seqlen(name: str, value: Any) -> int:
     """An int from an int or a 0-d tensor of one."""
-    if type(value) is int:
+    if type(value) is int and not _is_compiling():
         return min(value, _LONGEST) if value >= 0 else -1
+    if _is_symbolic(value):
+        return value  # type: ignore[no-any-return]
     try:
         if not isinstance(value, torch.Tensor):
             return operator.index(value)
@@ -142,6 +166,15 @@ def _tell_of_synchronisation(name: str, tensor: torch.Tensor) -> None:
     )
 
 
+def reject_nested(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
+    for name, tensor in zip(names, tensors):
+        if tensor.is_nested:
+            raise ValueError(
+                f"{name} is a nested tensor. Accepted: a strided tensor. For sequences of different lengths give the "
+                f"varlen functions their rows ({name}.values() where the layout is torch.jagged) and cu_seqlens."
+            )
+
+
 def reject_what_is_no_tensor(**arguments: Any) -> None:
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
@@ -150,6 +183,8 @@ def reject_what_is_no_tensor(**arguments: Any) -> None:
 
 def check_packed(name: str, tensor: torch.Tensor, layout: Tuple[str, ...]) -> None:
     """The rank of a packed tensor and its dimension of 2 or 3, both as in `layout`."""
+    if tensor.is_nested:
+        reject_nested((name,), (tensor,))
     if tensor.dim() != len(layout):
         raise ValueError(
             f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}. "

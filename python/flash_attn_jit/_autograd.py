@@ -1,6 +1,6 @@
 """Attention with its derivative, for separate and for packed tensors."""
 
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Optional, Sequence, Tuple
 
 import torch
 from torch.amp import is_autocast_available
@@ -8,171 +8,214 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from . import ops
-from ._arguments import check_packed, reject_what_is_no_tensor
+from ._arguments import (
+    KV_LAYOUTS,
+    QKV_LAYOUTS,
+    check_packed,
+    refuse_gradient_of_slopes,
+    reject_nested,
+    reject_what_is_no_tensor,
+)
+from ._torch_internals import forward_mode_is_on, transforms_are_active
+from .ops import KVPACKED, QKVPACKED, SEPARATE, Form, are_plain, forward_plainly, is_plain
 
 # softmax_scale, causal, window_left, window_right, softcap, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
 # max_seqlen_k: what the operators take after the tensors
 Options = Tuple[Any, ...]
 _TENSORS = slice(5, 8)
+_NO_TENSORS = (None, None, None)
 _float32, _is_grad_enabled = torch.float32, torch.is_grad_enabled
 # out, softmax_lse; softmax_lse may be None where the call did not want it
 Result = Tuple[torch.Tensor, Any]
 _Gradient = Optional[torch.Tensor]
-# All that is no input: the options, whether the call is plain (ops.is_plain), whether softmax_lse is wanted.
-_Call = Tuple[Options, bool, bool]
+# All that is no input: the options, whether softmax_lse is wanted.
+_Call = Tuple[Options, bool]
 
 
-# What the host pays for a call whose inputs need gradients is mostly autograd's own. So the Functions below return
-# softmax_lse only where it is wanted, take all that is no input as one argument, save the options' tensors only where
-# there are any, and a plain call (ops.is_plain) skips both the operator and the Python part of Function.apply, which
-# serves setup_context and functorch. That last skip takes a call from 14.4 to 9.4 us (SDPA beside it: 9.8), with its
-# backward pass from 51.0 to 39.9 us (SDPA: 43.5), and one without gradients from 8.5 to 5.3 us: on one slow CPU, with
-# sequences of length 0.
+# ---- the derivative, which operators and plain calls share ----
 
 
-def _save(ctx: Any, call: _Call, *tensors: torch.Tensor) -> Any:
-    """Keeps `tensors` for backward, the last two of them out and softmax_lse, and gives what forward returns."""
-    options, _, wants_lse = call
-    if options[5] is None and options[6] is None:
+def _save(ctx: Any, options: Options, *tensors: torch.Tensor) -> None:
+    """Keeps for backward a call's inputs, its out and its softmax_lse."""
+    if options[5] is None and options[6] is None and options[7] is None:
         ctx.save_for_backward(*tensors)
+        ctx.options = options
     else:
         ctx.save_for_backward(*tensors, *options[_TENSORS])
-    ctx.call = call
-    if not wants_lse:
-        return tensors[-2]
-    ctx.set_materialize_grads(False)  # else backward fills zeros for softmax_lse
-    ctx.mark_non_differentiable(tensors[-1])
-    return tensors[-2:]
+        ctx.options = (*options[:5], *_NO_TENSORS, *options[8:])
 
 
-def _write_gradients(
-    ctx: Any,
-    dout: torch.Tensor,
-    inputs: Sequence[torch.Tensor],
-    saved: Sequence[Any],
-    gradients: Sequence[_Gradient],
-) -> None:
-    """Writes those of `gradients`, (dq, dk, dv), that are there. `inputs` is (q, k, v), `saved` what follows the inputs
-    among the saved tensors."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise NotImplementedError(
-            "create_graph=True: gradients of gradients are not built yet. Accepted: create_graph=False."
-        )
-    options, plain, _ = ctx.call
-    out, softmax_lse, *tensors = saved
+def _is_transformed() -> bool:
+    return not torch.compiler.is_compiling() and bool(transforms_are_active())  # a compiler sees to its own transforms
+
+
+def _forward_operator(form: Form) -> Callable[..., Tuple[torch.Tensor, torch.Tensor]]:
+    return form.transformed_forward if _is_transformed() else form.forward
+
+
+def _gradients(ctx: Any, form: Form, dout: _Gradient, was_plain: bool) -> Tuple[_Gradient, ...]:
+    """Of the inputs; None for those that need none."""
+    count = len(form.names)
+    if dout is None:
+        return (None,) * count
+    # torch.func.grad() always comes with grad mode on; it is refused where it is differentiated again.
+    if torch.is_grad_enabled() and not (torch.compiler.is_compiling() or _is_transformed()):
+        _refuse_second_derivative()
+    saved, options = ctx.saved_tensors, ctx.options
+    inputs, out, softmax_lse = saved[:count], saved[count], saved[count + 1]
+    tensors = saved[count + 2 :]
     if tensors:
         options = (*options[:5], *tensors, *options[8:])
-    plain = plain and ops.is_plain(dout, inputs[0], inputs[1])
-    ops.backward[plain](dout, *inputs, out, softmax_lse, *gradients, *options)
+    wanted = ctx.needs_input_grad[:count]
+    if was_plain and is_plain(dout, inputs[0], inputs[-1]) and are_plain((*inputs[1:-1], *tensors)):
+        try:
+            return ops.compute_gradients(form, dout, inputs, out, softmax_lse, wanted, options)
+        except ValueError:
+            pass  # see ops.forward_plainly(); with is_grads_batched=True dout is a tensor without memory, too
+    backward = form.transformed_backward if _is_transformed() else form.backward
+    gradients = backward(dout, *inputs, out, softmax_lse, wanted, *options)
+    if count == 1:
+        gradients = (gradients,)
+    return tuple(gradient if needed else None for gradient, needed in zip(gradients, wanted))
 
 
-def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+def _refuse_second_derivative(*_: Any) -> None:
+    raise NotImplementedError(
+        "create_graph=True: gradients of gradients are not built yet. Accepted: create_graph=False."
+    )
+
+
+def _refuse_forward_mode(*_: Any) -> None:
+    raise NotImplementedError(
+        "forward-mode differentiation (torch.func.jvp, jacfwd, hessian) is not built yet. Accepted: reverse mode, "
+        "torch.func.grad, vjp or jacrev."
+    )
+
+
+def _for_transforms(operator: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:
+    """The operator and its derivative in the form that the transforms of torch.func ask for."""
+    parts = {"forward": operator, "setup_context": setup_context, "backward": backward, "jvp": _refuse_forward_mode}
+    methods = {name: staticmethod(part) for name, part in parts.items()}
+    return type("Transformed", (Function,), {"generate_vmap_rule": True, **methods}).apply
+
+
+def _register_derivative(form: Form) -> None:
+    count, no_options = len(form.names), (None,) * len(ops.OPTION_NAMES)
+
+    def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[torch.Tensor, torch.Tensor]) -> None:
+        options = inputs[count:]
+        _save(ctx, options, *inputs[:count], *output)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+
+    def backward(ctx: Any, dout: _Gradient, _: None) -> Tuple[_Gradient, ...]:
+        if ctx.needs_input_grad[count + 5]:
+            refuse_gradient_of_slopes()
+        return _gradients(ctx, form, dout, False) + no_options
+
+    def save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    ops.register_derivative(form.forward, backward, setup_context)
+    ops.register_derivative(form.backward, _refuse_second_derivative)
+    form.transformed_forward = _for_transforms(form.forward, setup_context, backward)
+    form.transformed_backward = _for_transforms(form.backward, save_nothing, _refuse_second_derivative)
+
+
+for _form in (SEPARATE, KVPACKED, QKVPACKED):
+    _register_derivative(_form)
+
+
+# ---- plain calls ----
+
+# What the host pays for a call whose inputs need gradients is mostly autograd's own. So a plain call (ops.is_plain)
+# has Functions of its own in place of the operators' derivatives. They return softmax_lse only where it is wanted, take
+# all that is no input as one argument, and skip the Python part of Function.apply, which serves setup_context and
+# functorch. That last skip takes a call from 14.4 to 9.4 us (SDPA beside it: 9.8), with its backward pass from 51.0 to
+# 39.9 us (SDPA: 43.5), and one without gradients from 8.5 to 5.3 us: on one slow CPU, with sequences of length 0.
+
+
+def _returned(ctx: Any, wants_lse: bool, out: torch.Tensor, softmax_lse: torch.Tensor) -> Any:
+    if not wants_lse:
+        return out
+    ctx.set_materialize_grads(False)  # else backward fills zeros for softmax_lse
+    ctx.mark_non_differentiable(softmax_lse)
+    return out, softmax_lse
 
 
 class _Attention(Function):
-    """The operators' forward and its derivative; softmax_lse has none."""
-
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> Any:
-        options, plain, _ = call
-        out, softmax_lse = ops.forward[plain](q, k, v, *options)
-        return _save(ctx, call, q, k, v, out, softmax_lse)
+        options, wants_lse = call
+        out, softmax_lse = forward_plainly(q, k, v, *options)
+        _save(ctx, options, q, k, v, out, softmax_lse)
+        return _returned(ctx, wants_lse, out, softmax_lse)
 
     @staticmethod
     def backward(ctx: Any, dout: _Gradient, *_: None) -> Tuple[_Gradient, ...]:
-        q_needs, k_needs, v_needs, *_ = ctx.needs_input_grad
-        dq = dk = dv = None
-        if dout is not None:
-            q, k, v, *saved = ctx.saved_tensors
-            if q_needs:
-                dq = _empty_like(q)
-            if k_needs or v_needs:  # one kernel writes both
-                dk, dv = _empty_like(k), _empty_like(v)
-            _write_gradients(ctx, dout, (q, k, v), saved, (dq, dk, dv))
-        return dq, dk if k_needs else None, dv if v_needs else None, None
+        return (*_gradients(ctx, SEPARATE, dout, True), None)
+
+
+def _heads_second(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+    return [tensor.transpose(1, 2) for tensor in tensors]
 
 
 class _HeadsFirstAttention(Function):
-    """The same for (batch, heads, seqlen, head_dim): four nodes of the graph fewer than with transposes outside."""
+    """For (batch, heads, seqlen, head_dim): four nodes of the graph fewer than with transposes outside. What is saved is
+    what the operator saves: one of a checkpoint's two passes may be plain and the other not."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> torch.Tensor:
-        options, plain, _ = call
-        out, softmax_lse = ops.forward[plain](
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *options
-        )
-        _save(ctx, call, q, k, v, out, softmax_lse)
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> torch.Tensor:
+        inputs = _heads_second(q, k, v)
+        out, softmax_lse = forward_plainly(*inputs, *options)
+        _save(ctx, options, *inputs, out, softmax_lse)
         return out.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, dout: _Gradient) -> Tuple[_Gradient, ...]:
-        q_needs, k_needs, v_needs, *_ = ctx.needs_input_grad
-        dq = dk = dv = None
-        if dout is not None:
-            q, k, v, *saved = ctx.saved_tensors
-            if q_needs:
-                dq = _empty_like(q)
-            if k_needs or v_needs:
-                dk, dv = _empty_like(k), _empty_like(v)
-            inputs = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-            gradients = [t if t is None else t.transpose(1, 2) for t in (dq, dk, dv)]
-            _write_gradients(ctx, dout.transpose(1, 2), inputs, saved, gradients)
-        return dq, dk if k_needs else None, dv if v_needs else None, None
+        dout = None if dout is None else dout.transpose(1, 2)
+        gradients = _gradients(ctx, SEPARATE, dout, True)
+        return (*(None if gradient is None else gradient.transpose(1, 2) for gradient in gradients), None)
 
 
 class _KvpackedAttention(Function):
-    """The same for k and v in one tensor, whose gradient is one tensor too: nothing is copied, in or out."""
-
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, kv: torch.Tensor, call: _Call) -> Any:
-        options, plain, _ = call
-        out, softmax_lse = ops.forward[plain](q, *kv.unbind(-3), *options)
-        return _save(ctx, call, q, kv, out, softmax_lse)
+        options, wants_lse = call
+        out, softmax_lse = forward_plainly(q, *kv.unbind(-3), *options)
+        _save(ctx, options, q, kv, out, softmax_lse)
+        return _returned(ctx, wants_lse, out, softmax_lse)
 
     @staticmethod
     def backward(ctx: Any, dout: _Gradient, *_: None) -> Tuple[_Gradient, ...]:
-        q_needs, kv_needs, *_ = ctx.needs_input_grad
-        dq = dk = dv = dkv = None
-        if dout is not None:
-            q, kv, *saved = ctx.saved_tensors
-            if q_needs:
-                dq = _empty_like(q)
-            if kv_needs:
-                dkv = _empty_like(kv)
-                dk, dv = dkv.unbind(-3)
-            _write_gradients(ctx, dout, (q, *kv.unbind(-3)), saved, (dq, dk, dv))
-        return dq, dkv, None
+        return (*_gradients(ctx, KVPACKED, dout, True), None)
 
 
 class _QkvpackedAttention(Function):
-    """The same for q, k and v in one tensor."""
-
     @staticmethod
     def forward(ctx: Any, qkv: torch.Tensor, call: _Call) -> Any:
-        options, plain, _ = call
-        out, softmax_lse = ops.forward[plain](*qkv.unbind(-3), *options)
-        return _save(ctx, call, qkv, out, softmax_lse)
+        options, wants_lse = call
+        out, softmax_lse = forward_plainly(*qkv.unbind(-3), *options)
+        _save(ctx, options, qkv, out, softmax_lse)
+        return _returned(ctx, wants_lse, out, softmax_lse)
 
     @staticmethod
     def backward(ctx: Any, dout: _Gradient, *_: None) -> Tuple[_Gradient, ...]:
-        dqkv = None
-        if dout is not None:
-            qkv, *saved = ctx.saved_tensors
-            dqkv = _empty_like(qkv)
-            _write_gradients(ctx, dout, qkv.unbind(-3), saved, dqkv.unbind(-3))
-        return dqkv, None
+        return (*_gradients(ctx, QKVPACKED, dout, True), None)
 
 
-def _by_plainness(function: Type[Function]) -> Dict[bool, Callable[..., Any]]:
-    """Function.apply, and what it calls when it has done its Python part, for a call that is plain."""
-    return {False: function.apply, True: super(Function, function).apply}
+# What Function.apply calls when it has done its Python part.
+_attention = super(Function, _Attention).apply
+_heads_first = super(Function, _HeadsFirstAttention).apply
+_kvpacked = super(Function, _KvpackedAttention).apply
+_qkvpacked = super(Function, _QkvpackedAttention).apply
 
 
-_attention = _by_plainness(_Attention)
-_heads_first = _by_plainness(_HeadsFirstAttention)
-_kvpacked = _by_plainness(_KvpackedAttention)
-_qkvpacked = _by_plainness(_QkvpackedAttention)
+# ---- calls ----
+
+
+def _are_plain(options: Options) -> bool:
+    return (options[5] is None and options[6] is None) or are_plain(options[_TENSORS])
 
 
 def _cast_for_autocast(tensor: torch.Tensor) -> torch.Tensor:
@@ -197,64 +240,81 @@ def attention(q: Any, k: Any, v: Any, options: Options, wants_lse: bool) -> Resu
         reject_what_is_no_tensor(q=q, k=k, v=v)
     if q.dtype is _float32 or k.dtype is _float32 or v.dtype is _float32:
         q, k, v = _cast_for_autocast(q), _cast_for_autocast(k), _cast_for_autocast(v)
-    if forward_ad._current_level >= 0:
+    if forward_mode_is_on():
         _reject_tangents(q=q, k=k, v=v)
-    plain = ops.is_plain(q, k, v)
-    if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        result = _attention[plain](q, k, v, (options, plain, wants_lse))
-        return result if wants_lse else (result, None)
-    return ops.forward[plain](q, k, v, *options)
+    try:
+        if not (is_plain(q, k, v) and _are_plain(options)):
+            return _forward_operator(SEPARATE)(q, k, v, *options)
+        if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            result = _attention(q, k, v, (options, wants_lse))
+            return result if wants_lse else (result, None)
+        return forward_plainly(q, k, v, *options)
+    except RuntimeError:
+        reject_nested(SEPARATE.names, (q, k, v))
+        raise
 
 
 def attention_heads_first(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
 ) -> torch.Tensor:
     """out of (batch, heads, seqlen, head_dim), float16, in that order too."""
-    if forward_ad._current_level >= 0:
+    if forward_mode_is_on():
         _reject_tangents(query=q, key=k, value=v)
-    plain = ops.is_plain(q, k, v)
+    if not (is_plain(q, k, v) and _are_plain(options)):
+        out, _ = _forward_operator(SEPARATE)(*_heads_second(q, k, v), *options)
+        return out.transpose(1, 2)
     if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _heads_first[plain](q, k, v, (options, plain, False))
-    out, _ = ops.forward[plain](q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *options)
+        return _heads_first(q, k, v, options)
+    out, _ = forward_plainly(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *options)
     return out.transpose(1, 2)
 
 
-def attention_kvpacked(q: Any, kv: Any, layout: Tuple[str, ...], options: Options, wants_lse: bool) -> Result:
-    """The same of q and a packed kv, whose dimensions are `layout`'s."""
+def attention_kvpacked(q: Any, kv: Any, options: Options, wants_lse: bool) -> Result:
+    """The same of q and a packed kv."""
     if not (isinstance(q, torch.Tensor) and isinstance(kv, torch.Tensor)):
         reject_what_is_no_tensor(q=q, kv=kv)
+    layout = KV_LAYOUTS[options[6] is not None]
     check_packed("kv", kv, layout)
-    if q.dtype is _float32 or kv.dtype is _float32:
-        q, kv = _cast_for_autocast(q), _cast_for_autocast(kv)
-    if forward_ad._current_level >= 0:
-        _reject_tangents(q=q, kv=kv)
-    plain = ops.is_plain(q, kv, kv)
     try:
+        if q.dtype is _float32 or kv.dtype is _float32:
+            q, kv = _cast_for_autocast(q), _cast_for_autocast(kv)
+        if forward_mode_is_on():
+            _reject_tangents(q=q, kv=kv)
+        if not (is_plain(q, kv, kv) and _are_plain(options)):
+            return _forward_operator(KVPACKED)(q, kv, *options)
         if _is_grad_enabled() and (q.requires_grad or kv.requires_grad):
-            result = _kvpacked[plain](q, kv, (options, plain, wants_lse))
+            result = _kvpacked(q, kv, (options, wants_lse))
             return result if wants_lse else (result, None)
-        return ops.forward[plain](q, *kv.unbind(-3), *options)
+        return forward_plainly(q, *kv.unbind(-3), *options)
     except ValueError as error:
         raise _of_packed(error, "kv", layout) from None
+    except RuntimeError:
+        reject_nested(KVPACKED.names, (q, kv))
+        raise
 
 
-def attention_qkvpacked(qkv: Any, layout: Tuple[str, ...], options: Options, wants_lse: bool) -> Result:
+def attention_qkvpacked(qkv: Any, options: Options, wants_lse: bool) -> Result:
     """The same of a packed qkv."""
     if not isinstance(qkv, torch.Tensor):
         reject_what_is_no_tensor(qkv=qkv)
+    layout = QKV_LAYOUTS[options[6] is not None]
     check_packed("qkv", qkv, layout)
-    if qkv.dtype is _float32:
-        qkv = _cast_for_autocast(qkv)
-    if forward_ad._current_level >= 0:
-        _reject_tangents(qkv=qkv)
-    plain = ops.is_plain(qkv, qkv, qkv)
     try:
+        if qkv.dtype is _float32:
+            qkv = _cast_for_autocast(qkv)
+        if forward_mode_is_on():
+            _reject_tangents(qkv=qkv)
+        if not (is_plain(qkv, qkv, qkv) and _are_plain(options)):
+            return _forward_operator(QKVPACKED)(qkv, *options)
         if _is_grad_enabled() and qkv.requires_grad:
-            result = _qkvpacked[plain](qkv, (options, plain, wants_lse))
+            result = _qkvpacked(qkv, (options, wants_lse))
             return result if wants_lse else (result, None)
-        return ops.forward[plain](*qkv.unbind(-3), *options)
+        return forward_plainly(*qkv.unbind(-3), *options)
     except ValueError as error:
         raise _of_packed(error, "qkv", layout) from None
+    except RuntimeError:
+        reject_nested(QKVPACKED.names, (qkv,))
+        raise
 
 
 def _of_packed(error: ValueError, packed: str, layout: Tuple[str, ...]) -> ValueError:

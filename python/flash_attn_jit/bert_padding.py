@@ -6,7 +6,13 @@ from typing import Optional, Tuple
 
 import torch
 
-__all__ = ["index_first_axis", "pad_input", "unpad_input"]
+__all__ = [
+    "index_first_axis",
+    "index_put_first_axis",
+    "pad_input",
+    "unpad_input",
+    "unpad_input_for_concatenated_sequences",
+]
 
 
 def index_first_axis(input: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -28,6 +34,23 @@ def index_first_axis(input: torch.Tensor, indices: torch.Tensor) -> torch.Tensor
     return input.index_select(0, indices)
 
 
+def index_put_first_axis(values: torch.Tensor, indices: torch.Tensor, first_axis_dim: int) -> torch.Tensor:
+    """The rows ``values`` put where ``indices`` says; zeros elsewhere. What index_first_axis() takes apart.
+
+    Args:
+        values: (n, ...), any dtype.
+        indices: (n), int64 or int32, each from 0 to first_axis_dim - 1 and each once.
+        first_axis_dim: how many rows there are.
+
+    Returns:
+        (first_axis_dim, ...), like values.
+
+    Raises:
+        ValueError: values and indices are of different lengths, or of another rank.
+    """
+    return _put_rows("values", values, "(n)", indices, first_axis_dim)
+
+
 def pad_input(hidden_states: torch.Tensor, indices: torch.Tensor, batch: int, seqlen: int) -> torch.Tensor:
     """Rows put back where unpad_input() took them from; zeros elsewhere.
 
@@ -43,15 +66,8 @@ def pad_input(hidden_states: torch.Tensor, indices: torch.Tensor, batch: int, se
     Raises:
         ValueError: hidden_states and indices are of different lengths, or of another rank.
     """
-    _check_rank("indices", indices, "(total)")
-    if hidden_states.dim() < 1 or hidden_states.shape[0] != indices.shape[0]:
-        raise ValueError(
-            f"hidden_states has shape {tuple(hidden_states.shape)} and indices {tuple(indices.shape)}. "
-            "Accepted: (total, ...) and (total)."
-        )
-    rest = hidden_states.shape[1:]
-    padded = hidden_states.new_zeros((batch * seqlen, *rest)).index_copy(0, indices.long(), hidden_states)
-    return padded.view(batch, seqlen, *rest)
+    padded = _put_rows("hidden_states", hidden_states, "(total)", indices, batch * seqlen)
+    return padded.view(batch, seqlen, *hidden_states.shape[1:])
 
 
 def unpad_input(
@@ -76,19 +92,68 @@ def unpad_input(
     Raises:
         ValueError: a mask whose shape is not (batch, seqlen); names it.
     """
-    if hidden_states.dim() < 2:
-        raise ValueError(
-            f"hidden_states has {hidden_states.dim()} dimensions, shape {tuple(hidden_states.shape)}. "
-            "Accepted: 2 or more, (batch, seqlen, ...)."
-        )
-    used = _as_bool("attention_mask", attention_mask, hidden_states)
-    kept = used if unused_mask is None else used | _as_bool("unused_mask", unused_mask, hidden_states)
+    _check_mask("attention_mask", attention_mask, hidden_states)
+    used = kept = attention_mask != 0
+    if unused_mask is not None:
+        _check_mask("unused_mask", unused_mask, hidden_states)
+        kept = used | (unused_mask != 0)
     seqlens = kept.sum(dim=1, dtype=torch.int32)
     indices = kept.flatten().nonzero().flatten()
     cu_seqlens = torch.nn.functional.pad(seqlens.cumsum(0, dtype=torch.int32), (1, 0))
     max_seqlen_in_batch = int(seqlens.max()) if seqlens.numel() else 0
     rows = index_first_axis(hidden_states.flatten(0, 1), indices)
     return rows, indices, cu_seqlens, max_seqlen_in_batch, used.sum(dim=1, dtype=torch.int32)
+
+
+def unpad_input_for_concatenated_sequences(
+    hidden_states: torch.Tensor, attention_mask_in_length: torch.Tensor
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """unpad_input() for a batch whose rows each hold several sequences, one after the other, and then padding. Reading
+    the lengths waits for the device.
+
+    Args:
+        hidden_states: (batch, seqlen, ...), any dtype.
+        attention_mask_in_length: (batch, seqlen), integers: the lengths of a row's sequences, and zeros. Where
+            seqlen is 6, [2, 3, 0, 0, 0, 0] is a row with a sequence of 2, one of 3, and 1 of padding.
+
+    Returns:
+        - hidden_states (total, ...): the rows that are no padding;
+        - indices (total), int64: their places in the flattened (batch, seqlen);
+        - cu_seqlens (number of sequences + 1), int32: where each sequence starts among them, and at last their number;
+        - max_seqlen_in_batch: the longest sequence's length.
+
+    Raises:
+        ValueError: lengths whose shape is not (batch, seqlen), that are no integers, or that do not fit; names them.
+    """
+    name, lengths = "attention_mask_in_length", attention_mask_in_length
+    _check_mask(name, lengths, hidden_states)
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype is torch.bool:
+        raise ValueError(f"{name} has dtype {lengths.dtype}. Accepted: integers, the lengths of each row's sequences.")
+    filled = lengths.sum(dim=1, keepdim=True)
+    if lengths.numel() and not torch.compiler.is_compiling():
+        shortest, most = torch.stack((lengths.min(), filled.max())).tolist()
+        if shortest < 0 or most > lengths.shape[1]:
+            raise ValueError(
+                f"{name} has a length of {shortest} and a row with {most} in all. Accepted: lengths of 0 or more, in "
+                f"each row at most seqlen, {lengths.shape[1]}."
+            )
+    indices = (torch.arange(lengths.shape[1], device=lengths.device) < filled).flatten().nonzero().flatten()
+    seqlens = lengths[lengths != 0]
+    cu_seqlens = torch.nn.functional.pad(seqlens.cumsum(0, dtype=torch.int32), (1, 0))
+    max_seqlen_in_batch = int(lengths.max()) if lengths.numel() else 0
+    return index_first_axis(hidden_states.flatten(0, 1), indices), indices, cu_seqlens, max_seqlen_in_batch
+
+
+def _put_rows(
+    name: str, rows: torch.Tensor, layout: str, indices: torch.Tensor, number_of_rows: int
+) -> torch.Tensor:
+    _check_rank("indices", indices, layout)
+    if rows.dim() < 1 or rows.shape[0] != indices.shape[0]:
+        raise ValueError(
+            f"{name} has shape {tuple(rows.shape)} and indices {tuple(indices.shape)}. "
+            f"Accepted: {layout[:-1]}, ...) and {layout}."
+        )
+    return rows.new_zeros((number_of_rows, *rows.shape[1:])).index_copy(0, indices.long(), rows)
 
 
 def _check_rank(name: str, tensor: torch.Tensor, layout: str) -> None:
@@ -98,10 +163,14 @@ def _check_rank(name: str, tensor: torch.Tensor, layout: str) -> None:
         )
 
 
-def _as_bool(name: str, mask: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+def _check_mask(name: str, mask: torch.Tensor, hidden_states: torch.Tensor) -> None:
+    if hidden_states.dim() < 2:
+        raise ValueError(
+            f"hidden_states has {hidden_states.dim()} dimensions, shape {tuple(hidden_states.shape)}. "
+            "Accepted: 2 or more, (batch, seqlen, ...)."
+        )
     if mask.shape != hidden_states.shape[:2]:
         raise ValueError(
             f"{name} has shape {tuple(mask.shape)}. Accepted: hidden_states' (batch, seqlen), "
             f"{tuple(hidden_states.shape[:2])}."
         )
-    return mask != 0

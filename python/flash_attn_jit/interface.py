@@ -17,11 +17,6 @@ from ._autograd import Result, attention, attention_kvpacked, attention_qkvpacke
 # out, or (out, softmax_lse, S_dmask) with return_attn_probs
 Output = Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
-_KV = ("batch", "seqlen_k", "2", "num_heads_k", "head_dim")
-_QKV = ("batch", "seqlen", "3", "num_heads", "head_dim")
-_VARLEN_KV = ("total_k", "2", "num_heads_k", "head_dim")
-_VARLEN_QKV = ("total", "3", "num_heads", "head_dim")
-
 _FIXED_LENGTH = (None, None, 0, 0)  # no cu_seqlens, no max_seqlen
 
 
@@ -157,7 +152,7 @@ def flash_attn_kvpacked_func(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
     )
     return _output(
-        attention_kvpacked(q, kv, _KV, options + _FIXED_LENGTH, return_attn_probs), return_attn_probs
+        attention_kvpacked(q, kv, options + _FIXED_LENGTH, return_attn_probs), return_attn_probs
     )
 
 
@@ -194,7 +189,7 @@ def flash_attn_qkvpacked_func(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
     )
     return _output(
-        attention_qkvpacked(qkv, _QKV, options + _FIXED_LENGTH, return_attn_probs), return_attn_probs
+        attention_qkvpacked(qkv, options + _FIXED_LENGTH, return_attn_probs), return_attn_probs
     )
 
 
@@ -311,7 +306,7 @@ def flash_attn_varlen_kvpacked_func(
     )
     lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _output(
-        attention_kvpacked(q, kv, _VARLEN_KV, options + lengths, return_attn_probs), return_attn_probs
+        attention_kvpacked(q, kv, options + lengths, return_attn_probs), return_attn_probs
     )
 
 
@@ -357,7 +352,7 @@ def flash_attn_varlen_qkvpacked_func(
     longest = read_max_seqlen("max_seqlen", max_seqlen)
     lengths = (cu_seqlens, cu_seqlens, longest, longest)
     return _output(
-        attention_qkvpacked(qkv, _VARLEN_QKV, options + lengths, return_attn_probs), return_attn_probs
+        attention_qkvpacked(qkv, options + lengths, return_attn_probs), return_attn_probs
     )
 
 

@@ -1,16 +1,25 @@
-"""The torch operators ``flash_attn_jit::forward`` and ``flash_attn_jit::backward``, and the way past them.
+"""The torch operators ``flash_attn_jit::forward`` and ``flash_attn_jit::backward``, the same for packed tensors
+(``forward_kvpacked``, ``forward_qkvpacked`` and so on), and the way past them.
 
 Registered the low-level way (``torch.library.Library``): a call costs a third of what ``torch.library.custom_op``
-takes, and torch.compile sees one operator either way.
+takes, and torch.compile sees one operator either way. _autograd.py registers their derivatives.
 """
 
 import logging
 import sys
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Optional, Sequence, Tuple
 
 import torch
 
 from . import _core
+from ._arguments import KV_LAYOUTS, QKV_LAYOUTS, check_packed, reject_nested
+from ._torch_internals import (
+    dispatch_modes_are_on,
+    function_modes_are_on,
+    jit_trace_is_on,
+    profiler_is_on,
+    transforms_are_active,
+)
 
 _core.connect_torch(torch)
 _core.set_logger(logging.getLogger("flash_attn_jit"))
@@ -21,9 +30,14 @@ _OPTIONS = (
     "float? softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, Tensor? alibi_slopes, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 )
-_CU_SEQLENS_Q = 6  # its place among them
+OPTION_NAMES = tuple(option.split()[1] for option in _OPTIONS.split(", "))
+# Their places among them.
+_CU_SEQLENS_Q, _MAX_SEQLEN_Q, _MAX_SEQLEN_K = 6, 8, 9
 _FIXED = ("batch", "seqlen_q", "num_heads", "head_dim")
 _VARLEN = ("total_q", "num_heads", "head_dim")
+
+_Tensors = Sequence[torch.Tensor]
+_Gradients = Tuple[Optional[torch.Tensor], ...]
 
 
 def _allocate(q: torch.Tensor, cu_seqlens_q: Optional[torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -44,96 +58,199 @@ def _allocate(q: torch.Tensor, cu_seqlens_q: Optional[torch.Tensor]) -> Tuple[to
     return out, torch.empty(shape[1], shape[0], dtype=torch.float32, device=q.device)
 
 
-def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any
-) -> Tuple[torch.Tensor, torch.Tensor]:
+def compute(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+    """(out, softmax_lse), past the operator."""
     out, softmax_lse = _allocate(q, options[_CU_SEQLENS_Q])
     _core.forward(q, k, v, out, softmax_lse, *options)
+    if options[_CU_SEQLENS_Q] is not None and not options[_MAX_SEQLEN_Q]:
+        # No block runs. Where there are rows for all that, none of them sees a key.
+        out.zero_()
+        softmax_lse.fill_(float("inf"))
     return out, softmax_lse
 
 
-_INPUTS = ("q", "k", "v")
-_OPTION_NAMES = tuple(option.split()[1] for option in _OPTIONS.split(", "))
+def compute_gradients(
+    form: "Form",
+    dout: torch.Tensor,
+    inputs: _Tensors,
+    out: torch.Tensor,
+    softmax_lse: torch.Tensor,
+    wanted: Sequence[bool],
+    options: Sequence[Any],
+) -> _Gradients:
+    """The gradients of `inputs`, past the operator; None for those that are not wanted."""
+    gradients, (dq, dk, dv) = form.room(wanted, *inputs)
+    delta = torch.empty_like(softmax_lse)
+    _core.backward(dout, *form.split(*inputs), out, softmax_lse, dq, dk, dv, delta, *options)
+    if options[_CU_SEQLENS_Q] is not None:  # see compute()
+        if dq is not None and not options[_MAX_SEQLEN_Q]:
+            dq.zero_()
+        if dk is not None and not options[_MAX_SEQLEN_K]:
+            dk.zero_()
+            dv.zero_()
+    return gradients
 
 
-def _check_devices(q: torch.Tensor, names: Sequence[str], values: Sequence[Any]) -> None:
+def _check_devices(names: Sequence[str], values: Sequence[Any]) -> None:
     # Every other check is the compiled module's, before a kernel runs: its rules need no second copy here. But a single
     # argument on the meta device brings the call here instead of there.
-    for name, value in zip(names, values):
-        if isinstance(value, torch.Tensor) and value.device != q.device:
+    for name, value in zip(names[1:], values[1:]):
+        if isinstance(value, torch.Tensor) and value.device != values[0].device:
             raise ValueError(
-                f"{name} is on device {value.device} and q on {q.device}. Accepted: all on one device."
+                f"{name} is on device {value.device} and {names[0]} on {values[0].device}. "
+                "Accepted: all on one device."
             )
 
 
-def _forward_fake(q: torch.Tensor, *others: Any) -> Tuple[torch.Tensor, torch.Tensor]:
-    _check_devices(q, (*_INPUTS[1:], *_OPTION_NAMES), others)
-    return _allocate(q, others[2 + _CU_SEQLENS_Q])
+# ---- where q, k and v lie in the tensors of a call ----
 
 
-def _backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    softmax_lse: torch.Tensor,
-    dq: Optional[torch.Tensor],
-    dk: Optional[torch.Tensor],
-    dv: Optional[torch.Tensor],
-    *options: Any,
-) -> None:
-    delta = torch.empty_like(softmax_lse)
-    _core.backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, delta, *options)
+def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _backward_fake(dout: torch.Tensor, q: torch.Tensor, *others: Any) -> None:
-    names = ("dout", *_INPUTS[1:], "out", "softmax_lse", "dq", "dk", "dv", *_OPTION_NAMES)
-    _check_devices(q, names, (dout, *others))
+# Memory for the gradients of a call's tensors, None for those not wanted, and (dq, dk, dv) as they lie in it.
+_Room = Tuple[_Gradients, Sequence[Optional[torch.Tensor]]]
 
+
+def _room(wanted: Sequence[bool], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Room:
+    dq = _empty_like(q) if wanted[0] else None
+    if not (wanted[1] or wanted[2]):
+        return (dq, None, None), (dq, None, None)
+    dk, dv = _empty_like(k), _empty_like(v)  # one kernel writes both
+    return (dq, dk if wanted[1] else None, dv if wanted[2] else None), (dq, dk, dv)
+
+
+def _room_kvpacked(wanted: Sequence[bool], q: torch.Tensor, kv: torch.Tensor) -> _Room:
+    dq = _empty_like(q) if wanted[0] else None
+    if not wanted[1]:
+        return (dq, None), (dq, None, None)
+    dkv = _empty_like(kv)
+    return (dq, dkv), (dq, *dkv.unbind(-3))
+
+
+def _room_qkvpacked(wanted: Sequence[bool], qkv: torch.Tensor) -> _Room:
+    if not wanted[0]:
+        return (None,), (None, None, None)
+    dqkv = _empty_like(qkv)
+    return (dqkv,), dqkv.unbind(-3)
+
+
+class Form:
+    """One way to give q, k and v. Gradients lie in the tensors' gradients alike: what is packed is never copied."""
+
+    # The operators. A gradient that is not wanted comes from the operator as a tensor without elements.
+    forward: Callable[..., Tuple[torch.Tensor, torch.Tensor]]
+    backward: Callable[..., Any]
+    # The same inside the transforms of torch.func.
+    transformed_forward: Callable[..., Tuple[torch.Tensor, torch.Tensor]]
+    transformed_backward: Callable[..., Any]
+
+    def __init__(
+        self,
+        names: Tuple[str, ...],
+        split: Callable[..., _Tensors],
+        room: Callable[..., _Room],
+        layouts: Optional[Sequence[Tuple[str, ...]]] = None,
+    ) -> None:
+        self.names, self.split, self.room = names, split, room
+        self.layouts = layouts  # of the packed tensor, the last one: with a batch, with cu_seqlens
+
+    def split_checked(self, tensors: _Tensors, options: Sequence[Any]) -> _Tensors:
+        reject_nested(self.names, tensors)
+        if self.layouts is not None:
+            check_packed(self.names[-1], tensors[-1], self.layouts[options[_CU_SEQLENS_Q] is not None])
+        return self.split(*tensors)
+
+
+SEPARATE = Form(("q", "k", "v"), lambda q, k, v: (q, k, v), _room)
+KVPACKED = Form(("q", "kv"), lambda q, kv: (q, *kv.unbind(-3)), _room_kvpacked, KV_LAYOUTS)
+QKVPACKED = Form(("qkv",), lambda qkv: qkv.unbind(-3), _room_qkvpacked, QKV_LAYOUTS)
+
+
+# ---- the operators ----
 
 _library = torch.library.Library("flash_attn_jit", "DEF")
-_tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
-_library.define(
-    f"forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor softmax_lse)", tags=_tags
-)
-# For every backend: which devices are accepted is _core.forward's to say.
-_library.impl("forward", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("flash_attn_jit::forward", _forward_fake, lib=_library)
 
-# Writes dq, dk and dv, each whole, through any strides whose last is 1: slices of a packed gradient too. dq, or dk and
-# dv both, may be None: they are then not computed.
-_library.define(
-    "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a!)? dq, "
-    f"Tensor(b!)? dk, Tensor(c!)? dv, {_OPTIONS}) -> ()",
-    tags=_tags,
-)
-_library.impl("backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("flash_attn_jit::backward", _backward_fake, lib=_library)
 
-_forward_operator = torch.ops.flash_attn_jit.forward.default
-_backward_operator = torch.ops.flash_attn_jit.backward.default
+def _define(name: str, signature: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    tags = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+    _library.define(name + signature, tags=tags)
+    # For every backend: which devices are accepted is the compiled module's to say.
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flash_attn_jit::{name}", fake, lib=_library)
+    return getattr(torch.ops.flash_attn_jit, name).default
+
+
+def _define_forward(form: Form, name: str) -> None:
+    count = len(form.names)
+
+    def forward(*arguments: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+        options = arguments[count:]
+        return compute(*form.split_checked(arguments[:count], options), *options)
+
+    def fake(*arguments: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+        _check_devices((*form.names, *OPTION_NAMES), arguments)
+        options = arguments[count:]
+        q, _, _ = form.split_checked(arguments[:count], options)
+        return _allocate(q, options[_CU_SEQLENS_Q])
+
+    tensors = ", ".join(f"Tensor {name}" for name in form.names)
+    form.forward = _define(name, f"({tensors}, {_OPTIONS}) -> (Tensor out, Tensor softmax_lse)", forward, fake)
+
+
+def _define_backward(form: Form, name: str) -> None:
+    count = len(form.names)
+
+    def returned(dout: torch.Tensor, gradients: _Gradients) -> Any:
+        tensors = tuple(dout.new_empty(0) if gradient is None else gradient for gradient in gradients)
+        return tensors if len(tensors) > 1 else tensors[0]
+
+    def backward(dout: torch.Tensor, *arguments: Any) -> Any:
+        inputs, (out, softmax_lse, wanted, *options) = arguments[:count], arguments[count:]
+        form.split_checked(inputs, options)
+        return returned(dout, compute_gradients(form, dout, inputs, out, softmax_lse, wanted, options))
+
+    def fake(dout: torch.Tensor, *arguments: Any) -> Any:
+        names = ("dout", *form.names, "out", "softmax_lse", "wanted", *OPTION_NAMES)
+        _check_devices(names, (dout, *arguments))
+        gradients, _ = form.room(arguments[count + 2], *arguments[:count])
+        return returned(dout, gradients)
+
+    tensors = ", ".join(f"Tensor {name}" for name in ("dout", *form.names, "out", "softmax_lse"))
+    gradients = ", ".join(f"Tensor d{name}" for name in form.names)
+    form.backward = _define(name, f"({tensors}, bool[] wanted, {_OPTIONS}) -> ({gradients})", backward, fake)
+
+
+def register_derivative(
+    operator: Any, backward: Callable[..., Any], setup_context: Optional[Callable[..., None]] = None
+) -> None:
+    """Registered where torch looks for it: whatever records operators keeps the derivative."""
+    torch.library.register_autograd(operator, backward, setup_context=setup_context, lib=_library)
+
+
+for _form, _suffix in ((SEPARATE, ""), (KVPACKED, "_kvpacked"), (QKVPACKED, "_qkvpacked")):
+    _define_forward(_form, f"forward{_suffix}")
+    _define_backward(_form, f"backward{_suffix}")
+
+
+# ---- the way past them ----
 
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 _is_compiling = torch.compiler.is_compiling
-_profiler_is_on = torch.autograd._profiler_enabled
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_transforms_are_active = torch._C._are_functorch_transforms_active
-_is_traced = torch._C._get_tracing_state
 
 
 def is_plain(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> bool:
-    """Whether the operator would do nothing but call its implementation, so that a call may skip it: no compiler, mode,
-    transform or tracer looks on, no profiler counts operators, and the tensors are of torch's own types.
+    """Whether an operator would do nothing but call its implementation, so that a call may skip it: no compiler, mode,
+    transform or tracer looks on, no profiler counts operators, and the tensors are plain.
     """
     return not (
         _is_compiling()
-        or _dispatch_modes()
-        or _function_modes()
-        or _transforms_are_active()
-        or _is_traced()
-        or _profiler_is_on()
+        or dispatch_modes_are_on()
+        or function_modes_are_on()
+        or transforms_are_active()
+        or jit_trace_is_on()
+        or profiler_is_on()
         or type(a) not in _PLAIN_TYPES
         or type(b) not in _PLAIN_TYPES
         or type(c) not in _PLAIN_TYPES
@@ -143,19 +260,19 @@ def is_plain(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> bool:
     )
 
 
-def _forward_plainly(*arguments: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+def are_plain(tensors: Sequence[Optional[torch.Tensor]]) -> bool:
+    """Of further tensors what is_plain() asks of three."""
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN_TYPES or tensor.is_neg()):
+            return False
+    return True
+
+
+def forward_plainly(*arguments: Any) -> Tuple[torch.Tensor, torch.Tensor]:
     try:
-        return _forward(*arguments)
+        return compute(*arguments)
     except ValueError:
         pass
-    # The compiled module cannot read meta tensors, nor one that outlived its transform; the operator makes something of
-    # both. Everything else it refuses as well.
-    return _forward_operator(*arguments)
-
-
-# By whether the call is_plain().
-forward: Dict[bool, Callable[..., Tuple[torch.Tensor, torch.Tensor]]] = {
-    False: _forward_operator,
-    True: _forward_plainly,
-}
-backward: Dict[bool, Callable[..., None]] = {False: _backward_operator, True: _backward}
+    # The compiled module cannot read meta tensors, nor those of zeros without memory, nor one that outlived its
+    # transform; the operator makes something of all. Everything else it refuses as well.
+    return SEPARATE.forward(*arguments)

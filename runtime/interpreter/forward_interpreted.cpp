@@ -8,8 +8,8 @@ namespace flash_attn_jit {
 
 void forward_in_interpreter(const ForwardRequest& request) {
   const LaunchPlan plan = plan_forward(request, arch_limits(75), kInterpretedMultiprocessors);
-  if (plan.blocks == 0) return;
   require_cu_seqlens(request.options, request.q, request.k);
+  if (plan.blocks == 0) return;
   const FoundKernel found = find_or_compile_for_host(plan.spec);
   std::vector<TensorExtent> tensors = {
       fp16_extent("q", request.q, TensorUse::kRead),

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from flash_attn_jit.bert_padding import index_first_axis, pad_input, unpad_input
+import flash_attn_jit
+from flash_attn_jit.bert_padding import (
+    index_first_axis,
+    index_put_first_axis,
+    pad_input,
+    unpad_input,
+    unpad_input_for_concatenated_sequences,
+)
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0]])
 
@@ -79,3 +86,59 @@ def test_refusals():
         index_first_axis(states, mask)
     with pytest.raises(ValueError, match=r"^hidden_states has shape \(4, 4, 5\) and indices \(3,\)"):
         pad_input(states, torch.arange(3), 4, 4)
+
+
+def test_index_put_is_the_way_back():
+    rows = torch.randn(3, 2, 5).double().requires_grad_()
+    indices = torch.tensor([4, 0, 2])
+    put = index_put_first_axis(rows, indices, 6)
+    assert put.shape == (6, 2, 5) and torch.equal(index_first_axis(put, indices), rows)
+    assert not put[[1, 3, 5]].any()
+    assert torch.equal(index_put_first_axis(rows, indices.int(), 6), put)
+    assert torch.autograd.gradcheck(lambda x: index_put_first_axis(x, indices, 6), rows)
+    with pytest.raises(ValueError, match=r"^values has shape \(3, 2, 5\) and indices \(2,\).*\(n, \.\.\.\) and \(n\)"):
+        index_put_first_axis(rows, indices[:2], 6)
+
+
+LENGTHS = torch.tensor([[2, 3, 0, 0, 0, 0], [3, 2, 1, 0, 0, 0], [6, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_concatenated_sequences(dtype):
+    states = torch.randn(4, 6, 5)
+    rows, indices, cu_seqlens, max_seqlen = unpad_input_for_concatenated_sequences(states, LENGTHS.to(dtype))
+    assert indices.tolist() == [0, 1, 2, 3, 4, *range(6, 12), *range(12, 18)] and indices.dtype == torch.int64
+    assert torch.equal(rows, states.flatten(0, 1)[indices])
+    assert cu_seqlens.tolist() == [0, 2, 5, 8, 10, 11, 17] and cu_seqlens.dtype == torch.int32
+    assert type(max_seqlen) is int and max_seqlen == 6
+
+
+def test_concatenated_sequences_do_not_see_each_other():
+    qkv = torch.randn(4, 6, 3, 2, 16).half()
+    rows, indices, cu_seqlens, max_seqlen = unpad_input_for_concatenated_sequences(qkv, LENGTHS)
+    out = flash_attn_jit.flash_attn_varlen_qkvpacked_func(rows, cu_seqlens, max_seqlen)
+    second = flash_attn_jit.flash_attn_qkvpacked_func(qkv[:1, 2:5])
+    assert torch.equal(pad_input(out, indices, 4, 6)[:1, 2:5], second)
+
+
+def test_concatenated_sequences_of_nothing():
+    rows, indices, cu_seqlens, max_seqlen = unpad_input_for_concatenated_sequences(
+        torch.ones(0, 4, 2), torch.ones(0, 4, dtype=torch.int64)
+    )
+    assert rows.shape == (0, 2) and indices.numel() == 0 and cu_seqlens.tolist() == [0] and max_seqlen == 0
+
+
+@pytest.mark.parametrize(
+    "lengths, words",
+    [
+        (LENGTHS[:3], r"has shape \(3, 6\)"),
+        (LENGTHS.bool(), "has dtype torch.bool"),
+        (LENGTHS.float(), "has dtype torch.float32"),
+        (LENGTHS + torch.tensor([0, 0, 0, 0, 0, 1]), "has a length of 0 and a row with 7 in all"),
+        (LENGTHS - 1, "has a length of -1"),
+    ],
+    ids=["shape", "bool", "float", "too long", "negative"],
+)
+def test_concatenated_sequences_refused(lengths, words):
+    with pytest.raises(ValueError, match=f"^attention_mask_in_length {words}.*Accepted"):
+        unpad_input_for_concatenated_sequences(torch.ones(4, 6, 5), lengths)

@@ -414,3 +414,57 @@ def test_compute_sanitizer(tool):
     print(f"{TARGET} {tool}: {summary}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert summary and all("0 errors" in line for line in summary)
+
+
+def test_rows_beyond_a_max_seqlen_of_zero():
+    """No block runs for them: out is 0, softmax_lse +inf and every gradient 0, none of them what lay in memory."""
+    cu_seqlens = torch.tensor([0, 20], dtype=torch.int32, device="cuda")
+    inputs = [t[0].cuda().requires_grad_() for t in normal_qkv(1, 20, 20, 2, 2, 64)]
+    allowed = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    try:
+        for max_q, max_k in ((0, 20), (0, 0), (20, 0)):
+            out, softmax_lse, _ = flash_attn_jit.flash_attn_varlen_func(
+                *inputs, cu_seqlens, cu_seqlens, max_q, max_k, return_attn_probs=True
+            )
+            dq, dk, dv = torch.autograd.grad(out, inputs, torch.ones_like(out))
+            if max_q == 0:
+                assert not out.any() and (softmax_lse == float("inf")).all() and not dq.any()
+            assert not dk.any() and not dv.any()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = allowed
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_packed_step(backend):
+    attend = flash_attn_jit.flash_attn_qkvpacked_func
+    gradients = []
+    for function in (torch.compile(attend, fullgraph=True, backend=backend), attend):
+        qkv = normal(2, 70, 3, 2, 64).cuda().requires_grad_()
+        gradients.append(torch.autograd.grad(function(qkv, causal=True).float().square().sum(), qkv)[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_current_stream_without_private_names():
+    """A torch that has neither DLPack's exchange interface nor its own function for the raw stream."""
+    done = run_python(
+        """
+import torch
+del torch.Tensor.__dlpack_c_exchange_api__, torch._C._cuda_getCurrentRawStream
+from flash_attn_jit import _core, flash_attn_func
+assert not _core.uses_exchange_api()
+q = torch.randn(1, 70, 2, 64, dtype=torch.float16, device="cuda")
+expected = flash_attn_func(q, q, q)
+torch.cuda.synchronize()
+stream = torch.cuda.Stream()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph, stream=stream):  # a launch on another stream than the captured one would fail
+    out = flash_attn_func(q, q, q)
+graph.replay()
+torch.cuda.synchronize()
+assert torch.equal(out, expected)
+"""
+    )
+    assert done.returncode == 0, done.stderr

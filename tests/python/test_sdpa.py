@@ -1,14 +1,18 @@
 """sdpa() and route_sdpa() beside PyTorch's scaled_dot_product_attention in float32."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 from attention_reference import normal
 from conftest import run_python
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention as imported_before
+from torch.utils.checkpoint import checkpoint
 
 import flash_attn_jit
-from flash_attn_jit import UnsupportedError, route_sdpa, sdpa
+from flash_attn_jit import UnsupportedError, _sdpa, route_sdpa, sdpa
 
 SEQLENS = [(70, 70), (33, 90), (90, 33), (1, 40), (40, 1)]
 
@@ -71,11 +75,109 @@ def test_sequence_first_memory():
 Q, K, V = heads_first(1, 4, 8, 64, seqlen_k=8)
 
 
+def check_causal_bias(query, key, value, make_bias, function=sdpa):
+    bias = make_bias(query.shape[-2], key.shape[-2])
+    sees_keys = bias._materialize().any(-1, keepdim=True)  # PyTorch gives NaN for the others
+    ours = [t.detach().clone().requires_grad_() for t in (query, key, value)]
+    theirs = [t.detach().float().requires_grad_() for t in (query, key, value)]
+    out = function(*ours, bias)
+    # Some key for a query that sees none, whose gradient is masked below.
+    expected = F.scaled_dot_product_attention(*theirs, bias._materialize() | ~sees_keys) * sees_keys
+    torch.testing.assert_close(out.float(), expected, atol=2e-3, rtol=2e-3)
+    dout = normal(*out.shape, seed=9)
+    gradients = zip(torch.autograd.grad(out, ours, dout), torch.autograd.grad(expected, theirs, dout.float()))
+    for got, wanted in gradients:
+        torch.testing.assert_close(got.float(), wanted, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:Lower right causal bias")
+@pytest.mark.parametrize("make_bias", [causal_lower_right, causal_upper_left])
+@pytest.mark.parametrize("seqlens", SEQLENS, ids=str)
+def test_causal_biases(seqlens, make_bias):
+    tensors = heads_first(1, 2, seqlens[0], 64, seqlen_k=seqlens[1])
+    check_causal_bias(*tensors, make_bias)
+    compiled = torch.compile(sdpa, backend="aot_eager", fullgraph=True, dynamic=False)
+    check_causal_bias(*tensors, make_bias, compiled)
+
+
+def in_a_thread(function, *arguments):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+@pytest.mark.filterwarnings("ignore:Lower right causal bias")
+@pytest.mark.parametrize("make_bias", [causal_lower_right, causal_upper_left])
+@pytest.mark.parametrize("seqlens", [(8, 20), (20, 8)], ids=str)
+@pytest.mark.parametrize("where", ["here", "in a thread", "in a checkpoint"])
+def test_routed_causal_biases(where, seqlens, make_bias):
+    def attend(*arguments):
+        if where == "in a checkpoint":
+            return checkpoint(F.scaled_dot_product_attention, *arguments, use_reentrant=False)
+        run = in_a_thread if where == "in a thread" else lambda function, *args: function(*args)
+        return run(F.scaled_dot_product_attention, *arguments)
+
+    def routed(*arguments):
+        with route_sdpa() as router:
+            out = attend(*arguments)
+        assert router.counts == {"flash_attn_jit": 1, "torch": 0}
+        return out
+
+    check_causal_bias(*heads_first(1, 2, seqlens[0], 64, seqlen_k=seqlens[1]), make_bias, routed)
+
+
+@pytest.mark.parametrize("where", ["here", "in a thread"])
+def test_causal_biases_that_fall_back(where):
+    run = in_a_thread if where == "in a thread" else lambda function, *args: function(*args)
+    query, key, value = (t.float() for t in heads_first(1, 2, 8, 64, seqlen_k=20))
+    for make_bias in (causal_lower_right, causal_upper_left):
+        with route_sdpa() as router:
+            out = run(F.scaled_dot_product_attention, query, key, value, make_bias(8, 20))
+        assert torch.equal(out, F.scaled_dot_product_attention(query, key, value, make_bias(8, 20)))
+        assert router.counts == {"flash_attn_jit": 0, "torch": 1} and "float32" in str(router)
+    with route_sdpa(), pytest.raises(RuntimeError):
+        run(F.scaled_dot_product_attention, Q, K, V, causal_lower_right(5, 6))
+    with route_sdpa(), pytest.raises(ValueError, match="causal=True"):
+        run(F.scaled_dot_product_attention, Q, K, V, causal_lower_right(8, 8), 0.0, True)
+
+
+def test_causal_biases_imported_inside_of_the_router():
+    done = run_python(
+        """
+import sys, torch, torch.nn.functional as F, flash_attn_jit
+q, k = (torch.randn(1, 2, n, 16).half() for n in (8, 20))
+with flash_attn_jit.route_sdpa() as router:
+    assert "torch.nn.attention.bias" not in sys.modules
+    from torch.nn.attention.bias import CausalBias, causal_lower_right
+    before = CausalBias._dispatch
+    out = F.scaled_dot_product_attention(q, k, k, causal_lower_right(8, 20))
+assert router.counts == {"flash_attn_jit": 1, "torch": 0}, router
+assert CausalBias._dispatch is before
+expected = F.scaled_dot_product_attention(q, k, k, causal_lower_right(8, 20))
+torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)
+"""
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_compiled_causal_biases():
+    targets, bias = Targets(), causal_lower_right(8, 20)
+    tensors = heads_first(1, 2, 8, 64, seqlen_k=20)
+    compiled = torch.compile(
+        lambda *t: F.scaled_dot_product_attention(*t, bias), backend=targets, fullgraph=True
+    )
+    with route_sdpa():
+        out = compiled(*tensors)
+    assert "flash_attn_jit.forward.default" in targets.graphs[0]
+    torch.testing.assert_close(out, sdpa(*tensors, bias))
+
+
 @pytest.mark.parametrize(
     "error, words, changes",
     [
         (NotImplementedError, "^attn_mask", {"attn_mask": torch.ones(8, 8, dtype=torch.bool)}),
         (NotImplementedError, "^dropout_p is 0.1", {"dropout_p": 0.1}),
+        (ValueError, "^attn_mask is .* 5 queries and 6 keys.* 8 and 8", {"attn_mask": causal_upper_left(5, 6)}),
+        (ValueError, "^is_causal is True", {"attn_mask": causal_lower_right(8, 8), "is_causal": True}),
         (ValueError, "^scale is a Tensor", {"scale": torch.tensor(1.0)}),
         (ValueError, "^scale is inf", {"scale": float("inf")}),
         (ValueError, r"^scale is 1e\+18.*-1e\+17 to 1e\+17", {"scale": 1e18}),
@@ -132,7 +234,7 @@ def test_routed(function):
         check(*heads_first(1, 2, 20, 64, seqlen_k=30), function=function, is_causal=True)
     # check() calls PyTorch's in float32 as well.
     assert router.counts == {"flash_attn_jit": 1, "torch": 1}
-    assert router.reasons == {"query has dtype torch.float32": 1}
+    assert router.reasons == {"query has dtype torch.float32. Cast it: query.to(torch.float16)": 1}
     assert "1 calls ran in flash_attn_jit, 1 in PyTorch" in str(router)
     assert "1 x query has dtype torch.float32" in repr(router)
 
@@ -154,7 +256,10 @@ def nested(tensor):
     [
         ("attn_mask", {"attn_mask": torch.ones(8, 8, dtype=torch.bool)}),
         ("dropout_p", {"dropout_p": 0.5}),
-        ("bfloat16", {"query": Q.bfloat16(), "key": K.bfloat16(), "value": V.bfloat16()}),
+        (
+            "query has dtype torch.bfloat16. Cast it: query.to(torch.float16)",
+            {"query": Q.bfloat16(), "key": K.bfloat16(), "value": V.bfloat16()},
+        ),
         ("value has head_dim", {"value": V[..., :32]}),
         ("batch dimensions", {"query": Q.expand(2, -1, -1, -1)}),
         ("strides", {"query": Q.mT.contiguous().mT}),
@@ -283,6 +388,33 @@ def test_a_compiled_multi_head_attention():
 def test_sdpa_compiles():
     compiled = torch.compile(sdpa, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(Q, K, V, is_causal=True), sdpa(Q, K, V, is_causal=True))
+
+
+def test_a_gpu_is_asked_once_when_a_tensor_is_on_it(monkeypatch):
+    asked = []
+
+    def get_device_capability(ordinal):
+        asked.append(ordinal)
+        return {3: (7, 0), 4: (7, 5)}[ordinal]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", get_device_capability)
+    monkeypatch.setattr(_sdpa, "_capabilities", {})
+    assert "sm_70" in _sdpa._device_refusal(torch.device("cuda", 3)).message()
+    assert _sdpa._device_refusal(torch.device("cuda", 4)) is None
+    assert _sdpa._device_refusal(torch.device("cuda", 3)) and asked == [3, 4]
+
+
+def test_the_compiler_asks_for_a_gpu_when_it_traces(monkeypatch):
+    monkeypatch.setattr(_sdpa, "_capabilities", {3: (7, 0), 4: (7, 5)})
+
+    def count_refusals(x):
+        return x + sum(_sdpa._device_refusal(torch.device("cuda", n)) is not None for n in (3, 4))
+
+    compiled = torch.compile(count_refusals, backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(())) == 1
+    _sdpa._capabilities[4] = (7, 0)  # not looked at again: no guard, no recompilation
+    assert compiled(torch.zeros(())) == 1
 
 
 def test_without_the_interpreter():

@@ -1,11 +1,17 @@
-"""One torch operator with a fake implementation: torch.compile, fake tensors, transforms."""
+"""The torch operators with their fake implementations and derivatives: compilers, tracers, modes, transforms."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_reference import NO_OPTIONS, check_attention, normal, normal_qkv
+from functorch.compile import make_boxed_compiler
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import flash_attn_jit
 from flash_attn_jit import flash_attn_func
@@ -85,43 +91,61 @@ def test_opcheck_of_forward():
     torch.library.opcheck(OP, (q[0], k[0, :20], v[0, :20], *ALL_OPTIONS))
 
 
-def backward_arguments(q, k, v, options, gradients=None):
+def backward_arguments(q, k, v, options, wanted=(True, True, True)):
     out, softmax_lse = OP(q, k, v, *options)
-    gradients = [torch.empty_like(t) for t in (q, k, v)] if gradients is None else gradients
-    return (normal(*out.shape, seed=9), q, k, v, out, softmax_lse, *gradients, *options)
+    return (normal(*out.shape, seed=9), q, k, v, out, softmax_lse, list(wanted), *options)
 
 
-def test_opcheck_of_backward():
-    q, k, v = normal_qkv(2, 20, 30, 2, 1, 64)
-    torch.library.opcheck(BACKWARD, backward_arguments(q, k, v, CAUSAL))
-    torch.library.opcheck(BACKWARD, backward_arguments(q, k, v, CAUSAL, [torch.empty_like(q), None, None]))
+def test_opcheck_of_forward_with_inputs_that_need_gradients():
+    q, k, v = (t.requires_grad_() for t in normal_qkv(2, 20, 30, 2, 1, 64))
+    torch.library.opcheck(OP, (q, k, v, *CAUSAL))
+    kv, qkv = (normal(20, parts, 2, 64).requires_grad_() for parts in (2, 3))
     torch.library.opcheck(
-        BACKWARD, backward_arguments(q, k, v, CAUSAL, [None, torch.empty_like(k), torch.empty_like(v)])
+        torch.ops.flash_attn_jit.forward_kvpacked.default, (q[0].detach(), kv, *ALL_OPTIONS)
     )
-    torch.library.opcheck(BACKWARD, backward_arguments(q[0], k[0, :20], v[0, :20], ALL_OPTIONS))
+    torch.library.opcheck(torch.ops.flash_attn_jit.forward_qkvpacked.default, (qkv, *ALL_OPTIONS))
 
 
-def test_opcheck_of_backward_into_a_packed_gradient():
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
+def test_opcheck_of_backward(wanted):
+    q, k, v = normal_qkv(2, 20, 30, 2, 1, 64)
+    torch.library.opcheck(BACKWARD, backward_arguments(q, k, v, CAUSAL, wanted))
+    torch.library.opcheck(BACKWARD, backward_arguments(q[0], k[0, :20], v[0, :20], ALL_OPTIONS, wanted))
+
+
+def test_backward_of_packed_tensors():
     qkv = normal(2, 20, 3, 2, 64)
-    dqkv = torch.empty_like(qkv)
-    torch.library.opcheck(BACKWARD, backward_arguments(*qkv.unbind(2), NO_OPTIONS, dqkv.unbind(2)))
+    dout, q, k, v, out, softmax_lse, _, *options = backward_arguments(*qkv.unbind(2), CAUSAL)
+    expected = torch.stack(BACKWARD(dout, q, k, v, out, softmax_lse, [True] * 3, *options), 2)
+    backward = torch.ops.flash_attn_jit.backward_qkvpacked.default
+    arguments = (dout, qkv, out, softmax_lse, [True], *options)
+    assert torch.equal(backward(*arguments), expected)
+    torch.library.opcheck(backward, arguments)
+    backward = torch.ops.flash_attn_jit.backward_kvpacked.default
+    arguments = (dout, q, qkv[:, :, 1:], out, softmax_lse, [False, True], *options)
+    dq, dkv = backward(*arguments)
+    assert dq.numel() == 0 and torch.equal(dkv, expected[:, :, 1:])
+    torch.library.opcheck(backward, arguments)
 
 
-def test_backward_writes_what_it_is_given_and_nothing_else():
+def test_backward_gives_what_is_wanted():
     q, k, v = normal_qkv(1, 20, 30, 2, 1, 64)
-    whole = backward_arguments(q, k, v, CAUSAL)
-    assert BACKWARD(*whole) is None
-    wide = torch.full((1, 20, 2, 80), 7.0, dtype=torch.float16)
-    BACKWARD(*whole[:6], wide[..., 8:72], None, None, *CAUSAL)
-    assert (
-        torch.equal(wide[..., 8:72], whole[6]) and (wide[..., :8] == 7).all() and (wide[..., 72:] == 7).all()
-    )
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
-    BACKWARD(*whole[:6], None, dk, dv, *CAUSAL)
-    assert torch.equal(dk, whole[7]) and torch.equal(dv, whole[8])
+    whole = BACKWARD(*backward_arguments(q, k, v, CAUSAL))
+    for wanted in ((True, False, False), (False, True, False), (False, False, True), (False, False, False)):
+        gradients = BACKWARD(*backward_arguments(q, k, v, CAUSAL, wanted))
+        for gradient, expected, needed in zip(gradients, whole, wanted):
+            assert torch.equal(gradient, expected) if needed else gradient.numel() == 0
 
 
-@pytest.mark.parametrize("which", [0, 1, 2, 3, 5, 6, 8])
+def test_operators_of_packed_tensors_refuse_other_shapes():
+    q, qkv = normal(1, 8, 2, 64), normal(1, 8, 3, 2, 64)
+    with pytest.raises(ValueError, match="^kv has size 3 in dimension 2"):
+        torch.ops.flash_attn_jit.forward_kvpacked(q, qkv, *NO_OPTIONS)
+    with pytest.raises(ValueError, match="^qkv has 4 dimensions"):
+        torch.ops.flash_attn_jit.forward_qkvpacked(q, *NO_OPTIONS)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, 3, 4, 5])
 def test_one_argument_of_backward_on_the_meta_device(which):
     arguments = list(backward_arguments(*normal_qkv(1, 8, 8, 1, 1, 64), NO_OPTIONS))
     arguments[which] = arguments[which].to("meta")
@@ -222,12 +246,6 @@ def test_vmap():
         assert torch.equal(batched[i], flash_attn_func(q[i], k[i], v[i]))
 
 
-def test_functional_gradient_is_refused():
-    q, k, v = normal_qkv(1, 8, 8, 2, 2, 64)
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(lambda q: flash_attn_func(q, k, v).float().sum())(q)
-
-
 class Recorder(TorchDispatchMode):
     """Remembers the operators that it sees."""
 
@@ -278,14 +296,6 @@ def test_the_profiler_sees_the_operator():
     assert "flash_attn_jit::forward" in {event.key for event in profile.key_averages()}
 
 
-def test_a_tensor_that_is_negated_when_read():
-    q, k, v = normal_qkv(1, 8, 8, 1, 1, 64)
-    for i in range(3):
-        tensors = [q, k, v]
-        tensors[i] = torch._neg_view(-tensors[i])
-        assert torch.equal(flash_attn_func(*tensors), flash_attn_func(q, k, v))
-
-
 def test_make_fx_records_the_operators():
     q, k, v = (t.requires_grad_() for t in normal_qkv(1, 8, 8, 1, 1, 64))
 
@@ -306,3 +316,327 @@ def test_a_tensor_that_outlived_its_transform():
     q, k, v = normal_qkv(1, 8, 8, 1, 1, 64)
     torch.func.grad(keep)(q)
     assert torch.equal(flash_attn_func(kept[0], k, v), flash_attn_func(q, k, v))
+
+
+# ---- graphs that others record ----
+
+
+class Layer(torch.nn.Module):
+    """Attention of a linear projection, in one of the forms that the functions take."""
+
+    def __init__(self, attend):
+        super().__init__()
+        torch.manual_seed(0)
+        self.project, self.attend = torch.nn.Linear(32, 96).half(), attend
+
+    def forward(self, x):
+        return self.attend(self.project(x).unflatten(-1, (3, 2, 16))).flatten(-2)
+
+
+def of_sdpa(qkv):
+    return flash_attn_jit.sdpa(*(t.transpose(1, 2) for t in qkv.unbind(2))).transpose(1, 2)
+
+
+def of_varlen(qkv):
+    return flash_attn_jit.flash_attn_varlen_qkvpacked_func(qkv[0], CU_SEQLENS, 15)
+
+
+ATTENDS = {
+    "separate": lambda qkv: flash_attn_func(*qkv.unbind(2), causal=True),
+    "kvpacked": lambda qkv: flash_attn_jit.flash_attn_kvpacked_func(qkv[:, :, 0], qkv[:, :, 1:]),
+    "qkvpacked": lambda qkv: flash_attn_jit.flash_attn_qkvpacked_func(qkv, window_size=(5, 2)),
+    "varlen": of_varlen,
+    "alibi": lambda qkv: flash_attn_func(*qkv.unbind(2), alibi_slopes=torch.tensor([0.5, 0.25])),
+    "sdpa": of_sdpa,
+}
+
+
+def by_make_fx(layer, x):
+    names, values = zip(*layer.named_parameters())
+
+    def call(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values)), (x,))
+
+    graph = make_fx(call)(x, *values)
+    return lambda x: graph(x, *values)
+
+
+RECORDERS = {
+    "jit.trace": torch.jit.trace,
+    "export": lambda layer, x: torch.export.export(layer, (x,)).module(),
+    "make_fx": by_make_fx,
+    "compile": lambda layer, x: torch.compile(layer, backend="aot_eager", fullgraph=True),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "error:.*autograd kernel"
+)
+@pytest.mark.parametrize("record", RECORDERS)
+@pytest.mark.parametrize("attend", ATTENDS)
+def test_a_recorded_graph_keeps_the_gradient(attend, record):
+    """Of the projection, which it reaches through attention alone; and no warning that a derivative is missing."""
+    x = normal(1, 20, 32)
+    flash_attn_jit.sdpa(*normal_qkv(1, 8, 8, 2, 2, 16))  # learns outside of any tracer what runs here
+    layer = Layer(ATTENDS[attend])
+    recorded = RECORDERS[record](layer, x)
+    out = recorded(x)
+    assert torch.equal(out, layer(x))
+    parameters = list((recorded if record == "export" else layer).parameters())
+    gradients = torch.autograd.grad(out.float().square().sum(), parameters)
+    expected = torch.autograd.grad(layer(x).float().square().sum(), list(layer.parameters()))
+    for gradient, wanted in zip(gradients, expected):
+        assert wanted.any()
+        torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda x, y: flash_attn_func(x, y, y),
+        lambda x, y: flash_attn_func(x, x, x),
+        lambda x, y: flash_attn_jit.sdpa(x, y, y),
+        lambda x, y: flash_attn_jit.flash_attn_kvpacked_func(x, torch.stack((y, y), 2)),
+    ],
+    ids=["q, k, k", "q, q, q", "sdpa", "kvpacked"],
+)
+def test_one_tensor_given_twice_in_a_compiled_call(attend, backend):
+    x, y = (t.requires_grad_() for t in normal_qkv(1, 8, 8, 2, 2, 64)[:2])
+    flash_attn_jit.sdpa(x, x, x)
+    compiled = torch.compile(attend, fullgraph=True, backend=backend)
+    results = [
+        torch.autograd.grad(f(x, y).float().square().sum(), (x, y), allow_unused=True)
+        for f in (compiled, attend)
+    ]
+    for got, expected in zip(*results):
+        assert (got is None) == (expected is None)
+        if got is not None:  # the sum of the two gradients is rounded in another order
+            torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("form", ["kvpacked", "qkvpacked"])
+def test_a_packed_gradient_is_not_copied_in_a_compiled_step(form):
+    recorded = []
+
+    def remember(graph, _):
+        recorded.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    inputs = {"kvpacked": ((1, 8, 2, 64), (1, 8, 2, 2, 64)), "qkvpacked": ((1, 8, 3, 2, 64),)}[form]
+    tensors = [normal(*shape).requires_grad_() for shape in inputs]
+    attend = getattr(flash_attn_jit, f"flash_attn_{form}_func")
+    compiled = torch.compile(attend, fullgraph=True, backend=aot_autograd(fw_compiler=make_boxed_compiler(remember)))
+    compiled(*tensors).sum().backward()
+    assert any(f"backward_{form}" in target for target in recorded)
+    assert not [t for t in recorded if any(word in t for word in ("stack", "cat", "copy", "clone"))]
+
+
+def count_graphs(function, calls):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    for call in calls:
+        assert torch.equal(compiled(*call), function(*call))
+    return counter.frame_count
+
+
+def test_another_window_compiles_no_further_graph():
+    q, k, v = normal_qkv(1, 20, 20, 1, 1, 16)
+    calls = [(q, k, v, width) for width in (*range(3, 14), 2**40, 7)]
+    for window in (lambda w: (w, 0), lambda w: (0, w), lambda w: [w, w]):
+        graphs = count_graphs(lambda q, k, v, w: flash_attn_func(q, k, v, window_size=window(w)), calls)
+        assert graphs <= 2, graphs  # the first value is taken for a constant, the others for a variable
+
+
+def test_another_max_seqlen_compiles_no_further_graph():
+    q, k, v = (t[0] for t in normal_qkv(1, 20, 20, 1, 1, 16))
+
+    def attend(q, k, v, longest):
+        return flash_attn_jit.flash_attn_varlen_func(q, k, v, CU_SEQLENS, CU_SEQLENS, longest, longest)
+
+    assert count_graphs(attend, [(q, k, v, longest) for longest in range(15, 26)]) <= 2
+
+
+def of_item(qkv, cu_seqlens):
+    longest = (cu_seqlens[1:] - cu_seqlens[:-1]).max().item()
+    return flash_attn_jit.flash_attn_varlen_qkvpacked_func(qkv.flatten(0, 1)[:20], cu_seqlens, longest)
+
+
+def of_tensor(qkv, cu_seqlens):
+    longest = (cu_seqlens[1:] - cu_seqlens[:-1]).max()
+    return flash_attn_jit.flash_attn_varlen_qkvpacked_func(qkv.flatten(0, 1)[:20], cu_seqlens, longest)
+
+
+def of_unpadded(qkv, cu_seqlens):
+    mask = torch.arange(10) < (cu_seqlens[1:3] - cu_seqlens[:2] + 1)[:, None]
+    rows, indices, starts, longest, _ = flash_attn_jit.bert_padding.unpad_input(qkv, mask)
+    out = flash_attn_jit.flash_attn_varlen_qkvpacked_func(rows, starts, longest)
+    return flash_attn_jit.bert_padding.pad_input(out, indices, 2, 10)
+
+
+def of_concatenated(qkv, cu_seqlens):
+    lengths = torch.nn.functional.pad(cu_seqlens[1:3, None] - cu_seqlens[:2, None] + 1, (0, 9))
+    unpad = flash_attn_jit.bert_padding.unpad_input_for_concatenated_sequences
+    rows, indices, starts, longest = unpad(qkv, lengths)
+    return flash_attn_jit.flash_attn_varlen_qkvpacked_func(rows, starts, longest)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("attend", [of_item, of_tensor, of_unpadded, of_concatenated])
+@torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
+def test_lengths_that_a_graph_reads_out_of_a_tensor(attend, backend):
+    compiled = torch.compile(attend, fullgraph=True, backend=backend)
+    qkv = normal(2, 10, 3, 2, 16).requires_grad_()
+    for cu_seqlens in (CU_SEQLENS, torch.tensor([0, 2, 9, 20], dtype=torch.int32)):
+        out, expected = compiled(qkv, cu_seqlens), attend(qkv, cu_seqlens)
+        assert torch.equal(out, expected)
+        gradients = [torch.autograd.grad(t.float().square().sum(), qkv)[0] for t in (out, expected)]
+        torch.testing.assert_close(*gradients)
+
+
+# ---- transforms ----
+
+LOSSES = {
+    "separate": (lambda *t: flash_attn_func(*t, causal=True), lambda q, k, v: (q, k, v)),
+    "kvpacked": (flash_attn_jit.flash_attn_kvpacked_func, lambda q, k, v: (q, torch.stack((k, v), 2))),
+    "qkvpacked": (flash_attn_jit.flash_attn_qkvpacked_func, lambda q, k, v: (torch.stack((q, k, v), 2),)),
+    "sdpa": (flash_attn_jit.sdpa, lambda q, k, v: (q, k, v)),
+}
+
+
+@pytest.fixture(params=LOSSES)
+def loss_and_inputs(request):
+    attend, pack = LOSSES[request.param]
+    inputs = pack(*normal_qkv(1, 8, 8, 2, 2, 16))
+    flash_attn_jit.sdpa(*normal_qkv(1, 8, 8, 2, 2, 16))
+    return attend, inputs
+
+
+def gradients_of(attend, inputs, dout=None):
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    out = attend(*leaves)
+    return torch.autograd.grad(out, leaves, torch.ones_like(out) if dout is None else dout)
+
+
+def test_functional_gradient(loss_and_inputs):
+    attend, inputs = loss_and_inputs
+    gradients = torch.func.grad(lambda *t: attend(*t).sum(), tuple(range(len(inputs))))(*inputs)
+    for gradient, expected in zip(gradients, gradients_of(attend, inputs)):
+        assert torch.equal(gradient, expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_batch_of_output_gradients(loss_and_inputs):
+    attend, inputs = loss_and_inputs
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    out = attend(*leaves)
+    douts = normal(3, *out.shape, seed=9)
+    batched = torch.autograd.grad(out, leaves, douts, is_grads_batched=True, retain_graph=True)
+    by_vmap = torch.func.vmap(lambda dout: torch.autograd.grad(out, leaves, dout, retain_graph=True))(douts)
+    for i, dout in enumerate(douts):
+        for expected, *results in zip(gradients_of(attend, inputs, dout), batched, by_vmap):
+            for result in results:
+                assert torch.equal(result[i], expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_jacobians():
+    q, k, v = normal_qkv(1, 2, 5, 1, 1, 8)
+    expected = torch.autograd.functional.jacobian(lambda q: flash_attn_func(q, k, v), q)
+    vectorized = torch.autograd.functional.jacobian(lambda q: flash_attn_func(q, k, v), q, vectorize=True)
+    assert torch.equal(vectorized, expected)
+    assert torch.equal(torch.func.jacrev(lambda q: flash_attn_func(q, k, v))(q), expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_each_sample():
+    q, k, v = normal_qkv(3, 8, 8, 2, 2, 16)
+    gradient = torch.func.grad(lambda q, k, v: flash_attn_func(q[None], k[None], v[None]).sum())
+    for got, *sample in zip(torch.func.vmap(gradient)(q, k, v), q, k, v):
+        assert torch.equal(got, gradient(*sample))
+
+
+def test_what_transforms_are_refused():
+    q, k, v = normal_qkv(1, 8, 8, 2, 2, 16)
+
+    def loss(q):
+        return flash_attn_func(q, k, v).float().square().sum()
+
+    with pytest.raises(NotImplementedError, match="gradients of gradients"):
+        torch.func.grad(lambda q: torch.func.grad(loss)(q).float().sum())(q)
+    with pytest.raises(NotImplementedError, match="forward-mode .*jvp.*Accepted: reverse mode"):
+        torch.func.hessian(loss)(q)
+    with pytest.raises(NotImplementedError, match="q carries a forward-mode tangent"):
+        torch.func.jvp(loss, (q,), (q,))
+
+
+@pytest.mark.parametrize("mode", ["profiler", "recorder"])
+def test_gradients_of_gradients_are_refused_where_the_operators_run(mode):
+    q, k, v = (t.requires_grad_() for t in normal_qkv(1, 8, 8, 1, 1, 64))
+    with torch.profiler.profile() if mode == "profiler" else Recorder():
+        out = flash_attn_func(q, k, v)
+        with pytest.raises(NotImplementedError, match="create_graph=True"):
+            torch.autograd.grad(out.sum(), q, create_graph=True)
+
+
+def test_slopes_of_an_operator_that_need_a_gradient():
+    slopes = torch.ones(2, requires_grad=True)
+    out, _ = OP(*normal_qkv(1, 8, 8, 2, 2, 16), *NO_OPTIONS[:5], slopes, *NO_OPTIONS[6:])
+    with pytest.raises(NotImplementedError, match="alibi_slopes requires a gradient"):
+        out.sum().backward()
+
+
+# ---- what counts operators ----
+
+
+def counted(step, *tensors):
+    with FlopCounterMode(display=False) as counter:
+        step(*tensors)
+    return counter.get_total_flops()
+
+
+def training_step(attend):
+    def step(*tensors):
+        out = attend(*tensors)
+        torch.autograd.grad(out, [t for t in tensors if t.requires_grad], torch.ones_like(out))
+
+    return step
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_floating_point_operations(causal):
+    """As many as torch counts for its own attention, which counts what the mask hides as well."""
+    q, k, v = normal_qkv(2, 20, 30, 4, 2, 16)
+    forward = 4 * 2 * 4 * 20 * 30 * 16
+    wide = [t.transpose(1, 2).float() for t in (q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2))]
+    with sdpa_kernel(SDPBackend.MATH):
+        assert counted(F.scaled_dot_product_attention, *wide) == forward
+    assert counted(lambda *t: flash_attn_func(*t, causal=causal), q, k, v) == forward
+    assert counted(flash_attn_jit.flash_attn_kvpacked_func, q, torch.stack((k, v), 2)) == forward
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    assert counted(training_step(lambda *t: flash_attn_func(*t, causal=causal)), *leaves) == forward * 3.5
+    qkv = normal(2, 20, 3, 4, 16).requires_grad_()
+    flops = 14 * 2 * 4 * 20 * 20 * 16
+    assert counted(training_step(flash_attn_jit.flash_attn_qkvpacked_func), qkv) == flops
+
+
+def test_floating_point_operations_of_sequences():
+    q, k, v = (t[0].requires_grad_() for t in normal_qkv(1, 20, 20, 2, 2, 16))
+
+    def attend(q, k, v):
+        return flash_attn_jit.flash_attn_varlen_func(q, k, v, CU_SEQLENS, CU_SEQLENS, 15, 15)
+
+    flops = 14 * 2 * 16 * (5 * 5 + 0 + 15 * 15)
+    assert counted(training_step(attend), q.detach().requires_grad_(), k, v) == flops
+    meta = [t.detach().to("meta") for t in (q, k, v)]
+    cu_seqlens = CU_SEQLENS.to("meta")
+    longest = counted(
+        lambda *t: flash_attn_jit.flash_attn_varlen_func(*t, cu_seqlens, cu_seqlens, 15, 15), *meta
+    )
+    assert longest == 4 * 2 * 16 * 3 * 15 * 15  # no lengths to read: each sequence may be the longest
+
+
+def test_floating_point_operations_of_a_plain_call_whose_backward_pass_is_counted():
+    q, k, v = (t.requires_grad_() for t in normal_qkv(1, 8, 8, 1, 1, 16))
+    out = flash_attn_func(q, k, v)
+    assert counted(lambda: out.sum().backward()) == 10 * 8 * 8 * 16

@@ -161,3 +161,33 @@ def test_block_table():
 def test_rank(name):
     with pytest.raises(ValueError, match=f"^{name} has 4 dimensions.* 3"):
         varlen(**{name: normal(1, 30, 2, 64)})
+
+
+@pytest.fixture
+def nan_where_nothing_is_written(monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("max_q, max_k, name", [(0, 20, "q"), (19, 20, "q"), (20, 0, "k"), (20, 19, "k"), (0, 0, "q")])
+def test_a_max_seqlen_less_than_the_longest_sequence_is_named(max_q, max_k, name):
+    q, k, v = (t.requires_grad_() for t in batch([20], [20])[:3])
+    with pytest.raises(ValueError, match=f"^cu_seqlens_{name}.*max_seqlen_{name}"):
+        flash_attn_varlen_func(q, k, v, starts(20), starts(20), max_q, max_k)
+    out, softmax_lse = (torch.zeros(shape) for shape in ((20, 2, 64), (2, 20)))
+    with pytest.raises(ValueError, match=f"^cu_seqlens_{name}.*max_seqlen_{name}"):
+        torch.ops.flash_attn_jit.backward(
+            out.half(), q.detach(), k.detach(), v.detach(), out.half(), softmax_lse, [True] * 3,
+            None, False, -1, -1, 0.0, None, starts(20), starts(20), max_q, max_k,
+        )  # fmt: skip
+
+
+def test_nothing_is_left_unwritten_where_no_block_runs(nan_where_nothing_is_written):
+    """max_seqlen 0, and rows for all that: here they belong to no sequence, which the interpreter lets pass."""
+    q, k, v = (t.requires_grad_() for t in batch([20], [30])[:3])
+    out, softmax_lse, _ = flash_attn_varlen_func(q, k, v, starts(0), starts(0), 0, 0, return_attn_probs=True)
+    assert not out.any() and (softmax_lse == float("inf")).all()
+    for gradient in torch.autograd.grad(out, (q, k, v), normal(*out.shape, seed=9)):
+        assert not gradient.any()

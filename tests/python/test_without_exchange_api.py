@@ -79,3 +79,25 @@ else:
     raise AssertionError("a meta tensor ran")
 """
     )
+
+
+def test_without_private_names_every_call_goes_by_the_operators():
+    done = run_python(
+        f"""
+import sys
+import torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+del torch.autograd._profiler_enabled, torch._C._len_torch_function_stack
+from attention_reference import *
+import flash_attn_jit
+from flash_attn_jit import ops
+q, k, v = (t.requires_grad_() for t in normal_qkv(1, 20, 30, 2, 1, 64))
+assert not ops.is_plain(q, k, v)
+out = flash_attn_jit.flash_attn_func(q, k, v, causal=True)
+assert "flash_attn_jit_forward" in out.grad_fn.name()
+check_attention(out.detach(), None, q.detach(), k.detach(), v.detach(), causal=True)
+dout = normal(*out.shape, seed=9)
+check_gradients(torch.autograd.grad(out, (q, k, v), dout), exact_gradients(q, k, v, dout, causal=True))
+"""
+    )
+    assert done.returncode == 0, done.stderr

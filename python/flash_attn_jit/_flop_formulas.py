@@ -1,0 +1,48 @@
+"""What torch.utils.flop_counter.FlopCounterMode counts for the operators: as for torch's own flash attention, all of a
+sequence's queries times all of its keys, masked or not.
+"""
+
+from math import prod
+from typing import Any, Callable, List, Tuple
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from .ops import KVPACKED, QKVPACKED, SEPARATE, Form
+
+# Of multiplying two matrices of a pair of query and key, per element of a head: S = QK' and PV forward; S, dP, dQ, dK
+# and dV backward.
+_FORWARD, _BACKWARD = 2 * 2, 2 * 5
+
+
+def _lengths(cu_seqlens: torch.Tensor, max_seqlen: int) -> List[int]:
+    """Of the sequences; the longest of all where cu_seqlens has no values, as while a compiler traces."""
+    if type(cu_seqlens) is torch.Tensor and cu_seqlens.device.type != "meta":
+        return cu_seqlens.diff().tolist()  # type: ignore[no-any-return]
+    return [max_seqlen] * (cu_seqlens.shape[0] - 1)
+
+
+def _pairs(q: torch.Tensor, k: torch.Tensor, options: Tuple[Any, ...]) -> int:
+    """Of a query and a key, in all sequences."""
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = options[6:10]
+    if cu_seqlens_q is None:
+        return prod((q.shape[0], q.shape[1], k.shape[1]))
+    lengths = zip(_lengths(cu_seqlens_q, max_seqlen_q), _lengths(cu_seqlens_k, max_seqlen_k))
+    return sum(seqlen_q * seqlen_k for seqlen_q, seqlen_k in lengths)
+
+
+def _register(form: Form, operator: Any, flops_of_pair: int, before: int, between: int) -> None:
+    """`before` and `between` arguments come ahead of the form's tensors, and between them and the options."""
+
+    def formula(*arguments: Any, **_: Any) -> int:
+        end = before + len(form.names)
+        q, k, _v = form.split(*arguments[before:end])
+        return flops_of_pair * _pairs(q, k, arguments[end + between :]) * q.shape[-2] * q.shape[-1]
+
+    register: Callable[..., Any] = register_flop_formula(operator.overloadpacket, get_raw=True)
+    register(formula)
+
+
+for _form in (SEPARATE, KVPACKED, QKVPACKED):
+    _register(_form, _form.forward, _FORWARD, before=0, between=0)
+    _register(_form, _form.backward, _BACKWARD, before=1, between=3)

@@ -1,0 +1,58 @@
+"""What this package asks of torch's private names, in one place, each with what serves where a version lacks it.
+
+The questions of ops.is_plain() fall back to "yes": every call then goes by the operators, which is slower and as right.
+"""
+
+from typing import Any, Callable
+
+import torch
+import torch.utils.checkpoint
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+
+def _yes() -> bool:
+    return True
+
+
+def _question(owner: Any, name: str) -> Callable[[], Any]:
+    return getattr(owner, name, _yes)
+
+
+# Each is true while ...
+dispatch_modes_are_on = _question(torch._C, "_len_torch_dispatch_stack")
+function_modes_are_on = _question(torch._C, "_len_torch_function_stack")
+profiler_is_on = _question(torch.autograd, "_profiler_enabled")
+jit_trace_is_on = _question(torch._C, "_get_tracing_state")
+# A transform of torch.func: grad, vmap, jvp, functionalize.
+transforms_are_active = _question(torch._C, "_are_functorch_transforms_active")
+
+
+if hasattr(forward_ad, "_current_level"):
+
+    def forward_mode_is_on() -> bool:
+        """Whether forward-mode differentiation may have given tensors tangents."""
+        return forward_ad._current_level >= 0
+
+else:
+    forward_mode_is_on = _yes
+
+
+def take_function_mode_off(mode: Any) -> None:
+    """Takes a mode off this thread's stack wherever it lies in it; nothing where it does not."""
+    stack = getattr(torch.overrides, "_get_current_function_mode_stack", lambda: [mode])()
+    if not any(each is mode for each in stack):
+        return
+    above = stack[len(stack) - stack[::-1].index(mode) :]
+    for _ in range(len(above) + 1):
+        TorchFunctionMode.__exit__(mode, None, None, None)
+    for each in above:
+        TorchFunctionMode.__enter__(each)
+
+
+# Of torch.utils.checkpoint with use_reentrant=False: what remembers a forward pass, what is on while that runs, and what is
+# on while it runs again. Without them such a recomputation runs as the backward pass finds it.
+CheckpointFrame: Any = getattr(torch.utils.checkpoint, "_CheckpointFrame", None)
+CheckpointForward: Any = getattr(torch.utils.checkpoint, "_checkpoint_hook", None)
+CheckpointRecomputation: Any = getattr(torch.utils.checkpoint, "_recomputation_hook", None)
+has_checkpoint_hooks = None not in (CheckpointFrame, CheckpointForward, CheckpointRecomputation)
