@@ -11,6 +11,7 @@
 #include "runtime/config.h"
 #include "runtime/driver.h"
 #include "runtime/interpreter/interpreter.h"
+#include "runtime/interrupt.h"
 #include "runtime/kernel_library.h"
 #include "runtime/kernel_selection.h"
 #include "runtime/log.h"
@@ -39,6 +40,14 @@ void set_logger(const py::object& logger) {
       error.discard_as_unraisable("flash_attn_jit's logger");
     }
   });
+}
+
+// Python's own signal handlers run here, in the main thread alone. What they raise stays set for the error translator,
+// which Interrupted reaches.
+bool python_wants_to_stop() {
+  if (!Py_IsInitialized()) return false;
+  const py::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
 }
 
 py::list devices() {
@@ -179,6 +188,7 @@ void bind_attention(py::module_& module) {
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The compiled part of flash_attn_jit. Private: use the package's own functions.";
   bindings::register_error_translator();
+  set_interrupt_check(&python_wants_to_stop);
   bind_interpreter_report(module);
   bind_kernel_library(module);
 

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "runtime/interpreter/interpreter.h"
+#include "runtime/interrupt.h"
 #include "runtime/kernel_library.h"
 
 namespace py = pybind11;
@@ -36,6 +37,8 @@ void raise_missing_kernel_error(const MissingKernelError& error) {
 void translate(std::exception_ptr pointer) {
   try {
     if (pointer) std::rethrow_exception(pointer);
+  } catch (const Interrupted&) {
+    if (!PyErr_Occurred()) PyErr_SetNone(PyExc_KeyboardInterrupt);
   } catch (const CompileError& error) {
     raise_compile_error(error);
   } catch (const MissingKernelError& error) {

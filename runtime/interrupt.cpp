@@ -1,0 +1,29 @@
+#include "runtime/interrupt.h"
+
+#include <atomic>
+#include <chrono>
+
+namespace flash_attn_jit {
+namespace {
+
+// A check is never destroyed, since a thread may be in it while it is replaced.
+std::atomic<const InterruptCheck*> process_check = nullptr;
+
+}  // namespace
+
+void set_interrupt_check(InterruptCheck check) {
+  process_check = check ? new InterruptCheck(std::move(check)) : nullptr;
+}
+
+void throw_if_interrupted() {
+  using Clock = std::chrono::steady_clock;
+  const InterruptCheck* check = process_check;
+  if (check == nullptr) return;
+  thread_local Clock::time_point next{};
+  const Clock::time_point now = Clock::now();
+  if (now < next) return;
+  next = now + std::chrono::milliseconds(50);
+  if ((*check)()) throw Interrupted();
+}
+
+}  // namespace flash_attn_jit
