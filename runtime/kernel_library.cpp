@@ -5,6 +5,7 @@
 #include "generator/legality.h"
 #include "runtime/compiler.h"
 #include "runtime/driver.h"
+#include "runtime/fork.h"
 #include "runtime/nvrtc_choice.h"
 #include "runtime/slow_compile.h"
 
@@ -69,7 +70,7 @@ std::string prebuild_command(const KernelSpec& spec, int sm) {
 MissingKernelError missing(const KernelSpec& spec, const CompileTarget& target, const KernelCache& cache,
                            const std::string& no_compiler) {
   std::string message = "kernel '" + spec.text() + "' for " + target.text() + " is neither in the cache (" +
-                        cache.settings().dir.string() + ") nor in " +
+                        (cache.settings().dir.empty() ? "memory" : cache.settings().dir.string()) + ") nor in " +
                         (cache.settings().prebuilt ? "the pack " + cache.settings().prebuilt->string()
                                                    : "a pack (FLASH_ATTN_JIT_PREBUILT is not set)") +
                         ", and it cannot be compiled here: " + no_compiler;
@@ -182,18 +183,16 @@ KernelCacheSettings cache_settings(const Config& config) {
   return {.dir = config.cache_dir, .max_bytes = config.cache_max_bytes, .prebuilt = config.prebuilt};
 }
 
-// None of the process's own objects is ever destroyed: threads may still use them while the process ends.
-
 const TemplateSet& active_templates() {
-  static const TemplateSet& templates = *new TemplateSet(load_templates(config()));
-  return templates;
+  static constinit ProcessOwn<const TemplateSet> templates;
+  return templates.get([] { return load_templates(config()); });
 }
 
 namespace {
 
 const std::shared_ptr<KernelCache>& shared_process_cache() {
-  static const auto& cache = *new std::shared_ptr(std::make_shared<KernelCache>(cache_settings(config())));
-  return cache;
+  static constinit ProcessOwn<const std::shared_ptr<KernelCache>> cache;
+  return cache.get([] { return std::make_shared<KernelCache>(cache_settings(config())); });
 }
 
 }  // namespace
@@ -201,12 +200,11 @@ const std::shared_ptr<KernelCache>& shared_process_cache() {
 KernelCache& process_cache() { return *shared_process_cache(); }
 
 KernelLibrary& process_library() {
-  static KernelLibrary& library = *[] {
+  static constinit ProcessOwn<KernelLibrary> library;
+  return library.get([] {
     const Driver* driver = process_driver();
-    return new KernelLibrary(config(), shared_process_cache(),
-                             driver ? std::optional(driver->version()) : std::nullopt);
-  }();
-  return library;
+    return KernelLibrary(config(), shared_process_cache(), driver ? std::optional(driver->version()) : std::nullopt);
+  });
 }
 
 FoundKernel find_or_compile(const KernelSpec& spec, const CompileTarget& target) {

@@ -37,6 +37,8 @@ ordered_json entry_of(const CacheEntry& entry) {
 std::unique_ptr<KernelLibrary> open_pack_for_writing(const Config& config,
                                                      const std::filesystem::path& out_dir) {
   create_folders(out_dir, 0755);
+  if (const auto folder = TrustedFolder::open(out_dir, FolderUse::kPack))
+    if (const auto reason = folder->distrust()) throw FileError(*reason);
   KernelCacheSettings settings{.dir = out_dir,
                                .max_bytes = std::numeric_limits<std::uint64_t>::max(),
                                .prebuilt = std::nullopt,
@@ -46,15 +48,17 @@ std::unique_ptr<KernelLibrary> open_pack_for_writing(const Config& config,
 }
 
 void write_manifest(const std::filesystem::path& out_dir) {
-  std::vector<CacheEntry> entries = list_cache(out_dir);
+  // Listed under the lock: of several processes that build into one folder, the last to write saw what all had built.
+  const KernelKey key = make_key({{"file", "manifest.json"}});
+  const std::optional<FileLock> lock = lock_if_there_are_locks(out_dir, key);
+  std::vector<CacheEntry> entries = list_cache(out_dir, FolderUse::kPack);
   std::sort(entries.begin(), entries.end(),
             [](const CacheEntry& a, const CacheEntry& b) { return a.path < b.path; });
   ordered_json kernels = ordered_json::array();
   for (const CacheEntry& entry : entries)
     if (entry.file) kernels.push_back(entry_of(entry));
   const ordered_json manifest = {{"library", FLASH_ATTN_JIT_VERSION}, {"kernels", kernels}};
-  const std::filesystem::path path = out_dir / "manifest.json";
-  write_file(path, out_dir / temporary_name(sha256(path.string())), manifest.dump(2) + "\n", 0644);
+  write_file(out_dir / "manifest.json", out_dir / temporary_name(key), manifest.dump(2) + "\n", 0644);
 }
 
 }  // namespace flash_attn_jit

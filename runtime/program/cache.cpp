@@ -57,6 +57,12 @@ void print_entry(const CacheEntry& entry) {
     std::cout << entry.path.filename().string() << "  BROKEN: " << entry.fault << "\n";
 }
 
+void require_folder() {
+  if (config().cache_dir.empty())
+    throw ConfigError("there is no folder for the cache: HOME is not set, and this user has no entry in the system's list "
+                      "of users; set FLASH_ATTN_JIT_CACHE_DIR to a folder");
+}
+
 int show_path(const CacheFlags& flags) {
   const std::string dir = config().cache_dir.string();
   std::cout << (flags.json ? Json{{"path", dir}}.dump(2) : dir) << "\n";
@@ -110,7 +116,9 @@ int report_removal(const CacheFlags& flags, const CacheRemoval& removed) {
   else
     std::cout << config().cache_dir.string() << ": removed " << removed.files << " files, " << removed.bytes
               << " bytes\n";
-  return kSuccess;
+  if (removed.fault.empty()) return kSuccess;
+  std::cerr << "flash-attn-jit cache: " << removed.fault << "\n";
+  return kFailure;
 }
 
 int prune(const CacheFlags& flags) {
@@ -133,7 +141,12 @@ void add_cache(CLI::App& app, Action& chosen) {
   const auto add = [&](const char* name, const char* what, int (*work)(const CacheFlags&)) {
     CLI::App* const command = cache->add_subcommand(name, what);
     command->add_flag("--json", flags->json, "Print JSON");
-    command->callback([&chosen, flags, work] { chosen = [flags, work] { return work(*flags); }; });
+    command->callback([&chosen, flags, work] {
+      chosen = [flags, work] {
+        require_folder();
+        return work(*flags);
+      };
+    });
     return command;
   };
   add("path", "Print the cache's folder", show_path);

@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 
 #include <sys/wait.h>
+#include <unistd.h>
 
 #include <array>
 #include <cstdio>
@@ -157,6 +158,48 @@ TEST_CASE("prebuild names every kernel that fails and exits with 1") {
   for (const Json& failure : json["failures"]) {
     CHECK(holds(run.err, failure["kernel"].get<std::string>() + " failed"));
     CHECK(holds(failure["reason"].get<std::string>(), "mask.cuh"));
+  }
+}
+
+TEST_CASE("prebuild goes on with the threads that can be had") {
+  const Program program;
+  fs::create_directory(program.folder() / "no nvrtc");
+  // Stacks larger than the address space. Without a compiler every kernel fails, which is told at the end.
+  const ProgramRun run = program.run(
+      "prebuild --arch sm_75 --kinds fwd --head-dims 64 --causal both --gqa 1,2 --jobs 500 --json --out '" +
+          (program.folder() / "pack").string() + "'",
+      "FLASH_ATTN_JIT_NVRTC='" + (program.folder() / "no nvrtc").string() +
+          "' sh -c 'ulimit -s 140000000000 && exec \"$0\" \"$@\"'");
+  CAPTURE(run.err);
+  CHECK(run.exit_code == 1);
+  CHECK(Json::parse(run.out)["failures"].size() >= 8);
+  CHECK(fs::exists(program.folder() / "pack/manifest.json"));
+  CHECK(holds(run.err, "threads"));
+}
+
+TEST_CASE("cache says what it cannot remove" * doctest::skip(::geteuid() != 0)) {
+  const Program program;
+  const fs::path cache = program.folder() / "cache";
+  fs::create_directory(cache);
+  std::ofstream(cache / ("x." + std::string(64, '0') + ".kernel")) << "not a kernel";
+  fs::permissions(program.folder(), fs::perms::all);
+  const ProgramRun run = program.run("cache clear", "setpriv --reuid 12345 --clear-groups");
+  CAPTURE(run.err);
+  CHECK(run.exit_code == 1);
+  CHECK(holds(run.err, "cannot be removed"));
+  CHECK_FALSE(fs::is_empty(cache));
+}
+
+TEST_CASE("cache without a folder says so" * doctest::skip(::geteuid() != 0)) {
+  const Program program;
+  for (const char* command : {"path", "list", "verify", "prune", "clear"}) {
+    const ProgramRun run = program.run(std::string("cache ") + command,
+                                       "env -u HOME -u XDG_CACHE_HOME -u FLASH_ATTN_JIT_CACHE_DIR setpriv --reuid 54321 "
+                                       "--clear-groups");
+    CAPTURE(run.err);
+    CHECK(run.exit_code == 2);
+    CHECK(holds(run.err, "HOME"));
+    CHECK(holds(run.err, "FLASH_ATTN_JIT_CACHE_DIR"));
   }
 }
 
