@@ -8,6 +8,9 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
+#include <mutex>
+
+#include "runtime/fork.h"
 
 extern char** environ;
 
@@ -53,10 +56,16 @@ int spawn(const std::vector<std::string>& arguments, int output, pid_t& child) {
 
 ProgramResult run_program(const std::vector<std::string>& arguments) {
   int ends[2];
-  if (pipe2(ends, O_CLOEXEC) != 0) return not_started(errno);
   pid_t child = 0;
-  const int error = spawn(arguments, ends[1], child);
-  close(ends[1]);
+  int error = 0;
+  {
+    // A process forked off meanwhile would keep the pipe's writing end, and with it this one from reading to the end.
+    static ForkSafeMutex& no_fork = *new ForkSafeMutex;
+    const std::lock_guard guard(no_fork);
+    if (pipe2(ends, O_CLOEXEC) != 0) return not_started(errno);
+    error = spawn(arguments, ends[1], child);
+    close(ends[1]);
+  }
   if (error != 0) {
     close(ends[0]);
     return not_started(error);
