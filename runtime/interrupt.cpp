@@ -1,29 +1,44 @@
 #include "runtime/interrupt.h"
 
-#include <atomic>
 #include <chrono>
+#include <memory>
+#include <mutex>
+
+#include "runtime/fork.h"
 
 namespace flash_attn_jit {
 namespace {
 
-// A check is never destroyed, since a thread may be in it while it is replaced.
-std::atomic<const InterruptCheck*> process_check = nullptr;
+struct State {
+  ForkSafeMutex mutex;
+  std::shared_ptr<const InterruptCheck> check;
+};
+
+State& state() {
+  static constinit ProcessOwn<State> process_state;
+  return process_state.get([] { return State(); });
+}
 
 }  // namespace
 
 void set_interrupt_check(InterruptCheck check) {
-  process_check = check ? new InterruptCheck(std::move(check)) : nullptr;
+  auto shared = check ? std::make_shared<const InterruptCheck>(std::move(check)) : nullptr;
+  const std::lock_guard lock(state().mutex);
+  state().check.swap(shared);
 }
 
 void throw_if_interrupted() {
   using Clock = std::chrono::steady_clock;
-  const InterruptCheck* check = process_check;
-  if (check == nullptr) return;
   thread_local Clock::time_point next{};
   const Clock::time_point now = Clock::now();
   if (now < next) return;
   next = now + std::chrono::milliseconds(50);
-  if ((*check)()) throw Interrupted();
+  std::shared_ptr<const InterruptCheck> check;
+  {
+    const std::lock_guard lock(state().mutex);
+    check = state().check;
+  }
+  if (check && (*check)()) throw Interrupted();
 }
 
 }  // namespace flash_attn_jit
