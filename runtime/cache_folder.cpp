@@ -204,4 +204,16 @@ CacheRemoval prune_cache(const fs::path& dir, std::uint64_t max_bytes) {
 
 CacheRemoval clear_cache(const fs::path& dir) { return prune_cache(dir, 0); }
 
+CacheRemoval clear_built_by(const fs::path& dir, std::string_view compiler) {
+  CacheRemoval removal;
+  for (const CacheEntry& entry : list_cache(dir)) {
+    if (!entry.file) continue;
+    const std::string& built_by = entry.file->kernel.built_by;
+    // "nvrtc 12.9, linked by driver 12.4" is by "nvrtc 12.9", and not by "nvrtc 12".
+    if (!built_by.starts_with(compiler) || (built_by.size() > compiler.size() && built_by[compiler.size()] != ',')) continue;
+    remove({entry.path, FileKind::kKernel, "", entry.bytes, entry.last_used}, removal);
+  }
+  return removal;
+}
+
 }  // namespace flash_attn_jit

@@ -61,4 +61,7 @@ CacheRemoval prune_cache(const std::filesystem::path& dir, std::uint64_t max_byt
 // Removes every file that is the cache's own and not in use; others stay.
 CacheRemoval clear_cache(const std::filesystem::path& dir);
 
+// Removes the kernels that `compiler`, as "nvrtc 12.9", had a part in: a kernel's key does not tell who made it.
+CacheRemoval clear_built_by(const std::filesystem::path& dir, std::string_view compiler);
+
 }  // namespace flash_attn_jit

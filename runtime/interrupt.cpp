@@ -19,6 +19,8 @@ State& state() {
   return process_state.get([] { return State(); });
 }
 
+thread_local const std::atomic<bool>* stopped_by = nullptr;
+
 }  // namespace
 
 void set_interrupt_check(InterruptCheck check) {
@@ -27,7 +29,15 @@ void set_interrupt_check(InterruptCheck check) {
   state().check.swap(shared);
 }
 
+InterruptedBy::InterruptedBy(const std::atomic<bool>& stop) { stopped_by = &stop; }
+
+InterruptedBy::~InterruptedBy() { stopped_by = nullptr; }
+
 void throw_if_interrupted() {
+  if (stopped_by != nullptr) {
+    if (*stopped_by) throw Interrupted();
+    return;
+  }
   using Clock = std::chrono::steady_clock;
   thread_local Clock::time_point next{};
   const Clock::time_point now = Clock::now();

@@ -1,6 +1,7 @@
 // Ctrl-C in the middle of something long: a wait for another process, a kernel that is interpreted.
 #pragma once
 
+#include <atomic>
 #include <exception>
 #include <functional>
 
@@ -21,5 +22,15 @@ void set_interrupt_check(InterruptCheck check);
 // For the loops of long work: throws Interrupted where the check tells to stop. It asks twenty times a second at most,
 // so that it may be called as often as is convenient.
 void throw_if_interrupted();
+
+// While it lives, throw_if_interrupted() on this thread asks no check and throws where `stop` is set: for a thread that
+// works for another one, which asks.
+class InterruptedBy {
+ public:
+  explicit InterruptedBy(const std::atomic<bool>& stop);
+  ~InterruptedBy();
+  InterruptedBy(const InterruptedBy&) = delete;
+  InterruptedBy& operator=(const InterruptedBy&) = delete;
+};
 
 }  // namespace flash_attn_jit

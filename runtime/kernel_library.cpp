@@ -130,17 +130,21 @@ FoundKernel KernelLibrary::find_or_link(const KernelSpec& spec, const LinkTarget
                                         const LinkPtx& link) {
   const RenderedKernel rendered = render(checked(spec, target.ptx_sm), templates_);
   const KernelId id = id_of_linked(spec, rendered, target, driver_version_.value_or(0));
-  const FoundKernel found = cache_->get_or_build(id, [&] {
+  const auto build = [&] {
     const CompileTarget ptx{target.ptx_sm, CodeKind::kPtx};
     auto packed = find(spec, ptx);
-    return tell_if_slow(id.name, link(packed ? packed->kernel : compile(spec, rendered, ptx, id)));
-  });
-  return with_launch_shape(found, rendered);
+    CompiledKernel kernel = link(packed ? packed->kernel : compile(spec, rendered, ptx, id));
+    if (const auto nvrtc = compilers_->foresee(CodeKind::kCubin); nvrtc && target.until_newer_nvrtc)
+      kernel.stands_in_for_nvrtc = nvrtc->as_driver_version();
+    return tell_if_slow(id.name, std::move(kernel));
+  };
+  return with_launch_shape(cache_->get_or_build(id, build, objection_to_linked(target)), rendered);
 }
 
 std::optional<FoundKernel> KernelLibrary::find_linked(const KernelSpec& spec, const LinkTarget& target) {
   const RenderedKernel rendered = render(checked(spec, target.ptx_sm), templates_);
-  auto found = cache_->find(id_of_linked(spec, rendered, target, driver_version_.value_or(0)));
+  auto found = cache_->find(id_of_linked(spec, rendered, target, driver_version_.value_or(0)),
+                            objection_to_linked(target));
   if (found) found = with_launch_shape(*std::move(found), rendered);
   return found;
 }
@@ -177,6 +181,16 @@ std::optional<std::string> KernelLibrary::objection_to(const CompiledKernel& ker
   return "it was built by " + kernel.built_by + " and needs a CUDA " +
          driver_version_text(kernel.min_driver) + " driver or newer; this one is " +
          driver_version_text(*driver_version_);
+}
+
+KernelCache::Objection KernelLibrary::objection_to_linked(const LinkTarget& target) {
+  if (!target.until_newer_nvrtc) return {};
+  return [this](const CompiledKernel& kernel) -> std::optional<std::string> {
+    const auto nvrtc = compilers_->foresee(CodeKind::kCubin);
+    if (!nvrtc || nvrtc->as_driver_version() <= kernel.stands_in_for_nvrtc) return std::nullopt;
+    return "it is the Turing code (" + kernel.built_by + "), and NVRTC " + nvrtc->text() +
+           ", which was not there then, may know this GPU";
+  };
 }
 
 KernelCacheSettings cache_settings(const Config& config) {

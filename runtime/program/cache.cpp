@@ -2,6 +2,7 @@
 #include <chrono>
 #include <ctime>
 #include <iostream>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -19,7 +20,8 @@ using Json = nlohmann::ordered_json;
 
 struct CacheFlags {
   bool json = false;
-  std::string max_bytes;  // of prune
+  std::string max_bytes;                // of prune
+  std::optional<std::string> built_by;  // of clear
 };
 
 std::string utc_text(std::filesystem::file_time_type time) {
@@ -65,7 +67,7 @@ void require_folder() {
 
 int show_path(const CacheFlags& flags) {
   const std::string dir = config().cache_dir.string();
-  std::cout << (flags.json ? Json{{"path", dir}}.dump(2) : dir) << "\n";
+  std::cout << (flags.json ? json_text({{"path", dir}}) : dir) << "\n";
   return kSuccess;
 }
 
@@ -81,8 +83,7 @@ int list(const CacheFlags& flags) {
       print_entry(entry);
   }
   if (flags.json)
-    std::cout << Json{{"path", config().cache_dir.string()}, {"bytes", bytes}, {"kernels", kernels}}.dump(2)
-              << "\n";
+    std::cout << json_text({{"path", config().cache_dir.string()}, {"bytes", bytes}, {"kernels", kernels}}) << "\n";
   else
     std::cout << config().cache_dir.string() << ": " << entries.size() << " kernels, " << bytes << " bytes\n";
   return kSuccess;
@@ -97,8 +98,7 @@ int verify(const CacheFlags& flags) {
     if (!flags.json) print_entry(entry);
   }
   if (flags.json)
-    std::cout << Json{{"path", config().cache_dir.string()}, {"verified", entries.size()}, {"broken", broken}}
-                     .dump(2)
+    std::cout << json_text({{"path", config().cache_dir.string()}, {"verified", entries.size()}, {"broken", broken}})
               << "\n";
   else
     std::cout << config().cache_dir.string() << ": " << entries.size() << " kernels read, " << broken.size()
@@ -108,10 +108,9 @@ int verify(const CacheFlags& flags) {
 
 int report_removal(const CacheFlags& flags, const CacheRemoval& removed) {
   if (flags.json)
-    std::cout << Json{{"path", config().cache_dir.string()},
-                      {"removed_files", removed.files},
-                      {"removed_bytes", removed.bytes}}
-                     .dump(2)
+    std::cout << json_text({{"path", config().cache_dir.string()},
+                            {"removed_files", removed.files},
+                            {"removed_bytes", removed.bytes}})
               << "\n";
   else
     std::cout << config().cache_dir.string() << ": removed " << removed.files << " files, " << removed.bytes
@@ -129,7 +128,12 @@ int prune(const CacheFlags& flags) {
   return report_removal(flags, prune_cache(config().cache_dir, max_bytes));
 }
 
-int clear(const CacheFlags& flags) { return report_removal(flags, clear_cache(config().cache_dir)); }
+int clear(const CacheFlags& flags) {
+  if (!flags.built_by) return report_removal(flags, clear_cache(config().cache_dir));
+  if (flags.built_by->empty())
+    throw UsageError("--built-by is ''; accepted: a compiler as 'flash-attn-jit cache list' names it, such as 'nvrtc 12.9'");
+  return report_removal(flags, clear_built_by(config().cache_dir, *flags.built_by));
+}
 
 }  // namespace
 
@@ -155,7 +159,8 @@ void add_cache(CLI::App& app, Action& chosen) {
   add("prune", "Remove leftovers, then the least recently used kernels beyond a size", prune)
       ->add_option("--max-bytes", flags->max_bytes,
                    "Keep at most this many bytes; default: FLASH_ATTN_JIT_CACHE_MAX_BYTES");
-  add("clear", "Remove everything that the cache wrote", clear);
+  add("clear", "Remove everything that the cache wrote", clear)
+      ->add_option("--built-by", flags->built_by, "Only what this compiler made, as list names it: 'nvrtc 12.9'");
 }
 
 }  // namespace flash_attn_jit::program

@@ -137,7 +137,7 @@ void add_devices(CLI::App& app, Action& chosen) {
     chosen = [as_json] {
       const Json found = report();
       if (*as_json)
-        std::cout << found.dump(2) << "\n";
+        std::cout << json_text(found) << "\n";
       else
         print(found);
       return kSuccess;

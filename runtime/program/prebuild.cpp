@@ -173,7 +173,7 @@ int run_prebuild(const PrebuildFlags& flags) {
 
   print_failures(outcome);
   if (flags.json)
-    std::cout << outcome_json(outcome, flags.out, target).dump(2) << "\n";
+    std::cout << json_text(outcome_json(outcome, flags.out, target)) << "\n";
   else
     std::cout << flags.out << ": " << outcome.built << " built, " << outcome.skipped << " there already, "
               << outcome.failures.size() << " failed, " << seconds_text(outcome.seconds) << "\n";

@@ -11,6 +11,7 @@
 #include "runtime/pack.h"
 #include "tests/cpp/captured_log.h"
 #include "tests/cpp/containing.h"
+#include "tests/cpp/stub_nvrtc.h"
 #include "tests/cpp/tiny_templates.h"
 
 using namespace flash_attn_jit;
@@ -46,8 +47,25 @@ TEST_CASE("ptxas's log tells registers, spills and static shared memory") {
   CHECK(resources.spill_stores == 16);
   CHECK(resources.spill_loads == 24);
   CHECK(resources.static_smem == 512);
-  CHECK_THROWS_AS(parse_ptxas_log("nothing of the kind"), Error);
-  CHECK_THROWS_AS(parse_ptxas_log(""), Error);
+}
+
+TEST_CASE("a log in other words tells no resources, and the kernel is used all the same") {
+  for (const std::string log : {"", "used 99 register, no spill", "128 registers"}) {
+    CAPTURE(log);
+    const KernelResources resources = parse_ptxas_log(log);
+    CHECK(resources.registers == (log.starts_with("128") ? std::optional(128) : std::nullopt));
+    CHECK_FALSE(resources.spill_stores.has_value());
+    CHECK_FALSE(resources.spill_loads.has_value());
+
+    TinySetting setting;
+    setting.config.nvrtc = make_stub_nvrtc(setting.folder / "nvrtc", {.log = log});
+    const FoundKernel compiled = KernelLibrary(setting.settings(std::nullopt)).find_or_compile(tiny_spec(), kCubin);
+    CHECK(is_elf(compiled.kernel.image));
+    const FoundKernel found = KernelLibrary(setting.settings(std::nullopt)).find_or_compile(tiny_spec(), kCubin);
+    CHECK(found.origin == KernelOrigin::kDiskCache);
+    CHECK(found.kernel.resources.registers == resources.registers);
+    CHECK_FALSE(found.kernel.resources.spill_loads.has_value());
+  }
 }
 
 TEST_CASE("NVRTC's own cache is off where there is one; the key does not depend on that") {
