@@ -12,6 +12,7 @@
 
 #include "runtime/config.h"
 #include "runtime/files.h"
+#include "runtime/fork.h"
 #include "runtime/subprocess.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -108,9 +109,8 @@ HostCompiler find_host_compiler(const std::optional<std::string>& choice) {
 }
 
 const HostCompiler& host_compiler() {
-  // Never destroyed: threads may still compile while the process ends.
-  static const HostCompiler& compiler = *new HostCompiler(find_host_compiler(config().cxx));
-  return compiler;
+  static constinit ProcessOwn<const HostCompiler> compiler;
+  return compiler.get([] { return find_host_compiler(config().cxx); });
 }
 
 std::vector<std::string> host_compiler_flags(const HostCompiler& compiler) {

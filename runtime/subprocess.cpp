@@ -89,6 +89,9 @@ int spawn(const std::vector<std::string>& arguments, int output, pid_t& child) {
   return error;
 }
 
+// A process forked off while the pipe's writing end is open would keep it, and this one from reading to the end.
+ForkSafeMutex& no_fork = *new ForkSafeMutex;
+
 }  // namespace
 
 std::string ProgramResult::text() const {

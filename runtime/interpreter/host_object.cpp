@@ -11,6 +11,8 @@
 #include <mutex>
 #include <utility>
 
+#include "runtime/fork.h"
+
 namespace flash_attn_jit {
 namespace {
 
@@ -61,7 +63,7 @@ HostObject::~HostObject() {
 
 std::shared_ptr<const HostObject> HostObject::load(const std::string& image, const std::string& kernel) {
   // Never destroyed: threads may still run kernels while the process ends.
-  static auto& mutex = *new std::mutex;
+  static auto& mutex = *new ForkSafeMutex;
   static auto& loaded = *new std::list<std::pair<std::string, std::shared_ptr<const HostObject>>>;  // last used first
   const std::lock_guard lock(mutex);
   const auto found =

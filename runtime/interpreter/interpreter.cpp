@@ -3,6 +3,7 @@
 #include <cfenv>
 #include <mutex>
 
+#include "runtime/fork.h"
 #include "runtime/interpreter/block_engine.h"
 #include "runtime/interpreter/host_object.h"
 #include "runtime/interrupt.h"
@@ -12,7 +13,7 @@ namespace {
 
 // Never destroyed: threads may still run kernels while the process ends.
 struct LastReport {
-  std::mutex mutex;
+  ForkSafeMutex mutex;
   InterpreterReport report;
 };
 

@@ -17,16 +17,15 @@ flash_attn_jit.flash_attn_func(q, q, q)
 """
 
 FORK_WHILE_A_THREAD_COMPILES = """
-import os, signal, threading, time
+import glob, os, signal, threading, time
 import torch, flash_attn_jit
 def call():
     q = torch.randn(1, 20, 1, 200).half()
     flash_attn_jit.flash_attn_func(q, q, q)
 thread = threading.Thread(target=call)
 thread.start()
-cache = os.environ["FLASH_ATTN_JIT_CACHE_DIR"]
-while not os.path.isdir(cache) or not any(name.endswith(".lock") for name in os.listdir(cache)):
-    time.sleep(0.002)  # until the compiler is about to run
+while not glob.glob(PATTERN):
+    time.sleep(0.002)
 child = os.fork()
 if child == 0:
     signal.alarm(60)
@@ -37,10 +36,27 @@ print(os.waitpid(child, 0)[1])
 """
 
 
-def test_a_process_forked_while_a_thread_compiles_can_call_too(tmp_path):
-    done = run_python(FORK_WHILE_A_THREAD_COMPILES, FLASH_ATTN_JIT_CACHE_DIR=tmp_path / "cache")
+def child_status_of(pattern, **changes):
+    """How a child ended that was forked once a file of that name was there."""
+    done = run_python(f"PATTERN = {str(pattern)!r}\n" + FORK_WHILE_A_THREAD_COMPILES, **changes)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "0", "the child hung or failed: " + done.stdout + done.stderr
+    return int(done.stdout)
+
+
+def test_a_process_forked_while_a_thread_compiles_can_call_too(tmp_path):
+    assert child_status_of(tmp_path / "cache" / "*.lock", FLASH_ATTN_JIT_CACHE_DIR=tmp_path / "cache") == 0
+
+
+def test_a_process_forked_while_a_thread_looks_for_the_compiler_can_call_too(tmp_path):
+    compiler = tmp_path / "slow-to-tell-its-version"
+    compiler.write_text(
+        f"#!/bin/sh\nif [ $1 = --version ]; then touch {tmp_path}/started; sleep 1; fi\nexec c++ \"$@\"\n"
+    )
+    compiler.chmod(0o755)
+    status = child_status_of(
+        tmp_path / "started", FLASH_ATTN_JIT_CACHE_DIR=tmp_path / "cache", FLASH_ATTN_JIT_CXX=compiler
+    )
+    assert status == 0
 
 
 def test_a_wait_for_another_process_is_told_and_ends_on_ctrl_c(tmp_path):
