@@ -4,7 +4,7 @@ string(REPLACE "|" ";" TEMPLATES "${TEMPLATES}")
 
 set(text "// Generated from the files in templates/ by generator/embed_templates.cmake.\n")
 string(APPEND text "#include \"generator/render.h\"\n\nnamespace flash_attn_jit {\n\n")
-string(APPEND text "const TemplateSet& embedded_templates() {\n  static const TemplateSet templates = {\n")
+string(APPEND text "const TemplateSet& embedded_templates() {\n  // Never destroyed: threads may still render while the process ends.\n  static const TemplateSet& templates = *new TemplateSet{\n")
 foreach(path IN LISTS TEMPLATES)
   get_filename_component(name "${path}" NAME)
   file(READ "${path}" content)

@@ -1,6 +1,7 @@
 // The module flash_attn_jit._core: what the Python package needs of the runtime, and no policy.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
 
 #include "generator/legality.h"
 #include "python/bindings_errors.h"
@@ -11,6 +12,7 @@
 #include "runtime/config.h"
 #include "runtime/driver.h"
 #include "runtime/interpreter/interpreter.h"
+#include "runtime/interrupt.h"
 #include "runtime/kernel_library.h"
 #include "runtime/kernel_selection.h"
 #include "runtime/log.h"
@@ -34,18 +36,31 @@ void set_logger(const py::object& logger) {
     const py::gil_scoped_acquire gil;
     try {
       // As an argument of "%s": a message is no format string.
-      (*log_method)(python_level(level), "%s", message);
+      (*log_method)(python_level(level), "%s", bindings::readable(message));
     } catch (py::error_already_set& error) {
       error.discard_as_unraisable("flash_attn_jit's logger");
     }
   });
 }
 
+// Python's own signal handlers run here, in the main thread alone. What they raise stays set for the error translator,
+// which Interrupted reaches.
+bool python_wants_to_stop() {
+  if (!Py_IsInitialized()) return false;
+  const py::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
+}
+
 py::list devices() {
+  std::vector<DeviceInfo> infos;
+  Driver* driver = nullptr;
+  {
+    const py::gil_scoped_release without_gil;
+    driver = process_driver();
+    for (int i = 0; driver && i < driver->device_count(); ++i) infos.push_back(driver->device_info(i));
+  }
   py::list found;
-  Driver* driver = process_driver();
-  for (int i = 0; driver && i < driver->device_count(); ++i) {
-    const DeviceInfo info = driver->device_info(i);
+  for (const DeviceInfo& info : infos) {
     py::dict device;
     device["ordinal"] = info.ordinal;
     device["name"] = info.name;
@@ -90,7 +105,7 @@ py::dict describe(const KernelSpec& spec, const FoundKernel& found) {
   result["name"] = spec.name();
   result["tile"] = spec.tile.text();
   result["origin"] = origin_text(found.origin);
-  result["built_by"] = kernel.built_by;
+  result["built_by"] = bindings::readable(kernel.built_by);
   result["threads"] = kernel.threads;
   result["dynamic_smem"] = kernel.dynamic_smem;
   result["registers"] = kernel.resources.registers;
@@ -114,10 +129,12 @@ py::dict find_kernel(KernelLibrary& library, const std::string& spec_text, const
 void bind_kernel_library(py::module_& module) {
   py::class_<KernelLibrary>(module, "KernelLibrary", "A cache with a compiler behind it.")
       .def("find_or_compile", &find_kernel, py::arg("spec"), py::arg("arch"));
-  module.def("process_library", &process_library, py::return_value_policy::reference);
-  module.def("open_pack_for_writing",
-             [](const std::string& dir) { return open_pack_for_writing(config(), dir); });
-  module.def("write_manifest", [](const std::string& dir) { write_manifest(dir); });
+  // What reads or writes files may log, or wait for a thread that does.
+  using WithoutGil = py::call_guard<py::gil_scoped_release>;
+  using std::filesystem::path;
+  module.def("process_library", &process_library, py::return_value_policy::reference, WithoutGil());
+  module.def("open_pack_for_writing", [](const path& dir) { return open_pack_for_writing(config(), dir); }, WithoutGil());
+  module.def("write_manifest", [](const path& dir) { write_manifest(dir); }, WithoutGil());
 }
 
 void bind_interpreter_report(py::module_& module) {
@@ -179,15 +196,14 @@ void bind_attention(py::module_& module) {
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The compiled part of flash_attn_jit. Private: use the package's own functions.";
   bindings::register_error_translator();
+  set_interrupt_check(&python_wants_to_stop);
   bind_interpreter_report(module);
   bind_kernel_library(module);
 
   module.def("connect_torch", &bindings::connect_torch, py::arg("torch"));
   module.def("uses_exchange_api", &bindings::uses_exchange_api);
   module.def("set_logger", &set_logger, py::arg("logger"));
-  module.def("set_python_search_path", [](const std::vector<std::string>& folders) {
-    set_python_search_path({folders.begin(), folders.end()});
-  });
+  module.def("set_python_search_path", &set_python_search_path);
 
   bind_attention(module);
   module.attr("most_scale") = kMostScale;

@@ -54,6 +54,7 @@ struct Chip {
 
 Chip chip_of(const Device& device) {
   if (device.kind == DeviceKind::kCpu) return {"the interpreter, which plays sm_75", 75};
+  const py::gil_scoped_release without_gil;
   Driver* driver = process_driver();
   if (!driver) throw DriverError(process_driver_absence());
   const DeviceInfo info = driver->device_info(device.ordinal);

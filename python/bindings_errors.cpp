@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "runtime/interpreter/interpreter.h"
+#include "runtime/interrupt.h"
 #include "runtime/kernel_library.h"
 
 namespace py = pybind11;
@@ -13,21 +14,27 @@ namespace {
 py::object error_class(const char* name) { return py::module_::import("flash_attn_jit.errors").attr(name); }
 
 void raise(const char* class_name, const std::exception& error) {
-  py::set_error(error_class(class_name), error.what());
+  py::set_error(error_class(class_name), readable(error.what()));
+}
+
+// A path as Python has it, so that it can be opened.
+py::str path_text(const std::string& path) {
+  return py::reinterpret_steal<py::str>(
+      PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<py::ssize_t>(path.size())));
 }
 
 void raise_compile_error(const CompileError& error) {
   const py::object type = error_class("CompileError");
-  py::object instance = type(error.what());
-  instance.attr("log") = error.log;
-  instance.attr("options") = error.options;
-  instance.attr("source_path") = error.source_path;
+  py::object instance = type(readable(error.what()));
+  instance.attr("log") = readable(error.log);
+  instance.attr("options") = readable(error.options);
+  instance.attr("source_path") = path_text(error.source_path);
   PyErr_SetObject(type.ptr(), instance.ptr());
 }
 
 void raise_missing_kernel_error(const MissingKernelError& error) {
   const py::object type = error_class("MissingKernelError");
-  py::object instance = type(error.what());
+  py::object instance = type(readable(error.what()));
   instance.attr("spec") = error.spec.text();
   instance.attr("prebuild_command") = error.prebuild_command;
   PyErr_SetObject(type.ptr(), instance.ptr());
@@ -36,6 +43,8 @@ void raise_missing_kernel_error(const MissingKernelError& error) {
 void translate(std::exception_ptr pointer) {
   try {
     if (pointer) std::rethrow_exception(pointer);
+  } catch (const Interrupted&) {
+    if (!PyErr_Occurred()) PyErr_SetNone(PyExc_KeyboardInterrupt);
   } catch (const CompileError& error) {
     raise_compile_error(error);
   } catch (const MissingKernelError& error) {
@@ -49,15 +58,22 @@ void translate(std::exception_ptr pointer) {
   } catch (const ConfigError& error) {
     raise("ConfigError", error);
   } catch (const NotBuiltError& error) {
-    py::set_error(PyExc_NotImplementedError, error.what());
+    py::set_error(PyExc_NotImplementedError, readable(error.what()));
   } catch (const ArgumentError& error) {
-    py::set_error(PyExc_ValueError, error.what());
+    py::set_error(PyExc_ValueError, readable(error.what()));
   } catch (const SpecError& error) {
-    py::set_error(PyExc_ValueError, error.what());
+    py::set_error(PyExc_ValueError, readable(error.what()));
+  } catch (const Error& error) {
+    py::set_error(PyExc_RuntimeError, readable(error.what()));
   }
 }
 
 }  // namespace
+
+py::str readable(const std::string& text) {
+  return py::reinterpret_steal<py::str>(
+      PyUnicode_DecodeUTF8(text.data(), static_cast<py::ssize_t>(text.size()), "replace"));
+}
 
 void register_error_translator() { py::register_local_exception_translator(translate); }
 

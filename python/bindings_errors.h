@@ -1,6 +1,10 @@
 // C++ errors as the Python classes of flash_attn_jit.errors.
 #pragma once
 
+#include <pybind11/pybind11.h>
+
+#include <string>
+
 #include "generator/errors.h"
 
 namespace flash_attn_jit::bindings {
@@ -9,6 +13,9 @@ namespace flash_attn_jit::bindings {
 struct NotBuiltError : Error {
   using Error::Error;
 };
+
+// For people to read: a path or a compiler's words may hold bytes that are no UTF-8, which come out as U+FFFD.
+pybind11::str readable(const std::string& text);
 
 void register_error_translator();
 

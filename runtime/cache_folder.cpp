@@ -6,8 +6,11 @@
 
 #include <algorithm>
 #include <atomic>
-
-#include "runtime/files.h"
+#include <cerrno>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <random>
 
 namespace flash_attn_jit {
 namespace {
@@ -74,18 +77,32 @@ std::vector<OwnFile> own_files(const fs::path& dir) {
   return files;
 }
 
-void remove(const OwnFile& file, CacheRemoval& removal) {
-  if (::unlink(file.path.c_str()) != 0) return;  // somebody else was faster
-  removal.files += 1;
-  removal.bytes += file.bytes;
+// Whether it is gone now.
+bool remove(const OwnFile& file, CacheRemoval& removal) {
+  if (::unlink(file.path.c_str()) == 0) {
+    removal.files += 1;
+    removal.bytes += file.bytes;
+    return true;
+  }
+  if (errno == ENOENT) return true;  // somebody else was faster
+  if (removal.fault.empty()) removal.fault = file.path.string() + " cannot be removed: " + std::strerror(errno);
+  return false;
 }
 
+bool is_old(const OwnFile& file) { return fs::file_time_type::clock::now() - file.last_used > std::chrono::hours(1); }
+
 // What belongs to a process that builds: removed only where nobody holds the key's lock, which frees the
-// lock's file too.
+// lock's file too. Without locks, where it is old.
 void remove_unless_in_use(const OwnFile& file, CacheRemoval& removal) {
-  const auto lock = FileLock::acquire(file.path.parent_path() / (file.key + ".lock"), FileLock::Wait::kNot);
-  if (!lock) return;
-  if (file.kind == FileKind::kTemporary) remove(file, removal);
+  const bool is_temporary = file.kind == FileKind::kTemporary;
+  try {
+    const auto lock = FileLock::acquire(file.path.parent_path() / (file.key + ".lock"), FileLock::Wait::kNot);
+    if (lock && is_temporary) remove(file, removal);
+  } catch (const LockError&) {
+    if (is_temporary && is_old(file)) remove(file, removal);
+  } catch (const FileError& error) {
+    if (removal.fault.empty()) removal.fault = error.what();
+  }
 }
 
 bool belongs_to_a_builder(const OwnFile& file) {
@@ -97,54 +114,81 @@ bool belongs_to_a_builder(const OwnFile& file) {
 std::string lock_name(const KernelKey& key) { return to_hex(key) + ".lock"; }
 
 std::string temporary_name(const KernelKey& key) {
+  // By chance: process numbers come again, in containers soon.
   static std::atomic<unsigned> count = 0;
-  return to_hex(key) + "." + std::to_string(::getpid()) + "-" + std::to_string(count++) + ".tmp";
+  std::random_device chance;
+  char number[32];
+  std::snprintf(number, sizeof number, "%08x%08x-%u", chance(), chance(), count++);
+  return to_hex(key) + "." + number + ".tmp";
+}
+
+std::optional<FileLock> lock_if_there_are_locks(const fs::path& dir, const KernelKey& key) {
+  try {
+    return FileLock::acquire(dir / lock_name(key), FileLock::Wait::kUntilFree);
+  } catch (const LockError&) {
+    return std::nullopt;
+  }
 }
 
 std::string source_name(const KernelId& id) { return id.name + "." + to_hex(id.key) + ".cu"; }
 
 void mark_used(const fs::path& path) { ::utimensat(AT_FDCWD, path.c_str(), nullptr, 0); }
 
-std::vector<CacheEntry> list_cache(const fs::path& dir) {
+namespace {
+
+// Nothing where the file has vanished.
+std::optional<CacheEntry> entry_of(const TrustedFolder& folder, const OwnFile& own) {
+  CacheEntry entry{own.path, own.bytes, own.last_used, std::nullopt, ""};
+  try {
+    const auto bytes = folder.read(own.path.filename().string());
+    if (!bytes) return std::nullopt;
+    auto parsed = parse_kernel_file(*bytes);
+    if (const auto* fault = std::get_if<KernelFileFault>(&parsed))
+      entry.fault = fault->reason;
+    else if (to_hex(std::get<KernelFile>(parsed).id.key) != own.key)
+      entry.fault = "it holds the kernel of another key";
+    else
+      entry.file = std::get<KernelFile>(std::move(parsed));
+    if (entry.file) entry.file->kernel.image.clear();
+  } catch (const FileError& error) {
+    entry.fault = error.what();
+  }
+  return entry;
+}
+
+}  // namespace
+
+std::vector<CacheEntry> list_cache(const fs::path& dir, FolderUse use) {
   std::vector<CacheEntry> entries;
+  const auto folder = TrustedFolder::open(dir, use);
+  if (!folder) return entries;
+  const auto distrust = folder->distrust();
   for (const OwnFile& own : own_files(dir)) {
     if (own.kind != FileKind::kKernel && own.kind != FileKind::kBroken) continue;
-    CacheEntry entry{own.path, own.bytes, own.last_used, std::nullopt, ""};
-    try {
-      const auto bytes = read_file(own.path);
-      if (!bytes) continue;
-      auto parsed = parse_kernel_file(*bytes);
-      if (const auto* fault = std::get_if<KernelFileFault>(&parsed))
-        entry.fault = fault->reason;
-      else if (to_hex(std::get<KernelFile>(parsed).id.key) != own.key)
-        entry.fault = "it holds the kernel of another key";
-      else
-        entry.file = std::get<KernelFile>(std::move(parsed));
-      if (entry.file) entry.file->kernel.image.clear();
-    } catch (const FileError& error) {
-      entry.fault = error.what();
-    }
-    entries.push_back(std::move(entry));
+    auto entry = distrust ? CacheEntry{own.path, own.bytes, own.last_used, std::nullopt, *distrust}
+                          : entry_of(*folder, own);
+    if (entry) entries.push_back(*std::move(entry));
   }
   std::reverse(entries.begin(), entries.end());
   return entries;
 }
 
-CacheRemoval evict(const fs::path& dir, std::uint64_t max_bytes) {
-  const std::vector<OwnFile> files = own_files(dir);
+CacheRemoval evict(const fs::path& dir, std::uint64_t max_bytes, std::uint64_t down_to) {
+  std::vector<OwnFile> kept;
   CacheRemoval removal;
-  std::uint64_t total = 0;
-  for (const OwnFile& file : files) {
-    if (belongs_to_a_builder(file))
+  for (OwnFile& file : own_files(dir)) {
+    if (belongs_to_a_builder(file)) {
       remove_unless_in_use(file, removal);
-    else
-      total += file.bytes;
+      continue;
+    }
+    removal.bytes_left += file.bytes;
+    kept.push_back(std::move(file));
   }
-  for (const OwnFile& file : files) {
-    if (total <= max_bytes) break;
-    if (belongs_to_a_builder(file)) continue;
-    remove(file, removal);
-    total -= file.bytes;
+  if (removal.bytes_left <= max_bytes) return removal;
+  for (const OwnFile& file : kept) {
+    const bool is_last = &file == &kept.back();
+    if (removal.bytes_left <= (is_last ? max_bytes : down_to)) break;
+    if (remove(file, removal)) removal.bytes_left -= file.bytes;
   }
   return removal;
 }
@@ -153,10 +197,23 @@ CacheRemoval prune_cache(const fs::path& dir, std::uint64_t max_bytes) {
   CacheRemoval removal;
   for (const OwnFile& file : own_files(dir))
     if (file.kind == FileKind::kBroken || file.kind == FileKind::kSource) remove(file, removal);
-  const CacheRemoval evicted = evict(dir, max_bytes);
-  return {removal.files + evicted.files, removal.bytes + evicted.bytes};
+  const CacheRemoval evicted = evict(dir, max_bytes, max_bytes);
+  return {removal.files + evicted.files, removal.bytes + evicted.bytes, evicted.bytes_left,
+          removal.fault.empty() ? evicted.fault : removal.fault};
 }
 
 CacheRemoval clear_cache(const fs::path& dir) { return prune_cache(dir, 0); }
+
+CacheRemoval clear_built_by(const fs::path& dir, std::string_view compiler) {
+  CacheRemoval removal;
+  for (const CacheEntry& entry : list_cache(dir)) {
+    if (!entry.file) continue;
+    const std::string& built_by = entry.file->kernel.built_by;
+    // "nvrtc 12.9, linked by driver 12.4" is by "nvrtc 12.9", and not by "nvrtc 12".
+    if (!built_by.starts_with(compiler) || (built_by.size() > compiler.size() && built_by[compiler.size()] != ',')) continue;
+    remove({entry.path, FileKind::kKernel, "", entry.bytes, entry.last_used}, removal);
+  }
+  return removal;
+}
 
 }  // namespace flash_attn_jit

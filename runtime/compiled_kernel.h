@@ -6,9 +6,10 @@
 
 namespace flash_attn_jit {
 
-// What one kernel needs of the machine. Spills are unknown where the compiler's log does not tell (PTX).
+// What one kernel needs of the machine, for people to read: nothing where the compiler's log does not tell (PTX, host
+// objects, words that are not ptxas's).
 struct KernelResources {
-  int registers = 0;                 // per thread; 0 where unknown (PTX before it is loaded)
+  std::optional<int> registers;      // per thread
   int static_smem = 0;               // bytes per block
   std::optional<int> spill_stores;   // bytes
   std::optional<int> spill_loads;    // bytes
@@ -24,6 +25,8 @@ struct CompiledKernel {
   // The oldest driver that loads it, counted as cuDriverGetVersion does (12090 is 12.9): for a cubin the first of its
   // NVRTC's major, for PTX its NVRTC's own version; 0 for host objects.
   int min_driver = 0;
+  // Of Turing code that a newer GPU runs because no NVRTC knew it: the newest of those, counted in the same way; else 0.
+  int stands_in_for_nvrtc = 0;
   std::string log;           // the compiler's log
   double seconds = 0;        // it took to compile
 };

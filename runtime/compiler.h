@@ -21,7 +21,7 @@ std::vector<std::string> nvrtc_options(const CompileTarget& target, const NvrtcV
 
 std::string joined(const std::vector<std::string>& options);
 
-// What ptxas said about a kernel (--ptxas-options=-v). Throws Error where the log does not tell.
+// What ptxas said about a kernel (--ptxas-options=-v), as far as its log tells.
 KernelResources parse_ptxas_log(std::string_view log);
 
 // NVRTC refused the source.

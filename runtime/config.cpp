@@ -8,12 +8,28 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "runtime/fork.h"
+
 namespace flash_attn_jit {
 namespace {
 
 namespace fs = std::filesystem;
 
 constexpr std::string_view kPrefix = "FLASH_ATTN_JIT_";
+
+// The home folder that the system's list of users has for a user; nothing where it has none.
+std::optional<fs::path> home_in_list(const std::optional<std::string>& name) {
+  passwd entry{};
+  passwd* found = nullptr;
+  std::vector<char> room(16384);
+  if (name)
+    getpwnam_r(name->c_str(), &entry, room.data(), room.size(), &found);
+  else
+    getpwuid_r(geteuid(), &entry, room.data(), room.size(), &found);
+  if (found == nullptr || found->pw_dir == nullptr) return std::nullopt;
+  const fs::path home = found->pw_dir;
+  return home.is_absolute() ? std::optional(home) : std::nullopt;
+}
 
 // Reads variables; an empty value is no value.
 class Reader {
@@ -31,13 +47,28 @@ class Reader {
     return std::nullopt;
   }
 
+  std::optional<std::string> own(const std::string& name) const { return text(std::string(kPrefix) + name); }
+
   // One of ours, made absolute now: the process may change its folder later.
   std::optional<fs::path> own_path(const std::string& name) const {
-    if (auto value = own(name)) return fs::absolute(*value);
+    if (auto value = with_home(name)) return fs::absolute(*value);
     return std::nullopt;
   }
 
-  std::optional<std::string> own(const std::string& name) const { return text(std::string(kPrefix) + name); }
+  // One of ours, with ~ or ~user at its begin replaced, as a shell would where it stands in no quotes.
+  std::optional<std::string> with_home(const std::string& name) const {
+    const auto value = own(name);
+    if (!value || value->front() != '~') return value;
+    const std::size_t end = std::min(value->find('/'), value->size());
+    const auto home = end == 1 ? home_folder() : home_in_list(value->substr(1, end - 1));
+    if (!home) refuse(name, *value, "a path; whose home folder ~ stands for is not known here");
+    return home->string() + value->substr(end);
+  }
+
+  std::optional<fs::path> home_folder() const {
+    if (auto home = path("HOME"); home && home->is_absolute()) return home;
+    return home_in_list(std::nullopt);
+  }
 
   [[noreturn]] static void refuse(const std::string& name, const std::string& value,
                                   const std::string& accepted) {
@@ -49,18 +80,13 @@ class Reader {
   const EnvironmentLookup& environment_;
 };
 
-fs::path home_folder(const Reader& reader) {
-  if (auto home = reader.path("HOME")) return *home;
-  if (const passwd* user = getpwuid(geteuid()); user != nullptr && user->pw_dir != nullptr)
-    return user->pw_dir;
-  throw ConfigError("no folder for the cache: HOME is not set; set FLASH_ATTN_JIT_CACHE_DIR to a folder");
-}
-
+// Empty where there is none.
 fs::path cache_folder(const Reader& reader) {
   if (auto dir = reader.own_path("CACHE_DIR")) return *dir;
   // The XDG base directory specification tells to ignore a relative path.
   if (auto xdg = reader.path("XDG_CACHE_HOME"); xdg && xdg->is_absolute()) return *xdg / "flash-attn-jit";
-  return home_folder(reader) / ".cache" / "flash-attn-jit";
+  if (auto home = reader.home_folder()) return *home / ".cache" / "flash-attn-jit";
+  return {};
 }
 
 std::uint64_t byte_count(const Reader& reader, const std::string& name, std::uint64_t otherwise) {
@@ -125,7 +151,7 @@ Config read_config(const EnvironmentLookup& environment) {
   config.target = target_choice(reader);
   config.interpret = flag(reader, "INTERPRET");
   config.nvrtc = existing(reader, "NVRTC", false);
-  config.cxx = reader.own("CXX");
+  config.cxx = reader.with_home("CXX");
   config.prebuilt = existing(reader, "PREBUILT", true);
   config.templates = existing(reader, "TEMPLATES", true);
   config.virtual_env = reader.path("VIRTUAL_ENV");
@@ -136,8 +162,8 @@ Config read_config(const EnvironmentLookup& environment) {
 }
 
 const Config& config() {
-  static const Config process_config = read_config(from_process);
-  return process_config;
+  static constinit ProcessOwn<const Config> process_config;
+  return process_config.get([] { return read_config(from_process); });
 }
 
 }  // namespace flash_attn_jit

@@ -17,9 +17,10 @@ enum class TargetChoice {
   kCompute75,  // the Turing code, as PTX that the device's driver translates
 };
 
-// A variable that is set to the empty string counts as not set.
+// A variable that is set to the empty string counts as not set. In paths of ours a leading ~ is the home folder.
 struct Config {
-  std::filesystem::path cache_dir;  // FLASH_ATTN_JIT_CACHE_DIR; else under XDG_CACHE_HOME or ~/.cache
+  // FLASH_ATTN_JIT_CACHE_DIR; else under XDG_CACHE_HOME or ~/.cache; empty where there is no home folder either.
+  std::filesystem::path cache_dir;
   std::uint64_t cache_max_bytes = std::uint64_t{1}
                                   << 30;        // FLASH_ATTN_JIT_CACHE_MAX_BYTES: a number of bytes
   TargetChoice target = TargetChoice::kNative;  // FLASH_ATTN_JIT_TARGET: native or compute_75

@@ -162,17 +162,17 @@ CudaContext Driver::primary_context(int ordinal) {
   return context;
 }
 
-CudaModule Driver::load_module(const std::string& image) {
-  CudaModule module = nullptr;
-  require(api_->module_load(&module, image.data()), "cuModuleLoadData");
-  return module;
+Driver::Module::Module(Driver& driver, const std::string& image) : driver_(driver) {
+  driver.require(driver.api_->module_load(&module_, image.data()), "cuModuleLoadData");
 }
 
-void Driver::unload_module(CudaModule module) { require(api_->module_unload(module), "cuModuleUnload"); }
+Driver::Module::~Module() {
+  if (!kept_) driver_.api_->module_unload(module_);
+}
 
-CudaFunction Driver::find_function(CudaModule module, const std::string& name) {
+CudaFunction Driver::Module::find_function(const std::string& name) const {
   CudaFunction function = nullptr;
-  require(api_->module_function(&function, module, name.c_str()), "cuModuleGetFunction of " + name);
+  driver_.require(driver_.api_->module_function(&function, module_, name.c_str()), "cuModuleGetFunction of " + name);
   return function;
 }
 

@@ -57,9 +57,23 @@ class Driver {
   // The device's primary context, retained for the life of the process.
   CudaContext primary_context(int ordinal);
 
-  CudaModule load_module(const std::string& image);
-  void unload_module(CudaModule module);
-  CudaFunction find_function(CudaModule module, const std::string& name);
+  // Unloads a module when destroyed, in the context in which it was loaded: that has to be current then.
+  class Module {
+   public:
+    Module(Driver& driver, const std::string& image);
+    ~Module();
+    Module(const Module&) = delete;
+    Module& operator=(const Module&) = delete;
+
+    CudaFunction find_function(const std::string& name) const;
+    void keep() { kept_ = true; }  // loaded for the life of the process
+
+   private:
+    Driver& driver_;
+    CudaModule module_ = nullptr;
+    bool kept_ = false;
+  };
+
   void allow_dynamic_smem(CudaFunction function, int bytes);
   FunctionAttributes attributes(CudaFunction function);
 

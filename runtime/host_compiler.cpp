@@ -1,14 +1,18 @@
 #include "runtime/host_compiler.h"
 
+#include <link.h>
 #include <unistd.h>
 
 #include <chrono>
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <sstream>
 
 #include "runtime/config.h"
 #include "runtime/files.h"
+#include "runtime/fork.h"
 #include "runtime/subprocess.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -47,10 +51,35 @@ void write_file(const std::filesystem::path& path, const std::string& text) {
   if (!file) throw Error("the kernel's source cannot be written to " + path.string() + "; is the disk full?");
 }
 
-std::optional<HostCompiler> try_compiler(const std::string& name) {
+// The compiler, or nothing; then `why` says what happened.
+std::optional<HostCompiler> try_compiler(const std::string& name, std::string& why) {
   const ProgramResult result = run_program({name, "--version"});
-  if (result.status != 0) return std::nullopt;
-  return HostCompiler{name, result.output.substr(0, result.output.find('\n'))};
+  const std::string version = result.output.substr(0, result.output.find('\n'));
+  if (result.succeeded() || (result.status_is_unknown() && !version.empty())) return HostCompiler{name, version};
+  why = result.text();
+  return std::nullopt;
+}
+
+// Whether a shared object was written to its end: linkers write the table of sections, and what says where it is, last.
+bool is_whole_object(const std::string& image) {
+  ElfW(Ehdr) header;
+  if (image.size() < sizeof header) return false;
+  std::memcpy(&header, image.data(), sizeof header);
+  if (std::memcmp(header.e_ident, ELFMAG, SELFMAG) != 0 || header.e_shoff == 0) return false;
+  const std::uint64_t table_bytes = std::uint64_t{header.e_shentsize} * header.e_shnum;
+  return header.e_shoff <= image.size() && table_bytes <= image.size() - header.e_shoff;
+}
+
+// What the compiler wrote. Throws HostCompileFailure where it failed, or says that it did not and wrote none.
+std::string object_of(const ProgramResult& result, const std::filesystem::path& path, const HostCompiler& compiler) {
+  const std::string program = "the host compiler (" + compiler.version + ") ";
+  if (!result.succeeded() && !result.status_is_unknown()) throw HostCompileFailure(program + result.text(), result.output);
+  std::optional<std::string> image = read_file(path);
+  if (!image || !is_whole_object(*image))
+    throw HostCompileFailure(program + result.text() + (image ? " and wrote no whole object" : " and wrote no object") +
+                                 "; FLASH_ATTN_JIT_CXX names another compiler",
+                             result.output);
+  return *std::move(image);
 }
 
 // What makes compiling and running together shortest. GCC 12 takes half the time of -O1 with -Og, and the
@@ -64,22 +93,24 @@ const char* optimization(const HostCompiler& compiler) {
 
 HostCompiler find_host_compiler(const std::optional<std::string>& choice) {
   if (choice) {
-    if (auto compiler = try_compiler(*choice)) return *compiler;
-    throw ConfigError(
-        "FLASH_ATTN_JIT_CXX is '" + *choice +
-        "', which does not run; accepted: the path or name of a C++ compiler (GCC 11, Clang 15 or newer)");
+    std::string why;
+    if (auto compiler = try_compiler(*choice, why)) return *compiler;
+    throw ConfigError("FLASH_ATTN_JIT_CXX is '" + *choice + "', which does not run (" + why +
+                      "); accepted: the path or name of a C++ compiler (GCC 11, Clang 15 or newer)");
   }
-  for (const char* name : {"c++", "g++", "clang++"})
-    if (auto compiler = try_compiler(name)) return *compiler;
-  throw ConfigError(
-      "the interpreter needs a C++ compiler, and none of c++, g++ and clang++ is on PATH; install one "
-      "(Debian, Ubuntu: "
-      "apt-get install g++) or name it in FLASH_ATTN_JIT_CXX");
+  std::string tried;
+  for (const char* name : {"c++", "g++", "clang++"}) {
+    std::string why;
+    if (auto compiler = try_compiler(name, why)) return *compiler;
+    tried += std::string(tried.empty() ? "" : "; ") + name + " " + why;
+  }
+  throw ConfigError("the interpreter needs a C++ compiler, and none on PATH runs (" + tried +
+                    "); install one (Debian, Ubuntu: apt-get install g++) or name it in FLASH_ATTN_JIT_CXX");
 }
 
 const HostCompiler& host_compiler() {
-  static const HostCompiler compiler = find_host_compiler(config().cxx);
-  return compiler;
+  static constinit ProcessOwn<const HostCompiler> compiler;
+  return compiler.get([] { return find_host_compiler(config().cxx); });
 }
 
 std::vector<std::string> host_compiler_flags(const HostCompiler& compiler) {
@@ -121,12 +152,8 @@ CompiledKernel compile_for_host(const RenderedKernel& kernel, const HostCompiler
 
   const auto begin = std::chrono::steady_clock::now();
   const ProgramResult result = run_program(command);
-  if (result.status != 0)
-    throw HostCompileFailure(
-        "the host compiler (" + compiler.version + ") ended with status " + std::to_string(result.status),
-        result.output);
   CompiledKernel compiled;
-  compiled.image = read_file(object).value();
+  compiled.image = object_of(result, object, compiler);
   compiled.entry = kernel.entry;
   compiled.threads = kernel.threads;
   compiled.dynamic_smem = kernel.dynamic_smem;

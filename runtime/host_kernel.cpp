@@ -27,6 +27,7 @@ KernelId id_for_host(const KernelSpec& spec, const RenderedKernel& rendered, con
   id.name = spec.name() + "_" + target;
   id.spec = spec.text();
   id.target = target;
+  id.is_host_code = true;
   return id;
 }
 

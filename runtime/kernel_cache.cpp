@@ -1,10 +1,12 @@
 #include "runtime/kernel_cache.h"
 
-#include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
+
 #include "runtime/cache_folder.h"
-#include "runtime/config.h"
+#include "runtime/interrupt.h"
 #include "runtime/log.h"
 
 namespace flash_attn_jit {
@@ -18,10 +20,10 @@ struct Reading {
   std::string fault;
 };
 
-Reading read_kernel(const fs::path& path, const KernelKey& key) {
+Reading read_kernel(const TrustedFolder& folder, const KernelId& id) {
   std::optional<std::string> bytes;
   try {
-    bytes = read_file(path);
+    bytes = folder.read(id.file_name());
   } catch (const FileError& error) {
     return {std::nullopt, error.what()};
   }
@@ -29,7 +31,7 @@ Reading read_kernel(const fs::path& path, const KernelKey& key) {
   auto parsed = parse_kernel_file(*bytes);
   if (const auto* fault = std::get_if<KernelFileFault>(&parsed)) return {std::nullopt, fault->reason};
   KernelFile& file = std::get<KernelFile>(parsed);
-  if (file.id.key != key) return {std::nullopt, "it holds the kernel of another key"};
+  if (file.id.key != id.key) return {std::nullopt, "it holds the kernel of another key"};
   return {std::move(file.kernel), ""};
 }
 
@@ -58,19 +60,33 @@ std::optional<FoundKernel> KernelCache::find(const KernelId& id, const Objection
 }
 
 FoundKernel KernelCache::get_or_build(const KernelId& id, const Build& build, const Objection& objection) {
-  if (auto found = find(id, objection)) return *std::move(found);
-  std::promise<FoundKernel> promise;
-  std::shared_future<FoundKernel> built_elsewhere;
-  {
-    const std::lock_guard guard(mutex_);
-    const auto [entry, is_ours] = in_flight_.try_emplace(id.key);
-    if (is_ours)
-      entry->second = promise.get_future().share();
-    else
-      built_elsewhere = entry->second;
+  while (true) {
+    if (auto found = find(id, objection)) return *std::move(found);
+    std::promise<FoundKernel> promise;
+    const auto built_elsewhere = join_or_start(id.key, promise);
+    if (!built_elsewhere) return build_for_all(id, build, objection, promise);
+    while (built_elsewhere->wait_for(std::chrono::milliseconds(50)) != std::future_status::ready)
+      throw_if_interrupted();
+    try {
+      return built_elsewhere->get();
+    } catch (const Interrupted&) {
+      // That thread was; this one goes on.
+    }
   }
-  if (built_elsewhere.valid()) return built_elsewhere.get();
+}
 
+// What another thread of this process is going to have, or nothing where this one is to build and to keep `promise`.
+std::optional<std::shared_future<FoundKernel>> KernelCache::join_or_start(const KernelKey& key,
+                                                                          std::promise<FoundKernel>& promise) {
+  const std::lock_guard guard(mutex_);
+  const auto entry = in_flight_.find(key);
+  if (entry != in_flight_.end() && entry->second.process == ::getpid()) return entry->second.result;
+  in_flight_.insert_or_assign(key, Building{::getpid(), promise.get_future().share()});
+  return std::nullopt;
+}
+
+FoundKernel KernelCache::build_for_all(const KernelId& id, const Build& build, const Objection& objection,
+                                       std::promise<FoundKernel>& promise) {
   const auto leave = [&] {
     const std::lock_guard guard(mutex_);
     in_flight_.erase(id.key);
@@ -88,39 +104,53 @@ FoundKernel KernelCache::get_or_build(const KernelId& id, const Build& build, co
 }
 
 FoundKernel KernelCache::build_and_store(const KernelId& id, const Build& build, const Objection& objection) {
-  const std::optional<FileLock> lock = lock_for(id);
+  const Claim claimed = claim(id);
   // Whoever held the lock before may have built it.
-  if (auto found = find_in_folder(id, objection, lock ? Fault::kSetAside : Fault::kLeave))
+  if (auto found = find_in_folder(id, objection, claimed.may_store ? Fault::kSetAside : Fault::kLeave))
     return *std::move(found);
   if (auto found = find_in_memory(id, objection)) return *std::move(found);
   FoundKernel found{build(), KernelOrigin::kCompiled};
-  if (!lock || !store(id, found.kernel)) keep_in_memory(id, found.kernel);
+  if (!claimed.may_store || !store(id, found.kernel)) keep_in_memory(id, found.kernel);
   return found;
 }
 
 std::optional<FoundKernel> KernelCache::find_in_pack(const KernelId& id, const Objection& objection) {
-  if (!settings_.prebuilt) return std::nullopt;
-  const fs::path path = *settings_.prebuilt / id.file_name();
-  Reading reading = read_kernel(path, id.key);
-  if (reading.kernel) return accept(id, *std::move(reading.kernel), KernelOrigin::kPrebuilt, objection);
-  if (!reading.fault.empty())
-    warn_once("prebuilt kernel " + path.string() + " is passed over: " + reading.fault);
+  if (!settings_.prebuilt || id.is_host_code) return std::nullopt;
+  const std::string pack = settings_.prebuilt->string();
+  try {
+    const auto folder = TrustedFolder::open(*settings_.prebuilt, FolderUse::kPack);
+    if (!folder) return std::nullopt;
+    if (const auto reason = folder->distrust()) {
+      warn_once("the pack " + pack + " is passed over: " + *reason);
+      return std::nullopt;
+    }
+    Reading reading = read_kernel(*folder, id);
+    if (reading.kernel) return accept(id, *std::move(reading.kernel), KernelOrigin::kPrebuilt, objection);
+    if (!reading.fault.empty())
+      warn_once("prebuilt kernel " + (*settings_.prebuilt / id.file_name()).string() +
+                " is passed over: " + reading.fault);
+  } catch (const FileError& error) {
+    warn_once("the pack " + pack + " is passed over: " + error.what());
+  }
   return std::nullopt;
 }
 
 std::optional<FoundKernel> KernelCache::find_in_folder(const KernelId& id, const Objection& objection,
                                                        Fault fault) {
-  if (const auto reason = distrust()) {
-    warn_about_folder(*reason);
-    return std::nullopt;
+  std::optional<TrustedFolder> folder;
+  try {
+    folder = open_folder();
+  } catch (const FileError& error) {
+    fail_or_warn(error);
   }
+  if (!folder) return std::nullopt;
   const fs::path path = settings_.dir / id.file_name();
-  Reading reading = read_kernel(path, id.key);
+  Reading reading = read_kernel(*folder, id);
   if (reading.kernel) {
     mark_used(path);
     return accept(id, *std::move(reading.kernel), KernelOrigin::kDiskCache, objection);
   }
-  // Only under the lock: without it, what is set aside might be what somebody has just rebuilt.
+  // Only by who may build it: what is set aside by others might be what somebody has just rebuilt.
   if (!reading.fault.empty() && fault == Fault::kSetAside) {
     const fs::path aside = path.string() + std::string(kBrokenSuffix);
     const bool moved = ::rename(path.c_str(), aside.c_str()) == 0;
@@ -141,15 +171,13 @@ std::optional<FoundKernel> KernelCache::find_in_memory(const KernelId& id, const
   return accept(id, *std::move(kernel), KernelOrigin::kDiskCache, objection);
 }
 
-std::optional<FileLock> KernelCache::lock_for(const KernelId& id) {
-  if (distrust()) return std::nullopt;
+KernelCache::Claim KernelCache::claim(const KernelId& id) {
   try {
-    create_folders(settings_.dir, folder_mode(settings_.use));
-    return FileLock::acquire(settings_.dir / lock_name(id.key), FileLock::Wait::kUntilFree);
+    make_folder();
+    return {lock_if_there_are_locks(settings_.dir, id.key), true};
   } catch (const FileError& error) {
-    if (settings_.use == FolderUse::kPack) throw;
-    warn_about_folder(error.what());
-    return std::nullopt;
+    fail_or_warn(error);
+    return {};
   }
 }
 
@@ -164,13 +192,34 @@ bool KernelCache::store(const KernelId& id, const CompiledKernel& kernel) {
   try {
     write_file(settings_.dir / id.file_name(), settings_.dir / temporary_name(id.key), bytes,
                file_mode(settings_.use));
-    evict(settings_.dir, settings_.max_bytes);
-    return true;
   } catch (const FileError& error) {
-    if (settings_.use == FolderUse::kPack) throw;
-    warn_about_folder(error.what());
+    fail_or_warn(error);
     return false;
   }
+  keep_within_bounds(bytes.size());
+  return true;
+}
+
+// Reads the folder, which may be large, only once an eighth of the room that was left is used: others store too. Where
+// there is too much, a tenth goes, so that the next store has room again.
+void KernelCache::keep_within_bounds(std::uint64_t stored) {
+  {
+    const std::lock_guard guard(mutex_);
+    const bool room = stored < until_reading_;
+    until_reading_ = room ? until_reading_ - stored : 0;
+    if (room) return;
+  }
+  const std::uint64_t max_bytes = settings_.max_bytes;
+  std::string fault;
+  try {
+    const CacheRemoval removal = evict(settings_.dir, max_bytes, max_bytes - max_bytes / 10);
+    fault = removal.fault;
+    const std::lock_guard guard(mutex_);
+    until_reading_ = (max_bytes - std::min(removal.bytes_left, max_bytes)) / 8;
+  } catch (const FileError& error) {
+    fault = error.what();
+  }
+  if (!fault.empty()) warn_once("the cache cannot be kept within its bounds: " + fault);
 }
 
 void KernelCache::keep_in_memory(const KernelId& id, const CompiledKernel& kernel) {
@@ -179,35 +228,43 @@ void KernelCache::keep_in_memory(const KernelId& id, const CompiledKernel& kerne
 }
 
 std::string KernelCache::keep_refused_source(const KernelId& id, std::string_view source) {
+  // A key of its own: the kernel's lock may be held by the caller, or by nobody.
+  const KernelKey key = make_key({{"refused source of", to_hex(id.key)}});
   const fs::path path = settings_.dir / source_name(id);
   try {
-    if (const auto reason = distrust()) throw FileError(*reason);
-    create_folders(settings_.dir, folder_mode(settings_.use));
-    write_file(path, settings_.dir / temporary_name(id.key), source, file_mode(settings_.use));
+    make_folder();
+    const std::optional<FileLock> lock = lock_if_there_are_locks(settings_.dir, key);
+    write_file(path, settings_.dir / temporary_name(key), source, file_mode(settings_.use));
   } catch (const FileError& error) {
     return std::string("nowhere: ") + error.what();
   }
   return path.string();
 }
 
-// Why kernels of this folder must not be run: somebody else could have put them there.
-std::optional<std::string> KernelCache::distrust() const {
-  if (settings_.use == FolderUse::kPack) return std::nullopt;
-  struct stat status {};
-  if (::stat(settings_.dir.c_str(), &status) != 0) return std::nullopt;
-  if (status.st_uid != ::geteuid())
-    return "the folder " + settings_.dir.string() + " belongs to user " + std::to_string(status.st_uid) +
-           ", this process to " + std::to_string(::geteuid());
-  if ((status.st_mode & 022) != 0)
-    return "other users may write into the folder " + settings_.dir.string() +
-           "; take that right away (chmod 700)";
-  return std::nullopt;
+// Nothing where there is none. Throws FileError where its kernels must not be run.
+std::optional<TrustedFolder> KernelCache::open_folder() const {
+  if (settings_.dir.empty())
+    throw FileError("there is no folder for them: HOME is not set, and this process's user has no entry in the system's "
+                    "list of users");
+  auto folder = TrustedFolder::open(settings_.dir, settings_.use);
+  if (folder)
+    if (const auto reason = folder->distrust()) throw FileError(*reason);
+  return folder;
 }
 
-void KernelCache::warn_about_folder(const std::string& reason) {
+// Throws FileError also where there is one that is not trusted.
+void KernelCache::make_folder() const {
+  if (!open_folder()) create_folders(settings_.dir, folder_mode(settings_.use));
+}
+
+// Without its folder a cache serves from memory, which is said once; a pack that is being made is nothing without it.
+void KernelCache::fail_or_warn(const FileError& error) {
+  if (settings_.use == FolderUse::kPack) throw error;
   if (warned_about_folder_.exchange(true)) return;
-  log(LogLevel::kWarning, "compiled kernels are kept in memory only: " + reason +
-                              ". Set FLASH_ATTN_JIT_CACHE_DIR to a folder of your own");
+  log(LogLevel::kWarning,
+      std::string("compiled kernels are kept in memory only: ") + error.what() +
+          ". Set FLASH_ATTN_JIT_CACHE_DIR to a folder of your own; kernels that are built ahead, into an image say, "
+          "belong in a pack, which flash-attn-jit prebuild makes and FLASH_ATTN_JIT_PREBUILT names");
 }
 
 }  // namespace flash_attn_jit

@@ -14,17 +14,14 @@
 
 #include "runtime/compiled_kernel.h"
 #include "runtime/files.h"
+#include "runtime/fork.h"
 #include "runtime/kernel_file.h"
+#include "runtime/trusted_folder.h"
 
 namespace flash_attn_jit {
 
-enum class FolderUse {
-  kCache,  // a user's own: 0700, nobody else may write it, and where it cannot be written memory serves
-  kPack,   // a pack that is being made: 0755, and what cannot be written is a FileError
-};
-
 struct KernelCacheSettings {
-  std::filesystem::path dir;
+  std::filesystem::path dir;  // empty: there is none, and memory serves
   std::uint64_t max_bytes = std::uint64_t{1} << 30;
   std::optional<std::filesystem::path> prebuilt;  // searched first, never written
   FolderUse use = FolderUse::kCache;
@@ -43,7 +40,7 @@ class KernelCache {
 
   // As find(), else `build()`, whose result is stored. Any number of threads and processes that ask for one
   // key build it once: the others wait. What `build` throws reaches every waiting thread, and nothing is
-  // stored. `build` runs without a lock that callers of other keys need.
+  // stored. `build` runs without a lock that callers of other keys need. Throws Interrupted out of a wait.
   FoundKernel get_or_build(const KernelId& id, const Build& build, const Objection& objection = {});
 
   // Keeps a source that was refused, for its author to look at. The path, or "nowhere: " and the reason.
@@ -53,21 +50,40 @@ class KernelCache {
 
  private:
   enum class Fault { kLeave, kSetAside };
+
+  // The right to build a kernel, and to keep it.
+  struct Claim {
+    std::optional<FileLock> lock;
+    bool may_store = false;
+  };
+
+  // A kernel that a thread of `process` is building: after a fork, of another process.
+  struct Building {
+    pid_t process;
+    std::shared_future<FoundKernel> result;
+  };
+
+  std::optional<std::shared_future<FoundKernel>> join_or_start(const KernelKey& key, std::promise<FoundKernel>& promise);
+  FoundKernel build_for_all(const KernelId& id, const Build& build, const Objection& objection,
+                            std::promise<FoundKernel>& promise);
   FoundKernel build_and_store(const KernelId& id, const Build& build, const Objection& objection);
   std::optional<FoundKernel> find_in_pack(const KernelId& id, const Objection& objection);
   std::optional<FoundKernel> find_in_folder(const KernelId& id, const Objection& objection, Fault fault);
   std::optional<FoundKernel> find_in_memory(const KernelId& id, const Objection& objection);
   bool store(const KernelId& id, const CompiledKernel& kernel);
+  void keep_within_bounds(std::uint64_t stored);
   void keep_in_memory(const KernelId& id, const CompiledKernel& kernel);
-  std::optional<FileLock> lock_for(const KernelId& id);
-  std::optional<std::string> distrust() const;
-  void warn_about_folder(const std::string& reason);
+  Claim claim(const KernelId& id);
+  std::optional<TrustedFolder> open_folder() const;
+  void make_folder() const;
+  void fail_or_warn(const FileError& error);
 
   KernelCacheSettings settings_;
   std::atomic<bool> warned_about_folder_ = false;
-  std::mutex mutex_;  // guards the two maps; never held while building, reading or writing
-  std::map<KernelKey, std::shared_future<FoundKernel>> in_flight_;
+  ForkSafeMutex mutex_;  // guards what is below; never held while building, reading or writing
+  std::map<KernelKey, Building> in_flight_;
   std::map<KernelKey, CompiledKernel> in_memory_;  // what could not be stored
+  std::uint64_t until_reading_ = 0;  // bytes that may be stored before the folder is read for its bound again
 };
 
 // The process's own cache, as config() says.

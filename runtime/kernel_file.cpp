@@ -52,12 +52,13 @@ std::string describe(const KernelFile& file) {
       {"entry", kernel.entry},
       {"threads", kernel.threads},
       {"dynamic_smem", kernel.dynamic_smem},
-      {"registers", kernel.resources.registers},
+      {"registers", optional_number(kernel.resources.registers)},
       {"static_smem", kernel.resources.static_smem},
       {"spill_stores", optional_number(kernel.resources.spill_stores)},
       {"spill_loads", optional_number(kernel.resources.spill_loads)},
       {"built_by", kernel.built_by},
       {"min_driver", kernel.min_driver},
+      {"stands_in_for_nvrtc", kernel.stands_in_for_nvrtc},
       {"log", kernel.log},
       {"seconds", kernel.seconds},
   };
@@ -74,12 +75,13 @@ void read_description(std::string_view text, KernelFile& file) {
   description.at("entry").get_to(kernel.entry);
   description.at("threads").get_to(kernel.threads);
   description.at("dynamic_smem").get_to(kernel.dynamic_smem);
-  description.at("registers").get_to(kernel.resources.registers);
+  kernel.resources.registers = to_optional(description.at("registers"));
   description.at("static_smem").get_to(kernel.resources.static_smem);
   kernel.resources.spill_stores = to_optional(description.at("spill_stores"));
   kernel.resources.spill_loads = to_optional(description.at("spill_loads"));
   description.at("built_by").get_to(kernel.built_by);
   description.at("min_driver").get_to(kernel.min_driver);
+  kernel.stands_in_for_nvrtc = description.value("stands_in_for_nvrtc", 0);  // files of before have none
   description.at("log").get_to(kernel.log);
   description.at("seconds").get_to(kernel.seconds);
 }

@@ -5,6 +5,7 @@
 #include "generator/legality.h"
 #include "runtime/compiler.h"
 #include "runtime/driver.h"
+#include "runtime/fork.h"
 #include "runtime/nvrtc_choice.h"
 #include "runtime/slow_compile.h"
 
@@ -69,7 +70,7 @@ std::string prebuild_command(const KernelSpec& spec, int sm) {
 MissingKernelError missing(const KernelSpec& spec, const CompileTarget& target, const KernelCache& cache,
                            const std::string& no_compiler) {
   std::string message = "kernel '" + spec.text() + "' for " + target.text() + " is neither in the cache (" +
-                        cache.settings().dir.string() + ") nor in " +
+                        (cache.settings().dir.empty() ? "memory" : cache.settings().dir.string()) + ") nor in " +
                         (cache.settings().prebuilt ? "the pack " + cache.settings().prebuilt->string()
                                                    : "a pack (FLASH_ATTN_JIT_PREBUILT is not set)") +
                         ", and it cannot be compiled here: " + no_compiler;
@@ -129,17 +130,21 @@ FoundKernel KernelLibrary::find_or_link(const KernelSpec& spec, const LinkTarget
                                         const LinkPtx& link) {
   const RenderedKernel rendered = render(checked(spec, target.ptx_sm), templates_);
   const KernelId id = id_of_linked(spec, rendered, target, driver_version_.value_or(0));
-  const FoundKernel found = cache_->get_or_build(id, [&] {
+  const auto build = [&] {
     const CompileTarget ptx{target.ptx_sm, CodeKind::kPtx};
     auto packed = find(spec, ptx);
-    return tell_if_slow(id.name, link(packed ? packed->kernel : compile(spec, rendered, ptx, id)));
-  });
-  return with_launch_shape(found, rendered);
+    CompiledKernel kernel = link(packed ? packed->kernel : compile(spec, rendered, ptx, id));
+    if (const auto nvrtc = compilers_->foresee(CodeKind::kCubin); nvrtc && target.until_newer_nvrtc)
+      kernel.stands_in_for_nvrtc = nvrtc->as_driver_version();
+    return tell_if_slow(id.name, std::move(kernel));
+  };
+  return with_launch_shape(cache_->get_or_build(id, build, objection_to_linked(target)), rendered);
 }
 
 std::optional<FoundKernel> KernelLibrary::find_linked(const KernelSpec& spec, const LinkTarget& target) {
   const RenderedKernel rendered = render(checked(spec, target.ptx_sm), templates_);
-  auto found = cache_->find(id_of_linked(spec, rendered, target, driver_version_.value_or(0)));
+  auto found = cache_->find(id_of_linked(spec, rendered, target, driver_version_.value_or(0)),
+                            objection_to_linked(target));
   if (found) found = with_launch_shape(*std::move(found), rendered);
   return found;
 }
@@ -178,22 +183,30 @@ std::optional<std::string> KernelLibrary::objection_to(const CompiledKernel& ker
          driver_version_text(*driver_version_);
 }
 
+KernelCache::Objection KernelLibrary::objection_to_linked(const LinkTarget& target) {
+  if (!target.until_newer_nvrtc) return {};
+  return [this](const CompiledKernel& kernel) -> std::optional<std::string> {
+    const auto nvrtc = compilers_->foresee(CodeKind::kCubin);
+    if (!nvrtc || nvrtc->as_driver_version() <= kernel.stands_in_for_nvrtc) return std::nullopt;
+    return "it is the Turing code (" + kernel.built_by + "), and NVRTC " + nvrtc->text() +
+           ", which was not there then, may know this GPU";
+  };
+}
+
 KernelCacheSettings cache_settings(const Config& config) {
   return {.dir = config.cache_dir, .max_bytes = config.cache_max_bytes, .prebuilt = config.prebuilt};
 }
 
-// None of the process's own objects is ever destroyed: threads may still use them while the process ends.
-
 const TemplateSet& active_templates() {
-  static const TemplateSet& templates = *new TemplateSet(load_templates(config()));
-  return templates;
+  static constinit ProcessOwn<const TemplateSet> templates;
+  return templates.get([] { return load_templates(config()); });
 }
 
 namespace {
 
 const std::shared_ptr<KernelCache>& shared_process_cache() {
-  static const auto& cache = *new std::shared_ptr(std::make_shared<KernelCache>(cache_settings(config())));
-  return cache;
+  static constinit ProcessOwn<const std::shared_ptr<KernelCache>> cache;
+  return cache.get([] { return std::make_shared<KernelCache>(cache_settings(config())); });
 }
 
 }  // namespace
@@ -201,12 +214,11 @@ const std::shared_ptr<KernelCache>& shared_process_cache() {
 KernelCache& process_cache() { return *shared_process_cache(); }
 
 KernelLibrary& process_library() {
-  static KernelLibrary& library = *[] {
+  static constinit ProcessOwn<KernelLibrary> library;
+  return library.get([] {
     const Driver* driver = process_driver();
-    return new KernelLibrary(config(), shared_process_cache(),
-                             driver ? std::optional(driver->version()) : std::nullopt);
-  }();
-  return library;
+    return KernelLibrary(config(), shared_process_cache(), driver ? std::optional(driver->version()) : std::nullopt);
+  });
 }
 
 FoundKernel find_or_compile(const KernelSpec& spec, const CompileTarget& target) {

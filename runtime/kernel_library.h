@@ -52,6 +52,8 @@ struct LinkTarget {
   int device_sm = 0;
   // Why PTX was taken: what one purpose stored, another does not find.
   std::string purpose;
+  // A stand-in, because no NVRTC knew the device: no longer taken once there is a newer one than were there then.
+  bool until_newer_nvrtc = false;
 };
 
 // A cache with a compiler behind it.
@@ -95,6 +97,7 @@ class KernelLibrary {
   CompiledKernel compile(const KernelSpec& spec, const RenderedKernel& rendered, const CompileTarget& target,
                          const KernelId& id);
   std::optional<std::string> objection_to(const CompiledKernel& kernel) const;
+  KernelCache::Objection objection_to_linked(const LinkTarget& target);
 
   Config config_;
   std::shared_ptr<KernelCache> cache_;

@@ -6,6 +6,7 @@
 #include "runtime/forward_plan.h"
 #include "runtime/log.h"
 #include "runtime/nvrtc_choice.h"
+#include "runtime/side_by_side.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -64,9 +65,7 @@ Device::Device(Driver& driver, KernelLibrary& library, TargetChoice target, int 
       limits_(limits_of(info_, target)),
       context_(driver.primary_context(ordinal)) {}
 
-void Device::launch(const KernelSpec& spec, std::int64_t blocks, const void* params, StreamHandle stream) {
-  const LoadedKernel* loaded = table_.find(spec);
-  const LoadedKernel& kernel = loaded != nullptr ? *loaded : load(spec);
+void Device::launch(const LoadedKernel& kernel, std::int64_t blocks, const void* params, StreamHandle stream) {
   const LaunchShape shape{static_cast<unsigned>(blocks), kernel.threads, kernel.dynamic_smem};
   int code = driver_.launch(kernel.function, shape, stream, params);
   // Asked for only where it is needed: the caller's framework has made the device current nearly always.
@@ -75,27 +74,32 @@ void Device::launch(const KernelSpec& spec, std::int64_t blocks, const void* par
     code = driver_.launch(kernel.function, shape, stream, params);
   }
   if (code != 0)
-    driver_.require(code, "the launch of kernel '" + spec.text() + "' on " + device_text(info_));
+    driver_.require(code, "the launch of kernel '" + kernel.spec.text() + "' on " + device_text(info_));
 }
 
-const LoadedKernel& Device::load(const KernelSpec& spec) {
-  const FoundKernel found = find_or_compile(spec);
+void Device::load(const std::vector<KernelSpec>& specs) {
+  std::vector<std::optional<FoundKernel>> found(specs.size());
+  run_side_by_side(specs.size(), [&](std::size_t i) { found[i] = find_or_compile(specs[i]); });
+  for (std::size_t i = 0; i < specs.size(); ++i) load(specs[i], found[i]->kernel);
+}
+
+void Device::load(const KernelSpec& spec, const CompiledKernel& kernel) {
   const std::lock_guard lock(load_mutex_);
-  if (const LoadedKernel* loaded = table_.find(spec)) return *loaded;
+  if (table_.find(spec) != nullptr) return;
   const Driver::CurrentContext current(driver_, context_);
   const Driver::CaptureTolerance tolerance(driver_);
-  const CompiledKernel& kernel = found.kernel;
   try {
-    const CudaModule module = driver_.load_module(kernel.image);
-    const CudaFunction function = driver_.find_function(module, kernel.entry);
+    Driver::Module module(driver_, kernel.image);
+    const CudaFunction function = module.find_function(kernel.entry);
     if (kernel.dynamic_smem > kSmemWithoutOptIn) driver_.allow_dynamic_smem(function, kernel.dynamic_smem);
     // Modules load lazily; asking for attributes makes the driver load the function now, and not in a
     // capture.
     driver_.attributes(function);
-    return table_.insert({.spec = spec,
-                          .function = function,
-                          .threads = static_cast<unsigned>(kernel.threads),
-                          .dynamic_smem = static_cast<unsigned>(kernel.dynamic_smem)});
+    table_.insert({.spec = spec,
+                   .function = function,
+                   .threads = static_cast<unsigned>(kernel.threads),
+                   .dynamic_smem = static_cast<unsigned>(kernel.dynamic_smem)});
+    module.keep();
   } catch (const DriverError& error) {
     throw DriverError("kernel '" + spec.text() + "' (" + kernel.built_by + ") could not be loaded on " +
                       device_text(info_) + ", CUDA " + driver_version_text(driver_.version()) + ": " +
@@ -109,13 +113,20 @@ FoundKernel Device::find_or_compile(const KernelSpec& spec) {
   const CompileTarget native{info_.sm, CodeKind::kCubin};
   if (auto found = library_.find(spec, native)) return *std::move(found);
   // Looked for before the compiler is asked what it knows, so that a hit opens none.
-  const LinkTarget fallback{kTuring, info_.sm, "compiler too old"};
-  if (auto found = library_.find_linked(spec, fallback)) return *std::move(found);
+  const LinkTarget fallback{kTuring, info_.sm, "compiler too old", true};
+  if (auto found = library_.find_linked(spec, fallback)) {
+    warn_of_turing_code();
+    return *std::move(found);
+  }
   if (!library_.compiler_lacks(info_.sm)) return library_.find_or_compile(spec, native);
-  warn_once(device_text(info_) +
-            " is newer than the NVRTC at hand: it runs the Turing code (compute_75), translated by "
-            "the driver");
+  warn_of_turing_code();
   return link(spec, fallback);
+}
+
+void Device::warn_of_turing_code() const {
+  warn_once(device_text(info_) +
+            " is newer than the NVRTC that was found: it runs the Turing code (compute_75), translated by the driver. "
+            "An NVRTC that knows the device is taken as soon as it is installed");
 }
 
 FoundKernel Device::link(const KernelSpec& spec, const LinkTarget& target) {
@@ -131,9 +142,8 @@ CompiledKernel Device::machine_code_of(CompiledKernel ptx) {
   kernel.image = driver_.link_ptx(kernel.image, kernel.entry);
   kernel.built_by += ", linked by driver " + driver_version_text(driver_.version());
   kernel.min_driver = driver_.version();
-  const CudaModule module = driver_.load_module(kernel.image);
-  const FunctionAttributes attributes = driver_.attributes(driver_.find_function(module, kernel.entry));
-  driver_.unload_module(module);
+  const Driver::Module module(driver_, kernel.image);
+  const FunctionAttributes attributes = driver_.attributes(module.find_function(kernel.entry));
   kernel.resources = {attributes.registers, attributes.static_smem, std::nullopt, std::nullopt};
   kernel.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return kernel;
@@ -163,13 +173,12 @@ Device& DeviceRuntime::set_up(int ordinal) {
 
 void DeviceRuntime::forward(const ForwardRequest& request, int ordinal, StreamHandle stream) {
   Device& target = device(ordinal);
-  target.launch(lay_out_forward(request, target.limits(), target.info().multiprocessors), stream);
+  target.launch(std::array{lay_out_forward(request, target.limits(), target.info().multiprocessors)}, stream);
 }
 
 void DeviceRuntime::backward(const BackwardRequest& request, int ordinal, StreamHandle stream) {
   Device& target = device(ordinal);
-  for (const BackwardLaunch& launch : lay_out_backward(request, target.limits(), target.info().multiprocessors))
-    target.launch(launch, stream);
+  target.launch(lay_out_backward(request, target.limits(), target.info().multiprocessors), stream);
 }
 
 DeviceRuntime& process_devices() {

@@ -51,18 +51,38 @@ class Device {
   // The limits that its kernels keep to: its own, or those of the Turing code that it runs.
   const ArchLimits& limits() const { return limits_; }
 
-  // Launches, unless there are no blocks; loads, and where needed compiles, at the first time.
-  template <class Params>
-  void launch(const KernelLaunch<Params>& plan, StreamHandle stream) {
-    if (plan.blocks > 0) launch(plan.spec, plan.blocks, &plan.params, stream);
+  // Launches those that have blocks, one after the other; loads, and where needed compiles, at the first time: all of
+  // them before anything is launched, and side by side.
+  template <class Params, std::size_t kCount>
+  void launch(const std::array<KernelLaunch<Params>, kCount>& plans, StreamHandle stream) {
+    std::array<const LoadedKernel*, kCount> kernels{};
+    bool all_loaded = true;
+    for (std::size_t i = 0; i < kCount; ++i) {
+      if (plans[i].blocks == 0) continue;
+      kernels[i] = table_.find(plans[i].spec);
+      all_loaded = all_loaded && kernels[i] != nullptr;
+    }
+    if (!all_loaded) {
+      std::vector<KernelSpec> missing;
+      for (std::size_t i = 0; i < kCount; ++i)
+        if (plans[i].blocks > 0 && kernels[i] == nullptr) missing.push_back(plans[i].spec);
+      load(missing);
+    }
+    for (std::size_t i = 0; i < kCount; ++i) {
+      if (plans[i].blocks == 0) continue;
+      const LoadedKernel* kernel = kernels[i] != nullptr ? kernels[i] : table_.find(plans[i].spec);
+      launch(*kernel, plans[i].blocks, &plans[i].params, stream);
+    }
   }
 
   // The kernel that launch() would load, with its resources.
   FoundKernel find_or_compile(const KernelSpec& spec);
 
  private:
-  void launch(const KernelSpec& spec, std::int64_t blocks, const void* params, StreamHandle stream);
-  const LoadedKernel& load(const KernelSpec& spec);
+  void launch(const LoadedKernel& kernel, std::int64_t blocks, const void* params, StreamHandle stream);
+  void load(const std::vector<KernelSpec>& specs);
+  void load(const KernelSpec& spec, const CompiledKernel& kernel);
+  void warn_of_turing_code() const;
   FoundKernel link(const KernelSpec& spec, const LinkTarget& target);
   CompiledKernel machine_code_of(CompiledKernel ptx);
 

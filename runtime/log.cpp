@@ -5,6 +5,8 @@
 #include <mutex>
 #include <set>
 
+#include "runtime/fork.h"
+
 namespace flash_attn_jit {
 namespace {
 
@@ -14,15 +16,14 @@ void write_to_stderr(LogLevel level, const std::string& message) {
 }
 
 struct State {
-  std::mutex mutex;
+  ForkSafeMutex mutex;
   std::shared_ptr<const LogSink> sink = std::make_shared<const LogSink>(write_to_stderr);
   std::set<std::string> warned;
 };
 
-// Never destroyed: threads may still log while the process ends.
 State& state() {
-  static State& process_state = *new State;
-  return process_state;
+  static constinit ProcessOwn<State> process_state;
+  return process_state.get([] { return State(); });
 }
 
 }  // namespace

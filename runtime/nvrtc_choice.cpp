@@ -38,6 +38,15 @@ const Nvrtc* NvrtcChoice::best(CodeKind code, std::string& reason) {
   return nvrtc;
 }
 
+std::optional<NvrtcVersion> NvrtcChoice::foresee(CodeKind code) {
+  const std::lock_guard lock(mutex_);
+  if (const auto known = chosen_.find(code); known != chosen_.end()) return known->second->version();
+  if (const auto known = foreseen_.find(code); known != foreseen_.end()) return known->second;
+  const auto candidate = choose_nvrtc(search_nvrtc(config_, python_search_path()).candidates, {code, driver_version_});
+  if (!candidate) return std::nullopt;
+  return foreseen_[code] = *candidate->version;
+}
+
 const Nvrtc* NvrtcChoice::open_best(NvrtcSearch& search, const NvrtcNeed& need) {
   while (const auto candidate = choose_nvrtc(search.candidates, need))
     if (const Nvrtc* nvrtc = open(*candidate, search)) return nvrtc;

@@ -23,6 +23,10 @@ class NvrtcChoice {
   // where was looked, and what to do. Thread-safe.
   const Nvrtc* best(CodeKind code, std::string& reason);
 
+  // The version that best() would take, as file names tell, so that none is opened; nothing where there is none, or
+  // where they do not tell. Thread-safe.
+  std::optional<NvrtcVersion> foresee(CodeKind code);
+
   int opened() const;
 
  private:
@@ -37,6 +41,7 @@ class NvrtcChoice {
   mutable std::mutex mutex_;
   std::map<std::filesystem::path, std::unique_ptr<Nvrtc>> open_;
   std::map<CodeKind, const Nvrtc*> chosen_;
+  std::map<CodeKind, NvrtcVersion> foreseen_;
 };
 
 }  // namespace flash_attn_jit

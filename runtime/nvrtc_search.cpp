@@ -50,6 +50,15 @@ bool is_library(const fs::path& file) {
          (name.ends_with(".so") || name.find(".so.") != std::string::npos);
 }
 
+bool is_digit(char c) { return c >= '0' && c <= '9'; }
+
+// The folders below `targets` of a toolkit that is laid out for several machines, as conda's is, that are this one's.
+#if defined(__aarch64__)
+constexpr const char* kTargets[] = {"sbsa-linux", "aarch64-linux"};
+#else
+constexpr const char* kTargets[] = {"x86_64-linux"};
+#endif
+
 std::vector<fs::path> builtins_beside(const fs::path& library, int major) {
   std::vector<fs::path> found;
   for (const fs::path& file : sorted_entries(library.parent_path())) {
@@ -112,7 +121,7 @@ class Search {
     bool anything = false;
     for (const fs::path& package : sorted_entries(site / "nvidia")) {
       const std::string name = package.filename().string();
-      if (name != "cuda_nvrtc" && !(name.starts_with("cu") && name.size() > 2 && std::isdigit(name[2])))
+      if (name != "cuda_nvrtc" && !(name.starts_with("cu") && name.size() > 2 && is_digit(name[2])))
         continue;
       folder("nvidia-cuda-nvrtc package", package / "lib");
       anything = true;
@@ -133,6 +142,14 @@ class Search {
           if (fs::is_directory(python / name, error)) site_packages(place, python / name), anything = true;
       }
     if (!anything) note(place, prefix / "lib", "no Python packages");
+  }
+
+  // A prefix with a toolkit in it, as conda's packages make one: lib holds links to what is below targets.
+  void toolkit_prefix(const std::string& place, const fs::path& prefix) {
+    folder(place, prefix / "lib");
+    std::error_code error;
+    for (const char* target : kTargets)
+      if (const fs::path lib = prefix / "targets" / target / "lib"; fs::is_directory(lib, error)) folder(place, lib);
   }
 
   NvrtcSearch result() && { return std::move(search_); }
@@ -197,8 +214,16 @@ void search_named(Search& search, const fs::path& named) {
   for (const fs::path& folder : {named, named / "lib64", named / "lib"}) search.folder(place, folder);
 }
 
-std::mutex python_path_mutex;
-std::vector<fs::path> python_path;
+// Never destroyed: threads may still compile while the process ends.
+struct PythonPath {
+  std::mutex mutex;
+  std::vector<fs::path> folders;
+};
+
+PythonPath& python_path() {
+  static PythonPath& path = *new PythonPath;
+  return path;
+}
 
 }  // namespace
 
@@ -212,13 +237,13 @@ std::string NvrtcSearch::text() const {
 }
 
 void set_python_search_path(std::vector<fs::path> folders) {
-  const std::lock_guard lock(python_path_mutex);
-  python_path = std::move(folders);
+  const std::lock_guard lock(python_path().mutex);
+  python_path().folders = std::move(folders);
 }
 
 std::vector<fs::path> python_search_path() {
-  const std::lock_guard lock(python_path_mutex);
-  return python_path;
+  const std::lock_guard lock(python_path().mutex);
+  return python_path().folders;
 }
 
 NvrtcSearch search_nvrtc(const Config& config, const std::vector<fs::path>& python_search_path) {
@@ -229,8 +254,12 @@ NvrtcSearch search_nvrtc(const Config& config, const std::vector<fs::path>& pyth
   }
   for (const fs::path& folder : python_search_path) search.site_packages("Python's search path", folder);
   search.prefix("this program's prefix", program_prefix());
+  search.toolkit_prefix("this program's prefix", program_prefix());
   if (config.virtual_env) search.prefix("VIRTUAL_ENV", *config.virtual_env);
-  if (config.conda_prefix) search.prefix("CONDA_PREFIX", *config.conda_prefix);
+  if (config.conda_prefix) {
+    search.prefix("CONDA_PREFIX", *config.conda_prefix);
+    search.toolkit_prefix("CONDA_PREFIX", *config.conda_prefix);
+  }
   if (config.cuda_home)
     for (const char* lib : {"lib64", "lib"}) search.folder("CUDA_HOME", *config.cuda_home / lib);
   for (const fs::path& folder : config.library_path) search.folder("LD_LIBRARY_PATH", folder);

@@ -228,14 +228,14 @@ def choose_device(pack: Path) -> str:
 
 
 def _row(model: Attention, kernel: Dict[str, Any], error: Optional[float]) -> List[str]:
-    spills = kernel["spill_stores"] + kernel["spill_loads"]
+    spills = (kernel["spill_stores"], kernel["spill_loads"])
     family = kernel["name"].removesuffix("_" + kernel["tile"])
     return [
         model.models,
         family,
         kernel["tile"],
-        str(kernel["registers"]),
-        f"{spills} B",
+        "unknown" if kernel["registers"] is None else str(kernel["registers"]),
+        "unknown" if None in spills else f"{sum(spills)} B",
         f"{kernel['seconds']:.2f} s",
         "-" if error is None else f"{error:.1e}",
     ]

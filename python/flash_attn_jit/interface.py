@@ -36,7 +36,7 @@ _SHARED: Dict[str, str] = {
             ``causal``, right is 0. A tensor on the GPU costs a synchronisation.
         softcap: a score s becomes softcap * tanh(s / softcap), from 1e-6 to 1e17; 0.0 is off.
         alibi_slopes: (num_heads) or (batch, num_heads), float32: slope * |i + seqlen_k - seqlen_q - j| is taken from
-            each score. Has no gradient.
+            each score. Has no gradient. Values are not checked: slope * distance up to 1e7.
         deterministic: accepted; the result is the same bits every time with either value.
         return_attn_probs: also return softmax_lse and S_dmask. Neither has a gradient.
 """,

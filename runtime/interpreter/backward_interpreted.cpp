@@ -1,8 +1,13 @@
+#include <array>
+#include <optional>
+#include <tuple>
+
 #include "generator/legality.h"
 #include "runtime/backward.h"
 #include "runtime/interpreter/interpreter.h"
 #include "runtime/interpreter/tensor_extents.h"
 #include "runtime/kernel_library.h"
+#include "runtime/side_by_side.h"
 
 namespace flash_attn_jit {
 
@@ -34,11 +39,14 @@ std::vector<TensorExtent> extents_of(const BackwardRequest& request, const Backw
 void backward_in_interpreter(const BackwardRequest& request) {
   const BackwardPlan plan = plan_backward(request, arch_limits(75), kInterpretedMultiprocessors);
   require_cu_seqlens(request.options, request.q, request.k);
-  for (const BackwardLaunch& launch : plan) {
-    if (launch.blocks == 0) continue;
-    const FoundKernel found = find_or_compile_for_host(launch.spec);
-    const GridShape grid{launch.blocks, found.kernel.threads, found.kernel.dynamic_smem};
-    interpret(found.kernel, grid, &launch.params, extents_of(request, launch));
+  std::array<std::optional<CompiledKernel>, std::tuple_size_v<BackwardPlan>> kernels;
+  run_side_by_side(plan.size(), [&](std::size_t i) {
+    if (plan[i].blocks > 0) kernels[i] = find_or_compile_for_host(plan[i].spec).kernel;
+  });
+  for (std::size_t i = 0; i < plan.size(); ++i) {
+    if (!kernels[i]) continue;
+    const GridShape grid{plan[i].blocks, kernels[i]->threads, kernels[i]->dynamic_smem};
+    interpret(*kernels[i], grid, &plan[i].params, extents_of(request, plan[i]));
   }
 }
 

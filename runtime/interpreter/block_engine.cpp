@@ -1,6 +1,9 @@
 #include "runtime/interpreter/block_engine.h"
 
 #include <bit>
+#include <utility>
+
+#include "runtime/interrupt.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -10,8 +13,11 @@ thread_local BlockEngine* running = nullptr;
 
 class RunningEngine {
  public:
-  explicit RunningEngine(BlockEngine* engine) { running = engine; }
-  ~RunningEngine() { running = nullptr; }
+  explicit RunningEngine(BlockEngine* engine) : outer_(std::exchange(running, engine)) {}
+  ~RunningEngine() { running = outer_; }
+
+ private:
+  BlockEngine* outer_;  // whose pause a signal handler used to run another kernel
 };
 
 // Variants of Meeting::kMma.
@@ -47,6 +53,11 @@ void BlockEngine::run_block(std::int64_t block, ThreadFunction thread, const voi
   current_ = 0;
   previous_ = -1;
   main_.switch_to(fibers_[0]);
+  while (paused_) {
+    throw_if_interrupted();
+    paused_ = false;
+    main_.switch_to(fibers_[current_]);
+  }
   if (!error_.empty()) throw InterpreterError(message());
 }
 
@@ -57,6 +68,15 @@ void BlockEngine::fiber_main() {
   Fiber::entered(engine.previous_ < 0 ? engine.main_ : engine.fibers_[engine.previous_]);
   engine.thread_function_(engine.params_);
   engine.exit_thread();
+}
+
+// Goes back to run_block() from time to time: what it asks there runs foreign code, for which a fiber's stack is no place.
+void BlockEngine::pause_if_due() {
+  const auto now = std::chrono::steady_clock::now();
+  if (now < next_pause_) return;
+  next_pause_ = now + std::chrono::milliseconds(100);
+  paused_ = true;
+  fibers_[current_].switch_to(main_);
 }
 
 void BlockEngine::switch_to_thread(int thread) {
@@ -227,6 +247,7 @@ void BlockEngine::block_barrier(SiteId site) {
       each.at_block_barrier = false;
       ++each.barriers;
     }
+    pause_if_due();
     return;
   }
   Warp& own = warps_[warp()];

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <array>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -29,8 +30,8 @@ class BlockEngine {
   // `threads` is a multiple of 32, at most 1024. `tensors` must outlive the engine.
   BlockEngine(std::string kernel, int threads, int dynamic_smem, GlobalMemory& tensors);
 
-  // Runs one block from start to end. Throws InterpreterError at the first failed check; the engine is then
-  // spent.
+  // Runs one block from start to end. Throws InterpreterError at the first failed check, Interrupted where the user has
+  // asked to stop; the engine is then spent.
   void run_block(std::int64_t block, ThreadFunction thread, const void* params);
 
   const std::array<AccessCount, kHostAccesses>& access_counts() const { return counts_; }
@@ -82,6 +83,7 @@ class BlockEngine {
   void compute_shuffle();
   void compute_vote();
 
+  void pause_if_due();
   static void fiber_main();
   [[noreturn]] void exit_thread();
   void switch_to_thread(int thread);
@@ -115,6 +117,8 @@ class BlockEngine {
 
   int current_ = 0;    // thread
   int previous_ = -1;  // what switched here; -1: main_
+  bool paused_ = false;  // the block goes on with current_
+  std::chrono::steady_clock::time_point next_pause_{};
   int finished_warps_ = 0;
   int warps_at_barrier_ = 0;
   std::uint32_t block_barriers_ = 0;

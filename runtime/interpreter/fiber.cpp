@@ -3,9 +3,13 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <string>
+
+#include "generator/errors.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #define FLASH_ATTN_JIT_ASAN 1
@@ -120,7 +124,13 @@ FiberStacks::FiberStacks(int count) {
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   memory_ = static_cast<std::byte*>(memory);
-  for (int i = 0; i < count; ++i) mprotect(bottom(i) - page, page, PROT_NONE);
+  for (int i = 0; i < count; ++i) {
+    if (mprotect(bottom(i) - page, page, PROT_NONE) == 0) continue;
+    const std::string reason = std::strerror(errno);
+    munmap(memory_, mapped_bytes_);
+    throw Error("the interpreter cannot protect the stacks of " + std::to_string(count) + " threads (" + reason +
+                "): the process has too many memory mappings; free some, or raise vm.max_map_count");
+  }
 }
 
 FiberStacks::~FiberStacks() {

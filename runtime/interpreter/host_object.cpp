@@ -11,6 +11,8 @@
 #include <mutex>
 #include <utility>
 
+#include "runtime/fork.h"
+
 namespace flash_attn_jit {
 namespace {
 
@@ -60,8 +62,9 @@ HostObject::~HostObject() {
 }
 
 std::shared_ptr<const HostObject> HostObject::load(const std::string& image, const std::string& kernel) {
-  static std::mutex mutex;
-  static std::list<std::pair<std::string, std::shared_ptr<const HostObject>>> loaded;  // the last used first
+  // Never destroyed: threads may still run kernels while the process ends.
+  static auto& mutex = *new ForkSafeMutex;
+  static auto& loaded = *new std::list<std::pair<std::string, std::shared_ptr<const HostObject>>>;  // last used first
   const std::lock_guard lock(mutex);
   const auto found =
       std::find_if(loaded.begin(), loaded.end(), [&](const auto& each) { return each.first == image; });

@@ -3,14 +3,24 @@
 #include <cfenv>
 #include <mutex>
 
+#include "runtime/fork.h"
 #include "runtime/interpreter/block_engine.h"
 #include "runtime/interpreter/host_object.h"
+#include "runtime/interrupt.h"
 
 namespace flash_attn_jit {
 namespace {
 
-std::mutex last_report_mutex;
-InterpreterReport last_report;
+// Never destroyed: threads may still run kernels while the process ends.
+struct LastReport {
+  ForkSafeMutex mutex;
+  InterpreterReport report;
+};
+
+LastReport& last_report() {
+  static LastReport& last = *new LastReport;
+  return last;
+}
 
 // Round to nearest, subnormals kept, whatever the process has set: kernels rely on both.
 class DefaultFloatingPoint {
@@ -58,18 +68,20 @@ InterpreterReport interpret(const CompiledKernel& kernel, const GridShape& grid,
   BlockEngine engine(kernel.entry, grid.threads, grid.dynamic_smem, global);
   {
     const DefaultFloatingPoint mode;
-    for (std::int64_t block = 0; block < grid.blocks; ++block)
+    for (std::int64_t block = 0; block < grid.blocks; ++block) {
+      throw_if_interrupted();
       engine.run_block(block, object->thread(), params);
+    }
   }
   InterpreterReport report = make_report(kernel, grid, engine);
-  const std::lock_guard lock(last_report_mutex);
-  last_report = report;
+  const std::lock_guard lock(last_report().mutex);
+  last_report().report = report;
   return report;
 }
 
 InterpreterReport last_interpreter_report() {
-  const std::lock_guard lock(last_report_mutex);
-  return last_report;
+  const std::lock_guard lock(last_report().mutex);
+  return last_report().report;
 }
 
 }  // namespace flash_attn_jit

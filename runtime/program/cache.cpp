@@ -2,6 +2,7 @@
 #include <chrono>
 #include <ctime>
 #include <iostream>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -19,7 +20,8 @@ using Json = nlohmann::ordered_json;
 
 struct CacheFlags {
   bool json = false;
-  std::string max_bytes;  // of prune
+  std::string max_bytes;                // of prune
+  std::optional<std::string> built_by;  // of clear
 };
 
 std::string utc_text(std::filesystem::file_time_type time) {
@@ -57,9 +59,15 @@ void print_entry(const CacheEntry& entry) {
     std::cout << entry.path.filename().string() << "  BROKEN: " << entry.fault << "\n";
 }
 
+void require_folder() {
+  if (config().cache_dir.empty())
+    throw ConfigError("there is no folder for the cache: HOME is not set, and this user has no entry in the system's list "
+                      "of users; set FLASH_ATTN_JIT_CACHE_DIR to a folder");
+}
+
 int show_path(const CacheFlags& flags) {
   const std::string dir = config().cache_dir.string();
-  std::cout << (flags.json ? Json{{"path", dir}}.dump(2) : dir) << "\n";
+  std::cout << (flags.json ? json_text({{"path", dir}}) : dir) << "\n";
   return kSuccess;
 }
 
@@ -75,8 +83,7 @@ int list(const CacheFlags& flags) {
       print_entry(entry);
   }
   if (flags.json)
-    std::cout << Json{{"path", config().cache_dir.string()}, {"bytes", bytes}, {"kernels", kernels}}.dump(2)
-              << "\n";
+    std::cout << json_text({{"path", config().cache_dir.string()}, {"bytes", bytes}, {"kernels", kernels}}) << "\n";
   else
     std::cout << config().cache_dir.string() << ": " << entries.size() << " kernels, " << bytes << " bytes\n";
   return kSuccess;
@@ -91,8 +98,7 @@ int verify(const CacheFlags& flags) {
     if (!flags.json) print_entry(entry);
   }
   if (flags.json)
-    std::cout << Json{{"path", config().cache_dir.string()}, {"verified", entries.size()}, {"broken", broken}}
-                     .dump(2)
+    std::cout << json_text({{"path", config().cache_dir.string()}, {"verified", entries.size()}, {"broken", broken}})
               << "\n";
   else
     std::cout << config().cache_dir.string() << ": " << entries.size() << " kernels read, " << broken.size()
@@ -102,15 +108,16 @@ int verify(const CacheFlags& flags) {
 
 int report_removal(const CacheFlags& flags, const CacheRemoval& removed) {
   if (flags.json)
-    std::cout << Json{{"path", config().cache_dir.string()},
-                      {"removed_files", removed.files},
-                      {"removed_bytes", removed.bytes}}
-                     .dump(2)
+    std::cout << json_text({{"path", config().cache_dir.string()},
+                            {"removed_files", removed.files},
+                            {"removed_bytes", removed.bytes}})
               << "\n";
   else
     std::cout << config().cache_dir.string() << ": removed " << removed.files << " files, " << removed.bytes
               << " bytes\n";
-  return kSuccess;
+  if (removed.fault.empty()) return kSuccess;
+  std::cerr << "flash-attn-jit cache: " << removed.fault << "\n";
+  return kFailure;
 }
 
 int prune(const CacheFlags& flags) {
@@ -121,7 +128,12 @@ int prune(const CacheFlags& flags) {
   return report_removal(flags, prune_cache(config().cache_dir, max_bytes));
 }
 
-int clear(const CacheFlags& flags) { return report_removal(flags, clear_cache(config().cache_dir)); }
+int clear(const CacheFlags& flags) {
+  if (!flags.built_by) return report_removal(flags, clear_cache(config().cache_dir));
+  if (flags.built_by->empty())
+    throw UsageError("--built-by is ''; accepted: a compiler as 'flash-attn-jit cache list' names it, such as 'nvrtc 12.9'");
+  return report_removal(flags, clear_built_by(config().cache_dir, *flags.built_by));
+}
 
 }  // namespace
 
@@ -133,7 +145,12 @@ void add_cache(CLI::App& app, Action& chosen) {
   const auto add = [&](const char* name, const char* what, int (*work)(const CacheFlags&)) {
     CLI::App* const command = cache->add_subcommand(name, what);
     command->add_flag("--json", flags->json, "Print JSON");
-    command->callback([&chosen, flags, work] { chosen = [flags, work] { return work(*flags); }; });
+    command->callback([&chosen, flags, work] {
+      chosen = [flags, work] {
+        require_folder();
+        return work(*flags);
+      };
+    });
     return command;
   };
   add("path", "Print the cache's folder", show_path);
@@ -142,7 +159,8 @@ void add_cache(CLI::App& app, Action& chosen) {
   add("prune", "Remove leftovers, then the least recently used kernels beyond a size", prune)
       ->add_option("--max-bytes", flags->max_bytes,
                    "Keep at most this many bytes; default: FLASH_ATTN_JIT_CACHE_MAX_BYTES");
-  add("clear", "Remove everything that the cache wrote", clear);
+  add("clear", "Remove everything that the cache wrote", clear)
+      ->add_option("--built-by", flags->built_by, "Only what this compiler made, as list names it: 'nvrtc 12.9'");
 }
 
 }  // namespace flash_attn_jit::program

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <functional>
+#include <string>
 
 #include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
 
 #include "generator/errors.h"
 
@@ -18,6 +20,11 @@ struct UsageError : Error {
 
 // What the parsed command line asks for; returns the exit code.
 using Action = std::function<int()>;
+
+// What --json prints. Bytes that are no UTF-8, which a path may hold, come out as U+FFFD.
+inline std::string json_text(const nlohmann::ordered_json& json) {
+  return json.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
+}
 
 // Each adds its command to `app`; when the command is parsed it puts its work into `chosen`.
 void add_devices(CLI::App& app, Action& chosen);

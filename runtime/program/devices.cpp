@@ -88,7 +88,7 @@ Json report() {
           {"driver", driver_json(driver)},
           {"devices", devices_json(driver)},
           {"nvrtc", nvrtc_json(search, driver_version)},
-          {"cache", config().cache_dir.string()}};
+          {"cache", config().cache_dir.empty() ? Json() : Json(config().cache_dir.string())}};
 }
 
 std::string text_of(const Json& value) { return value.is_null() ? "none" : value.get<std::string>(); }
@@ -137,7 +137,7 @@ void add_devices(CLI::App& app, Action& chosen) {
     chosen = [as_json] {
       const Json found = report();
       if (*as_json)
-        std::cout << found.dump(2) << "\n";
+        std::cout << json_text(found) << "\n";
       else
         print(found);
       return kSuccess;

@@ -79,15 +79,15 @@ CompiledKernel compile(const KernelSpec& spec, const CompileTarget& target, cons
   }
 }
 
-Json spill_json(const std::optional<int>& bytes) { return bytes ? Json(*bytes) : Json("unknown"); }
+Json number_json(const std::optional<int>& number) { return number ? Json(*number) : Json("unknown"); }
 
 Json resources_json(const KernelSpec& spec, const RenderedKernel& rendered, const CompiledKernel& kernel) {
   return {{"threads", kernel.threads},
-          {"registers", kernel.resources.registers},
+          {"registers", number_json(kernel.resources.registers)},
           {"static_smem", kernel.resources.static_smem},
           {"dynamic_smem", kernel.dynamic_smem},
-          {"spill_stores", spill_json(kernel.resources.spill_stores)},
-          {"spill_loads", spill_json(kernel.resources.spill_loads)},
+          {"spill_stores", number_json(kernel.resources.spill_stores)},
+          {"spill_loads", number_json(kernel.resources.spill_loads)},
           {"tile", spec.tile.text()},
           {"useful_mma", rendered.useful_mma},
           {"warp_roles", rendered.warp_roles},
@@ -109,7 +109,7 @@ std::string content(const InspectFlags& flags) {
 
   const CompiledKernel kernel = compile(spec, {.sm = arch.sm, .code = CodeKind::kCubin}, settings);
   if (emit == Emit::kCubin) return kernel.image;
-  return resources_json(spec, rendered, kernel).dump(2) + "\n";
+  return json_text(resources_json(spec, rendered, kernel)) + "\n";
 }
 
 void write_file(const std::string& path, const std::string& bytes) {

@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -17,6 +18,7 @@
 #include "runtime/config.h"
 #include "runtime/kernel_library.h"
 #include "runtime/kernel_selection.h"
+#include "runtime/log.h"
 #include "runtime/pack.h"
 #include "runtime/program/command.h"
 #include "runtime/program/flag_values.h"
@@ -94,9 +96,15 @@ class PackBuilder {
 
   Outcome run(int jobs) {
     const auto start = std::chrono::steady_clock::now();
+    const int wanted = static_cast<int>(std::min<std::size_t>(jobs, specs_.size()));
     std::vector<std::thread> workers;
-    for (int worker = 1; worker < jobs && static_cast<std::size_t>(worker) < specs_.size(); ++worker)
-      workers.emplace_back([this] { work(); });
+    workers.reserve(static_cast<std::size_t>(wanted));
+    try {
+      while (static_cast<int>(workers.size()) + 1 < wanted) workers.emplace_back([this] { work(); });
+    } catch (const std::system_error& error) {
+      log(LogLevel::kWarning, "only " + std::to_string(workers.size() + 1) + " of " + std::to_string(wanted) +
+                                  " threads can be had (" + error.what() + ")");
+    }
     work();
     for (std::thread& worker : workers) worker.join();
     progress_.finish();
@@ -165,7 +173,7 @@ int run_prebuild(const PrebuildFlags& flags) {
 
   print_failures(outcome);
   if (flags.json)
-    std::cout << outcome_json(outcome, flags.out, target).dump(2) << "\n";
+    std::cout << json_text(outcome_json(outcome, flags.out, target)) << "\n";
   else
     std::cout << flags.out << ": " << outcome.built << " built, " << outcome.skipped << " there already, "
               << outcome.failures.size() << " failed, " << seconds_text(outcome.seconds) << "\n";

@@ -25,6 +25,11 @@ inline KernelCacheSettings settings_for(const std::filesystem::path& dir) {
   return {.dir = dir, .max_bytes = 1 << 20, .prebuilt = std::nullopt, .use = FolderUse::kCache};
 }
 
+// What a fresh process would find.
+inline std::optional<FoundKernel> found_anew(const std::filesystem::path& dir, const KernelId& id) {
+  return KernelCache(settings_for(dir)).find(id);
+}
+
 // Counts its calls.
 struct CountedBuild {
   std::string image = "image";

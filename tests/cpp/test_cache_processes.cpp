@@ -4,15 +4,22 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/resource.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <functional>
 #include <thread>
 
+#include "runtime/interrupt.h"
+#include "runtime/pack.h"
+#include "runtime/subprocess.h"
 #include "tests/cpp/cache_fixture.h"
 #include "tests/cpp/captured_log.h"
+#include "tests/cpp/containing.h"
+#include "tests/cpp/failing_locks.h"
+#include "tests/cpp/processes.h"
 #include "tests/cpp/temporary_folder.h"
 
 using namespace flash_attn_jit;
@@ -20,24 +27,6 @@ using namespace flash_attn_jit::testing;
 namespace fs = std::filesystem;
 
 namespace {
-
-pid_t start_process(const std::function<int()>& work) {
-  const pid_t child = ::fork();
-  REQUIRE(child >= 0);
-  if (child != 0) return child;
-  int code = 99;
-  try {
-    code = work();
-  } catch (...) {
-  }
-  ::_exit(code);
-}
-
-int status_of(pid_t child) {
-  int status = 0;
-  REQUIRE(::waitpid(child, &status, 0) == child);
-  return status;
-}
 
 void append_byte(const fs::path& path) {
   const int fd = ::open(path.c_str(), O_WRONLY | O_APPEND | O_CREAT, 0600);
@@ -161,4 +150,255 @@ TEST_CASE("what dead writers left is removed by the next that writes") {
   KernelCache(settings_for(folder.path())).get_or_build(made_up_id("a"), build.function());
   CHECK(count_names(folder.path(), ".kernel") == 1);
   CHECK(count_names(folder.path(), "") == 1);
+}
+
+TEST_CASE("what a dead process of the same number left does not keep a kernel from being stored") {
+  const TemporaryFolder folder;
+  const KernelId id = made_up_id("a");
+  for (int i = 0; i < 2000; ++i)
+    write_all(folder / (to_hex(id.key) + "." + std::to_string(::getpid()) + "-" + std::to_string(i) + ".tmp"), "half");
+  CountedBuild build;
+  KernelCache(settings_for(folder.path())).get_or_build(id, build.function());
+  CHECK(found_anew(folder.path(), id));
+}
+
+TEST_CASE("a file system without locks keeps kernels all the same") {
+  for (const int error : {ENOLCK, ENOSYS, EOPNOTSUPP, EIO}) {
+    const TemporaryFolder folder;
+    const FailingLocks failing(error);
+    const CapturedLog log;
+    const KernelId id = made_up_id("a");
+    const fs::path fresh = folder / temporary_name(made_up_id("fresh").key);
+    const fs::path stale = folder / temporary_name(made_up_id("stale").key);
+    for (const fs::path& path : {fresh, stale}) write_all(path, "half a kernel");
+    fs::last_write_time(stale, fs::file_time_type::clock::now() - std::chrono::hours(2));
+    write_all(folder / id.file_name(), "rubbish");
+    CountedBuild build;
+    CHECK(KernelCache(settings_for(folder.path())).get_or_build(id, build.function()).kernel.image == "image");
+    REQUIRE(found_anew(folder.path(), id));
+    CHECK(fs::exists(fresh));  // may be somebody's
+    CHECK_FALSE(fs::exists(stale));
+    CHECK(count_names(folder.path(), ".lock") == 0);
+    REQUIRE(log.warnings().size() == 1);
+    CHECK(log.warnings()[0] == Containing{"does not verify"});
+    CHECK(KernelCache(settings_for(folder.path())).keep_refused_source(id, "source") ==
+          (folder / source_name(id)).string());
+    CHECK_NOTHROW(write_manifest(folder.path()));
+  }
+}
+
+namespace {
+
+// Removes what nobody seems to be writing, over and over, while `work` runs.
+void while_others_evict(const fs::path& dir, const std::function<void()>& work) {
+  std::atomic<bool> done = false;
+  std::thread evictor([&] {
+    while (!done) evict(dir, 1u << 30, 1u << 30);
+  });
+  work();
+  done = true;
+  evictor.join();
+}
+
+}  // namespace
+
+TEST_CASE("a refused source is kept although another process looks after the folder") {
+  const TemporaryFolder folder;
+  KernelCache cache(settings_for(folder.path()));
+  while_others_evict(folder.path(), [&] {
+    for (int i = 0; i < 300; ++i) {
+      const KernelId id = made_up_id(std::to_string(i % 3));
+      CHECK(cache.keep_refused_source(id, std::string(1 << 16, 'x')) == (folder / source_name(id)).string());
+    }
+  });
+}
+
+TEST_CASE("a manifest is written although another process builds into the same folder") {
+  const TemporaryFolder folder;
+  while_others_evict(folder.path(), [&] {
+    for (int i = 0; i < 300; ++i) CHECK_NOTHROW(write_manifest(folder.path()));
+  });
+}
+
+TEST_CASE("a wait for another process is told, with who is waited for, and ends when the user asks") {
+  const TemporaryFolder folder;
+  const KernelId id = made_up_id("a");
+  int started[2];
+  REQUIRE(::pipe(started) == 0);
+  const pid_t holder = start_process([&] {
+    KernelCache(settings_for(folder.path())).get_or_build(id, [&] {
+      if (::write(started[1], "x", 1) != 1) ::_exit(97);
+      sleep_ms(60'000);
+      return made_up_kernel("never");
+    });
+    return 0;
+  });
+  char byte;
+  REQUIRE(::read(started[0], &byte, 1) == 1);
+
+  const CapturedLog log;
+  std::atomic<bool> stop = false;
+  set_interrupt_check([&] { return stop.load(); });
+  std::atomic<int> interrupted = 0;
+  KernelCache cache(settings_for(folder.path()));
+  CountedBuild build;
+  const auto ask = [&] {
+    try {
+      cache.get_or_build(id, build.function());
+    } catch (const Interrupted&) {
+      ++interrupted;
+    }
+  };
+  std::thread first(ask), second(ask);  // one waits for the process, the other for that one
+  while (log.warnings().empty()) sleep_ms(20);
+  sleep_ms(100);
+  REQUIRE(log.warnings().size() == 1);
+  CHECK(log.warnings()[0] == Containing{"process " + std::to_string(holder)});
+  CHECK(log.warnings()[0] == Containing{(folder / lock_name(id.key)).string()});
+  CHECK(interrupted == 0);
+  stop = true;
+  first.join();
+  second.join();
+  CHECK(interrupted == 2);
+  set_interrupt_check({});
+  CHECK(build.calls == 0);
+  ::kill(holder, SIGKILL);
+  status_of(holder);
+  CHECK(cache.get_or_build(id, build.function()).origin == KernelOrigin::kCompiled);
+  for (const int end : started) ::close(end);
+}
+
+TEST_CASE("who waits for a thread that was interrupted builds itself") {
+  const TemporaryFolder folder;
+  KernelCache cache(settings_for(folder.path()));
+  const KernelId id = made_up_id("a");
+  std::atomic<bool> building = false;
+  std::thread first([&] {
+    CHECK_THROWS_AS(cache.get_or_build(id,
+                                       [&]() -> CompiledKernel {
+                                         building = true;
+                                         sleep_ms(100);
+                                         throw Interrupted();
+                                       }),
+                    Interrupted);
+  });
+  while (!building) std::this_thread::yield();
+  CountedBuild build;
+  CHECK(cache.get_or_build(id, build.function()).kernel.image == "image");
+  first.join();
+  CHECK(build.calls == 1);
+}
+
+TEST_CASE("a process forked while a thread builds builds for itself") {
+  const TemporaryFolder folder;
+  KernelCache cache(settings_for(folder / "cache"));
+  const KernelId id = made_up_id("a");
+  std::atomic<bool> building = false, finish = false;
+  std::thread builder([&] {
+    cache.get_or_build(id, [&] {
+      building = true;
+      while (!finish) std::this_thread::yield();
+      return made_up_kernel("the parent's");
+    });
+  });
+  while (!building) std::this_thread::yield();
+  const pid_t child = start_process([&] {
+    ::alarm(20);
+    CountedBuild build;
+    return cache.get_or_build(id, build.function()).kernel.image == "the parent's" && build.calls == 0 ? 0 : 1;
+  });
+  sleep_ms(300);
+  finish = true;
+  builder.join();
+  CHECK(status_of(child) == 0);  // it waited for the lock, and found the kernel
+}
+
+TEST_CASE("a forked process does not hold the locks of the threads that it lacks") {
+  const TemporaryFolder folder;
+  const KernelId id = made_up_id("a");
+  // The grandchild outlives its parent, which is killed while it builds.
+  const pid_t parent = start_process([&] {
+    KernelCache cache(settings_for(folder / "cache"));
+    std::atomic<bool> building = false;
+    std::thread builder([&] {
+      cache.get_or_build(id, [&] {
+        building = true;
+        sleep_ms(60'000);
+        return made_up_kernel("never");
+      });
+    });
+    while (!building) std::this_thread::yield();
+    if (::fork() == 0) {
+      ::alarm(20);
+      CountedBuild build;
+      cache.get_or_build(id, build.function());
+      append_byte(folder / (build.calls == 1 ? "built" : "not built"));
+      ::_exit(0);
+    }
+    ::kill(::getpid(), SIGKILL);
+    return 0;
+  });
+  CHECK(WIFSIGNALED(status_of(parent)));
+  for (int i = 0; i < 200 && !fs::exists(folder / "built"); ++i) sleep_ms(50);
+  CHECK(fs::exists(folder / "built"));
+}
+
+TEST_CASE("a process forked while threads use the cache and the log can use them too") {
+  const CapturedLog log;
+  const KernelId id = made_up_id("a");
+  KernelCache in_memory(settings_for("/proc/no such folder"));
+  CountedBuild build;
+  in_memory.get_or_build(id, build.function());
+  std::atomic<bool> done = false;
+  std::vector<std::thread> busy;
+  for (int i = 0; i < 2; ++i)
+    busy.emplace_back([&] {
+      while (!done) {
+        warn_once("said once");
+        in_memory.find(id);
+      }
+    });
+  int hung = 0;
+  for (int i = 0; i < 300; ++i) {
+    const int status = status_of(start_process([&] {
+      ::alarm(2);
+      set_log_sink([](LogLevel, const std::string&) {});
+      warn_once("said once");
+      return in_memory.find(id) ? 0 : 1;
+    }));
+    hung += WIFSIGNALED(status);
+    if (hung == 2) break;
+  }
+  done = true;
+  for (std::thread& thread : busy) thread.join();
+  CHECK(hung == 0);
+}
+
+TEST_CASE("a process forked while a program is started does not keep that program's output open") {
+  std::atomic<bool> done = false;
+  std::atomic<int> longest_ms = 0;
+  std::thread starter([&] {
+    while (!done) {
+      const auto start = std::chrono::steady_clock::now();
+      run_program({"true"});
+      const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now() - start);
+      longest_ms = std::max(longest_ms.load(), static_cast<int>(ms.count()));
+    }
+  });
+  std::vector<pid_t> children;
+  for (int i = 0; i < 100; ++i) {
+    children.push_back(start_process([] {
+      sleep_ms(10'000);
+      return 0;
+    }));
+    sleep_ms(1);
+  }
+  done = true;
+  sleep_ms(1500);
+  for (const pid_t child : children) {
+    ::kill(child, SIGKILL);
+    status_of(child);
+  }
+  starter.join();
+  CHECK(longest_ms.load() < 1000);
 }

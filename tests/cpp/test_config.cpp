@@ -1,9 +1,14 @@
 #include <doctest/doctest.h>
 
+#include <unistd.h>
+
+#include <cstdlib>
 #include <map>
 
+#include "generator/render.h"
 #include "runtime/config.h"
 #include "tests/cpp/containing.h"
+#include "tests/cpp/processes.h"
 #include "tests/cpp/temporary_folder.h"
 
 using namespace flash_attn_jit;
@@ -101,4 +106,61 @@ TEST_CASE("configuration: a bad value names the variable, what came and what is 
   }
   for (const char* bytes : {"-1", "1.5", " 1", "0x10", "99999999999999999999999"})
     CHECK(refusal("FLASH_ATTN_JIT_CACHE_MAX_BYTES", bytes) == Containing{bytes});
+}
+
+TEST_CASE("configuration: ~ is the home folder in every path that is ours") {
+  const TemporaryFolder home;
+  std::filesystem::create_directories(home / "below");
+  const std::string folder = home.path().string();
+  for (const char* path : {"~", "~/", "~/below"}) {
+    const std::filesystem::path expected = folder + std::string(path).substr(1);
+    const Config config = read({{"HOME", folder},
+                                {"FLASH_ATTN_JIT_CACHE_DIR", path},
+                                {"FLASH_ATTN_JIT_NVRTC", path},
+                                {"FLASH_ATTN_JIT_PREBUILT", path},
+                                {"FLASH_ATTN_JIT_TEMPLATES", path},
+                                {"FLASH_ATTN_JIT_CXX", path}});
+    CHECK(config.cache_dir == expected);
+    CHECK(config.nvrtc == expected);
+    CHECK(config.prebuilt == expected);
+    CHECK(config.templates == expected);
+    CHECK(config.cxx == expected);
+  }
+  CHECK(read({{"FLASH_ATTN_JIT_CACHE_DIR", "~root/cache"}}).cache_dir == "/root/cache");
+  CHECK(read({{"FLASH_ATTN_JIT_CACHE_DIR", "/data/~x"}}).cache_dir == "/data/~x");
+  CHECK(refusal("FLASH_ATTN_JIT_CACHE_DIR", "~nobody-of-this-name/cache") == Containing{"'~nobody-of-this-name/cache'"});
+}
+
+TEST_CASE("configuration: a home folder that is not a whole path is none") {
+  const Config config = read({{"HOME", "relative"}});
+  CHECK(config.cache_dir.is_absolute());
+}
+
+TEST_CASE("configuration: without a home folder there is no cache, which is no error; ~ is one" *
+          doctest::skip(::geteuid() != 0)) {
+  constexpr uid_t kNobodyKnown = 54321;  // no entry in /etc/passwd
+  CHECK(code_as_user(kNobodyKnown, [] { return read({{"HOME", ""}}).cache_dir.empty() ? 0 : 1; }) == 0);
+  CHECK(code_as_user(kNobodyKnown, [] {
+          try {
+            read({{"HOME", ""}, {"FLASH_ATTN_JIT_CACHE_DIR", "~/cache"}});
+          } catch (const ConfigError& error) {
+            return error.what() == Containing{"FLASH_ATTN_JIT_CACHE_DIR is '~/cache'"} ? 0 : 1;
+          }
+          return 2;
+        }) == 0);
+}
+
+TEST_CASE("configuration and templates outlive what the process does at its end") {
+  // Handlers run in the reverse order: this one after the objects made since.
+  CHECK(code_of_process([]() -> int {
+          ::setenv("FLASH_ATTN_JIT_CACHE_DIR", "/a/path/that/is/too/long/for/the/text/object/itself", 1);
+          std::atexit([] {
+            const bool right = config().cache_dir == "/a/path/that/is/too/long/for/the/text/object/itself" &&
+                               embedded_templates().at("mask.cuh").find("#pragma once") != std::string::npos;
+            ::_exit(right ? 0 : 1);
+          });
+          (void)config();
+          (void)embedded_templates();
+          std::exit(2);
+        }) == 0);
 }

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstring>
+#include <set>
 #include <thread>
 
 #include "runtime/cache_folder.h"
@@ -14,10 +15,12 @@
 #include "tests/cpp/captured_log.h"
 #include "tests/cpp/containing.h"
 #include "tests/cpp/stub_libcuda/stub_control.h"
+#include "tests/cpp/stub_nvrtc.h"
 #include "tests/cpp/tiny_templates.h"
 
 using namespace flash_attn_jit;
 using namespace flash_attn_jit::testing;
+namespace fs = std::filesystem;
 
 namespace {
 
@@ -44,6 +47,21 @@ ForwardRequest request(std::int64_t head_dim = 64, std::int64_t seqlen = 64) {
   r.out = view(0x4000);
   r.softmax_lse = reinterpret_cast<float*>(0x5000);
   r.options.softmax_scale = 0.125f;
+  return r;
+}
+
+BackwardRequest backward_request() {
+  const ForwardRequest f = request();
+  BackwardRequest r;
+  r.q = f.q;
+  r.k = f.k;
+  r.v = f.v;
+  r.out = r.dout = f.out;
+  r.dq = f.q;
+  r.dkdv = KeyGradients{f.k, f.v};
+  r.softmax_lse = f.softmax_lse;
+  r.delta = f.softmax_lse;
+  r.options = f.options;
   return r;
 }
 
@@ -321,6 +339,116 @@ TEST_CASE("a device newer than the NVRTC runs the Turing code, said once; a hit 
   next_process.forward(request(), 0, nullptr);
   CHECK(stub().calls("cuLinkComplete") == 2);
   CHECK(next.nvrtc_opened() == 0);
+}
+
+TEST_CASE("Turing code stands in for what no NVRTC can make until a newer one is there; said in every process") {
+  const StubDevice future{"A stand-in's GPU", 199, 200}, same{"The same GPU in the next process", 199, 200};
+  Process process(99000, {future});
+  Config& config = process.setting.config;
+  set_python_search_path({});
+  const TemporaryFolder folder;
+  make_stub_nvrtc(folder / "98.0", {.minor = "0"});
+  config.library_path = {folder / "98.0"};
+  // A process of its own with the cache as it is: how many NVRTCs it opened.
+  const auto run = [&](const StubDevice& device) {
+    KernelLibrary library(process.setting.settings(99000));
+    stub().reset(99000, {device});
+    Driver driver(kStub);
+    DeviceRuntime(driver, library, TargetChoice::kNative).forward(request(), 0, nullptr);
+    CHECK(stub().launches().size() == 1);
+    return library.nvrtc_opened();
+  };
+  const auto linked = [&] { return stub().calls("cuLinkComplete") == 1; };
+  const auto targets = [&] {
+    std::set<std::string> found;
+    for (const CacheEntry& entry : list_cache(config.cache_dir)) found.insert(entry.file->id.target);
+    return found;
+  };
+
+  CHECK(run(future) == 1);
+  CHECK(linked());
+  {
+    const CapturedLog log;
+    CHECK(run(same) == 0);
+    CHECK_FALSE(linked());
+    REQUIRE(log.warnings().size() == 1);
+    CHECK(log.warnings()[0] == Containing{same.name});
+    CHECK(log.warnings()[0] == Containing{"compute_75"});
+  }
+  make_stub_nvrtc(folder / "98.1", {.minor = "1"});  // newer, and does not know the GPU either
+  config.library_path = {folder / "98.0", folder / "98.1"};
+  CHECK(run(future) == 1);
+  CHECK(linked());
+  CHECK(run(future) == 0);
+  CHECK_FALSE(linked());
+  config.library_path = {};  // no NVRTC, or only an older one: what is there serves
+  CHECK(run(future) == 0);
+  CHECK_FALSE(linked());
+  CHECK(targets() == std::set<std::string>{"compute_75 linked for sm_199"});
+
+  make_stub_nvrtc(folder / "98.2", {.minor = "2", .architectures = "75,199"});
+  config.library_path = {folder / "98.0", folder / "98.1", folder / "98.2"};
+  CHECK(run(future) == 1);
+  CHECK_FALSE(linked());
+  CHECK(targets() == std::set<std::string>{"compute_75 linked for sm_199", "sm_199"});
+  const CapturedLog log;
+  CHECK(run({"The same GPU, with its own code", 199, 200}) == 0);
+  CHECK(log.warnings().empty());
+}
+
+TEST_CASE("backward's kernels are compiled side by side, and none is launched where one cannot be") {
+  TinySetting setting;
+  setting.config.templates.reset();
+  KernelLibrary::Settings settings = setting.settings(12040);
+  const auto backward = [&](const fs::path& nvrtc) {
+    stub().reset(12040, {kT4});
+    settings.config.nvrtc = nvrtc;
+    Driver driver(kStub);
+    KernelLibrary library(settings);
+    DeviceRuntime(driver, library, TargetChoice::kNative).backward(backward_request(), 0, nullptr);
+  };
+  const TemporaryFolder folder;
+  const StubNvrtc stub_nvrtc{.major = "12", .meet = 3};
+  const fs::path refuses = make_stub_nvrtc(folder / "a", stub_nvrtc, "bwd_dq");
+  CHECK(refusal<CompileError>([&] { backward(refuses); }) == Containing{"bwd_dq hdim64"});
+  CHECK(most_at_once(refuses) == 3);
+  CHECK(stub().launches().empty());
+  CHECK(stub().calls("cuModuleLoadData") == 0);
+
+  settings.cache.dir = setting.folder / "another cache";
+  const fs::path accepts = make_stub_nvrtc(folder / "b", stub_nvrtc);
+  backward(accepts);
+  CHECK(most_at_once(accepts) == 3);
+  const auto launches = stub().launches();
+  REQUIRE(launches.size() == 3);
+  for (const auto& [i, kind] : {std::pair{0, "bwd_preprocess"}, {1, "bwd_dkdv"}, {2, "bwd_dq"}})
+    CHECK(launches[static_cast<std::size_t>(i)].function == Containing{kind});
+}
+
+TEST_CASE("a module whose kernel cannot be had is unloaded") {
+  TinySetting setting;
+  setting.config.nvrtc = make_stub_nvrtc(setting.folder / "nvrtc", {.major = "12"});
+  KernelSpec large = tiny_spec(128);
+  for (const TileConfig& tile : tile_space(large, arch_limits(75))) {
+    large.tile = tile;
+    if (render(large, embedded_templates()).dynamic_smem > 48 * 1024) break;
+  }
+  ForwardRequest r = request(128);
+  r.tile = large.tile;
+  for (const TargetChoice target : {TargetChoice::kNative, TargetChoice::kCompute75})
+    for (const std::string call : {"cuModuleGetFunction", "cuFuncGetAttribute", "cuFuncSetAttribute"}) {
+      CAPTURE(call);
+      stub().reset(12040, {kT4});
+      Driver driver(kStub);
+      KernelLibrary library(setting.settings(12040));
+      DeviceRuntime runtime(driver, library, target);
+      stub().fail(call, kInvalidImage);
+      CHECK(refusal<DriverError>([&] { runtime.forward(r, 0, nullptr); }) == Containing{"CUDA_ERROR_INVALID_IMAGE"});
+      CHECK(stub().calls("cuModuleLoadData") == stub().calls("cuModuleUnload"));
+      runtime.forward(r, 0, nullptr);
+      CHECK(stub().launches().size() == 1);
+      CHECK(stub().calls("cuModuleLoadData") == stub().calls("cuModuleUnload") + 1);
+    }
 }
 
 TEST_CASE("a device below sm_75 is refused by name") {

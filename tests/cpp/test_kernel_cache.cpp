@@ -8,6 +8,7 @@
 #include "tests/cpp/cache_fixture.h"
 #include "tests/cpp/captured_log.h"
 #include "tests/cpp/containing.h"
+#include "tests/cpp/processes.h"
 #include "tests/cpp/temporary_folder.h"
 
 using namespace flash_attn_jit;
@@ -27,11 +28,6 @@ mode_t mode_of(const fs::path& path) {
   struct stat status {};
   REQUIRE(::stat(path.c_str(), &status) == 0);
   return status.st_mode & 0777;
-}
-
-// What a fresh process would find.
-std::optional<FoundKernel> found_anew(const fs::path& dir, const KernelId& id) {
-  return KernelCache(settings_for(dir)).find(id);
 }
 
 }  // namespace
@@ -349,4 +345,75 @@ TEST_CASE("cache: what is being built is not cleared away") {
     return made_up_kernel("image");
   });
   CHECK(clear_cache(folder.path()).files == 2);
+}
+
+TEST_CASE("cache: without any folder memory serves, and that is said once") {
+  const CapturedLog log;
+  KernelCache cache(settings_for(""));
+  CountedBuild build;
+  for (const char* name : {"a", "b", "a", "b"})
+    CHECK(cache.get_or_build(made_up_id(name), build.function()).kernel.image == "image");
+  CHECK(build.calls == 2);
+  CHECK(cache.keep_refused_source(made_up_id("a"), "source") == Containing{"nowhere"});
+  CHECK_FALSE(fs::exists(made_up_id("a").file_name()));
+  REQUIRE(log.warnings().size() == 1);
+  CHECK(log.warnings()[0] == Containing{"HOME"});
+  CHECK(log.warnings()[0] == Containing{"FLASH_ATTN_JIT_CACHE_DIR"});
+}
+
+TEST_CASE("cache: bytes that cannot be removed count as there" * doctest::skip(::geteuid() != 0)) {
+  const TemporaryFolder folder;
+  const auto file_of = [&](const char* name) { return folder / made_up_id(name).file_name(); };
+  constexpr uid_t kSomebody = 12345;
+  for (const char* name : {"of root", "old", "new"}) {
+    write_all(file_of(name), std::string(1000, 'x'));
+    if (name != std::string("of root")) REQUIRE(::chown(file_of(name).c_str(), kSomebody, kSomebody) == 0);
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+  REQUIRE(::chmod(folder.path().c_str(), 01777) == 0);  // everybody may remove their own files
+  CHECK(code_as_user(kSomebody, [&] {
+          const CacheRemoval removal = evict(folder.path(), 2000, 2000);
+          return removal.files == 1 && removal.bytes == 1000 ? 0 : 1;
+        }) == 0);
+  CHECK(fs::exists(file_of("of root")));
+  CHECK_FALSE(fs::exists(file_of("old")));
+  CHECK(fs::exists(file_of("new")));
+}
+
+TEST_CASE("cache: a store with room to spare does not read the folder, and the bound holds all the same") {
+  const TemporaryFolder folder;
+  KernelCacheSettings settings = settings_for(folder.path());
+  CountedBuild build{.image = std::string(1000, 'x')};
+  const std::uint64_t size = serialize({made_up_id("0"), made_up_kernel(build.image)}).size();
+  settings.max_bytes = 100 * size;
+  KernelCache cache(settings);
+  cache.get_or_build(made_up_id("0"), build.function());
+  const fs::path dead = folder / temporary_name(made_up_id("dead").key);  // goes when the folder is read
+  write_all(dead, "half a kernel");
+  cache.get_or_build(made_up_id("1"), build.function());
+  CHECK(fs::exists(dead));
+  for (int i = 2; i < 300; ++i) {
+    cache.get_or_build(made_up_id(std::to_string(i)), build.function());
+    std::uint64_t bytes = 0;
+    for (const CacheEntry& entry : list_cache(folder.path())) bytes += entry.bytes;
+    REQUIRE(bytes <= settings.max_bytes);
+    REQUIRE(fs::exists(folder / made_up_id(std::to_string(i)).file_name()));
+  }
+  CHECK_FALSE(fs::exists(dead));
+  CHECK(list_cache(folder.path()).size() > 80);
+}
+
+TEST_CASE("cache: the kernel just stored is not what makes room") {
+  const TemporaryFolder folder;
+  KernelCacheSettings settings = settings_for(folder.path());
+  CountedBuild build{.image = std::string(10000, 'x')};
+  const std::uint64_t size = serialize({made_up_id("a"), made_up_kernel(build.image)}).size();
+  settings.max_bytes = size + 10;
+  KernelCache cache(settings);
+  for (const char* name : {"a", "b", "c"}) {
+    cache.get_or_build(made_up_id(name), build.function());
+    CHECK(found_anew(folder.path(), made_up_id(name)));
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+  CHECK(list_cache(folder.path()).size() == 1);
 }

@@ -11,6 +11,7 @@
 #include "runtime/pack.h"
 #include "tests/cpp/captured_log.h"
 #include "tests/cpp/containing.h"
+#include "tests/cpp/stub_nvrtc.h"
 #include "tests/cpp/tiny_templates.h"
 
 using namespace flash_attn_jit;
@@ -46,8 +47,25 @@ TEST_CASE("ptxas's log tells registers, spills and static shared memory") {
   CHECK(resources.spill_stores == 16);
   CHECK(resources.spill_loads == 24);
   CHECK(resources.static_smem == 512);
-  CHECK_THROWS_AS(parse_ptxas_log("nothing of the kind"), Error);
-  CHECK_THROWS_AS(parse_ptxas_log(""), Error);
+}
+
+TEST_CASE("a log in other words tells no resources, and the kernel is used all the same") {
+  for (const std::string log : {"", "used 99 register, no spill", "128 registers"}) {
+    CAPTURE(log);
+    const KernelResources resources = parse_ptxas_log(log);
+    CHECK(resources.registers == (log.starts_with("128") ? std::optional(128) : std::nullopt));
+    CHECK_FALSE(resources.spill_stores.has_value());
+    CHECK_FALSE(resources.spill_loads.has_value());
+
+    TinySetting setting;
+    setting.config.nvrtc = make_stub_nvrtc(setting.folder / "nvrtc", {.log = log});
+    const FoundKernel compiled = KernelLibrary(setting.settings(std::nullopt)).find_or_compile(tiny_spec(), kCubin);
+    CHECK(is_elf(compiled.kernel.image));
+    const FoundKernel found = KernelLibrary(setting.settings(std::nullopt)).find_or_compile(tiny_spec(), kCubin);
+    CHECK(found.origin == KernelOrigin::kDiskCache);
+    CHECK(found.kernel.resources.registers == resources.registers);
+    CHECK_FALSE(found.kernel.resources.spill_loads.has_value());
+  }
 }
 
 TEST_CASE("NVRTC's own cache is off where there is one; the key does not depend on that") {
@@ -346,4 +364,54 @@ TEST_CASE("templates from a folder that has none") {
   config.templates = folder.path();
   CHECK_THROWS_AS(load_templates(config), ConfigError);
   CHECK(load_templates(Config{}) == embedded_templates());
+}
+
+namespace {
+
+// What load_templates() says of the built-in templates, written into a folder with one text replaced.
+std::string refusal_of_edit(const std::string& file, const std::string& from, const std::string& to) {
+  const TemporaryFolder folder;
+  for (const auto& [name, text] : embedded_templates()) write_all(folder / name, text);
+  std::string text = embedded_templates().at(file);
+  REQUIRE(text.find(from) != std::string::npos);
+  write_all(folder / file, text.replace(text.find(from), from.size(), to));
+  Config config;
+  config.templates = folder.path();
+  try {
+    load_templates(config);
+  } catch (const ConfigError& error) {
+    CHECK(error.what() == Containing{file});
+    return error.what();
+  }
+  return "";
+}
+
+}  // namespace
+
+TEST_CASE("templates that lay out what the host shares in another way are refused") {
+  CHECK(refusal_of_edit("attention_params.cuh", "int num_heads, num_heads_k;", "int num_heads, num_heads_k, one_more;") ==
+        Containing{"differs at line 10"});
+  CHECK(refusal_of_edit("attention_params.cuh", "int seqlen_q, seqlen_k;", "int seqlen_k, seqlen_q;") != "");
+  CHECK(refusal_of_edit("attention_params.cuh", "unsigned sign;", "float sign;") != "");  // of the same size
+  CHECK(refusal_of_edit("flash_fwd_params.cuh", "int num_m_blocks;", "int num_m_blocks; int more;") != "");
+  CHECK(refusal_of_edit("flash_bwd_params.cuh", "float softmax_scale;", "") != "");
+  CHECK(refusal_of_edit("host_engine.cuh", "int (*thread_in_block)();", "int (*more)(); int (*thread_in_block)();") != "");
+  CHECK(refusal_of_edit("host_engine.cuh", "kLoadGlobal16B,", "kMore, kLoadGlobal16B,") != "");
+
+  // All else may be edited, and these files' comments and lines.
+  CHECK(refusal_of_edit("attention_params.cuh", "#pragma once", "// A remark.\n/* Another. */\n\n#pragma once") == "");
+  CHECK(refusal_of_edit("attention_params.cuh", "int num_heads, num_heads_k;", "int num_heads,\n      num_heads_k;") == "");
+  for (const auto& [file, text] : embedded_templates())
+    if (!file.ends_with("_params.cuh") && file != "host_engine.cuh")
+      CHECK(refusal_of_edit(file, "#pragma once", "#pragma once\nint of_mine;") == "");
+}
+
+TEST_CASE("a folder that lacks a template that the host shares is refused") {
+  const TemporaryFolder folder;
+  write_tiny_templates(folder.path());
+  Config config;
+  config.templates = folder.path();
+  CHECK_NOTHROW(load_templates(config));
+  fs::remove(folder / "host_engine.cuh");
+  CHECK_THROWS_WITH_AS(load_templates(config), doctest::Contains("host_engine.cuh is missing"), ConfigError);
 }

@@ -98,6 +98,39 @@ TEST_CASE("NVRTC search: torch/lib, CUDA_HOME, LD_LIBRARY_PATH, in this order") 
   CHECK(search.text() == Containing{(root.path() / "cuda" / "lib").string() + ": no such folder"});
 }
 
+TEST_CASE("NVRTC search: conda's own package, in lib and in the folder of targets that lib links to") {
+#if defined(__aarch64__)
+  const std::string target = "sbsa-linux";
+#else
+  const std::string target = "x86_64-linux";
+#endif
+  const TemporaryFolder root;
+  const fs::path lib = root.path() / "conda" / "lib", below = root.path() / "conda" / "targets" / target / "lib";
+  fs::create_directories(lib);
+  Config config;
+  config.conda_prefix = root / "conda";
+  const auto found = [&] { return candidates_below(search_nvrtc(config, {}), root.path()); };
+  CHECK(found().empty());
+  add_toolkit(root.path() / "conda" / "targets" / "riscv-linux" / "lib", "12", "9");
+  CHECK(found().empty());
+  add_toolkit(below, "12", "9");
+  CHECK(versions(found()) == Texts{"12.9"});
+  for (const char* name : {"libnvrtc.so.12", "libnvrtc-builtins.so.12.9"}) fs::create_symlink(below / name, lib / name);
+  REQUIRE(versions(found()) == Texts{"12.9"});
+  CHECK(found()[0].library == lib / "libnvrtc.so.12");
+  CHECK(found()[0].place == "CONDA_PREFIX");
+  CHECK(found()[0].builtins.parent_path() == below);
+  config.nvrtc = root / "nowhere";
+  CHECK(found().empty());
+}
+
+TEST_CASE("NVRTC search: folders of Python packages that only look like NVIDIA's") {
+  const TemporaryFolder root;
+  add_wheel(root / "site", "cu\xff" "13", "13", "5");
+  add_wheel(root / "site", "cudnn", "13", "5");
+  CHECK(candidates_below(search_nvrtc({}, {root / "site"}), root.path()).empty());
+}
+
 TEST_CASE("NVRTC search: FLASH_ATTN_JIT_NVRTC names the only place") {
   const TemporaryFolder root;
   add_wheel(root / "site", "cu13", "13", "5");

@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 
 #include <sys/wait.h>
+#include <unistd.h>
 
 #include <array>
 #include <cstdio>
@@ -14,6 +15,8 @@
 #include <string>
 
 #include <nlohmann/json.hpp>
+
+#include "tests/cpp/cache_fixture.h"
 
 namespace {
 
@@ -101,6 +104,7 @@ TEST_CASE("a wrong call names the flag, what came and what is accepted, and exit
   refused(pack + " --kinds fwd --head-dims 64 --causal no --gqa 1 --jobs 0", "--jobs", "'0'", "from 1");
   refused("cache prune --max-bytes lots", "--max-bytes", "'lots'", "a whole number");
   refused("cache list --max-bytes 5", "--max-bytes", "", "--json");
+  refused("cache clear --built-by ''", "--built-by", "''", "nvrtc 12.9");
   CHECK_FALSE(fs::exists(program.folder() / "pack"));
 }
 
@@ -160,6 +164,48 @@ TEST_CASE("prebuild names every kernel that fails and exits with 1") {
   }
 }
 
+TEST_CASE("prebuild goes on with the threads that can be had") {
+  const Program program;
+  fs::create_directory(program.folder() / "no nvrtc");
+  // Stacks larger than the address space. Without a compiler every kernel fails, which is told at the end.
+  const ProgramRun run = program.run(
+      "prebuild --arch sm_75 --kinds fwd --head-dims 64 --causal both --gqa 1,2 --jobs 500 --json --out '" +
+          (program.folder() / "pack").string() + "'",
+      "FLASH_ATTN_JIT_NVRTC='" + (program.folder() / "no nvrtc").string() +
+          "' sh -c 'ulimit -s 140000000000 && exec \"$0\" \"$@\"'");
+  CAPTURE(run.err);
+  CHECK(run.exit_code == 1);
+  CHECK(Json::parse(run.out)["failures"].size() >= 8);
+  CHECK(fs::exists(program.folder() / "pack/manifest.json"));
+  CHECK(holds(run.err, "threads"));
+}
+
+TEST_CASE("cache says what it cannot remove" * doctest::skip(::geteuid() != 0)) {
+  const Program program;
+  const fs::path cache = program.folder() / "cache";
+  fs::create_directory(cache);
+  std::ofstream(cache / ("x." + std::string(64, '0') + ".kernel")) << "not a kernel";
+  fs::permissions(program.folder(), fs::perms::all);
+  const ProgramRun run = program.run("cache clear", "setpriv --reuid 12345 --clear-groups");
+  CAPTURE(run.err);
+  CHECK(run.exit_code == 1);
+  CHECK(holds(run.err, "cannot be removed"));
+  CHECK_FALSE(fs::is_empty(cache));
+}
+
+TEST_CASE("cache without a folder says so" * doctest::skip(::geteuid() != 0)) {
+  const Program program;
+  for (const char* command : {"path", "list", "verify", "prune", "clear"}) {
+    const ProgramRun run = program.run(std::string("cache ") + command,
+                                       "env -u HOME -u XDG_CACHE_HOME -u FLASH_ATTN_JIT_CACHE_DIR setpriv --reuid 54321 "
+                                       "--clear-groups");
+    CAPTURE(run.err);
+    CHECK(run.exit_code == 2);
+    CHECK(holds(run.err, "HOME"));
+    CHECK(holds(run.err, "FLASH_ATTN_JIT_CACHE_DIR"));
+  }
+}
+
 TEST_CASE("cache shows, verifies and clears") {
   const Program program;
   const fs::path cache = program.folder() / "cache";
@@ -175,6 +221,57 @@ TEST_CASE("cache shows, verifies and clears") {
   CHECK(Json::parse(verified.out)["broken"].size() == 1);
   CHECK(program.run("cache clear").exit_code == 0);
   CHECK(Json::parse(program.run("cache list --json").out)["kernels"].empty());
+}
+
+TEST_CASE("cache clear --built-by removes what one compiler made") {
+  using namespace flash_attn_jit;
+  const Program program;
+  const fs::path cache = program.folder() / "cache";
+  fs::create_directory(cache);
+  fs::permissions(cache, fs::perms::owner_all);
+  for (const std::string by : {"nvrtc 12.9", "nvrtc 12.9, linked by driver 12.4", "nvrtc 12.90", "g++ 12.2.0"}) {
+    const KernelId id = testing::made_up_id(std::to_string(std::hash<std::string>()(by)));
+    CompiledKernel kernel = testing::made_up_kernel("image");
+    kernel.built_by = by;
+    std::ofstream(cache / id.file_name(), std::ios::binary) << serialize({id, kernel});
+    fs::permissions(cache / id.file_name(), fs::perms::owner_read | fs::perms::owner_write);
+  }
+  const auto left = [&] { return Json::parse(program.run("cache list --json").out)["kernels"].size(); };
+  REQUIRE(left() == 4);
+  CHECK(Json::parse(program.run("cache clear --built-by 'nvrtc 12' --json").out)["removed_files"] == 0);
+  const Json removed = Json::parse(program.run("cache clear --built-by 'nvrtc 12.9' --json").out);
+  CHECK(removed["removed_files"] == 2);
+  CHECK(removed["removed_bytes"] > 0);
+  CHECK(left() == 2);
+}
+
+TEST_CASE("--json with paths that are no UTF-8") {
+  const Program program;
+  const std::string folder = (program.folder() / "not-\xff-utf8").string();
+  const std::string shown = (program.folder() / "not-\uFFFD-utf8").string();
+  fs::create_directories(folder);
+  fs::permissions(folder, fs::perms::owner_all);
+  std::ofstream(fs::path(folder) / ("x." + std::string(64, '0') + ".kernel")) << "not a kernel";
+  const std::string variables = "FLASH_ATTN_JIT_CACHE_DIR='" + folder + "' CONDA_PREFIX='" + folder + "'";
+  for (const std::string command : {"cache path", "cache list", "cache verify", "cache prune", "cache clear"}) {
+    CAPTURE(command);
+    const ProgramRun run = program.run(command + " --json", variables);
+    CAPTURE(run.err);
+    CHECK(run.err.empty());
+    CHECK(Json::parse(run.out)["path"] == shown);
+  }
+  const ProgramRun devices = program.run("devices --json", variables);
+  CHECK(devices.exit_code == 0);
+  CHECK(Json::parse(devices.out)["cache"] == shown);
+  CHECK(holds(devices.out, shown + "/lib"));
+  const ProgramRun plain = program.run("devices", variables);
+  CHECK(plain.exit_code == 0);
+  CHECK(holds(plain.out, folder));
+  if (nvrtc_12().empty()) return;
+  const ProgramRun prebuild = program.run("prebuild --arch sm_75 --kinds fwd --head-dims 8 --causal no --gqa 1 --json "
+                                          "--out '" + folder + "/pack'", nvrtc_12());
+  CHECK(prebuild.exit_code == 0);
+  CHECK(Json::parse(prebuild.out)["out"] == shown + "/pack");
 }
 
 TEST_CASE("devices lists every place where NVRTC was looked for, with or without a GPU") {

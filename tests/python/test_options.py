@@ -94,6 +94,19 @@ def test_causal_is_a_window():
         )
 
 
+@pytest.mark.parametrize("softmax_scale", [None, 1e-9])
+def test_slopes_up_to_the_end_of_their_range(softmax_scale):
+    """Every key is far from the first queries: the nearest one takes all the weight, and nothing is NaN."""
+    q, k, v = (torch.randn(1, n, 2, 16).half().requires_grad_() for n in (64, 4, 4))
+    slopes = torch.tensor([1e7 / 63, -1e7 / 63])
+    out = flash_attn_func(q, k, v, softmax_scale=softmax_scale, alibi_slopes=slopes)
+    out.backward(torch.ones_like(out))
+    for tensor in (out, q.grad, k.grad, v.grad):
+        assert tensor.isfinite().all()
+    torch.testing.assert_close(out[0, :60, 0], v[0, 0, 0].expand(60, 16), rtol=2e-3, atol=0)
+    torch.testing.assert_close(out[0, :60, 1], v[0, 3, 1].expand(60, 16), rtol=2e-3, atol=0)
+
+
 def test_slopes_need_not_require_a_gradient_where_grad_mode_is_off():
     q, k, v = normal_qkv(1, 20, 20, 2, 2, 64)
     with torch.no_grad():
