@@ -244,10 +244,14 @@ def text(report: Dict[str, Any]) -> str:
     ]
     lines += _torch_lines(report["torch"]) + _driver_lines(report) + _nvrtc_lines(report["nvrtc"])
     lines += _cache_lines(report["cache"])
-    lines += [f"variable: {name}={value}" for name, value in report["variables"].items()] or ["variables: none"]
+    lines += [f"variable: {name}={value}" for name, value in report["variables"].items()] or [
+        "variables: none"
+    ]
     packages = ", ".join(f"{name} {version}" for name, version in report["packages"].items())
     lines.append(f"other packages: {packages or 'none'}")
-    return "\n".join(["To run (--help tells more):", *commands, "", "For a bug report:", *(f"  {line}" for line in lines)])
+    return "\n".join(
+        ["To run (--help tells more):", *commands, "", "For a bug report:", *(f"  {line}" for line in lines)]
+    )
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:

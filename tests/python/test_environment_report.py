@@ -45,7 +45,9 @@ def test_report(tmp_path):
     (cache / "one.kernel").write_bytes(b"x" * 1000)
     (cache / "two.kernel").write_bytes(b"x" * 24)
     found = told(tmp_path, FLASH_ATTN_JIT_CACHE_DIR=cache, FLASH_ATTN_JIT_TARGET="compute_75")
-    assert found["package"]["version"] == flash_attn_jit.__version__ and found["package"]["import_error"] is None
+    assert (
+        found["package"]["version"] == flash_attn_jit.__version__ and found["package"]["import_error"] is None
+    )
     assert Path(found["package"]["program"]).name == "flash-attn-jit"
     assert found["python"]["version"] == sys.version.split()[0]
     assert found["torch"]["version"] == torch.__version__ and found["torch"]["error"] is None
@@ -108,7 +110,10 @@ def test_nothing_but_the_package(tmp_path):
     (tmp_path / "flash_attn_jit").symlink_to(PACKAGE)
     text = run("-S", *MODULE, cwd=tmp_path)
     assert "flash-attn-jit: of unknown version" in text
-    assert "import flash_attn_jit: ImportError: flash_attn_jit needs PyTorch 2.4 or newer: pip install torch" in text
+    assert (
+        "import flash_attn_jit: ImportError: flash_attn_jit needs PyTorch 2.4 or newer: pip install torch"
+        in text
+    )
     assert "torch: not installed" in text and "cache: /" in text
 
 
@@ -171,7 +176,12 @@ def test_a_variable_of_bytes_that_are_no_text(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("-mflash_attn_jit",), ("-Bm", "flash_attn_jit"), ("-m", "flash_attn_jit.__main__"), ("-W", "error", *MODULE)],
+    [
+        ("-mflash_attn_jit",),
+        ("-Bm", "flash_attn_jit"),
+        ("-m", "flash_attn_jit.__main__"),
+        ("-W", "error", *MODULE),
+    ],
     ids=str,
 )
 def test_however_it_is_asked_for(arguments, tmp_path):
@@ -180,7 +190,9 @@ def test_however_it_is_asked_for(arguments, tmp_path):
         assert "no torch" in run(*arguments, *more, cwd=tmp_path, PYTHONPATH=without_torch)
 
 
-@pytest.mark.parametrize("arguments", [("-m", "flash_attn_jit.demo"), ("-c", "import flash_attn_jit", "-m", "flash_attn_jit")])
+@pytest.mark.parametrize(
+    "arguments", [("-m", "flash_attn_jit.demo"), ("-c", "import flash_attn_jit", "-m", "flash_attn_jit")]
+)
 def test_others_fail_where_torch_does(arguments, tmp_path):
     done = subprocess.run(
         [sys.executable, *arguments],
@@ -225,7 +237,10 @@ def test_a_gpu_and_its_driver_in_the_text(monkeypatch):
 @pytest.mark.parametrize(
     "line, version",
     [
-        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023", "535.104.05"),
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023",
+            "535.104.05",
+        ),
         ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build", "570.86.15"),
         ("something else", None),
     ],

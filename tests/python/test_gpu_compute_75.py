@@ -18,7 +18,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("file", ["test_gpu.py", "test_gpu_options.py", "test_gpu_training.py"])
+@pytest.mark.parametrize(
+    "file", ["test_gpu.py", "test_gpu_bench.py", "test_gpu_options.py", "test_gpu_training.py"]
+)
 def test_again_through_compute_75(file):
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", "-p", "no:cacheprovider"]
     done = subprocess.run(
