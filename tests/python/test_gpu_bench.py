@@ -30,7 +30,7 @@ def test_routed_the_model_computes_what_it_computes_in_pytorch():
             losses[name] = torch.stack([workload.training() for _ in range(20)])
     error = (logits[ROUTED].double() - logits[SDPA].double()).abs().max()
     assert error < 0.01 * logits[SDPA].double().abs().max()
-    torch.testing.assert_close(losses[ROUTED], losses[SDPA], atol=0.05, rtol=0)
+    torch.testing.assert_close(losses[ROUTED], losses[SDPA], atol=0.1, rtol=0)
     assert losses[ROUTED].isfinite().all() and losses[ROUTED][-1] < losses[ROUTED][0] - 0.1
 
 
@@ -63,7 +63,7 @@ def test_running_out_of_memory_is_a_row_and_leaves_the_memory_free():
         pytest.skip("this PyTorch keeps no scores for grouped heads")
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 2**30) / total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 3 * 2**30) / total)
     try:
         shape = Shape(2, 32, 4, 64, 512, 512, tokens=8192)  # 8 GiB of scores a layer, in float32
         forward, forward_routed, training, training_routed = model.run(shape, [8192], 2, 1.0)
