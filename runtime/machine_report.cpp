@@ -87,7 +87,7 @@ std::string machine_report_json() {
   try {
     const NvrtcSearch search = search_nvrtc(config(), python_search_path());
     report["nvrtc"] = nvrtc_json(search, driver ? std::optional(driver->version()) : std::nullopt);
-    report["cache"] = config().cache_dir.string();
+    report["cache"] = config().cache_dir.empty() ? Json() : Json(config().cache_dir.string());
   } catch (const ConfigError& error) {
     report["configuration_error"] = error.what();
   }

@@ -18,8 +18,6 @@ import sysconfig
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from ._torch_check import require_torch
-
 _PACKAGE = "flash_attn_jit"
 _PROGRAM = "flash-attn-jit"
 TO_RUN = {
@@ -79,10 +77,13 @@ def _version_of(distribution: str) -> Optional[str]:
 
 def _import_error() -> Optional[str]:
     """What stands in the way of ``import flash_attn_jit``."""
+    package = sys.modules[_PACKAGE]
+    if hasattr(package, "__all__"):
+        return None  # it is imported to its end
+    # Once more from its start, and now past the place where it asked for this report.
+    sys.argv[0] = str(Path(__file__).with_name("__main__.py"))
     try:
-        require_torch()
-        for module in ("interface", "bert_padding", "_sdpa"):
-            importlib.import_module(f"{_PACKAGE}.{module}")
+        importlib.reload(package)
     except Exception as error:
         return _words(error)
     return None
@@ -219,9 +220,11 @@ def _nvrtc_lines(nvrtc: Optional[Dict[str, Any]]) -> List[str]:
     return lines + [f"NVRTC for {use}: {path or 'none'}" for use, path in nvrtc["used_for"].items()]
 
 
-def _cache_lines(cache: Optional[Dict[str, Any]]) -> List[str]:
+def _cache_lines(report: Dict[str, Any]) -> List[str]:
+    cache = report["cache"]
     if cache is None:
-        return ["cache: unknown"]
+        is_known = not (report["configuration_error"] or report["compiled_module_error"])
+        return ["cache: none, kernels stay in memory" if is_known else "cache: unknown"]
     size = cache["error"] or f"{cache['files']} files, {cache['bytes'] / 2**20:.1f} MiB"
     return [f"cache: {cache['folder']}, {size}"]
 
@@ -243,7 +246,7 @@ def text(report: Dict[str, Any]) -> str:
         f"system: {system['os']}, {system['libc'] or 'no glibc'}, {system['machine']}, Linux {system['kernel']}",
     ]
     lines += _torch_lines(report["torch"]) + _driver_lines(report) + _nvrtc_lines(report["nvrtc"])
-    lines += _cache_lines(report["cache"])
+    lines += _cache_lines(report)
     lines += [f"variable: {name}={value}" for name, value in report["variables"].items()] or [
         "variables: none"
     ]

@@ -105,6 +105,15 @@ def test_a_torch_that_is_too_old_or_broken(source, words, tmp_path):
     assert found["nvrtc"]["found"] is not None and found["cache"]["folder"]
 
 
+def test_a_package_that_breaks_half_way(tmp_path):
+    """Whatever its import does is done, to its end."""
+    copy = tmp_path / "flash_attn_jit"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    with open(copy / "__init__.py", "a") as init:
+        init.write("\nraise AttributeError('the very last line')\n")
+    assert told(tmp_path)["package"]["import_error"] == "AttributeError: the very last line"
+
+
 def test_nothing_but_the_package(tmp_path):
     """No site-packages: no torch, no metadata."""
     (tmp_path / "flash_attn_jit").symlink_to(PACKAGE)
@@ -230,6 +239,7 @@ def test_a_gpu_and_its_driver_in_the_text(monkeypatch):
         "GPU 1: Tesla P4, sm_61, 20 multiprocessors, not supported\n",
         "NVRTC: none found. Looked in 2 places",
         "NVRTC for packs: none",
+        "cache: none, kernels stay in memory",
     ):
         assert line in text, text
 
