@@ -16,6 +16,7 @@
 #include "runtime/kernel_library.h"
 #include "runtime/kernel_selection.h"
 #include "runtime/log.h"
+#include "runtime/machine_report.h"
 #include "runtime/nvrtc.h"
 #include "runtime/pack.h"
 
@@ -210,6 +211,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("interprets", [] { return config().interpret; }, "Whether CPU tensors are run by the interpreter.");
   module.def("interpreter_report", &last_interpreter_report);
   module.def("devices", &devices);
+  module.def("machine_report_json", &machine_report_json);
   module.def("select_kernels", &select_kernel_texts, py::arg("kinds"), py::arg("head_dims"), py::arg("causal"),
              py::arg("group_sizes"), py::arg("arch"));
 }

@@ -5,6 +5,13 @@ import sys
 if not sys.platform.startswith("linux"):
     raise ImportError("flash_attn_jit is for Linux.")
 
+from . import _environment_report
+
+if _environment_report.is_asked_for():
+    # `python -m flash_attn_jit` imports this file first. Its report must come out where what follows does not work.
+    _environment_report.main(sys.argv[1:])
+    raise SystemExit(0)
+
 from importlib.metadata import version as _version
 
 from ._torch_check import require_torch as _require_torch

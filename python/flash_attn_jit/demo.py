@@ -131,6 +131,11 @@ class _Problem:
         return {name: (results[name].double() - self.exact[name]).abs().max().item() for name in results}
 
 
+def _greatest(errors: Sequence[float]) -> float:
+    """NaN where one is: Python's max() may pass over it."""
+    return torch.tensor(errors, dtype=torch.float64).max().item()
+
+
 def errors_of(
     model: Attention, kernels: Dict[str, Dict[str, Any]], device: str
 ) -> Dict[str, Optional[float]]:
@@ -143,7 +148,7 @@ def errors_of(
         found = problem.errors(*(kernels[spec]["tile"] if spec else None for spec in specs))
         for spec, written in zip(specs, (["out"], ["dk", "dv"], ["dq"])):
             if spec:
-                errors[spec] = max(found[name] for name in written)
+                errors[spec] = _greatest([found[name] for name in written])
     return errors
 
 
@@ -205,10 +210,12 @@ def training_step(device: str) -> TrainingStep:
     loss = _loss(layers, x, target, _attend)
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    error = max(
-        ((got.grad - exact.grad).abs().max() / exact.grad.abs().max()).item()
-        for got, exact in zip(layers.parameters(), exact_layers.parameters())
-        if got.grad is not None and exact.grad is not None
+    error = _greatest(
+        [
+            ((got.grad - exact.grad).abs().max() / exact.grad.abs().max()).item()
+            for got, exact in zip(layers.parameters(), exact_layers.parameters())
+            if got.grad is not None and exact.grad is not None
+        ]
     )
     scaler.step(optimizer)
     with torch.no_grad():

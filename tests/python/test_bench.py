@@ -1,15 +1,19 @@
-"""The bench, as far as it goes without a GPU."""
+"""The bench, as far as it goes without a GPU; test_bench_model.py has its whole model."""
 
 import json
+from math import isnan, nan
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_reference import attention, exact_gradients, normal, normal_qkv
 from conftest import run_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn_jit.bench import accuracy, memory, problem, timing
-from flash_attn_jit.bench.backends import NAMES, OURS, Backend
+from flash_attn_jit.bench import backends, options
+from flash_attn_jit.bench.backends import NAMES, OURS, SDPA_EFFICIENT, SDPA_FLASH, SDPA_MATH, Backend, default_names
+from flash_attn_jit.bench.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
 from flash_attn_jit.bench.problem import BACKWARD, BOTH, FORWARD, PASSES, Inputs, Problem, sweep
 
 SMALL = Problem(2, 4, 2, 16, 24, True)
@@ -59,7 +63,7 @@ def test_read_bytes():
 @pytest.mark.parametrize("which", PASSES)
 def test_summary_is_of_the_median(which):
     large = Problem(4, 16, 16, 64, 4096, False)
-    row = timing.summary(large, which, [2.0, 1.0, 9.0])
+    row = timing.row_of(large, which, [2.0, 1.0, 9.0])
     assert (row["ms_median"], row["ms_min"], row["ms_max"]) == (2.0, 1.0, 9.0)
     assert row["tflops"] == pytest.approx(large.flops(which) / 2e-3 / 1e12)
 
@@ -90,8 +94,7 @@ def test_what_a_call_of_a_pass_runs(which, forwards, backwards, on_cpu, monkeypa
                 assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("which", PASSES)
-def test_rows_of_a_timing_run(which, on_cpu, monkeypatch):
+def without_clocks(monkeypatch):
     def burst(calls, count):
         for call in calls:
             call()
@@ -99,12 +102,108 @@ def test_rows_of_a_timing_run(which, on_cpu, monkeypatch):
 
     monkeypatch.setattr(timing, "rotating_inputs", lambda *of: [Problem.inputs(of[0], seed, of[1]) for seed in (0, 1)])
     monkeypatch.setattr(timing, "_burst_ms", burst)
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_rows_of_a_timing_run(which, on_cpu, monkeypatch):
+    without_clocks(monkeypatch)
     reason = "not on this machine"
     monkeypatch.setattr(Backend, "why_not", lambda backend, inputs: "" if backend.name == OURS else reason)
     ours, *others = timing.run(SMALL, which, NAMES, 4, 50.0)
     assert (ours["pass"], ours["backend"], len(ours["ms_samples"])) == (which, OURS, 4)
     assert ours["tflops"] == pytest.approx(SMALL.flops(which) / ours["ms_median"] * 1e-9)
     assert all(row["skipped"] == reason and row["pass"] == which for row in others)
+
+
+@pytest.mark.parametrize("when", ["before", "making the graphs", "warming up", "in a round"])
+def test_out_of_memory_is_a_row_and_the_others_are_timed(when, on_cpu, monkeypatch):
+    without_clocks(monkeypatch)
+    why_not, calls = Backend.why_not, Backend.calls
+
+    bursts = iter([0, 0] if when == "in a round" else [])
+
+    def exhausted(*arguments):
+        if next(bursts, None) is not None:
+            return
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 32.00 GiB.")
+
+    def calls_of(backend, which, input_sets):
+        if backend.name == SDPA_MATH and when == "making the graphs":
+            exhausted()
+        return [exhausted] if backend.name == SDPA_MATH else calls(backend, which, input_sets)
+
+    if when == "before":
+        monkeypatch.setattr(Backend, "_sdpa", exhausted)
+    else:
+        monkeypatch.setattr(Backend, "why_not", lambda *_: "")
+        monkeypatch.setattr(Backend, "calls", calls_of)
+    ours, math = timing.run(SMALL, BACKWARD, [OURS, SDPA_MATH], 2, 50.0)
+    assert math["skipped"] == OUT_OF_MEMORY and len(ours["ms_samples"]) == 2
+
+
+def test_other_errors_end_a_timing_run(on_cpu, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    without_clocks(monkeypatch)
+    monkeypatch.setattr(Backend, "why_not", lambda *_: "")
+    for calls in (broken, lambda *_: [broken]):
+        monkeypatch.setattr(Backend, "calls", calls)
+        with pytest.raises(RuntimeError, match="illegal"):
+            timing.run(SMALL, FORWARD, [OURS], 1, 50.0)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuModuleLoadData: CUDA_ERROR_OUT_OF_MEMORY",
+    ],
+)
+def test_what_is_out_of_memory(words):
+    assert is_out_of_memory(RuntimeError(words)) and is_out_of_memory(torch.cuda.OutOfMemoryError("..."))
+    assert not is_out_of_memory(RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED"))
+
+
+@pytest.mark.parametrize("name, heads_k, options", [
+    (SDPA_MATH, 2, {"enable_gqa": True}),
+    (SDPA_FLASH, 2, {"enable_gqa": True}),
+    (SDPA_EFFICIENT, 4, {}),
+])  # fmt: skip
+def test_what_sdpa_gets_of_grouped_heads(name, heads_k, options, on_cpu, monkeypatch):
+    """The memory-efficient kernel gets a key head for every query head, inside of what is timed."""
+    theirs, calls = F.scaled_dot_product_attention, []
+
+    def recorded(q, k, v, **given):
+        calls.append((k.shape[1], v.shape[1], given))
+        return theirs(q, k, v, **given)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    inputs = SMALL.inputs(0, BOTH)
+    gradients = Backend(name, SMALL).both(inputs)
+    assert calls == [(heads_k, heads_k, {"is_causal": True, **options})]
+    for got, expected in zip(gradients, Backend(OURS, SMALL).both(inputs)):
+        torch.testing.assert_close(got, expected, atol=4e-3, rtol=0)
+
+
+def test_math_runs_anywhere_and_is_no_rival_where_heads_are_not_grouped(on_cpu):
+    assert Backend(SDPA_MATH, SMALL).why_not(SMALL.inputs(0, BOTH)) == ""
+    assert default_names(SMALL) == list(NAMES)
+    assert default_names(Problem(2, 4, 4, 16, 24, True)) == [name for name in NAMES if name != SDPA_MATH]
+
+
+def test_a_torch_without_enable_gqa(on_cpu, monkeypatch):
+    monkeypatch.setattr(backends, "KNOWS_ENABLE_GQA", False)
+    assert "torch 2.5" in Backend(SDPA_MATH, SMALL).why_not(SMALL.inputs(0, FORWARD))
+    ungrouped = Problem(2, 4, 4, 16, 24, True)
+    assert Backend(SDPA_MATH, ungrouped).why_not(ungrouped.inputs(0, FORWARD)) == ""
+
+
+def test_help_names_every_backend():
+    text = " ".join(options._parser().format_help().split())
+    for name in NAMES:
+        assert name in text
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -140,6 +239,13 @@ def test_accuracy(passes, tensors, on_cpu):
     assert [row["tensor"] for row in rows] == tensors
     for row in rows:
         assert 0 < row["rms_error"] < row["max_error"] < 1e-2 and row["seeds"] == 2
+
+
+def test_a_nan_is_the_greatest_error(on_cpu, monkeypatch):
+    """In whichever seed it is."""
+    for at in range(3):
+        found = [{"max": nan if seed == at else 1e-3, "mean_square": 1e-6} for seed in range(3)]
+        assert isnan(accuracy._over_seeds(found)["max_error"])
 
 
 def test_needed_bytes_are_those_of_the_tensors():
@@ -185,13 +291,48 @@ def test_unknown_pass(tmp_path):
     assert done.returncode == 2 and "'backward'" in done.stderr and "fwd, bwd, both" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--seeds", 3), "--seeds means nothing in a timing run"),
+        (("--memory", "--rounds", 3), "--rounds means nothing with --memory, which takes --batch"),
+        (("--memory", "--passes", "fwd"), "--passes means nothing with --memory"),
+        (("--accuracy", "--burst-ms", 3), "--burst-ms means nothing with --accuracy"),
+        (("--host-cost", "--seqlens", 512), "--seqlens means nothing with --host-cost, which takes --rounds"),
+        (("--plot", "bench.json", "--heads", 3), "--heads means nothing with --plot"),
+        (("--tokens", 512), "--tokens means nothing in a timing run"),
+        (("--heads", 4, "--heads-k", 3), "--heads is 4, and --heads-k 3"),
+        (("--rounds", 0), "--rounds: '0' is no integer above 0"),
+        (("--seqlens", "512,x"), "--seqlens: 'x' is no integer above 0"),
+        (("--burst-ms", "nan"), "--burst-ms: 'nan' is no number"),
+    ],
+    ids=str,
+)
+def test_options_that_mean_nothing(arguments, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        options.parse_arguments([str(argument) for argument in arguments])
+    assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_defaults_of_each_kind():
+    given = [[], ["--accuracy"], ["--memory"]]
+    timed, accurate, memory_run = (options.parse_arguments(arguments) for arguments in given)
+    assert (timed.kind, timed.rounds, timed.heads_k, max(timed.seqlens)) == ("timing", 5, None, 16384)
+    assert (accurate.kind, accurate.seeds, max(accurate.seqlens)) == ("accuracy", 5, 4096)
+    assert options.parse_arguments(["--accuracy", "--seqlens", "8192"]).seqlens == [8192]
+    assert (memory_run.kind, memory_run.seqlens) == ("memory", [1024, 4096])
+    whole = options.parse_arguments(["--model"])
+    assert (whole.layers, whole.heads, whole.heads_k, whole.head_dims, whole.tokens) == (8, 32, 4, [64], 8192)
+    assert whole.seqlens == [1024, 2048, 4096, 8192]
+
+
 def timing_record():
     rows = []
     for each in sweep(4, (16, 16), [64, 128], [512, 1024], [False, True]):
         for which in PASSES:
             of_pass = {**each.record(), "pass": which}
-            for backend, ms in (("flash_attn_jit", 1.0), ("sdpa_efficient", 2.0)):
-                times = timing.summary(each, which, [ms, ms * 1.1, ms * 0.9])
+            for backend, ms in (("flash_attn_jit", 1.0), ("sdpa_efficient", 2.0), ("sdpa_math", 8.0)):
+                times = timing.row_of(each, which, [ms, ms * 1.1, ms * 0.9])
                 rows.append({**of_pass, "backend": backend, **times})
             rows.append({**of_pass, "backend": "sdpa_cudnn", "skipped": "not here"})
     return {"kind": "timing", "machine": {"gpu": "Tesla T4", "target": "native"}, "rows": rows}

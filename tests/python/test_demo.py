@@ -1,15 +1,24 @@
 """The demo, in the interpreter where there is no GPU."""
 
+import math
 import re
 
 import pytest
 from conftest import run_module
+
+from flash_attn_jit.demo import _greatest as greatest
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     return folder, run_module("demo", cwd=folder)
+
+
+def test_a_nan_is_the_greatest_error():
+    for at in range(3):
+        assert math.isnan(greatest([math.nan if i == at else 1.0 for i in range(3)]))
+    assert greatest([1.0, 3.0, 2.0]) == 3.0
 
 
 def test_demo(demo):

@@ -10,16 +10,26 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import flash_attn_func
+from .out_of_memory import OUT_OF_MEMORY, is_out_of_memory
 from .problem import BACKWARD, FORWARD, Inputs, Problem
 
 OURS = "flash_attn_jit"
-SDPA_FLASH = "sdpa_flash"
+SDPA_EFFICIENT, SDPA_FLASH, SDPA_MATH = "sdpa_efficient", "sdpa_flash", "sdpa_math"
+# The last one takes the most memory: what is measured beside it is prepared before.
 _SDPA: Dict[str, SDPBackend] = {
-    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    SDPA_EFFICIENT: SDPBackend.EFFICIENT_ATTENTION,
     SDPA_FLASH: SDPBackend.FLASH_ATTENTION,
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    SDPA_MATH: SDPBackend.MATH,
 }
 NAMES = (OURS, *_SDPA)
+KNOWS_ENABLE_GQA = torch.__version__ >= "2.5"  # compared as a version
+
+
+def default_names(problem: Problem) -> List[str]:
+    """All, but PyTorch's math only where it is what PyTorch takes on a GPU without flash: for grouped heads."""
+    grouped = problem.num_heads != problem.num_heads_k
+    return [name for name in NAMES if grouped or name != SDPA_MATH]
 
 
 class Backend:
@@ -28,6 +38,8 @@ class Backend:
     def __init__(self, name: str, problem: Problem):
         self.name = name
         self._problem = problem
+        self._group_size = problem.num_heads // problem.num_heads_k
+        self._takes_enable_gqa = self._group_size > 1 and name not in (OURS, SDPA_EFFICIENT)
 
     def selected(self) -> ContextManager[None]:
         return nullcontext() if self.name == OURS else sdpa_kernel(_SDPA[self.name])
@@ -58,11 +70,12 @@ class Backend:
     def _sdpa(self, inputs: Inputs) -> torch.Tensor:
         q, k, v = (tensor.transpose(1, 2) for tensor in inputs.qkv)
         causal = self._problem.causal
-        if self._problem.num_heads == self._problem.num_heads_k:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        else:  # an argument that torch has from 2.5 on
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-        return out.transpose(1, 2)
+        if self._takes_enable_gqa:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
+        # The memory-efficient kernel takes no grouped heads: programs repeat each key head for its group, and so does
+        # this call.
+        k, v = (x.repeat_interleave(self._group_size, 1) if self._group_size > 1 else x for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
 
     def _run_once(self, inputs: Inputs) -> None:
         if inputs.dout is None:
@@ -75,11 +88,15 @@ class Backend:
         if self.name == OURS:
             self._run_once(inputs)
             return ""
+        if self._takes_enable_gqa and not KNOWS_ENABLE_GQA:
+            return f"enable_gqa came with torch 2.5, and this is {torch.__version__}"
         with warnings.catch_warnings(record=True) as caught, self.selected():
             warnings.simplefilter("always")
             try:
                 self._run_once(inputs)
             except RuntimeError as error:
+                if is_out_of_memory(error):
+                    return OUT_OF_MEMORY
                 reasons = [str(warning.message).split(" (Triggered")[0] for warning in caught]
                 return "; ".join(reasons) or str(error)
         return ""

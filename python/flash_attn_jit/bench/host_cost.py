@@ -64,7 +64,7 @@ def _calls(mode: Mode, device: str) -> Dict[str, Callable[[], object]]:
     }
 
 
-def run(rounds: int = 50) -> List[Dict[str, Any]]:
+def run(rounds: int) -> List[Dict[str, Any]]:
     """Microseconds a call: forward with grad mode off and on, forward of inputs that need gradients, and forward and
     backward of them; bursts take turns."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,6 +12,7 @@ _LABELS = {
     "sdpa_efficient": "SDPA memory-efficient",
     "sdpa_flash": "SDPA flash",
     "sdpa_cudnn": "SDPA cuDNN",
+    "sdpa_math": "SDPA math",
 }
 _PASS_TITLES = {FORWARD: "forward", BACKWARD: "backward", BOTH: "forward and backward"}
 
@@ -49,7 +50,7 @@ def plot(record: Dict[str, Any], png: Path) -> None:
 
     rows = [row for row in record["rows"] if "tflops" in row]
     if not rows:
-        raise SystemExit("--plot: this JSON holds no timings")
+        raise SystemExit(f"--plot: this JSON, of the kind {record.get('kind')!r}, holds no timings of single calls")
     head_dims = sorted({row["head_dim"] for row in rows})
     masks = sorted({row["causal"] for row in rows})
     passes = [which for which in PASSES if any(_pass_of(row) == which for row in rows)]

@@ -1,12 +1,22 @@
 """CUDA-event timing: candidates take turns, so that a clock that sinks as the card warms hits all alike."""
 
 from statistics import median
-from typing import Any, Callable, Dict, List, Sequence
+from time import perf_counter
+from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 
 from .backends import Backend
+from .out_of_memory import OUT_OF_MEMORY, free_memory, is_out_of_memory
 from .problem import FORWARD, Inputs, Problem
+
+
+class Candidate(NamedTuple):
+    """``selected()`` is entered around its calls, outside of what is timed."""
+
+    name: str
+    selected: Callable[[], ContextManager[Any]]
+    calls: List[Callable[[], object]]  # taken in turns
 
 
 def rotating_inputs(problem: Problem, which: str, most_sets: int = 32) -> List[Inputs]:
@@ -19,6 +29,11 @@ def rotating_inputs(problem: Problem, which: str, most_sets: int = 32) -> List[I
 
 def _burst_ms(calls: Sequence[Callable[[], object]], count: int) -> float:
     """Milliseconds a call, over `count` of them back to back."""
+    if not torch.cuda.is_available():
+        begin = perf_counter()
+        for i in range(count):
+            calls[i % len(calls)]()
+        return (perf_counter() - begin) / count * 1e3
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for i in range(count):
@@ -28,35 +43,72 @@ def _burst_ms(calls: Sequence[Callable[[], object]], count: int) -> float:
     return start.elapsed_time(end) / count
 
 
-def time_interleaved(
-    backends: Sequence[Backend], which: str, input_sets: Sequence[Inputs], rounds: int, burst_ms: float
-) -> Dict[str, List[float]]:
-    """Milliseconds a call, by backend: one sample a round, each over a burst of about `burst_ms`."""
-    calls: Dict[str, List[Callable[[], object]]] = {}
-    counts: Dict[str, int] = {}
-    for backend in backends:
-        with backend.selected():
-            calls[backend.name] = backend.calls(which, input_sets)
-            _burst_ms(calls[backend.name], 3)
-            counts[backend.name] = max(3, round(burst_ms / _burst_ms(calls[backend.name], 3)))
-    samples: Dict[str, List[float]] = {backend.name: [] for backend in backends}
+def _sample(candidate: Candidate, count: int) -> Optional[float]:
+    """Milliseconds a call, or nothing where the candidate runs out of memory; it then forgets its calls, and with them
+    the graphs that they keep."""
+    try:
+        with candidate.selected():
+            return _burst_ms(candidate.calls, count)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    candidate.calls.clear()
+    free_memory()
+    return None
+
+
+def _calls_in_a_burst(candidate: Candidate, burst_ms: float) -> int:
+    """At least 3; 0 where the candidate runs out of memory."""
+    if _sample(candidate, 3) is None:  # which warms it up
+        return 0
+    ms = _sample(candidate, 3)
+    return max(3, round(burst_ms / ms)) if ms else 0
+
+
+def time_interleaved(candidates: Sequence[Candidate], rounds: int, burst_ms: float) -> Dict[str, List[float]]:
+    """Milliseconds a call, by candidate: one sample a round, each over a burst of about `burst_ms`. A candidate that
+    runs out of memory is not among them."""
+    counts = {candidate.name: _calls_in_a_burst(candidate, burst_ms) for candidate in candidates}
+    samples: Dict[str, List[float]] = {name: [] for name, count in counts.items() if count}
     for turn in range(rounds):
-        for i in range(len(backends)):
-            backend = backends[(turn + i) % len(backends)]
-            with backend.selected():
-                samples[backend.name].append(_burst_ms(calls[backend.name], counts[backend.name]))
+        for i in range(len(candidates)):
+            candidate = candidates[(turn + i) % len(candidates)]
+            if candidate.name not in samples:
+                continue
+            ms = _sample(candidate, counts[candidate.name])
+            if ms is None:
+                del samples[candidate.name]
+            else:
+                samples[candidate.name].append(ms)
     return samples
 
 
-def summary(problem: Problem, which: str, samples: Sequence[float]) -> Dict[str, Any]:
-    middle = median(samples)
+def summary(samples: Sequence[float]) -> Dict[str, Any]:
     return {
-        "ms_median": middle,
+        "ms_median": median(samples),
         "ms_min": min(samples),
         "ms_max": max(samples),
         "ms_samples": list(samples),
-        "tflops": problem.flops(which) / middle * 1e-9,
     }
+
+
+def row_of(problem: Problem, which: str, samples: Sequence[float]) -> Dict[str, Any]:
+    times = summary(samples)
+    return {**times, "tflops": problem.flops(which) / times["ms_median"] * 1e-9}
+
+
+def _candidate(backend: Backend, which: str, input_sets: Sequence[Inputs]) -> Candidate:
+    """Without calls where making their graphs takes more memory than there is."""
+    calls: List[Callable[[], object]] = []
+    try:
+        with backend.selected():
+            calls = backend.calls(which, input_sets)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    if not calls:
+        free_memory()
+    return Candidate(backend.name, backend.selected, calls)
 
 
 def run(
@@ -66,13 +118,14 @@ def run(
     with torch.set_grad_enabled(which != FORWARD):
         input_sets = rotating_inputs(problem, which)
         reasons = {name: Backend(name, problem).why_not(input_sets[0]) for name in names}
-        running = [Backend(name, problem) for name in names if not reasons[name]]
-        samples = time_interleaved(running, which, input_sets, rounds, burst_ms)
+        made = [_candidate(Backend(name, problem), which, input_sets) for name in names if not reasons[name]]
+        samples = time_interleaved([each for each in made if each.calls], rounds, burst_ms)
     rows = []
     for name in names:
         row = {**problem.record(), "pass": which, "backend": name}
-        row.update(
-            summary(problem, which, samples[name]) if name in samples else {"skipped": reasons[name]}
-        )
+        if name in samples:
+            row.update(row_of(problem, which, samples[name]))
+        else:
+            row["skipped"] = reasons[name] or OUT_OF_MEMORY
         rows.append(row)
     return rows
