@@ -66,7 +66,8 @@ int useful_mma_per_turn(const KernelSpec& spec) {
   if (spec.kind == KernelKind::kBackwardDkDv) products = 4;
   const int m_tiles = spec.tile.rows_per_warp() / 16;
   const int steps_of_8_dims = (spec.head_dim + 7) / 8;
-  return products * m_tiles * (spec.tile.block_n / 8) * steps_of_8_dims;
+  // Blocks that share a row's output dims would, between them, need each product once.
+  return products * m_tiles * (spec.tile.block_n / 8) * steps_of_8_dims / output_splits(spec);
 }
 
 }  // namespace flash_attn_jit

@@ -23,7 +23,8 @@ int blocks_per_multiprocessor(const KernelSpec& spec);
 // Registers a thread needs at the least: accumulators, Q, two sets of scores, fragments and addresses.
 int estimated_registers(const KernelSpec& spec);
 
-// m16n8k8 tensor instructions that one warp's turn of the unmasked main loop needs for the true head dim.
+// m16n8k8 tensor instructions that one warp's turn of the unmasked main loop needs for the true head dim: where two blocks
+// make half of the gradients each and both compute S and dP, half of what the two need together.
 int useful_mma_per_turn(const KernelSpec& spec);
 
 }  // namespace flash_attn_jit

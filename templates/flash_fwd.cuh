@@ -4,8 +4,8 @@
 // through shared memory. A turn of the main loop works on two tiles at once, so that the tensor cores have something to
 // do while exponentials are on their way:
 //
-//   turn to tile n:   S(n) = Q K(n)^T            meanwhile   P(n+1) = 2^t(n+1), row_sum += P(n+1)
-//                     O   += P(n+1) V(n+1)       meanwhile   t(n) = S(n) scale - row_max, and has a maximum risen?
+//   turn to tile n:   S(n) = Q K(n)^T            meanwhile   P(n+1) = 2^t(n+1)
+//                     O   += P(n+1) V(n+1)       meanwhile   row_sum += P(n+1), t(n) = S(n) scale - row_max, and has a maximum risen?
 //
 // The lines of one turn make one block without branches, in which ptxas interleaves products and exponentials by itself;
 // only loads from global memory, stores and the barrier stay where the tile's schedule puts them.
@@ -248,6 +248,7 @@ class FlashFwd {
       for (int d = 0; d < kDTiles; d += 4) {
         unsigned v[4];
         load_v(v, slots_.v, n, d);
+        if (d == 0) softmax_.add(p, n);
 #pragma unroll
         for (int i = 0; i < (kDTiles - d < 4 ? kDTiles - d : 4); ++i)
 #pragma unroll
@@ -279,7 +280,6 @@ class FlashFwd {
     float(&quad)[4] = t[m_of(i)][n_of(i)];
     const int c = i % 4;
     quad[c] = exp2_approx(quad[c]);
-    softmax_.row_sum[2 * m_of(i) + c / 2] += quad[c];
     if (c % 2 == 1) p[m_of(i)][n_of(i)][c / 2] = pack_fp16(quad[c - 1], quad[c]);
   }
 

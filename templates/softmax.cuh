@@ -20,7 +20,7 @@ struct Softmax {
   using Scores = float[kMTiles][kNTiles][4];
 
   float row_max[kRows];  // of s * scale, as far as corrected; the same in the 4 lanes that share a row
-  float row_sum[kRows];  // of this lane's p
+  float row_sum[kRows];  // of this lane's p, as V is multiplied by them: see add()
   float scale;           // softmax_scale x log2(e), positive
 
   __device__ __forceinline__ explicit Softmax(float softmax_scale_log2) : scale(softmax_scale_log2) {
@@ -86,6 +86,14 @@ struct Softmax {
         t[r / 2][n][r % 2 * 2 + 1] -= rise;
       }
     }
+  }
+
+  // Adds this lane's p of the 8 keys `n` to its rows' sums: the fp16 numbers that V is multiplied by, not what they were
+  // rounded from. Where one key dominates a row, out is then its v exactly, however its p was rounded, and the backward
+  // pass finds dP and delta equal.
+  __device__ __forceinline__ void add(const unsigned (&p)[kMTiles][kNTiles][2], int n) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) row_sum[r] += low_fp16(p[r / 2][n][r % 2]) + high_fp16(p[r / 2][n][r % 2]);
   }
 
   // The whole row's sum, after the last tile.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -24,10 +25,16 @@ def environment(**changes: Any) -> Dict[str, str]:
     return {name: value for name, value in values.items() if changes.get(name, "") is not None}
 
 
+def hear_ctrl_c() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_python(code: str, **changes: Any) -> "subprocess.CompletedProcess[str]":
     """A fresh interpreter runs `code`, outside of any folder that holds a package."""
     return subprocess.run(
         [sys.executable, "-c", code],
+        preexec_fn=hear_ctrl_c,
         env=environment(**changes),
         cwd=_folder.name,
         capture_output=True,

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import environment, run_python
+from conftest import environment, hear_ctrl_c, run_python
 
 CALL = """
 import torch, flash_attn_jit
@@ -70,6 +70,7 @@ def test_a_wait_for_another_process_is_told_and_ends_on_ctrl_c(tmp_path):
         fcntl.flock(holder, fcntl.LOCK_EX)
         waiting = subprocess.Popen(
             [sys.executable, "-c", CALL],
+            preexec_fn=hear_ctrl_c,
             env=environment(FLASH_ATTN_JIT_CACHE_DIR=cache),
             cwd=tmp_path,
             stdout=subprocess.PIPE,
