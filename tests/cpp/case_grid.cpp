@@ -1,6 +1,7 @@
 #include "case_grid.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <set>
 #include <tuple>
 
@@ -137,6 +138,19 @@ ForwardCase make_case(const Choice& choice) {
   c.batch = std::clamp<std::int64_t>(2048 / elements, c.group_size > 2 ? 1 : 2, 32);
   if (c.sequences > 0) c.sequences = std::max(c.sequences, c.batch);
   return c;
+}
+
+bool tests_all() {
+  const char* variable = std::getenv("FLASH_ATTN_JIT_TEST_ALL");
+  return variable != nullptr && std::string(variable) == "1";
+}
+
+int cases_per_run() {
+#if defined(__SANITIZE_ADDRESS__)
+  return tests_all() ? 1 : 5;
+#else
+  return 1;
+#endif
 }
 
 Choice only(int head_dim) {

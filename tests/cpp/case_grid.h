@@ -59,6 +59,20 @@ class PairwiseChoices {
   std::set<std::array<int, 4>> covered_;
 };
 
+// Whether FLASH_ATTN_JIT_TEST_ALL=1 asks for everything.
+bool tests_all();
+
+// How many of a grid's cases stand for one that is run: a program under sanitizers is several times slower, and the plain
+// one runs them all.
+int cases_per_run();
+
+template <class Case>
+std::vector<Case> thinned(const std::vector<Case>& cases) {
+  std::vector<Case> kept;
+  for (std::size_t i = 0; i < cases.size(); i += cases_per_run()) kept.push_back(cases[i]);
+  return kept;
+}
+
 // Runs cases on two threads; `run` returns a fault or "". Faults are told as they come, so that a long run that is broken
 // off has told what it found.
 template <class Case, class Run>

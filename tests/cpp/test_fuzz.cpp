@@ -2,7 +2,6 @@
 // the same at every run; FLASH_ATTN_JIT_TEST_ALL=1 draws more of them.
 #include <doctest/doctest.h>
 
-#include <cstdlib>
 #include <random>
 #include <string>
 #include <vector>
@@ -15,11 +14,6 @@ using namespace flash_attn_jit;
 using namespace flash_attn_jit::testing;
 
 namespace {
-
-int count(int usual, int all) {
-  const char* variable = std::getenv("FLASH_ATTN_JIT_TEST_ALL");
-  return variable != nullptr && std::string(variable) == "1" ? all : usual;
-}
 
 // mt19937's numbers are the same everywhere; the standard distributions' are not.
 class Dice {
@@ -122,9 +116,9 @@ std::string run_both_passes(const BackwardCase& c) { return run_forward_case(c.f
 }  // namespace
 
 TEST_CASE("fuzz: random legal problems, both passes") {
-  CHECK(count_faults(drawn(1, count(30, 600), random_problem), run_both_passes) == 0);
+  CHECK(count_faults(thinned(drawn(1, tests_all() ? 600 : 30, random_problem)), run_both_passes) == 0);
 }
 
 TEST_CASE("fuzz: random legal tiles of every kind") {
-  CHECK(count_faults(drawn(2, count(20, 400), random_tiles), run_both_passes) == 0);
+  CHECK(count_faults(thinned(drawn(2, tests_all() ? 400 : 20, random_tiles)), run_both_passes) == 0);
 }
