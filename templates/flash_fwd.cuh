@@ -248,7 +248,6 @@ class FlashFwd {
       for (int d = 0; d < kDTiles; d += 4) {
         unsigned v[4];
         load_v(v, slots_.v, n, d);
-        if (d == 0) softmax_.add(p, n);
 #pragma unroll
         for (int i = 0; i < (kDTiles - d < 4 ? kDTiles - d : 4); ++i)
 #pragma unroll
@@ -256,6 +255,7 @@ class FlashFwd {
             mma_m16n8k8(acc_o_[m][d + i], p[m][n][0], p[m][n][1], v[i]);
             meanwhile(product++);
           }
+        if (d + 4 >= kDTiles) softmax_.add(p, n);
       }
   }
 

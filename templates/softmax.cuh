@@ -93,7 +93,10 @@ struct Softmax {
   // pass finds dP and delta equal.
   __device__ __forceinline__ void add(const unsigned (&p)[kMTiles][kNTiles][2], int n) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) row_sum[r] += low_fp16(p[r / 2][n][r % 2]) + high_fp16(p[r / 2][n][r % 2]);
+    for (int r = 0; r < kRows; ++r) {
+      row_sum[r] += low_fp16(p[r / 2][n][r % 2]);
+      row_sum[r] += high_fp16(p[r / 2][n][r % 2]);
+    }
   }
 
   // The whole row's sum, after the last tile.
