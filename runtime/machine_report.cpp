@@ -3,11 +3,10 @@
 #include <optional>
 #include <vector>
 
-#include <nlohmann/json.hpp>
-
 #include "generator/legality.h"
 #include "runtime/config.h"
 #include "runtime/driver.h"
+#include "runtime/machine_report_data.h"
 #include "runtime/nvrtc.h"
 
 namespace flash_attn_jit {
@@ -80,7 +79,7 @@ Json nvrtc_json(const NvrtcSearch& search, std::optional<int> driver_version) {
 
 }  // namespace
 
-std::string machine_report_json() {
+nlohmann::ordered_json machine_report() {
   Driver* const driver = process_driver();
   Json report = {
       {"version", FLASH_ATTN_JIT_VERSION}, {"driver", driver_json(driver)}, {"devices", devices_json(driver)}};
@@ -91,7 +90,9 @@ std::string machine_report_json() {
   } catch (const ConfigError& error) {
     report["configuration_error"] = error.what();
   }
-  return report.dump(2, ' ', false, Json::error_handler_t::replace);
+  return report;
 }
+
+std::string machine_report_json() { return machine_report().dump(2, ' ', false, Json::error_handler_t::replace); }
 
 }  // namespace flash_attn_jit

@@ -163,11 +163,12 @@ class Search {
     if (!item.empty()) list += (list.empty() ? "" : ", ") + item;
   }
 
-  // What to say of it; nothing for another name of a library that is already known.
+  // What to say of it.
   std::string take(const fs::path& library, const std::string& place) {
     std::error_code error;
     if (!fs::exists(library, error)) return "no such file";
-    if (!real_paths_.insert(fs::canonical(library, error)).second) return "";
+    if (!real_paths_.insert(fs::canonical(library, error)).second)
+      return library.filename().string() + ", listed already";
     const NvrtcCandidate candidate = describe(library, place);
     const std::vector<int> numbers = numbers_of(library);
     const int major = candidate.version ? candidate.version->major

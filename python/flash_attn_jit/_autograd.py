@@ -81,14 +81,15 @@ def _gradients(ctx: Any, form: Form, dout: _Gradient, was_plain: bool) -> Tuple[
 
 def _refuse_second_derivative(*_: Any) -> None:
     raise NotImplementedError(
-        "create_graph=True: gradients of gradients are not built yet. Accepted: create_graph=False."
+        "create_graph=True: gradients of gradients are not built yet. Accepted: create_graph=False; the function that "
+        "torch.func.vjp() gives, and jacrev() with a chunk_size, inside torch.no_grad()."
     )
 
 
 def _refuse_forward_mode(*_: Any) -> None:
     raise NotImplementedError(
         "forward-mode differentiation (torch.func.jvp, jacfwd, hessian) is not built yet. Accepted: reverse mode, "
-        "torch.func.grad, vjp or jacrev."
+        "torch.func.grad or jacrev."
     )
 
 

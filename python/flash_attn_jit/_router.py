@@ -100,7 +100,8 @@ def route_sdpa() -> SdpaRouter:
     and in a thread that entered none by the one that was entered last.
 
     The backward pass need not run inside it. What ``torch.utils.checkpoint`` recomputes runs where the forward pass
-    ran: here and counted where that was inside the router, in PyTorch where it was not. Other implementations of
+    ran: here and counted where that was inside the router, in PyTorch where it was not. For that, what it replaces in
+    torch stays until the graphs of such checkpoints are gone, and passes all other calls on to PyTorch. Other implementations of
     checkpointing recompute as their backward pass finds it: run that inside as well.
 
     A call that torch.compile traces is routed as well in the thread that entered the router, with no graph break, and

@@ -132,7 +132,11 @@ int clear(const CacheFlags& flags) {
   if (!flags.built_by) return report_removal(flags, clear_cache(config().cache_dir));
   if (flags.built_by->empty())
     throw UsageError("--built-by is ''; accepted: a compiler as 'flash-attn-jit cache list' names it, such as 'nvrtc 12.9'");
-  return report_removal(flags, clear_built_by(config().cache_dir, *flags.built_by));
+  const CacheRemoval removed = clear_built_by(config().cache_dir, *flags.built_by);
+  if (const int code = report_removal(flags, removed); code != kSuccess || removed.files > 0) return code;
+  std::cerr << "flash-attn-jit cache: nothing there was made by '" << *flags.built_by
+            << "'; 'flash-attn-jit cache list' names each kernel's compiler whole\n";
+  return kFailure;
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "runtime/config.h"
-#include "runtime/machine_report.h"
+#include "runtime/machine_report_data.h"
 #include "runtime/program/command.h"
 
 namespace flash_attn_jit::program {
@@ -59,7 +59,7 @@ void add_devices(CLI::App& app, Action& chosen) {
   command->callback([&chosen, as_json] {
     chosen = [as_json] {
       config();  // a bad variable is this command's error, not a line of its report
-      const Json found = Json::parse(machine_report_json());
+      const Json found = machine_report();
       if (*as_json)
         std::cout << json_text(found) << "\n";
       else

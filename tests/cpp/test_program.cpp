@@ -238,7 +238,10 @@ TEST_CASE("cache clear --built-by removes what one compiler made") {
   }
   const auto left = [&] { return Json::parse(program.run("cache list --json").out)["kernels"].size(); };
   REQUIRE(left() == 4);
-  CHECK(Json::parse(program.run("cache clear --built-by 'nvrtc 12' --json").out)["removed_files"] == 0);
+  const ProgramRun nothing = program.run("cache clear --built-by 'nvrtc 12' --json");
+  CHECK(Json::parse(nothing.out)["removed_files"] == 0);
+  CHECK(nothing.exit_code == 1);
+  CHECK(holds(nothing.err, "nothing there was made by 'nvrtc 12'"));
   const Json removed = Json::parse(program.run("cache clear --built-by 'nvrtc 12.9' --json").out);
   CHECK(removed["removed_files"] == 2);
   CHECK(removed["removed_bytes"] > 0);

@@ -548,6 +548,18 @@ def test_jacobians():
     assert torch.equal(torch.func.jacrev(lambda q: flash_attn_func(q, k, v))(q), expected)
 
 
+def test_the_function_that_vjp_gives():
+    q, k, v = normal_qkv(1, 5, 5, 1, 1, 8)
+    out, pull_back = torch.func.vjp(lambda q: flash_attn_func(q, k, v), q)
+    dout = torch.ones_like(out)
+    with pytest.raises(NotImplementedError, match=r"torch.func.vjp\(\) gives.* inside torch.no_grad\(\)"):
+        pull_back(dout)
+    x = q.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(flash_attn_func(x, k, v), x, dout)
+    with torch.no_grad():
+        assert torch.equal(pull_back(dout)[0], expected)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_gradients_of_each_sample():
     q, k, v = normal_qkv(3, 8, 8, 2, 2, 16)
