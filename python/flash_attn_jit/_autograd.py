@@ -274,7 +274,7 @@ def attention_kvpacked(q: Any, kv: Any, options: Options, wants_lse: bool) -> Re
     """The same of q and a packed kv."""
     if not (isinstance(q, torch.Tensor) and isinstance(kv, torch.Tensor)):
         reject_what_is_no_tensor(q=q, kv=kv)
-    layout = KV_LAYOUTS[options[6] is not None]
+    layout = KV_LAYOUTS[0 if options[6] is None else 1]
     check_packed("kv", kv, layout)
     try:
         if q.dtype is _float32 or kv.dtype is _float32:
@@ -298,7 +298,7 @@ def attention_qkvpacked(qkv: Any, options: Options, wants_lse: bool) -> Result:
     """The same of a packed qkv."""
     if not isinstance(qkv, torch.Tensor):
         reject_what_is_no_tensor(qkv=qkv)
-    layout = QKV_LAYOUTS[options[6] is not None]
+    layout = QKV_LAYOUTS[0 if options[6] is None else 1]
     check_packed("qkv", qkv, layout)
     try:
         if qkv.dtype is _float32:

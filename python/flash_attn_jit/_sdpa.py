@@ -11,7 +11,7 @@ from .errors import UnsupportedError
 
 __all__ = ["sdpa"]
 
-_OLDEST_GPU = (7, 5)
+_OLDEST_GPU = 75  # compute capability x 10
 _MOST_HEAD_DIM = 256
 _MOST_SCALE = _core.most_scale
 
@@ -229,7 +229,8 @@ def _device_refusal(device: torch.device) -> Optional[Refusal]:
     kind = device.type
     if kind == "cuda":
         capability = _capability(device.index)
-        if capability is None or capability >= _OLDEST_GPU:
+        # Numbers, because not every torch's compiler compares tuples.
+        if capability is None or 10 * capability[0] + capability[1] >= _OLDEST_GPU:
             return None
         came = f"query is on {device}, an sm_{capability[0]}{capability[1]}"
         return Refusal(UnsupportedError, came, "sm_75 or newer")

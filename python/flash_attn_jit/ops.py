@@ -159,7 +159,7 @@ class Form:
     def split_checked(self, tensors: _Tensors, options: Sequence[Any]) -> _Tensors:
         reject_nested(self.names, tensors)
         if self.layouts is not None:
-            check_packed(self.names[-1], tensors[-1], self.layouts[options[_CU_SEQLENS_Q] is not None])
+            check_packed(self.names[-1], tensors[-1], self.layouts[0 if options[_CU_SEQLENS_Q] is None else 1])
         return self.split(*tensors)
 
 

@@ -182,13 +182,14 @@ def test_memory_of_a_backward_call(seqlen, group_size, head_dim, causal):
     dout = normal(*out.shape, seed=4, device="cuda")
     torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)  # the kernels are loaded
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    # What was asked for: the blocks that the allocator gives may be larger, whatever ran before.
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     torch.cuda.reset_peak_memory_stats()
     gradients = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
     rows = 8 * seqlen
-    assert peak <= sum(allocated(t.numel(), 2) for t in gradients) + allocated(rows, 4)
+    assert 0 < peak <= sum(2 * t.numel() for t in gradients) + 4 * rows
 
 
 def test_memory_of_a_forward_call_whose_inputs_need_gradients():
