@@ -8,15 +8,12 @@
 #include "runtime/driver.h"
 #include "runtime/machine_report_data.h"
 #include "runtime/nvrtc.h"
+#include "runtime/nvrtc_choice.h"
 
 namespace flash_attn_jit {
 namespace {
 
 using Json = nlohmann::ordered_json;
-
-std::string version_text(int driver_version) {
-  return std::to_string(driver_version / 1000) + "." + std::to_string(driver_version % 1000 / 10);
-}
 
 bool is_supported(int sm) {
   try {
@@ -48,7 +45,7 @@ std::vector<Choice> choices(const NvrtcSearch& search, std::optional<int> driver
 Json driver_json(Driver* driver) {
   if (!driver) return {{"found", false}, {"reason", process_driver_absence()}};
   return {
-      {"found", true}, {"path", driver->path().string()}, {"cuda_version", version_text(driver->version())}};
+      {"found", true}, {"path", driver->path().string()}, {"cuda_version", driver_version_text(driver->version())}};
 }
 
 Json devices_json(Driver* driver) {

@@ -5,7 +5,8 @@
 // do while exponentials are on their way:
 //
 //   turn to tile n:   S(n) = Q K(n)^T            meanwhile   P(n+1) = 2^t(n+1)
-//                     O   += P(n+1) V(n+1)       meanwhile   row_sum += P(n+1), t(n) = S(n) scale - row_max, and has a maximum risen?
+//                     O   += P(n+1) V(n+1)       meanwhile   row_sum += P(n+1), t(n) = S(n) scale - row_max,
+//                                                            and has a maximum risen?
 //
 // The lines of one turn make one block without branches, in which ptxas interleaves products and exponentials by itself;
 // only loads from global memory, stores and the barrier stay where the tile's schedule puts them.
