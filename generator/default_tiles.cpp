@@ -16,34 +16,28 @@ struct TileRow {
   TileConfig tile;  // register_dims is an upper bound: smaller head dims keep all of Q in registers
 };
 
-// Forward, sm_75 and above. The rows for large problems come from a search over schedules with a cycle model of the T4;
-// where it tells little between two, the later barrier, because an early one leaves a newer GPU's loads less time.
-// Above 128 a warp has 16 rows: 32 rows of O alone would take more registers than there are.
+// Forward, sm_75 and above. The rows for large problems come from a search over schedules, with a cycle model of the T4
+// as the first judge and times on a newer GPU that runs the same instructions as the second. Above 128 a warp has 16
+// rows: 32 rows of O alone would take more registers than there are.
 constexpr std::array kLargeFull = {
-    TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {0, 5, 8}}},
-    TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {0, 3, 7}}},
-    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {0, 5, 7}}},
-    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 5, 7}}},
-    TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {0, 2, 7}}},
-    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {6, 8, 8}}},
+    TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {2, 6, 8}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 5, 7}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 5, 7}}},
+    TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {1, 6, 8}}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 7, 7}}},
     TileRow{160, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {0, 8, 8}}},
-    TileRow{192, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 192, .schedule = {0, 2, 7}}},
-    TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 192, .schedule = {0, 8, 8}}},
-    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 208, .schedule = {0, 7, 7}}},
+    TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 192, .schedule = {2, 4, 4}}},
+    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {0, 8, 8}}},
 };
 
 // The causal kernel is a different program to ptxas, with winners of its own.
 constexpr std::array kLargeCausal = {
-    TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {0, 5, 8}}},
-    TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {0, 2, 7}}},
-    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {0, 4, 4}}},
-    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 1, 7}}},
-    TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {0, 2, 7}}},
-    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {5, 7, 7}}},
-    TileRow{160, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {0, 2, 7}}},
-    TileRow{192, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 192, .schedule = {0, 1, 7}}},
-    TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 192, .schedule = {0, 5, 7}}},
-    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {0, 8, 8}}},
+    TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {0, 4, 7}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 4, 4}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 5, 7}}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {5, 8, 8}}},
+    TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 192, .schedule = {2, 4, 4}}},
+    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 208, .schedule = {3, 7, 7}}},
 };
 
 // Loads of one element at a time take registers for addresses, so that a warp has 16 rows at every head dim.

@@ -4,9 +4,8 @@
 // through shared memory. A turn of the main loop works on two tiles at once, so that the tensor cores have something to
 // do while exponentials are on their way:
 //
-//   turn to tile n:   S(n) = Q K(n)^T            meanwhile   P(n+1) = 2^t(n+1)
-//                     O   += P(n+1) V(n+1)       meanwhile   row_sum += P(n+1), t(n) = S(n) scale - row_max,
-//                                                            and has a maximum risen?
+//   turn to tile n:   S(n) = Q K(n)^T            meanwhile   P(n+1) = 2^t(n+1), row_sum += P(n+1)
+//                     O   += P(n+1) V(n+1)       meanwhile   t(n) = S(n) scale - row_max, and has a maximum risen?
 //
 // The lines of one turn make one block without branches, in which ptxas interleaves products and exponentials by itself;
 // only loads from global memory, stores and the barrier stay where the tile's schedule puts them.
@@ -256,7 +255,6 @@ class FlashFwd {
             mma_m16n8k8(acc_o_[m][d + i], p[m][n][0], p[m][n][1], v[i]);
             meanwhile(product++);
           }
-        if (d + 4 >= kDTiles) softmax_.add(p, n);
       }
   }
 
@@ -269,11 +267,12 @@ class FlashFwd {
 
   static __device__ __forceinline__ constexpr int n_of(int i) { return i / (4 * kMTiles); }
   static __device__ __forceinline__ constexpr int m_of(int i) { return i / 4 % kMTiles; }
+  static __device__ __forceinline__ constexpr int row_of(int i) { return 2 * m_of(i) + i % 4 / 2; }
 
   // Score i becomes an exponent, in place.
   __device__ __forceinline__ float make_exponent(int i) {
     float& s = acc_s_[m_of(i)][n_of(i)][i % 4];
-    return s = softmax_.exponent(s, 2 * m_of(i) + i % 4 / 2);
+    return s = softmax_.exponent(s, row_of(i));
   }
 
   // Exponent i becomes a probability; every second one completes an operand of accumulate().
@@ -281,6 +280,7 @@ class FlashFwd {
     float(&quad)[4] = t[m_of(i)][n_of(i)];
     const int c = i % 4;
     quad[c] = exp2_approx(quad[c]);
+    softmax_.row_sum[row_of(i)] += quad[c];
     if (c % 2 == 1) p[m_of(i)][n_of(i)][c / 2] = pack_fp16(quad[c - 1], quad[c]);
   }
 
@@ -298,9 +298,13 @@ class FlashFwd {
         scores();
         adjust(n_block_ - 1);
         mask(n_block_ - 1);
-        if (softmax_.must_correct(acc_s_)) softmax_.correct(acc_s_, acc_o_);
+        float remainder[2 * kMTiles] = {};
+        if (softmax_.must_correct(acc_s_)) softmax_.correct(acc_s_, acc_o_, remainder);
 #pragma unroll
-        for (int i = 0; i < kScores; ++i) make_exponent(i);
+        for (int i = 0; i < kScores; ++i) {
+          make_exponent(i);
+          acc_s_[m_of(i)][n_of(i)][i % 4] -= remainder[row_of(i)];
+        }
       }
       slots_ = next_slots();
       store(slots_, k, v);

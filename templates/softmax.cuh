@@ -4,9 +4,12 @@
 // and lane / 4 + 8 (elements 2, 3). Its rows are numbered 2 * m + (element >> 1).
 //
 // row_max is allowed to lag behind: p may reach 2^kMaxRise before the maximum is corrected. The division by row_sum
-// cancels that, and nearly every turn does without touching the accumulator. A small kMaxRise costs corrections; a large
-// one costs accuracy where one key dominates a row, because the p of the maximum itself is 1, exact in fp16, only where
-// row_max does not lag.
+// cancels that, and nearly every turn does without touching the accumulator. A small kMaxRise costs corrections.
+//
+// row_sum takes p as it is, V is multiplied by p rounded to fp16. Where one key dominates a row, out must be its v all the
+// same, or the backward pass finds dP and delta different. So that key's p is 1, which fp16 holds: a correction leaves the
+// maximum's exponent at 0 without any rounding. Nor does a lag matter there: row_max is the score of a key, at most
+// kMaxRise below the greatest, so that a row whose row_max lags is not one key's.
 #pragma once
 
 #include "primitives.cuh"
@@ -20,7 +23,7 @@ struct Softmax {
   using Scores = float[kMTiles][kNTiles][4];
 
   float row_max[kRows];  // of s * scale, as far as corrected; the same in the 4 lanes that share a row
-  float row_sum[kRows];  // of this lane's p, as V is multiplied by them: see add()
+  float row_sum[kRows];  // of this lane's p
   float scale;           // softmax_scale x log2(e), positive
 
   __device__ __forceinline__ explicit Softmax(float softmax_scale_log2) : scale(softmax_scale_log2) {
@@ -60,19 +63,23 @@ struct Softmax {
     return any_in_warp(rises);
   }
 
-  // Raises the maxima to those of the scores acc_s and rescales what was accumulated under the old ones.
+  // Raises the maxima to those of the scores acc_s and rescales what was accumulated under the old ones. `remainder` is
+  // s * scale - row_max of a maximum, which the product of the two rounded off, to be taken off all exponents of its row.
   template <int kDTiles>
-  __device__ __forceinline__ void correct(const Scores& acc_s, float (&acc_o)[kMTiles][kDTiles][4]) {
+  __device__ __forceinline__ void correct(const Scores& acc_s, float (&acc_o)[kMTiles][kDTiles][4],
+                                          float (&remainder)[kRows]) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const float raised = max_ignoring_nan(row_max[r], across_row(lane_max(acc_s, r)) * scale);
+      const float largest = across_row(lane_max(acc_s, r));
+      const float raised = max_ignoring_nan(row_max[r], largest * scale);
+      remainder[r] = raised == largest * scale ? fma_rounded(largest, scale, -raised) : 0.0f;
       rescale(r, exp2_approx(row_max[r] - raised), acc_o);
       row_max[r] = raised;
     }
   }
 
-  // The same where the scores have become exponents t = s * scale - row_max already: corrects those too. Only for rows
-  // that have seen a key, because kNoMaximum swallows the score.
+  // The same where the scores have become exponents t = s * scale - row_max already. Only for rows that have seen a key,
+  // because kNoMaximum swallows the score.
   template <int kDTiles>
   __device__ __forceinline__ void correct_exponents(Scores& t, float (&acc_o)[kMTiles][kDTiles][4]) {
 #pragma unroll
@@ -85,17 +92,6 @@ struct Softmax {
         t[r / 2][n][r % 2 * 2] -= rise;
         t[r / 2][n][r % 2 * 2 + 1] -= rise;
       }
-    }
-  }
-
-  // Adds this lane's p of the 8 keys `n` to its rows' sums: the fp16 numbers that V is multiplied by, not what they were
-  // rounded from. Where one key dominates a row, out is then its v exactly, however its p was rounded, and the backward
-  // pass finds dP and delta equal.
-  __device__ __forceinline__ void add(const unsigned (&p)[kMTiles][kNTiles][2], int n) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      row_sum[r] += low_fp16(p[r / 2][n][r % 2]);
-      row_sum[r] += high_fp16(p[r / 2][n][r % 2]);
     }
   }
 

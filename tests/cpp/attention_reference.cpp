@@ -114,8 +114,8 @@ class Attention {
     std::vector<Number> acc(dim, 0);
     for (std::size_t n = 0; n < keys.size(); ++n) {
       const Number each = std::exp(scores[n] - maximum);
+      sum += each;
       const Number rounded = rounding_.probability(each);
-      sum += rounded;
       for (std::int64_t d = 0; d < dim; ++d) acc[d] += rounded * v_[keys[n] * dim + d];
     }
     for (std::int64_t d = 0; d < dim; ++d) out[d] = rounding_.out(acc[d] / sum);

@@ -57,7 +57,7 @@ int compare_with_float64(ForwardTensors& t, const std::function<bool(const Row&)
         const double lse = exact.lse[(b * heads + h) * seqlen_q + i];
         const double got = t.lse[(b * heads + h) * seqlen_q + i];
         if (std::isfinite(lse))
-          REQUIRE(std::fabs(got - lse) <= 0x1p-11);  // the sum of weights rounded to fp16
+          REQUIRE(std::fabs(got - lse) <= 1e-4);
         else
           REQUIRE(!std::isfinite(got));
       }

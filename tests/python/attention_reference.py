@@ -92,28 +92,23 @@ def attention(
 _LAGS = (0.0, 0.1, 0.3, 0.6)
 
 
-def error_bounds(
+def error_bound(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     causal: bool = False,
     **options: Any,
-) -> Tuple[float, float]:
-    """Of out and softmax_lse: twice the greatest error of float32 arithmetic that rounds P and out to fp16, where the
-    sum of a row is that of the rounded P, plus 1e-5 and 2e-5."""
-    p, row_sum, lse = _probabilities(q, k, torch.float32, causal, **options)
-    exact, exact_lse = attention(q, k, v, causal, **options)
+) -> float:
+    """Twice the greatest error of float32 arithmetic that rounds P and out to fp16, plus 1e-5."""
+    p, row_sum, _ = _probabilities(q, k, torch.float32, causal, **options)
+    exact, _ = attention(q, k, v, causal, **options)
     if exact.numel() == 0:
-        return 1e-5, 2e-5
-    seen = row_sum.squeeze(-1) > 0
-    out_errors, lse_errors = [0.0], [0.0]
+        return 1e-5
+    errors = []
     for lag in _LAGS:
-        weights = (p * exp(lag)).half().float()
-        rounded_sum = weights.sum(-1, keepdim=True)
-        emulated_lse = lse + torch.log(rounded_sum / (row_sum * exp(lag))).squeeze(-1)
-        out_errors.append((_times_v(weights, rounded_sum, v).half().double() - exact).abs().max().item())
-        lse_errors += (emulated_lse.double() - exact_lse).abs()[seen].tolist()
-    return 2 * max(out_errors) + 1e-5, 2 * max(lse_errors) + 2e-5
+        emulated = _times_v((p * exp(lag)).half().float(), row_sum * exp(lag), v).half()
+        errors.append((emulated.double() - exact).abs().max().item())
+    return 2 * max(errors) + 1e-5
 
 
 def check_attention(
@@ -125,18 +120,18 @@ def check_attention(
     causal: bool = False,
     **options: Any,
 ) -> None:
-    """Asserts that out and softmax_lse are within their bounds."""
+    """Asserts that out is within the bound, and softmax_lse within float32's reach of float64."""
     assert out.shape == q.shape and out.dtype == torch.float16 and out.device == q.device
     expected, expected_lse = attention(q, k, v, causal, **options)
-    out_bound, lse_bound = error_bounds(q, k, v, causal, **options)
-    assert isfinite(out_bound) and isfinite(lse_bound)
+    bound = error_bound(q, k, v, causal, **options)
+    assert isfinite(bound)
     if out.numel():
-        assert (out.double() - expected).abs().max().item() <= out_bound
+        assert (out.double() - expected).abs().max().item() <= bound
     if softmax_lse is not None:
         assert softmax_lse.shape == (q.shape[0], q.shape[2], q.shape[1])
         assert softmax_lse.dtype == torch.float32
         torch.testing.assert_close(
-            softmax_lse.double(), expected_lse.to(softmax_lse.device), atol=lse_bound, rtol=1e-5
+            softmax_lse.double(), expected_lse.to(softmax_lse.device), atol=2e-5, rtol=1e-5
         )
 
 
