@@ -147,16 +147,16 @@ Tables large_forward(const KernelSpec& spec) {
 
 Tables large_dq(const KernelSpec& spec) {
   return {only_if(spec.access == GlobalAccess::kElement2B, kElementBackward),
-          only_if(spec.softcap == Softcap::kOn || spec.alibi == Alibi::kOn, kLargeDqSoftcapAlibi),
+          only_if(spec.has(Feature::kSoftcap) || spec.has(Feature::kAlibi), kLargeDqSoftcapAlibi),
           only_if(spec.mask == Mask::kWindow, kLargeDqWindow),
-          only_if(spec.lengths == Lengths::kVarlen, kLargeDqVarlen),
+          only_if(spec.has(Feature::kVarlen), kLargeDqVarlen),
           spec.mask == Mask::kNone ? Table(kLargeDqFull) : kLargeDqCausal};
 }
 
 Tables large_dkdv(const KernelSpec& spec) {
   return {only_if(spec.access == GlobalAccess::kElement2B, kElementBackward),
-          only_if(spec.mask == Mask::kWindow || spec.alibi == Alibi::kOn, kLargeDkDvWindowAlibi),
-          only_if(spec.softcap == Softcap::kOn || spec.lengths == Lengths::kVarlen, kLargeDkDvSoftcapVarlen),
+          only_if(spec.mask == Mask::kWindow || spec.has(Feature::kAlibi), kLargeDkDvWindowAlibi),
+          only_if(spec.has(Feature::kSoftcap) || spec.has(Feature::kVarlen), kLargeDkDvSoftcapVarlen),
           spec.mask == Mask::kNone ? Table(kLargeDkDvFull) : kLargeDkDvCausal};
 }
 

@@ -43,15 +43,16 @@ std::string traits(const KernelSpec& spec) {
   if (spec.kind == KernelKind::kBackwardDkDv) row_side = "kKeys";
   if (spec.kind == KernelKind::kBackwardDq) row_side = "kQueries";
   const TileConfig& tile = spec.tile;
-  const auto constant = [](const char* type, const char* name, const std::string& value) {
-    return std::string("  static constexpr ") + type + " " + name + " = " + value + ";\n";
+  const auto constant = [](const char* type, std::string_view name, const std::string& value) {
+    return std::string("  static constexpr ") + type + " " + std::string(name) + " = " + value + ";\n";
   };
   const auto number = [&](const char* name, int value) { return constant("int", name, std::to_string(value)); };
-  const auto flag = [&](const char* name, bool value) { return constant("bool", name, value ? "true" : "false"); };
+  const auto flag = [&](std::string_view name, bool value) { return constant("bool", name, value ? "true" : "false"); };
+  std::string features;
+  for (const FeatureInfo& info : kFeatures) features += flag(info.trait, spec.has(info.feature));
   return "// " + spec.text() + "\nstruct Traits {\n" + number("kHeadDim", spec.head_dim) +
          number("kTileDims", kernel_dims(spec)) + number("kGroupSize", spec.group_size) + flag("kIsCausal", spec.mask == Mask::kCausal) +
-         flag("kIsLocal", spec.mask == Mask::kWindow) + flag("kIsSoftcap", spec.softcap == Softcap::kOn) +
-         flag("kHasAlibi", spec.alibi == Alibi::kOn) + flag("kIsVarlen", spec.lengths == Lengths::kVarlen) +
+         flag("kIsLocal", spec.mask == Mask::kWindow) + features +
          flag("kVectorAccess", spec.access == GlobalAccess::kVector16B) + number("kBlockM", tile.block_m) +
          number("kBlockN", tile.block_n) + number("kNWarps", tile.warps) +
          number("kRegisterDims", tile.register_dims) + number("kLoadEighth", tile.schedule.load) +

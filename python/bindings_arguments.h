@@ -37,6 +37,7 @@ struct OptionArguments {
 
 AttentionOptions read_options(const OptionArguments& arguments, const Argument& q);
 
+enum class Lengths { kFixed, kVarlen };  // one for the whole batch, or cu_seqlens
 enum class LastDim { kContiguous, kAnyStride };
 
 // An fp16 tensor on q's device, (batch, seqlen, heads, head_dim) or, varlen, (total, heads, head_dim). A CPU tensor is

@@ -60,9 +60,9 @@ KernelSpec problem_spec(const TensorView& q, const TensorView& k, const Attentio
   KernelSpec spec;
   spec.head_dim = static_cast<int>(q.shape[kHeadDim]);
   spec.mask = options.mask;
-  spec.softcap = options.softcap > 0 ? Softcap::kOn : Softcap::kOff;
-  spec.alibi = options.alibi ? Alibi::kOn : Alibi::kOff;
-  spec.lengths = options.varlen ? Lengths::kVarlen : Lengths::kFixed;
+  spec.features.set(Feature::kSoftcap, options.softcap > 0);
+  spec.features.set(Feature::kAlibi, options.alibi.has_value());
+  spec.features.set(Feature::kVarlen, options.varlen.has_value());
   spec.group_size = num_heads_k > 0 ? static_cast<int>(q.shape[kHeads] / num_heads_k) : 1;
   spec.access = access;
   return spec;

@@ -58,13 +58,13 @@ FoundKernel with_launch_shape(FoundKernel found, const RenderedKernel& rendered)
 }
 
 std::string prebuild_command(const KernelSpec& spec, int sm) {
-  const auto if_on = [](bool on, const char* flag) { return on ? std::string(flag) : std::string(); };
+  std::string features;
+  for (const FeatureInfo& info : kFeatures)
+    if (spec.has(info.feature)) features += " --" + std::string(info.word) + " yes";
   return "flash-attn-jit prebuild --arch sm_" + std::to_string(sm) + " --kinds " +
          (spec.kind == KernelKind::kForward ? "fwd" : "bwd") + " --head-dims " + std::to_string(spec.head_dim) +
-         " --causal " + (spec.mask == Mask::kCausal ? "yes" : "no") + if_on(spec.mask == Mask::kWindow, " --window") +
-         if_on(spec.softcap == Softcap::kOn, " --softcap yes") + if_on(spec.alibi == Alibi::kOn, " --alibi yes") +
-         if_on(spec.lengths == Lengths::kVarlen, " --varlen yes") + " --gqa " + std::to_string(spec.group_size) +
-         " --out DIR";
+         " --causal " + (spec.mask == Mask::kCausal ? "yes" : "no") + (spec.mask == Mask::kWindow ? " --window" : "") +
+         features + " --gqa " + std::to_string(spec.group_size) + " --out DIR";
 }
 
 MissingKernelError missing(const KernelSpec& spec, const CompileTarget& target, const KernelCache& cache,

@@ -25,6 +25,17 @@ void cross(std::vector<KernelSpec>& specs, const std::vector<Value>& values, Val
   specs = std::move(product);
 }
 
+std::vector<FeatureSet> feature_sets(const KernelSelection& selection) {
+  std::vector<FeatureSet> sets;
+  for (const FeatureSet set : all_feature_sets()) {
+    bool wanted = true;
+    for (std::size_t i = 0; i < kFeatures.size(); ++i)
+      wanted &= set.has(kFeatures[i].feature) ? selection.features[i].on : selection.features[i].off;
+    if (wanted) sets.push_back(set);
+  }
+  return sets;
+}
+
 void append_tiles(KernelSpec spec, const ArchLimits& arch, std::vector<KernelSpec>& specs) {
   require_head_dim(spec.head_dim);
   for (const TileConfig& tile : default_tiles(spec, arch)) {
@@ -42,9 +53,7 @@ std::vector<KernelSpec> select_kernels(const KernelSelection& selection, const A
   cross(problems, selection.kinds, &KernelSpec::kind);
   cross(problems, selection.head_dims, &KernelSpec::head_dim);
   cross(problems, selection.masks, &KernelSpec::mask);
-  cross(problems, selection.softcaps, &KernelSpec::softcap);
-  cross(problems, selection.alibis, &KernelSpec::alibi);
-  cross(problems, selection.lengths, &KernelSpec::lengths);
+  cross(problems, feature_sets(selection), &KernelSpec::features);
   cross(problems, selection.group_sizes, &KernelSpec::group_size);
   std::vector<KernelSpec> specs;
   for (KernelSpec spec : problems)

@@ -1,6 +1,7 @@
 // Which kernels the runtime may choose for given problems: what a pack must hold.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "generator/default_tiles.h"
@@ -8,14 +9,17 @@
 
 namespace flash_attn_jit {
 
+// Kernels without something, with it, or both.
+struct Switch {
+  bool off = true, on = false;
+};
+
 struct KernelSelection {
   std::vector<KernelKind> kinds{KernelKind::kForward};
   std::vector<int> head_dims;
   std::vector<Mask> masks;
   std::vector<int> group_sizes;
-  std::vector<Softcap> softcaps{Softcap::kOff};
-  std::vector<Alibi> alibis{Alibi::kOff};
-  std::vector<Lengths> lengths{Lengths::kFixed};
+  std::array<Switch, kFeatures.size()> features;  // as in kFeatures
 };
 
 // Every default tile, with 16-byte accesses (where the head dim is a multiple of 8) and with element-wise

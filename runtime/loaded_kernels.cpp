@@ -37,8 +37,8 @@ std::size_t LoadedKernelTable::bucket_of(const KernelSpec& spec) noexcept {
   // What differs between the kernels of one process; tiles that share these numbers share a bucket.
   for (const int field : {spec.head_dim, spec.group_size, spec.tile.block_m, spec.tile.block_n,
                           spec.tile.warps, static_cast<int>(spec.kind), static_cast<int>(spec.dtype),
-                          static_cast<int>(spec.mask), static_cast<int>(spec.softcap), static_cast<int>(spec.alibi),
-                          static_cast<int>(spec.lengths), static_cast<int>(spec.access)})
+                          static_cast<int>(spec.mask), static_cast<int>(spec.features.bits()),
+                          static_cast<int>(spec.access)})
     hash = hash * 31 + static_cast<std::size_t>(field);
   return hash % kBuckets;
 }

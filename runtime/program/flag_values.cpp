@@ -102,9 +102,7 @@ KernelSpec parse_kernel(const KernelFlags& flags, const ArchLimits& arch) {
   if (flags.causal && flags.window)
     throw UsageError("--causal and --window are both given; accepted: one of them. A causal window is a window");
   spec.mask = flags.causal ? Mask::kCausal : flags.window ? Mask::kWindow : Mask::kNone;
-  if (flags.softcap) spec.softcap = Softcap::kOn;
-  if (flags.alibi) spec.alibi = Alibi::kOn;
-  if (flags.varlen) spec.lengths = Lengths::kVarlen;
+  for (std::size_t i = 0; i < kFeatures.size(); ++i) spec.features.set(kFeatures[i].feature, flags.features[i]);
   spec.group_size = static_cast<int>(parse_number("--gqa", flags.gqa, 1, std::numeric_limits<int>::max()));
   spec.access = spec.head_dim % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
 

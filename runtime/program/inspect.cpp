@@ -145,9 +145,9 @@ void add_inspect(CLI::App& app, Action& chosen) {
   command->add_option("--head-dim", flags->kernel.head_dim, "Head dim, 1 to 256")->required();
   command->add_flag("--causal", flags->kernel.causal, "With the causal mask");
   command->add_flag("--window", flags->kernel.window, "With a sliding window instead");
-  command->add_flag("--softcap", flags->kernel.softcap, "With softcap");
-  command->add_flag("--alibi", flags->kernel.alibi, "With ALiBi slopes");
-  command->add_flag("--varlen", flags->kernel.varlen, "For cu_seqlens");
+  for (std::size_t i = 0; i < kFeatures.size(); ++i)
+    command->add_flag("--" + std::string(kFeatures[i].word), flags->kernel.features[i],
+                      "The kernel " + std::string(kFeatures[i].phrase));
   command->add_option("--gqa", flags->kernel.gqa, "Group size: num_heads / num_heads_k")
       ->capture_default_str();
   command->add_option("--arch", flags->arch, "Architecture to compile for")->capture_default_str();

@@ -92,9 +92,9 @@ std::vector<BackwardCase> with_default_tiles(const ForwardCase& c) {
   KernelSpec spec;
   spec.head_dim = c.head_dim;
   spec.mask = c.mask;
-  if (c.softcap > 0) spec.softcap = Softcap::kOn;
-  if (c.alibi != AlibiCase::kOff) spec.alibi = Alibi::kOn;
-  if (c.sequences > 0) spec.lengths = Lengths::kVarlen;
+  spec.features.set(Feature::kSoftcap, c.softcap > 0);
+  spec.features.set(Feature::kAlibi, c.alibi != AlibiCase::kOff);
+  spec.features.set(Feature::kVarlen, c.sequences > 0);
   const bool aligned = c.layout != Layout::kOddStrides && c.layout != Layout::kMisaligned && c.head_dim % 8 == 0;
   spec.access = aligned ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
   spec.kind = KernelKind::kBackwardDkDv;

@@ -220,9 +220,7 @@ TEST_CASE("without a compiler and without the kernel, the error names the comman
   CHECK(missing);
 
   spec.mask = Mask::kWindow;
-  spec.softcap = Softcap::kOn;
-  spec.alibi = Alibi::kOn;
-  spec.lengths = Lengths::kVarlen;
+  for (const FeatureInfo& info : kFeatures) spec.features.set(info.feature);
   CHECK_THROWS_WITH_AS(KernelLibrary(setting.settings(12040)).find_or_compile(spec, kCubin),
                        doctest::Contains("--head-dims 128 --causal no --window --softcap yes --alibi yes "
                                          "--varlen yes --gqa 4"),
