@@ -8,7 +8,7 @@
 
 #include "generator/kernel_spec.h"
 #include "generator/legality.h"
-#include "runtime/config.h"
+#include "runtime/system/config.h"
 
 namespace flash_attn_jit::program {
 
