@@ -5,8 +5,8 @@
 
 #include "generator/errors.h"
 #include "python/bindings_errors.h"
-#include "runtime/config.h"
-#include "runtime/driver.h"
+#include "runtime/cuda/driver.h"
+#include "runtime/system/config.h"
 
 namespace py = pybind11;
 

@@ -7,8 +7,8 @@
 #include <optional>
 
 #include "python/bindings_tensors.h"
-#include "runtime/attention_options.h"
-#include "runtime/tensor_view.h"
+#include "runtime/request/attention_options.h"
+#include "runtime/request/tensor_view.h"
 
 namespace flash_attn_jit::bindings {
 

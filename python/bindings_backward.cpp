@@ -2,7 +2,7 @@
 
 #include "generator/errors.h"
 #include "python/bindings_arguments.h"
-#include "runtime/backward.h"
+#include "runtime/request/backward.h"
 
 namespace py = pybind11;
 

@@ -1,7 +1,7 @@
 #include "python/bindings_forward.h"
 
 #include "python/bindings_arguments.h"
-#include "runtime/forward.h"
+#include "runtime/request/forward.h"
 
 namespace py = pybind11;
 

@@ -7,10 +7,10 @@
 #include <string>
 #include <vector>
 
+#include "generator/kernel_selection.h"
 #include "generator/kernel_spec.h"
 #include "generator/legality.h"
-#include "runtime/config.h"
-#include "runtime/kernel_selection.h"
+#include "runtime/system/config.h"
 
 namespace flash_attn_jit::program {
 

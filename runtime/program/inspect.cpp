@@ -12,11 +12,11 @@
 #include <nlohmann/json.hpp>
 
 #include "generator/render.h"
-#include "runtime/config.h"
-#include "runtime/files.h"
-#include "runtime/kernel_library.h"
+#include "runtime/library/kernel_library.h"
 #include "runtime/program/command.h"
 #include "runtime/program/flag_values.h"
+#include "runtime/system/config.h"
+#include "runtime/system/files.h"
 
 namespace flash_attn_jit::program {
 namespace {

@@ -15,14 +15,14 @@
 
 #include <nlohmann/json.hpp>
 
-#include "runtime/config.h"
-#include "runtime/kernel_library.h"
-#include "runtime/kernel_selection.h"
-#include "runtime/log.h"
-#include "runtime/pack.h"
+#include "generator/kernel_selection.h"
+#include "runtime/library/kernel_library.h"
+#include "runtime/library/pack.h"
 #include "runtime/program/command.h"
 #include "runtime/program/flag_values.h"
 #include "runtime/program/progress.h"
+#include "runtime/system/config.h"
+#include "runtime/system/log.h"
 
 namespace flash_attn_jit::program {
 namespace {

@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "generator/errors.h"
-#include "runtime/backward.h"
+#include "runtime/request/backward.h"
 #include "tests/cpp/containing.h"
 
 using namespace flash_attn_jit;

@@ -14,11 +14,11 @@
 #include "containing.h"
 #include "generator/default_tiles.h"
 #include "generator/legality.h"
-#include "runtime/host_compiler.h"
+#include "runtime/compile/host_compiler.h"
 #include "runtime/interpreter/interpreter.h"
-#include "runtime/interrupt.h"
-#include "runtime/kernel_library.h"
-#include "runtime/subprocess.h"
+#include "runtime/library/kernel_library.h"
+#include "runtime/system/interrupt.h"
+#include "runtime/system/subprocess.h"
 #include "temporary_folder.h"
 
 using namespace flash_attn_jit;

@@ -5,10 +5,10 @@
 #include <atomic>
 #include <thread>
 
-#include "runtime/cache_folder.h"
-#include "runtime/compiler.h"
-#include "runtime/kernel_selection.h"
-#include "runtime/pack.h"
+#include "generator/kernel_selection.h"
+#include "runtime/cache/cache_folder.h"
+#include "runtime/compile/compiler.h"
+#include "runtime/library/pack.h"
 #include "tests/cpp/captured_log.h"
 #include "tests/cpp/containing.h"
 #include "tests/cpp/stub_nvrtc.h"

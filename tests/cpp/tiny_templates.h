@@ -7,8 +7,8 @@
 #include <string>
 
 #include "generator/render.h"
-#include "runtime/kernel_library.h"
-#include "runtime/nvrtc.h"
+#include "runtime/cuda/nvrtc.h"
+#include "runtime/library/kernel_library.h"
 #include "tests/cpp/temporary_folder.h"
 
 namespace flash_attn_jit::testing {
