@@ -38,7 +38,7 @@ std::vector<FeatureSet> feature_sets(const KernelSelection& selection) {
 
 void append_tiles(KernelSpec spec, const ArchLimits& arch, std::vector<KernelSpec>& specs) {
   require_head_dim(spec.head_dim);
-  for (const TileConfig& tile : default_tiles(spec, arch)) {
+  for (const TileConfig& tile : default_tiles(spec)) {
     spec.tile = tile;
     if (const auto reason = check(spec, arch)) throw UnsupportedError(*reason);
     if (const KernelSpec plain = normalized(spec); std::find(specs.begin(), specs.end(), plain) == specs.end())

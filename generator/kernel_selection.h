@@ -4,7 +4,7 @@
 #include <array>
 #include <vector>
 
-#include "generator/default_tiles.h"
+#include "generator/tile_chooser.h"
 #include "generator/kernel_spec.h"
 
 namespace flash_attn_jit {

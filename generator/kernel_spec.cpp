@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "generator/errors.h"
+#include "generator/kernel_family.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -95,19 +96,7 @@ bool take(std::vector<std::string_view>& words, std::size_t at, std::string_view
 
 KernelKind parse_kind(std::string_view text) { return parse_word(text, kKernelKinds, "kind"); }
 
-std::string_view to_text(KernelKind kind) {
-  switch (kind) {
-    case KernelKind::kForward:
-      return "fwd";
-    case KernelKind::kBackwardPreprocess:
-      return "bwd_preprocess";
-    case KernelKind::kBackwardDkDv:
-      return "bwd_dkdv";
-    case KernelKind::kBackwardDq:
-      return "bwd_dq";
-  }
-  return {};
-}
+std::string_view to_text(KernelKind kind) { return family_of(kind).word; }
 std::string_view to_text(DType dtype) { return dtype == DType::kFloat16 ? "fp16" : "bf16"; }
 std::string_view to_text(Mask mask) {
   switch (mask) {
@@ -178,11 +167,10 @@ std::string KernelSpec::name() const {
 }
 
 KernelSpec normalized(KernelSpec spec) {
-  if (spec.kind == KernelKind::kBackwardPreprocess) {  // a row's delta depends on nothing but its out and dout
-    spec.mask = Mask::kNone;
-    spec.features = {};
-    spec.group_size = 1;
-  }
+  if (family_of(spec.kind).reads_mask) return spec;
+  spec.mask = Mask::kNone;
+  spec.features = {};
+  spec.group_size = 1;
   return spec;
 }
 

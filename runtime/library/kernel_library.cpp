@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "generator/kernel_family.h"
 #include "generator/legality.h"
 #include "runtime/compile/compiler.h"
 #include "runtime/compile/slow_compile.h"
@@ -62,7 +63,7 @@ std::string prebuild_command(const KernelSpec& spec, int sm) {
   for (const FeatureInfo& info : kFeatures)
     if (spec.has(info.feature)) features += " --" + std::string(info.word) + " yes";
   return "flash-attn-jit prebuild --arch sm_" + std::to_string(sm) + " --kinds " +
-         (spec.kind == KernelKind::kForward ? "fwd" : "bwd") + " --head-dims " + std::to_string(spec.head_dim) +
+         std::string(family_of(spec.kind).pack_group) + " --head-dims " + std::to_string(spec.head_dim) +
          " --causal " + (spec.mask == Mask::kCausal ? "yes" : "no") + (spec.mask == Mask::kWindow ? " --window" : "") +
          features + " --gqa " + std::to_string(spec.group_size) + " --out DIR";
 }

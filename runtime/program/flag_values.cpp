@@ -4,8 +4,9 @@
 #include <charconv>
 #include <limits>
 
-#include "generator/default_tiles.h"
+#include "generator/tile_chooser.h"
 #include "generator/errors.h"
+#include "generator/kernel_family.h"
 #include "runtime/program/command.h"
 
 namespace flash_attn_jit::program {
@@ -55,10 +56,7 @@ KernelKind parse_kind(const std::string& flag, const std::string& text) {
   try {
     return flash_attn_jit::parse_kind(text);
   } catch (const SpecError&) {
-    std::string accepted;
-    for (const KernelKind kind : kKernelKinds)
-      accepted += (accepted.empty() ? "" : ", ") + std::string(to_text(kind));
-    refuse(flag, text, accepted);
+    refuse(flag, text, kind_words());
   }
 }
 
@@ -68,14 +66,13 @@ std::vector<KernelKind> parse_kinds(const std::string& flag, const std::vector<s
     if (std::find(kinds.begin(), kinds.end(), kind) == kinds.end()) kinds.push_back(kind);
   };
   for (const std::string& text : texts) {
-    if (text == "fwd") {
-      add(KernelKind::kForward);
-    } else if (text == "bwd") {
-      for (const KernelKind kind : kKernelKinds)
-        if (kind != KernelKind::kForward) add(kind);
-    } else {
-      refuse(flag, text, "fwd, bwd");
-    }
+    bool known = false;
+    for (const KernelKind kind : kKernelKinds)
+      if (family_of(kind).pack_group == text) {
+        known = true;
+        add(kind);
+      }
+    if (!known) refuse(flag, text, pack_group_words());
   }
   return kinds;
 }
@@ -107,7 +104,7 @@ KernelSpec parse_kernel(const KernelFlags& flags, const ArchLimits& arch) {
   spec.access = spec.head_dim % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
 
   spec = normalized(spec);
-  const std::vector<TileConfig> tiles = default_tiles(spec, arch);
+  const std::vector<TileConfig> tiles = default_tiles(spec);
   if (!tiles.empty()) spec.tile = tiles.front();
   require_legal("--head-dim", flags.head_dim, spec, arch);
   if (flags.tile == "auto") return spec;

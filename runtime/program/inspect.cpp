@@ -11,6 +11,7 @@
 #include <unistd.h>
 #include <nlohmann/json.hpp>
 
+#include "generator/kernel_family.h"
 #include "generator/render.h"
 #include "runtime/library/kernel_library.h"
 #include "runtime/program/command.h"
@@ -141,7 +142,7 @@ void add_inspect(CLI::App& app, Action& chosen) {
   CLI::App* const command =
       app.add_subcommand("inspect", "Show one kernel: its spec, source, code or resources");
   const auto flags = std::make_shared<InspectFlags>();
-  command->add_option("--kind", flags->kernel.kind, "Kind of kernel: fwd, bwd_preprocess, bwd_dkdv or bwd_dq")->capture_default_str();
+  command->add_option("--kind", flags->kernel.kind, "Kind of kernel: " + kind_words())->capture_default_str();
   command->add_option("--head-dim", flags->kernel.head_dim, "Head dim, 1 to 256")->required();
   command->add_flag("--causal", flags->kernel.causal, "With the causal mask");
   command->add_flag("--window", flags->kernel.window, "With a sliding window instead");

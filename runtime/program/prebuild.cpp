@@ -15,6 +15,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "generator/kernel_family.h"
 #include "generator/kernel_selection.h"
 #include "runtime/library/kernel_library.h"
 #include "runtime/library/pack.h"
@@ -190,7 +191,7 @@ void add_prebuild(CLI::App& app, Action& chosen) {
   CLI::App* const command = app.add_subcommand("prebuild", "Build a pack of kernels; needs no GPU");
   const auto flags = std::make_shared<PrebuildFlags>();
   command->add_option("--arch", flags->arch, "Architecture to build for: sm_75 or newer")->required();
-  command->add_option("--kinds", flags->kinds, "Kinds of kernels: fwd, bwd")->required()->delimiter(',');
+  command->add_option("--kinds", flags->kinds, "Kinds of kernels: " + pack_group_words())->required()->delimiter(',');
   command->add_option("--head-dims", flags->head_dims, "Head dims, 1 to 256: 64,128")
       ->required()
       ->delimiter(',');

@@ -4,7 +4,7 @@
 #include <array>
 #include <optional>
 
-#include "generator/default_tiles.h"
+#include "generator/tile_chooser.h"
 #include "generator/kernel_spec.h"
 #include "runtime/request/attention_options.h"
 #include "runtime/request/kernel_launch.h"

@@ -2,7 +2,7 @@
 
 #include "generator/errors.h"
 #include "generator/legality.h"
-#include "generator/tile_layout.h"
+#include "generator/kernel_family.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -84,16 +84,15 @@ struct Side {
 
 // One kernel, whose blocks own rows of `rows`.
 BackwardLaunch lay_out(KernelSpec spec, KernelKind kind, const std::optional<TileConfig>& tile, const Side& rows,
-                       const FlashBwdParams& params, const ArchLimits& arch, int multiprocessors) {
+                       const FlashBwdParams& params, const ArchLimits& arch, const Problem& problem) {
   spec.kind = kind;
   spec = normalized(spec);
-  const std::int64_t batch_heads = rows.batch * rows.tensor.view.shape[kHeads];
-  spec.tile = tile ? *tile : choose_tile(spec, arch, {rows.seqlen, batch_heads, multiprocessors});
+  spec.tile = tile ? *tile : default_tile_chooser().choose(spec, problem);
   if (spec.tile.block_m < 1) throw UnsupportedError(check(spec, arch).value());
   BackwardLaunch launch{spec, params};
   const std::int64_t row_blocks = (rows.seqlen + spec.tile.block_m - 1) / spec.tile.block_m;
   launch.params.num_row_blocks = static_cast<int>(row_blocks);
-  launch.blocks = grid_blocks(rows.tensor, rows.batch, row_blocks * output_splits(spec));
+  launch.blocks = grid_blocks(rows.tensor, rows.batch, row_blocks * family_of(spec.kind).output_splits(spec));
   return launch;
 }
 
@@ -110,10 +109,11 @@ BackwardPlan lay_out_backward(const BackwardRequest& request, const ArchLimits& 
   all_rows.seqlen_q = static_cast<int>(request.q.shape[kSeqlen]);
   const Side rows{q, request.q.shape[kBatch], request.q.shape[kSeqlen]}, queries{q, shape.batch, shape.seqlen_q},
       keys{k, shape.batch, shape.seqlen_k};
+  const Problem problem{shape.seqlen_q, shape.seqlen_k, shape.batch * request.q.shape[kHeads], multiprocessors};
   BackwardPlan plan = {
-      lay_out(spec, KernelKind::kBackwardPreprocess, request.preprocess_tile, rows, all_rows, arch, multiprocessors),
-      lay_out(spec, KernelKind::kBackwardDkDv, request.dkdv_tile, keys, params, arch, multiprocessors),
-      lay_out(spec, KernelKind::kBackwardDq, request.dq_tile, queries, params, arch, multiprocessors)};
+      lay_out(spec, KernelKind::kBackwardPreprocess, request.preprocess_tile, rows, all_rows, arch, problem),
+      lay_out(spec, KernelKind::kBackwardDkDv, request.dkdv_tile, keys, params, arch, problem),
+      lay_out(spec, KernelKind::kBackwardDq, request.dq_tile, queries, params, arch, problem)};
   if (!request.dkdv) plan[1].blocks = 0;
   if (!request.dq) plan[2].blocks = 0;
   if (!request.dkdv && !request.dq) plan[0].blocks = 0;

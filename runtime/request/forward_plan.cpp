@@ -50,8 +50,8 @@ LaunchPlan lay_out_forward(const ForwardRequest& request, const ArchLimits& arch
   LaunchPlan plan;
   plan.spec = problem_spec(request.q, request.k, request.options, access_of(request));
   const ProblemShape shape = problem_shape(request.q, request.k, request.options);
-  const ProblemSize size{shape.seqlen_q, shape.batch * request.q.shape[kHeads], multiprocessors};
-  plan.spec.tile = request.tile ? *request.tile : choose_tile(plan.spec, arch, size);
+  const Problem problem{shape.seqlen_q, shape.seqlen_k, shape.batch * request.q.shape[kHeads], multiprocessors};
+  plan.spec.tile = request.tile ? *request.tile : default_tile_chooser().choose(plan.spec, problem);
   if (plan.spec.tile.block_m < 1) throw UnsupportedError(check(plan.spec, arch).value());
   const std::int64_t num_m_blocks = (shape.seqlen_q + plan.spec.tile.block_m - 1) / plan.spec.tile.block_m;
   plan.params = params_of(request, num_m_blocks);

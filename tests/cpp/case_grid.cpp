@@ -5,7 +5,7 @@
 #include <set>
 #include <tuple>
 
-#include "generator/default_tiles.h"
+#include "generator/tile_chooser.h"
 #include "generator/legality.h"
 
 namespace flash_attn_jit::testing {
@@ -29,7 +29,7 @@ std::vector<TileConfig> table_rows(int d) {
         spec.mask = mask;
         spec.features = features;
         spec.access = d % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
-        for (TileConfig tile : default_tiles(spec, arch_limits(75))) {
+        for (TileConfig tile : default_tiles(spec)) {
           tile.register_dims = 0;  // follows the head dim
           rows.push_back(tile);
         }

@@ -9,7 +9,7 @@
 
 #include "backward_case.h"
 #include "case_grid.h"
-#include "generator/default_tiles.h"
+#include "generator/tile_chooser.h"
 #include "generator/legality.h"
 
 using namespace flash_attn_jit;
@@ -98,9 +98,9 @@ std::vector<BackwardCase> with_default_tiles(const ForwardCase& c) {
   const bool aligned = c.layout != Layout::kOddStrides && c.layout != Layout::kMisaligned && c.head_dim % 8 == 0;
   spec.access = aligned ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
   spec.kind = KernelKind::kBackwardDkDv;
-  const auto dkdv = default_tiles(spec, arch_limits(75));
+  const auto dkdv = default_tiles(spec);
   spec.kind = KernelKind::kBackwardDq;
-  const auto dq = default_tiles(spec, arch_limits(75));
+  const auto dq = default_tiles(spec);
   std::vector<BackwardCase> cases;
   for (std::size_t i = 0; i < dq.size(); ++i) cases.push_back({c, std::nullopt, dkdv[i], dq[i]});
   return cases;

@@ -345,7 +345,7 @@ TEST_CASE("the selection of a pack: every default tile, 16-byte and element-wise
     spec.mask = Mask::kCausal;
     spec.group_size = 2;
     spec.access = access;
-    for (const TileConfig& tile : default_tiles(spec, arch)) {
+    for (const TileConfig& tile : default_tiles(spec)) {
       spec.tile = tile;
       CHECK(std::find(specs.begin(), specs.end(), spec) != specs.end());
       ++expected;

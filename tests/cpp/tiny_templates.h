@@ -59,7 +59,7 @@ struct TinySetting {
 inline KernelSpec tiny_spec(int head_dim = 64) {
   KernelSpec spec;
   spec.head_dim = head_dim;
-  spec.tile = default_tiles(spec, arch_limits(75)).front();
+  spec.tile = default_tiles(spec).front();
   return spec;
 }
 
