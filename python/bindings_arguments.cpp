@@ -7,6 +7,7 @@
 #include "python/bindings_errors.h"
 #include "runtime/cuda/driver.h"
 #include "runtime/system/config.h"
+#include "runtime/system/errors.h"
 
 namespace py = pybind11;
 

@@ -4,6 +4,8 @@
 #include <map>
 #include <mutex>
 
+#include "runtime/system/errors.h"
+
 namespace flash_attn_jit {
 namespace {
 

@@ -7,15 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "generator/errors.h"
 #include "runtime/compile/compiled_kernel.h"
 
 namespace flash_attn_jit {
-
-// A failed check: names the kernel, source file and line, block, warp, lane, and what happened.
-struct InterpreterError : Error {
-  using Error::Error;
-};
 
 // What a kernel may do with a tensor: one of the two.
 enum class TensorUse { kRead, kWrite };

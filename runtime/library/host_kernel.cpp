@@ -5,6 +5,7 @@
 #include "runtime/compile/host_compiler.h"
 #include "runtime/compile/slow_compile.h"
 #include "runtime/library/kernel_library.h"
+#include "runtime/system/errors.h"
 
 namespace flash_attn_jit {
 namespace {

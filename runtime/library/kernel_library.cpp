@@ -7,6 +7,7 @@
 #include "runtime/compile/slow_compile.h"
 #include "runtime/cuda/driver.h"
 #include "runtime/cuda/nvrtc_choice.h"
+#include "runtime/system/errors.h"
 #include "runtime/system/fork.h"
 
 namespace flash_attn_jit {
@@ -84,14 +85,6 @@ MissingKernelError missing(const KernelSpec& spec, const CompileTarget& target, 
 }
 
 }  // namespace
-
-CompileError::CompileError(const std::string& message, std::string log, std::string options,
-                           std::string source_path)
-    : Error(message), log(std::move(log)), options(std::move(options)), source_path(std::move(source_path)) {}
-
-MissingKernelError::MissingKernelError(const std::string& message, KernelSpec spec,
-                                       std::string prebuild_command)
-    : Error(message), spec(spec), prebuild_command(std::move(prebuild_command)) {}
 
 KernelLibrary::KernelLibrary(const Settings& settings)
     : KernelLibrary(settings.config, std::make_shared<KernelCache>(settings.cache), settings.driver_version) {

@@ -1,3 +1,4 @@
+#include "runtime/system/errors.h"
 #include "small_kernel.h"
 
 #include "generator/render.h"

@@ -15,6 +15,7 @@
 #include "runtime/compile/host_compiler.h"
 #include "runtime/interpreter/interpreter.h"
 #include "runtime/launch/tensor_extents.h"
+#include "runtime/system/errors.h"
 
 using namespace flash_attn_jit;
 using namespace flash_attn_jit::testing;
