@@ -1,6 +1,6 @@
 #include "generator/legality.h"
 #include "runtime/interpreter/interpreter.h"
-#include "runtime/launch/tensor_extents.h"
+#include "runtime/launch/interpreted_tensors.h"
 #include "runtime/library/kernel_library.h"
 #include "runtime/request/forward.h"
 
