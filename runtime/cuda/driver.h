@@ -9,8 +9,6 @@
 #include <string>
 #include <vector>
 
-#include "runtime/library/kernel_library.h"
-#include "runtime/request/forward.h"
 #include "runtime/system/dynamic_library.h"
 
 namespace flash_attn_jit {
@@ -26,6 +24,7 @@ struct DeviceInfo {
 using CudaContext = struct CudaContextTag*;
 using CudaModule = struct CudaModuleTag*;
 using CudaFunction = struct CudaFunctionTag*;
+using StreamHandle = void*;  // CUstream, as frameworks hand it over
 
 struct FunctionAttributes {
   int registers = 0;

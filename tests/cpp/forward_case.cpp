@@ -15,6 +15,7 @@
 #include "generator/default_tiles.h"
 #include "generator/errors.h"
 #include "generator/legality.h"
+#include "runtime/launch/forward_launch.h"
 
 namespace flash_attn_jit::testing {
 namespace {

@@ -14,6 +14,7 @@
 #include "generator/render.h"
 #include "runtime/compile/host_compiler.h"
 #include "runtime/interpreter/interpreter.h"
+#include "runtime/launch/backward_launch.h"
 #include "runtime/launch/interpreted_tensors.h"
 #include "runtime/system/errors.h"
 

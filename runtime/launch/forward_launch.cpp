@@ -1,10 +1,16 @@
+#include "runtime/launch/forward_launch.h"
+
 #include "generator/legality.h"
 #include "runtime/interpreter/interpreter.h"
 #include "runtime/launch/interpreted_tensors.h"
+#include "runtime/launch/loaded_kernels.h"
 #include "runtime/library/kernel_library.h"
-#include "runtime/request/forward.h"
 
 namespace flash_attn_jit {
+
+void forward_on_device(const ForwardRequest& request, int device_ordinal, StreamHandle stream) {
+  process_devices().forward(request, device_ordinal, stream);
+}
 
 void forward_in_interpreter(const ForwardRequest& request) {
   const LaunchPlan plan = plan_forward(request, arch_limits(75), kInterpretedMultiprocessors);

@@ -1,3 +1,5 @@
+#include "runtime/launch/backward_launch.h"
+
 #include <array>
 #include <optional>
 #include <tuple>
@@ -5,12 +7,11 @@
 #include "generator/legality.h"
 #include "runtime/interpreter/interpreter.h"
 #include "runtime/launch/interpreted_tensors.h"
+#include "runtime/launch/loaded_kernels.h"
 #include "runtime/library/kernel_library.h"
-#include "runtime/request/backward.h"
 #include "runtime/system/side_by_side.h"
 
 namespace flash_attn_jit {
-
 namespace {
 
 // The tensors that the kernel `launch` may touch.
@@ -35,6 +36,10 @@ std::vector<TensorExtent> extents_of(const BackwardRequest& request, const Backw
 }
 
 }  // namespace
+
+void backward_on_device(const BackwardRequest& request, int device_ordinal, StreamHandle stream) {
+  process_devices().backward(request, device_ordinal, stream);
+}
 
 void backward_in_interpreter(const BackwardRequest& request) {
   const BackwardPlan plan = plan_backward(request, arch_limits(75), kInterpretedMultiprocessors);
