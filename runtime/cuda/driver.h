@@ -115,8 +115,4 @@ class Driver {
   std::unique_ptr<Api> api_;
 };
 
-// The process's driver, null where the machine has none; then `process_driver_absence()` says why.
-Driver* process_driver();
-const std::string& process_driver_absence();
-
 }  // namespace flash_attn_jit

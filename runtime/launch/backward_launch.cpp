@@ -7,8 +7,7 @@
 #include "generator/legality.h"
 #include "runtime/interpreter/interpreter.h"
 #include "runtime/launch/interpreted_tensors.h"
-#include "runtime/launch/loaded_kernels.h"
-#include "runtime/library/kernel_library.h"
+#include "runtime/launch/process.h"
 #include "runtime/system/side_by_side.h"
 
 namespace flash_attn_jit {
@@ -46,7 +45,7 @@ void backward_in_interpreter(const BackwardRequest& request) {
   require_cu_seqlens(request.options, request.q, request.k);
   std::array<std::optional<CompiledKernel>, std::tuple_size_v<BackwardPlan>> kernels;
   run_side_by_side(plan.size(), [&](std::size_t i) {
-    if (plan[i].blocks > 0) kernels[i] = find_or_compile_for_host(plan[i].spec).kernel;
+    if (plan[i].blocks > 0) kernels[i] = process_host_kernels().find_or_compile(plan[i].spec).kernel;
   });
   for (std::size_t i = 0; i < plan.size(); ++i) {
     if (!kernels[i]) continue;

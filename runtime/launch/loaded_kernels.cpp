@@ -182,12 +182,4 @@ void DeviceRuntime::backward(const BackwardRequest& request, int ordinal, Stream
   target.launch(lay_out_backward(request, target.limits(), target.info().multiprocessors), stream);
 }
 
-DeviceRuntime& process_devices() {
-  static DeviceRuntime& devices = *[] {
-    if (process_driver() == nullptr) throw DriverError(process_driver_absence());
-    return new DeviceRuntime(*process_driver(), process_library(), config().target);
-  }();
-  return devices;
-}
-
 }  // namespace flash_attn_jit

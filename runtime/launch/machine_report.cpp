@@ -8,7 +8,7 @@
 #include "runtime/cuda/nvrtc.h"
 #include "runtime/cuda/nvrtc_choice.h"
 #include "runtime/launch/machine_report_data.h"
-#include "runtime/system/config.h"
+#include "runtime/launch/process.h"
 
 namespace flash_attn_jit {
 namespace {

@@ -18,12 +18,6 @@
 
 namespace flash_attn_jit {
 
-// The templates in force: FLASH_ATTN_JIT_TEMPLATES's folder where set, else those embedded.
-const TemplateSet& active_templates();
-
-// The templates that `config` names: its folder's *.cuh files, else those embedded. Throws ConfigError.
-TemplateSet load_templates(const Config& config);
-
 class NvrtcChoice;
 
 // Machine code that the driver makes of PTX.
@@ -88,15 +82,5 @@ class KernelLibrary {
 
 // Where the process's kernels are kept and looked for, as `config` says.
 KernelCacheSettings cache_settings(const Config& config);
-
-// The process's own library, as config() and the driver at hand say.
-KernelLibrary& process_library();
-
-// A kernel for a GPU, from the process's own library.
-FoundKernel find_or_compile(const KernelSpec& spec, const CompileTarget& target);
-
-// A kernel for the interpreter: the same source, compiled by the host compiler into a shared object; same
-// cache.
-FoundKernel find_or_compile_for_host(const KernelSpec& spec);
 
 }  // namespace flash_attn_jit

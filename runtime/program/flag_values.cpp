@@ -6,6 +6,7 @@
 
 #include "generator/default_tiles.h"
 #include "generator/errors.h"
+#include "runtime/launch/process.h"
 #include "runtime/program/command.h"
 
 namespace flash_attn_jit::program {

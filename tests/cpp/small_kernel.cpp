@@ -1,3 +1,4 @@
+#include "runtime/launch/process.h"
 #include "runtime/system/errors.h"
 #include "small_kernel.h"
 

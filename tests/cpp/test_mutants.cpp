@@ -16,6 +16,7 @@
 #include "runtime/interpreter/interpreter.h"
 #include "runtime/launch/backward_launch.h"
 #include "runtime/launch/interpreted_tensors.h"
+#include "runtime/launch/process.h"
 #include "runtime/system/errors.h"
 
 using namespace flash_attn_jit;
