@@ -3,8 +3,6 @@
 #include <chrono>
 
 #include "runtime/cuda/nvrtc_choice.h"
-#include "runtime/request/backward_plan.h"
-#include "runtime/request/forward_plan.h"
 #include "runtime/system/errors.h"
 #include "runtime/system/log.h"
 #include "runtime/system/side_by_side.h"

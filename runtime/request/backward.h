@@ -37,4 +37,7 @@ using BackwardPlan = std::array<BackwardLaunch, 3>;
 // Throws ArgumentError where shapes contradict each other, UnsupportedError where no kernel can do it.
 BackwardPlan plan_backward(const BackwardRequest& request, const ArchLimits& arch, int multiprocessors);
 
+// plan_backward() without check(): whoever loads a kernel checks its spec, once for each kernel and not at each call.
+BackwardPlan lay_out_backward(const BackwardRequest& request, const ArchLimits& arch, int multiprocessors);
+
 }  // namespace flash_attn_jit

@@ -28,4 +28,8 @@ using LaunchPlan = KernelLaunch<FlashFwdParams>;
 // Throws ArgumentError where shapes contradict each other, UnsupportedError where no kernel can do it.
 LaunchPlan plan_forward(const ForwardRequest& request, const ArchLimits& arch, int multiprocessors);
 
+// plan_forward() without check(): whoever loads the kernel checks its spec, once for each kernel and not at
+// each call.
+LaunchPlan lay_out_forward(const ForwardRequest& request, const ArchLimits& arch, int multiprocessors);
+
 }  // namespace flash_attn_jit

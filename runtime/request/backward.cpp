@@ -1,4 +1,4 @@
-#include "runtime/request/backward_plan.h"
+#include "runtime/request/backward.h"
 
 #include "generator/errors.h"
 #include "generator/legality.h"
