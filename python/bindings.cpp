@@ -9,7 +9,7 @@
 #include "python/bindings_errors.h"
 #include "python/bindings_forward.h"
 #include "python/bindings_tensors.h"
-#include "runtime/cuda/nvrtc.h"
+#include "runtime/cuda/nvrtc_search.h"
 #include "runtime/interpreter/interpreter.h"
 #include "runtime/launch/machine_report.h"
 #include "runtime/launch/process.h"

@@ -5,8 +5,8 @@
 
 #include "generator/legality.h"
 #include "runtime/cuda/driver.h"
-#include "runtime/cuda/nvrtc.h"
 #include "runtime/cuda/nvrtc_choice.h"
+#include "runtime/cuda/nvrtc_search.h"
 #include "runtime/launch/machine_report_data.h"
 #include "runtime/launch/process.h"
 

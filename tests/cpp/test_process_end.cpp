@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "runtime/cuda/nvrtc.h"
+#include "runtime/cuda/nvrtc_search.h"
 #include "runtime/interpreter/interpreter.h"
 #include "runtime/launch/process.h"
 #include "small_kernel.h"
