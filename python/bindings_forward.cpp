@@ -1,7 +1,7 @@
 #include "python/bindings_forward.h"
 
 #include "python/bindings_arguments.h"
-#include "runtime/request/forward.h"
+#include "runtime/launch/forward_launch.h"
 
 namespace py = pybind11;
 

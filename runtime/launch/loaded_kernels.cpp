@@ -3,8 +3,7 @@
 #include <chrono>
 
 #include "runtime/cuda/nvrtc_choice.h"
-#include "runtime/request/backward_plan.h"
-#include "runtime/request/forward_plan.h"
+#include "runtime/system/errors.h"
 #include "runtime/system/log.h"
 #include "runtime/system/side_by_side.h"
 
@@ -179,14 +178,6 @@ void DeviceRuntime::forward(const ForwardRequest& request, int ordinal, StreamHa
 void DeviceRuntime::backward(const BackwardRequest& request, int ordinal, StreamHandle stream) {
   Device& target = device(ordinal);
   target.launch(lay_out_backward(request, target.limits(), target.info().multiprocessors), stream);
-}
-
-DeviceRuntime& process_devices() {
-  static DeviceRuntime& devices = *[] {
-    if (process_driver() == nullptr) throw DriverError(process_driver_absence());
-    return new DeviceRuntime(*process_driver(), process_library(), config().target);
-  }();
-  return devices;
 }
 
 }  // namespace flash_attn_jit

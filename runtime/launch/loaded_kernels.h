@@ -121,7 +121,4 @@ class DeviceRuntime {
   std::mutex mutex_;
 };
 
-// The process's own. Throws DriverError where there is no driver.
-DeviceRuntime& process_devices();
-
 }  // namespace flash_attn_jit

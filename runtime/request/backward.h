@@ -1,4 +1,4 @@
-// The road's two ends: a backward request, and its launches on a device or in the interpreter.
+// A backward request, and its launches as planned.
 #pragma once
 
 #include <array>
@@ -37,10 +37,7 @@ using BackwardPlan = std::array<BackwardLaunch, 3>;
 // Throws ArgumentError where shapes contradict each other, UnsupportedError where no kernel can do it.
 BackwardPlan plan_backward(const BackwardRequest& request, const ArchLimits& arch, int multiprocessors);
 
-// Launches on `stream` of CUDA device `device_ordinal`; loads and compiles the kernels first where needed.
-void backward_on_device(const BackwardRequest& request, int device_ordinal, StreamHandle stream);
-
-// Runs the same kernels in the interpreter, on host memory. Throws InterpreterError where a check fails.
-void backward_in_interpreter(const BackwardRequest& request);
+// plan_backward() without check(): whoever loads a kernel checks its spec, once for each kernel and not at each call.
+BackwardPlan lay_out_backward(const BackwardRequest& request, const ArchLimits& arch, int multiprocessors);
 
 }  // namespace flash_attn_jit

@@ -1,4 +1,4 @@
-// The road's two ends: a forward request, and its launch on a device or in the interpreter.
+// A forward request, and its launch as planned.
 #pragma once
 
 #include <cstdint>
@@ -28,10 +28,8 @@ using LaunchPlan = KernelLaunch<FlashFwdParams>;
 // Throws ArgumentError where shapes contradict each other, UnsupportedError where no kernel can do it.
 LaunchPlan plan_forward(const ForwardRequest& request, const ArchLimits& arch, int multiprocessors);
 
-// Launches on `stream` of CUDA device `device_ordinal`; loads and compiles the kernel first where needed.
-void forward_on_device(const ForwardRequest& request, int device_ordinal, StreamHandle stream);
-
-// Runs the same kernel in the interpreter, on host memory. Throws InterpreterError where a check fails.
-void forward_in_interpreter(const ForwardRequest& request);
+// plan_forward() without check(): whoever loads the kernel checks its spec, once for each kernel and not at
+// each call.
+LaunchPlan lay_out_forward(const ForwardRequest& request, const ArchLimits& arch, int multiprocessors);
 
 }  // namespace flash_attn_jit

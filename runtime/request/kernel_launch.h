@@ -14,7 +14,4 @@ struct KernelLaunch {
   std::int64_t blocks = 0;  // of the flat grid; 0: nothing to launch
 };
 
-// Opaque CUstream.
-using StreamHandle = void*;
-
 }  // namespace flash_attn_jit

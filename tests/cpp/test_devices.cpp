@@ -12,6 +12,7 @@
 
 #include "runtime/cache/cache_folder.h"
 #include "runtime/launch/loaded_kernels.h"
+#include "runtime/system/errors.h"
 #include "tests/cpp/captured_log.h"
 #include "tests/cpp/containing.h"
 #include "tests/cpp/stub_libcuda/stub_control.h"

@@ -14,7 +14,10 @@
 #include "generator/render.h"
 #include "runtime/compile/host_compiler.h"
 #include "runtime/interpreter/interpreter.h"
-#include "runtime/launch/tensor_extents.h"
+#include "runtime/launch/backward_launch.h"
+#include "runtime/launch/interpreted_tensors.h"
+#include "runtime/launch/process.h"
+#include "runtime/system/errors.h"
 
 using namespace flash_attn_jit;
 using namespace flash_attn_jit::testing;

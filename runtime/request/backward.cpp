@@ -1,8 +1,8 @@
-#include "runtime/request/backward_plan.h"
+#include "runtime/request/backward.h"
 
 #include "generator/errors.h"
 #include "generator/legality.h"
-#include "generator/kernel_family.h"
+#include "generator/families/families.h"
 
 namespace flash_attn_jit {
 namespace {

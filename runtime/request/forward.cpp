@@ -1,4 +1,4 @@
-#include "runtime/request/forward_plan.h"
+#include "runtime/request/forward.h"
 
 #include <cstdint>
 
