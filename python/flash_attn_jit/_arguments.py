@@ -7,12 +7,11 @@ from typing import Any, Optional, Sequence, Tuple, Union
 
 import torch
 
+from ._options import Options
+
 UNBOUNDED = (-1, -1)  # the default's identity lets a call skip the look at it
 
 Window = Union[Sequence[int], torch.Tensor]
-
-# softmax_scale, causal, window_left, window_right, softcap, alibi_slopes
-ScoreOptions = Tuple[Optional[float], bool, int, int, float, Optional[torch.Tensor]]
 
 # Of packed tensors: with a batch, with cu_seqlens.
 KV_LAYOUTS = (("batch", "seqlen_k", "2", "num_heads_k", "head_dim"), ("total_k", "2", "num_heads_k", "head_dim"))
@@ -23,7 +22,7 @@ _is_compiling = torch.compiler.is_compiling
 _logger = logging.getLogger("flash_attn_jit")
 
 
-def score_options(
+def read_options(
     dropout_p: Any,
     softmax_scale: Any,
     causal: Any,
@@ -31,8 +30,13 @@ def score_options(
     softcap: Any,
     alibi_slopes: Any,
     deterministic: Any,
-) -> ScoreOptions:
-    """What turns scores into weights, checked. Defaults pass with one comparison each."""
+    cu_seqlens_q: Optional[torch.Tensor] = None,
+    cu_seqlens_k: Optional[torch.Tensor] = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+) -> Options:
+    """The arguments of a public function, their types checked; lengths as they are. Defaults pass with one comparison
+    each."""
     if (type(dropout_p) is not float or dropout_p != 0.0) and number("dropout_p", dropout_p) != 0.0:
         raise NotImplementedError(f"dropout_p={dropout_p} is not built yet. Accepted: 0.0.")
     if softmax_scale is not None and type(softmax_scale) is not float:
@@ -46,7 +50,9 @@ def score_options(
         _check_slopes(alibi_slopes)
     if deterministic is not True and deterministic is not False:
         truth("deterministic", deterministic)
-    return softmax_scale, causal, left, right, softcap, alibi_slopes
+    return Options(
+        softmax_scale, causal, left, right, softcap, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    )
 
 
 def _scale(softmax_scale: Any) -> float:

@@ -7,6 +7,7 @@ import torch
 from . import _core
 from ._arguments import number, reject_what_is_no_tensor, truth
 from ._autograd import attention_heads_first
+from ._options import Options
 from .errors import UnsupportedError
 
 __all__ = ["sdpa"]
@@ -280,7 +281,7 @@ def attention(
         elif seqlen_q < seqlen_k:
             # No query sees a key past the last query's. Among the others the two alignments are one.
             key, value = key[..., :seqlen_q, :], value[..., :seqlen_q, :]
-    options = (scale, is_causal, -1, right, 0.0, None, None, None, 0, 0)
+    options = Options(scale, is_causal, window_right=right)
     if query.dim() == 4:
         return attention_heads_first(query, key, value, options)
     out = attention_heads_first(_of_rank_4(query), _of_rank_4(key), _of_rank_4(value), options)

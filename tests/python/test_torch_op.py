@@ -15,12 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import flash_attn_jit
 from flash_attn_jit import flash_attn_func
+from flash_attn_jit._options import Options
 
 OP = torch.ops.flash_attn_jit.forward.default
 BACKWARD = torch.ops.flash_attn_jit.backward.default
 CU_SEQLENS = torch.tensor([0, 5, 5, 20], dtype=torch.int32)
-# As NO_OPTIONS, with everything on.
-ALL_OPTIONS = (0.3, False, 7, 3, 2.0, torch.tensor([0.5, 0.25]), CU_SEQLENS, CU_SEQLENS, 15, 15)
+# With everything on.
+ALL_OPTIONS = Options(0.3, False, 7, 3, 2.0, torch.tensor([0.5, 0.25]), CU_SEQLENS, CU_SEQLENS, 15, 15)
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +82,7 @@ def test_compiled_call_refuses_what_the_plain_one_refuses():
         compiled(q.float(), k, v)
 
 
-CAUSAL = (NO_OPTIONS[0], True, *NO_OPTIONS[2:])
+CAUSAL = NO_OPTIONS._replace(causal=True)
 
 
 def test_opcheck_of_forward():
@@ -593,7 +594,7 @@ def test_gradients_of_gradients_are_refused_where_the_operators_run(mode):
 
 def test_slopes_of_an_operator_that_need_a_gradient():
     slopes = torch.ones(2, requires_grad=True)
-    out, _ = OP(*normal_qkv(1, 8, 8, 2, 2, 16), *NO_OPTIONS[:5], slopes, *NO_OPTIONS[6:])
+    out, _ = OP(*normal_qkv(1, 8, 8, 2, 2, 16), *NO_OPTIONS._replace(alibi_slopes=slopes))
     with pytest.raises(NotImplementedError, match="alibi_slopes requires a gradient"):
         out.sum().backward()
 
