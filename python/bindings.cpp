@@ -156,6 +156,24 @@ void bind_interpreter_report(py::module_& module) {
       .def("__repr__", &InterpreterReport::text);
 }
 
+// Limits, and what is accepted in the words of the checks, for those calls of which Python must know before it makes them
+// whether they will be refused.
+void bind_limits(py::module_& module) {
+  module.attr("most_scale") = kMostScale;
+  module.attr("most_head_dim") = kMostHeadDim;
+  module.attr("oldest_sm") = kOldestSm;
+  py::dict accepted;
+  accepted["softmax_scale"] = accepted_scales();
+  accepted["head_dim"] = accepted_head_dims();
+  accepted["gpu"] = kAcceptedGpu;
+  accepted["last_dim"] = kAcceptedLastDim;
+  accepted["dtype"] = bindings::kAcceptedDtype;
+  accepted["device"] = bindings::kAcceptedDevice;
+  accepted["devices"] = bindings::kAcceptedDevices;
+  accepted["alibi_slopes"] = bindings::kAcceptedSlopes;
+  module.attr("accepted") = accepted;
+}
+
 void bind_attention(py::module_& module) {
   module.def("forward", &bindings::forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
              py::arg("softmax_lse"), py::arg("options"), py::arg("tile") = py::none());
@@ -181,7 +199,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("set_python_search_path", &set_python_search_path);
 
   bind_attention(module);
-  module.attr("most_scale") = kMostScale;
+  bind_limits(module);
   module.def("interprets", [] { return config().interpret; }, "Whether CPU tensors are run by the interpreter.");
   module.def("interpreter_report", &last_interpreter_report);
   module.def("devices", &devices);

@@ -45,7 +45,7 @@ Chip chip_of(const Device& device) {
 void check_dtype(const Argument& argument) {
   if (argument.info.dtype == ElementType::kFloat16) return;
   const std::string name = argument.name;
-  Refusal refusal{name, "has dtype " + dtype_text(argument.object), "torch.float16",
+  Refusal refusal{name, "has dtype " + dtype_text(argument.object), kAcceptedDtype,
                   "Cast it: " + name + ".to(torch.float16)"};
   if (argument.info.dtype != ElementType::kBFloat16) throw ArgumentError(refusal);
   const Chip chip = chip_of(argument.info.device);

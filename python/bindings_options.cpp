@@ -89,8 +89,7 @@ std::optional<AlibiSlopes> read_alibi(py::handle options, const Argument& q, con
   const auto& shape = slopes.info.shape;
   const bool of_heads = slopes.info.rank == 1 && shape[0] == heads;
   const bool of_batch = slopes.info.rank == 2 && shape[0] == batch && shape[1] == heads;
-  check_small_tensor(slopes, q, ElementType::kFloat32, of_heads || of_batch,
-                     "torch.float32, (num_heads) or (batch, num_heads), contiguous in the last dimension");
+  check_small_tensor(slopes, q, ElementType::kFloat32, of_heads || of_batch, kAcceptedSlopes);
   return AlibiSlopes{static_cast<const float*>(slopes.info.data), of_batch ? slopes.info.strides[0] : 0};
 }
 

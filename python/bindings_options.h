@@ -8,6 +8,10 @@
 
 namespace flash_attn_jit::bindings {
 
+// What is accepted as alibi_slopes, in words.
+inline constexpr const char* kAcceptedSlopes =
+    "None, or torch.float32, (num_heads) or (batch, num_heads), contiguous in the last dimension";
+
 // `type` is the NamedTuple. Looks up, once, where each field lies that is read by name here; throws where a field is
 // missing on one of the two sides.
 void connect_options(pybind11::type type);

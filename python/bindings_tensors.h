@@ -47,7 +47,8 @@ void* current_cuda_stream(int ordinal);
 // Whether read_tensor goes through the exchange interface.
 bool uses_exchange_api();
 
-// What is accepted of devices, in words.
+// What is accepted, in words.
+inline constexpr const char* kAcceptedDtype = "torch.float16";
 inline constexpr const char* kAcceptedDevice =
     "a CUDA device, or the CPU in the interpreter, slow and checked: set FLASH_ATTN_JIT_INTERPRET=1 before Python starts";
 inline constexpr const char* kAcceptedDevices = "all on one device";

@@ -77,15 +77,15 @@ def _gradients(ctx: Any, form: Form, dout: _Gradient, was_plain: bool) -> Tuple[
 
 def _refuse_second_derivative(*_: Any) -> None:
     raise NotImplementedError(
-        "create_graph=True: gradients of gradients are not built yet. Accepted: create_graph=False; the function that "
-        "torch.func.vjp() gives, and jacrev() with a chunk_size, inside torch.no_grad()."
+        "create_graph=True asks for gradients of gradients, which are not built yet; accepted: create_graph=False; the "
+        "function that torch.func.vjp() gives, and jacrev() with a chunk_size, inside torch.no_grad()"
     )
 
 
 def _refuse_forward_mode(*_: Any) -> None:
     raise NotImplementedError(
-        "forward-mode differentiation (torch.func.jvp, jacfwd, hessian) is not built yet. Accepted: reverse mode, "
-        "torch.func.grad or jacrev."
+        "forward-mode differentiation (torch.func.jvp, jacfwd, hessian) is not built yet; accepted: reverse mode, "
+        "torch.func.grad or jacrev"
     )
 
 
@@ -227,7 +227,7 @@ def _reject_tangents(**inputs: torch.Tensor) -> None:
     for name, tensor in inputs.items():
         if forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
-                f"{name} carries a forward-mode tangent, and forward mode is not built yet."
+                f"{name} carries a forward-mode tangent, which is not built yet; accepted: reverse mode"
             )
 
 
@@ -318,4 +318,4 @@ def _of_packed(error: ValueError, packed: str, layout: Tuple[str, ...]) -> Value
     """The error with what the names in it are slices of."""
     before = ":, " * (len(layout) - 3)
     slices = ", ".join(f"{name} is {packed}[{before}{i}]" for i, name in enumerate(packed))
-    return type(error)(f"{str(error).removesuffix('.')}. Here {slices}.")
+    return type(error)(f"{error}. Here {slices}")

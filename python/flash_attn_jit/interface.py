@@ -247,7 +247,7 @@ def flash_attn_varlen_func(
         {raises}
     """
     if block_table is not None:
-        raise NotImplementedError("block_table is not built yet. Accepted: None.")
+        raise NotImplementedError("block_table is given, and is not built yet; accepted: None")
     lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = read_options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, *lengths

@@ -12,7 +12,7 @@ from typing import Any, Callable, Optional, Sequence, Tuple
 import torch
 
 from . import _core
-from ._arguments import KV_LAYOUTS, QKV_LAYOUTS, check_packed, reject_nested
+from ._arguments import KV_LAYOUTS, QKV_LAYOUTS, check_packed, device_refusal, reject_nested, reject_sparse
 from ._options import SCHEMA, Options
 from ._torch_internals import (
     dispatch_modes_are_on,
@@ -38,8 +38,7 @@ def _allocate(q: torch.Tensor, options: Options) -> Tuple[torch.Tensor, torch.Te
     shape, varlen = q.shape, options.cu_seqlens_q is not None
     if len(shape) != (3 if varlen else 4):
         _core.refuse_rank("q", q, varlen)
-    if q.layout is not torch.strided:
-        raise ValueError(f"q has layout {q.layout}. Accepted: torch.strided. Use q.to_dense().")
+    reject_sparse("q", q)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if varlen:
         return out, torch.empty(shape[1], shape[0], dtype=torch.float32, device=q.device)
@@ -84,11 +83,10 @@ def _check_devices(names: Sequence[str], values: Sequence[Any]) -> None:
     # Every other check is the compiled module's, before a kernel runs: its rules need no second copy here. But a single
     # argument on the meta device brings the call here instead of there.
     for name, value in zip(names[1:], values[1:]):
-        if isinstance(value, torch.Tensor) and value.device != values[0].device:
-            raise ValueError(
-                f"{name} is on device {value.device} and {names[0]} on {values[0].device}. "
-                "Accepted: all on one device."
-            )
+        if isinstance(value, torch.Tensor):
+            refusal = device_refusal(name, value.device, names[0], values[0].device)
+            if refusal:
+                raise refusal.exception()
 
 
 # ---- where q, k and v lie in the tensors of a call ----
