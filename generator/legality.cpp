@@ -28,7 +28,7 @@ std::string arch_name(const ArchLimits& arch) { return "sm_" + std::to_string(ar
 
 std::optional<std::string> check_head_dim(std::int64_t head_dim) {
   if (head_dim >= 1 && head_dim <= kMostHeadDim) return std::nullopt;
-  return "head_dim is " + std::to_string(head_dim) + "; accepted: 1 to " + std::to_string(kMostHeadDim);
+  return "head_dim is " + std::to_string(head_dim) + "; accepted: " + accepted_head_dims();
 }
 
 std::optional<std::string> check_problem(const KernelSpec& spec, const ArchLimits& arch) {
@@ -71,14 +71,15 @@ std::optional<std::string> check_resources(const KernelSpec& spec, const ArchLim
 
 }  // namespace
 
+std::string accepted_head_dims() { return "1 to " + std::to_string(kMostHeadDim); }
+
 void require_head_dim(std::int64_t head_dim) {
   if (const auto reason = check_head_dim(head_dim)) throw UnsupportedError(*reason);
 }
 
 ArchLimits arch_limits(int sm) {
   if (sm < kArchitectures.front().sm)
-    throw UnsupportedError("the GPU's architecture is sm_" + std::to_string(sm) +
-                           "; accepted: sm_75 (Turing: Tesla T4, RTX 20) or newer");
+    throw UnsupportedError({"the GPU's architecture", "is sm_" + std::to_string(sm), kAcceptedGpu});
   ArchLimits limits = kArchitectures.front();
   for (const ArchLimits& known : kArchitectures)
     if (known.sm <= sm) limits = known;

@@ -47,19 +47,19 @@ namespace {
 
 void require_cu_seqlens(const std::string& side, const int* cu_seqlens, std::int64_t batch, std::int64_t max_seqlen,
                         std::int64_t total) {
-  const auto refuse = [&](const std::string& what, const std::string& accepted) {
-    throw ArgumentError("cu_seqlens_" + side + what + "; accepted: " + accepted);
+  const auto refuse = [&](std::int64_t b, const std::string& why, const std::string& accepted) {
+    throw ArgumentError({"cu_seqlens_" + side + "[" + std::to_string(b) + "]",
+                         "is " + std::to_string(cu_seqlens[b]) + why, accepted});
   };
-  const auto at = [&](std::int64_t b) { return "[" + std::to_string(b) + "] is " + std::to_string(cu_seqlens[b]); };
-  if (cu_seqlens[0] != 0) refuse(at(0), "0, where the first sequence begins");
+  if (cu_seqlens[0] != 0) refuse(0, "", "0, where the first sequence begins");
   for (std::int64_t b = 0; b < batch; ++b) {
     const std::int64_t seqlen = std::int64_t(cu_seqlens[b + 1]) - cu_seqlens[b];
-    if (seqlen < 0) refuse(at(b + 1) + ", less than the one before", "numbers that do not fall");
+    if (seqlen < 0) refuse(b + 1, ", less than the one before", "numbers that do not fall");
     if (seqlen > max_seqlen)
-      refuse(at(b + 1) + ", so that a sequence is " + std::to_string(seqlen) + " long",
+      refuse(b + 1, ", so that a sequence is " + std::to_string(seqlen) + " long",
              "at most max_seqlen_" + side + ", " + std::to_string(max_seqlen));
   }
-  if (cu_seqlens[batch] > total) refuse(at(batch), "at most the number of rows, " + std::to_string(total));
+  if (cu_seqlens[batch] > total) refuse(batch, "", "at most the number of rows, " + std::to_string(total));
 }
 
 }  // namespace

@@ -10,7 +10,6 @@
 namespace flash_attn_jit {
 namespace {
 
-constexpr int kTuring = 75;
 // What a block gets without asking for more: CUDA C++ programming guide, "Shared memory".
 constexpr int kSmemWithoutOptIn = 48 * 1024;
 // cuda.h: the function belongs to another context than the current one, or there is none.
@@ -23,10 +22,9 @@ std::string device_text(const DeviceInfo& info) {
 }
 
 ArchLimits limits_of(const DeviceInfo& info, TargetChoice target) {
-  if (info.sm < kTuring)
-    throw UnsupportedError(device_text(info) +
-                           " is not supported; accepted: sm_75 (Turing: Tesla T4, RTX 20) or newer");
-  return arch_limits(target == TargetChoice::kCompute75 ? kTuring : info.sm);
+  if (info.sm < kOldestSm)
+    throw UnsupportedError({device_text(info), "is not supported", kAcceptedGpu});
+  return arch_limits(target == TargetChoice::kCompute75 ? kOldestSm : info.sm);
 }
 
 }  // namespace
@@ -108,11 +106,11 @@ void Device::load(const KernelSpec& spec, const CompiledKernel& kernel) {
 
 FoundKernel Device::find_or_compile(const KernelSpec& spec) {
   if (const auto reason = check(spec, limits_)) throw UnsupportedError(device_text(info_) + ": " + *reason);
-  if (target_ == TargetChoice::kCompute75) return link(spec, {kTuring, info_.sm, "asked for"});
+  if (target_ == TargetChoice::kCompute75) return link(spec, {kOldestSm, info_.sm, "asked for"});
   const CompileTarget native{info_.sm, CodeKind::kCubin};
   if (auto found = library_.find(spec, native)) return *std::move(found);
   // Looked for before the compiler is asked what it knows, so that a hit opens none.
-  const LinkTarget fallback{kTuring, info_.sm, "compiler too old", true};
+  const LinkTarget fallback{kOldestSm, info_.sm, "compiler too old", true};
   if (auto found = library_.find_linked(spec, fallback)) {
     warn_of_turing_code();
     return *std::move(found);

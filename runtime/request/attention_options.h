@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 
 #include "generator/kernel_spec.h"
 #include "runtime/request/tensor_view.h"
@@ -37,13 +38,22 @@ inline constexpr double kMostScale = 1e17;
 inline constexpr float kLeastSoftcap = 1e-6f;
 
 struct AttentionOptions {
-  float softmax_scale = 0;
+  double softmax_scale = 0;
   Mask mask = Mask::kNone;
-  Window window;      // where mask is kWindow
-  float softcap = 0;  // softcap * tanh(score / softcap); 0: none
+  Window window;       // where mask is kWindow
+  double softcap = 0;  // softcap * tanh(score / softcap); 0: none
   std::optional<AlibiSlopes> alibi;
   std::optional<Varlen> varlen;
 };
+
+// What `softmax_scale` accepts, in words.
+std::string accepted_scales();
+
+// The scale of a call that names none: 1/sqrt(head_dim).
+double default_softmax_scale(std::int64_t head_dim);
+
+// causal forces a window's right half to 0.
+void set_mask(AttentionOptions& options, bool causal, Window window);
 
 // The sizes that a grid follows from; varlen: the longest sequences'.
 struct ProblemShape {
@@ -51,8 +61,8 @@ struct ProblemShape {
 };
 ProblemShape problem_shape(const TensorView& q, const TensorView& k, const AttentionOptions& options);
 
-// Throws ArgumentError or UnsupportedError, which names the option.
-void require_options(const AttentionOptions& options, const ProblemShape& shape);
+// Throws ArgumentError or UnsupportedError, which names the option. `num_heads` are q's.
+void require_options(const AttentionOptions& options, const ProblemShape& shape, std::int64_t num_heads);
 
 // The spec of a problem, but for its kind and tile. Throws UnsupportedError where no tile can make it legal.
 KernelSpec problem_spec(const TensorView& q, const TensorView& k, const AttentionOptions& options, GlobalAccess access);

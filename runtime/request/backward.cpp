@@ -21,19 +21,13 @@ void require_gradients(const BackwardRequest& request) {
 
 void require_arguments(const BackwardRequest& request) {
   const TensorView &q = request.q, &k = request.k;
-  for (const NamedTensor& tensor : {NamedTensor{"q", q}, {"k", k}, {"v", request.v}, {"out", request.out}})
-    require_readable(tensor);
+  require_inputs(q, k, request.v, request.out);
   require_readable_by_elements({"dout", request.dout});
-  require_shape({"k", k}, {q.shape[kBatch], k.shape[kSeqlen], k.shape[kHeads], q.shape[kHeadDim]},
-                "with q's batch and head dim");
-  require_shape({"v", request.v}, k.shape, "k's");
-  require_shape({"out", request.out}, q.shape, "q's");
   require_shape({"dout", request.dout}, q.shape, "q's");
   require_gradients(request);
-  require_heads(q.shape[kHeads], k.shape[kHeads]);
   require_row_memory("softmax_lse", request.softmax_lse, q);
   require_row_memory("delta", request.delta, q);
-  require_options(request.options, problem_shape(q, k, request.options));
+  require_options(request.options, problem_shape(q, k, request.options), q.shape[kHeads]);
 }
 
 GlobalAccess access_of(const BackwardRequest& request) {
@@ -72,7 +66,7 @@ FlashBwdParams params_of(const BackwardRequest& request) {
     params.dk_strides = strides_of(request.dkdv->dk);
     params.dv_strides = strides_of(request.dkdv->dv);
   }
-  params.softmax_scale = request.options.softmax_scale;
+  params.softmax_scale = static_cast<float>(request.options.softmax_scale);
   return params;
 }
 

@@ -10,15 +10,9 @@ namespace {
 
 void require_arguments(const ForwardRequest& request) {
   const TensorView &q = request.q, &k = request.k;
-  for (const NamedTensor& tensor : {NamedTensor{"q", q}, {"k", k}, {"v", request.v}, {"out", request.out}})
-    require_readable(tensor);
-  require_shape({"k", k}, {q.shape[kBatch], k.shape[kSeqlen], k.shape[kHeads], q.shape[kHeadDim]},
-                "with q's batch and head dim");
-  require_shape({"v", request.v}, k.shape, "k's");
-  require_shape({"out", request.out}, q.shape, "q's");
-  require_heads(q.shape[kHeads], k.shape[kHeads]);
+  require_inputs(q, k, request.v, request.out);
   require_row_memory("softmax_lse", request.softmax_lse, q);
-  require_options(request.options, problem_shape(q, k, request.options));
+  require_options(request.options, problem_shape(q, k, request.options), q.shape[kHeads]);
 }
 
 GlobalAccess access_of(const ForwardRequest& request) {

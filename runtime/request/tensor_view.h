@@ -3,7 +3,6 @@
 
 #include <array>
 #include <cstdint>
-#include <string>
 
 #include "generator/kernel_spec.h"
 
@@ -14,9 +13,13 @@ struct TensorView {
   void* data = nullptr;
   std::array<std::int64_t, 4> shape{};
   std::array<std::int64_t, 4> strides{};
+  int rank = 4;  // as the caller counts: 3 where it has no batch, shape[kBatch] is 1 and messages leave it out
 };
 
 enum Dim { kBatch, kSeqlen, kHeads, kHeadDim };
+
+// Of every tensor but dout, in words.
+inline constexpr const char* kAcceptedLastDim = "a last dimension that is contiguous (stride 1)";
 
 struct NamedTensor {
   const char* name;
@@ -25,11 +28,14 @@ struct NamedTensor {
 
 // ---- what contradicts the others is an ArgumentError that names the tensor ----
 
-void require_shape(const NamedTensor& tensor, const std::array<std::int64_t, 4>& expected, const std::string& why);
+void require_shape(const NamedTensor& tensor, const std::array<std::int64_t, 4>& expected, const char* why);
 void require_readable(const NamedTensor& tensor);
 // The same, but for its last dimension, which may have any stride.
 void require_readable_by_elements(const NamedTensor& tensor);
-void require_heads(std::int64_t num_heads, std::int64_t num_heads_k);
+// What both passes read: each one is readable, and their shapes go together.
+void require_inputs(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out);
+// Memory that `is_needed` is there.
+void require_memory(const char* name, const void* memory, bool is_needed);
 // A (batch, num_heads, seqlen_q) float32 tensor for the rows of `q` has memory, unless there are no rows.
 void require_row_memory(const char* name, const float* rows, const TensorView& q);
 

@@ -153,5 +153,5 @@ TEST_CASE("backward plan: a window over more rows than 32 bits can add") {
   BackwardRequest r = request(1, 1 << 30, 8, 1, 1, 64);
   r.options.mask = Mask::kWindow;
   r.options.window = {5, 5};
-  CHECK(refusal<UnsupportedError>(r) == Containing{"window_size with a sequence of 1073741824 rows"});
+  CHECK(refusal<UnsupportedError>(r) == Containing{"window_size comes with a sequence of 1073741824 rows"});
 }

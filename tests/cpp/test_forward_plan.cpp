@@ -192,7 +192,7 @@ TEST_CASE("plan: shapes that contradict each other name the argument, what came 
 TEST_CASE("plan: memory that cannot be read") {
   ForwardRequest r = request(2, 8, 8, 4, 4, 64);
   r.v.data = nullptr;
-  CHECK(refusal<ArgumentError>(r) == Containing{"v has shape (2, 8, 4, 64) and no memory"});
+  CHECK(refusal<ArgumentError>(r) == Containing{"v has elements but no memory"});
   r = request(2, 8, 8, 4, 4, 64);
   r.softmax_lse = nullptr;
   CHECK(refusal<ArgumentError>(r) == Containing{"softmax_lse"});
