@@ -1,5 +1,7 @@
 #include "runtime/launch/forward_launch.h"
 
+#include <array>
+
 #include "generator/legality.h"
 #include "runtime/interpreter/interpreter.h"
 #include "runtime/launch/interpreted_tensors.h"
@@ -7,12 +9,16 @@
 
 namespace flash_attn_jit {
 
+void launch_forward(Device& device, const ForwardRequest& request, StreamHandle stream) {
+  device.launch(std::array{lay_out_forward(request, device.plan_target())}, stream);
+}
+
 void forward_on_device(const ForwardRequest& request, int device_ordinal, StreamHandle stream) {
-  process_devices().forward(request, device_ordinal, stream);
+  launch_forward(process_devices().device(device_ordinal), request, stream);
 }
 
 void forward_in_interpreter(const ForwardRequest& request) {
-  const LaunchPlan plan = plan_forward(request, arch_limits(75), kInterpretedMultiprocessors);
+  const LaunchPlan plan = plan_forward(request, {arch_limits(75), kInterpretedMultiprocessors});
   require_cu_seqlens(request.options, request.q, request.k);
   if (plan.blocks == 0) return;
   const FoundKernel found = process_host_kernels().find_or_compile(plan.spec);

@@ -66,7 +66,7 @@ HostKernels& process_host_kernels() {
 DeviceRuntime& process_devices() {
   static DeviceRuntime& devices = *[] {
     if (process_driver() == nullptr) throw DriverError(process_driver_absence());
-    return new DeviceRuntime(*process_driver(), process_library(), config().target);
+    return new DeviceRuntime(*process_driver(), process_library(), config().target, default_tile_chooser());
   }();
   return devices;
 }

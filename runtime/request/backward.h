@@ -26,7 +26,7 @@ struct BackwardRequest {
   const float* softmax_lse = nullptr;  // forward's
   float* delta = nullptr;              // like softmax_lse: room for what one kernel leaves to the next
   AttentionOptions options;
-  std::optional<TileConfig> preprocess_tile, dkdv_tile, dq_tile;  // force these tiles; none: the default table decides
+  std::optional<TileConfig> preprocess_tile, dkdv_tile, dq_tile;  // force these tiles; none: the target's chooser decides
 };
 
 using BackwardLaunch = KernelLaunch<FlashBwdParams>;
@@ -35,9 +35,9 @@ using BackwardLaunch = KernelLaunch<FlashBwdParams>;
 using BackwardPlan = std::array<BackwardLaunch, 3>;
 
 // Throws ArgumentError where shapes contradict each other, UnsupportedError where no kernel can do it.
-BackwardPlan plan_backward(const BackwardRequest& request, const ArchLimits& arch, int multiprocessors);
+BackwardPlan plan_backward(const BackwardRequest& request, const PlanTarget& target);
 
 // plan_backward() without check(): whoever loads a kernel checks its spec, once for each kernel and not at each call.
-BackwardPlan lay_out_backward(const BackwardRequest& request, const ArchLimits& arch, int multiprocessors);
+BackwardPlan lay_out_backward(const BackwardRequest& request, const PlanTarget& target);
 
 }  // namespace flash_attn_jit

@@ -20,16 +20,16 @@ struct ForwardRequest {
   TensorView out;           // like q
   float* softmax_lse = nullptr;  // (batch, num_heads, seqlen_q), varlen (num_heads, total_q); float32, contiguous
   AttentionOptions options;
-  std::optional<TileConfig> tile;  // forces this tile; none: the default table decides
+  std::optional<TileConfig> tile;  // forces this tile; none: the target's chooser decides
 };
 
 using LaunchPlan = KernelLaunch<FlashFwdParams>;
 
 // Throws ArgumentError where shapes contradict each other, UnsupportedError where no kernel can do it.
-LaunchPlan plan_forward(const ForwardRequest& request, const ArchLimits& arch, int multiprocessors);
+LaunchPlan plan_forward(const ForwardRequest& request, const PlanTarget& target);
 
 // plan_forward() without check(): whoever loads the kernel checks its spec, once for each kernel and not at
 // each call.
-LaunchPlan lay_out_forward(const ForwardRequest& request, const ArchLimits& arch, int multiprocessors);
+LaunchPlan lay_out_forward(const ForwardRequest& request, const PlanTarget& target);
 
 }  // namespace flash_attn_jit
