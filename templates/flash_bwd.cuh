@@ -3,7 +3,7 @@
 //   S = scale Q K^T     P = exp(S - lse)     dP = dO V^T     dS = P (dP - delta) scale
 //   dQ = dS K           dK = dS^T Q          dV = P^T dO
 //
-// With softcap: S = softcap tanh(scale Q K^T / softcap), and dS has the factor 1 - tanh^2. ALiBi's bias is added to S.
+// Score features change S and with it dS: see score_feature.cuh.
 //
 // A block owns kBlockM rows of one side: queries for dQ, keys for dK and dV. A warp has 16 or 32 of them, and their two
 // matrices (Q and dO, or K and V) at hand as A operands. The other side comes in tiles of kBlockN columns, last tile
@@ -21,6 +21,7 @@
 #include "primitives.cuh"
 #include "row_fragments.cuh"
 #include "row_output.cuh"
+#include "score_variant.cuh"
 #include "sequence.cuh"
 #include "tile_copy.cuh"
 
@@ -61,7 +62,6 @@ class FlashBwd {
   static constexpr bool kRowsAreKeys = Tile::kRowsAreKeys;
   static constexpr int kMTiles = Tile::kMTiles, kDTiles = Tile::kDims / 8, kSteps = Tile::kSteps;
   static constexpr int kOutputDTiles = Tile::kOutputDims / 8;
-  static constexpr float kLog2E = 1.44269504088896341f;
   static constexpr int kPitch = row_pitch(Tile::kDims);
   static constexpr int kGradients = kRowsAreKeys ? 2 : 1;
   static constexpr int kProducts = kSteps * kGradients * kMTiles * kOutputDTiles;  // of a turn's gradients
@@ -333,12 +333,11 @@ class FlashBwd {
           const float lse = kRowsAreKeys ? columns.lse[c] : row_statistics_[m].lse[half];
           const float delta = kRowsAreKeys ? columns.delta[c] : row_statistics_[m].delta[half];
           const float score = s[m][2 * half + c];
-          float exponent = fma_rounded(score, params_.softmax_scale_log2, -lse);
-          if constexpr (Traits::kHasAlibi) exponent -= alibi_bias(m, half, n * Traits::kBlockN + 8 * step + c);
-          each_p[c] = exp2_approx(exponent);
-          each_ds[c] = each_p[c] * fma_rounded(dp[m][2 * half + c], params_.softmax_scale, -delta);
-          // Masked scores are -inf, for which no tanh stands.
-          if constexpr (Traits::kIsSoftcap) each_ds[c] *= max_ignoring_nan(fma_rounded(-score, score, 1.0f), 0.0f);
+          const int row = lane_row(m, half), column = n * Traits::kBlockN + 8 * step + c + lane_ % 4 * 2;
+          const int query = kRowsAreKeys ? column : row, key = kRowsAreKeys ? row : column;
+          each_p[c] = exp2_approx(variant_.bias(fma_rounded(score, params_.softmax_scale_log2, -lse), sequence_, query, key));
+          each_ds[c] = variant_.gradient(
+              each_p[c] * fma_rounded(dp[m][2 * half + c], params_.softmax_scale, -delta), score);
         }
         p[m][half] = pack_fp16(each_p[0], each_p[1]);
         ds[m][half] = pack_fp16(each_ds[0], each_ds[1]);
@@ -381,7 +380,7 @@ class FlashBwd {
   // All columns of one query head, last tile first. The last one need not be whole, so that it counts as masked.
   __device__ __forceinline__ void attend(int head_q) {
     head_q_ = head_q;
-    if constexpr (Traits::kHasAlibi) alibi_slope_log2_ = sequence_.alibi_slope(head_q) * kLog2E;
+    variant_.prepare(params_, sequence_, head_q, 1.0f);
     const TileRange columns = column_tiles();
     start_head(columns.end);
     const int whole_end = Sequence<Traits>::minimum(columns.whole_end, columns.end - 1);
@@ -426,7 +425,7 @@ class FlashBwd {
         else if (has_step_)
           use_step(n_block_, slot_, kSteps - 1);
         scores(slot, step);
-        cap();
+        transform_scores();
         mask(step);
       }
       has_step_ = true;
@@ -469,7 +468,7 @@ class FlashBwd {
         }
       differentiate(s, dp, step == 0 ? n_block_ : n_block_ - 1, step_slot, previous, p, ds);
       scores(slot, step);
-      cap();
+      transform_scores();
       accumulate_step(p, ds, step_slot, previous, [&] {
         if (product == last_before(Traits::kLoadEighth)) load(in);
         if (product == last_before(Traits::kBarrierEighth)) store(in, free);
@@ -483,20 +482,11 @@ class FlashBwd {
   // Row r of a 16-row tile's upper or lower half that this lane holds scores of.
   __device__ __forceinline__ int lane_row(int m, int half) const { return first_row() + 16 * m + 8 * half + lane_ / 4; }
 
-  __device__ __forceinline__ void cap() {
-    if constexpr (Traits::kIsSoftcap) {
+  __device__ __forceinline__ void transform_scores() {
 #pragma unroll
-      for (int m = 0; m < kMTiles; ++m)
+    for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
-        for (int c = 0; c < 4; ++c) acc_s_[m][c] = tanh_of(acc_s_[m][c] * params_.softcap_scale);
-    }
-  }
-
-  // What ALiBi takes off the exponent of the lane's score in column `column` + lane_ % 4 * 2.
-  __device__ __forceinline__ float alibi_bias(int m, int half, int column) const {
-    const int row = lane_row(m, half), own_column = column + lane_ % 4 * 2;
-    const int query = kRowsAreKeys ? own_column : row, key = kRowsAreKeys ? row : own_column;
-    return alibi_slope_log2_ * alibi_distance(sequence_, query, key);
+      for (int c = 0; c < 4; ++c) acc_s_[m][c] = variant_.score(acc_s_[m][c]);
   }
 
   // Of the step's scores, those that belong to no visible pair become P = 0 and dS = 0.
@@ -541,7 +531,7 @@ class FlashBwd {
   int lane_, warp_;
   Sequence<Traits> sequence_;
   int row_begin_, head_, head_q_, first_output_dim_;
-  float alibi_slope_log2_;
+  ScoreVariant<Traits> variant_;
   typename Tile::Fragments first_rows_, second_rows_;
   Statistics row_statistics_[kMTiles];
   Stream first_stream_, second_stream_;

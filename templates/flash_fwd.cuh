@@ -19,6 +19,7 @@
 #include "primitives.cuh"
 #include "row_fragments.cuh"
 #include "row_output.cuh"
+#include "score_variant.cuh"
 #include "softmax.cuh"
 #include "tile_copy.cuh"
 
@@ -74,10 +75,7 @@ class FlashFwd {
         softmax_(params.softmax_scale_log2),
         k_stream_(keys(params.k, params.k_strides)),
         v_stream_(keys(params.v, params.v_strides)) {
-    if constexpr (Traits::kHasAlibi) {
-      constexpr float kLog2E = 1.44269504088896341f;
-      alibi_slope_ = block_.sequence.alibi_slope(block_.head) * kLog2E * reciprocal(params.softmax_scale_log2);
-    }
+    variant_.prepare(params, block_.sequence, block_.head, reciprocal(params.softmax_scale_log2));
   }
 
   __device__ __forceinline__ void run() {
@@ -364,8 +362,14 @@ class FlashFwd {
   __device__ __forceinline__ int lane_key(int n) const { return n * Traits::kBlockN + lane_ % 4 * 2; }
 
   __device__ __forceinline__ void adjust(int n) {
-    if constexpr (Traits::kIsSoftcap) apply_softcap(acc_s_, params_.softcap_scale);
-    if constexpr (Traits::kHasAlibi) apply_alibi(acc_s_, block_.sequence, alibi_slope_, lane_query(), lane_key(n));
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+      for (int j = 0; j < kNTiles; ++j)
+#pragma unroll
+        for (int c = 0; c < 4; ++c)
+          acc_s_[m][j][c] = variant_.bias(variant_.score(acc_s_[m][j][c]), block_.sequence, lane_query() + 16 * m + c / 2 * 8,
+                                          lane_key(n) + 8 * j + c % 2);
   }
 
   __device__ __forceinline__ void mask(int n) { apply_mask(acc_s_, block_.sequence, lane_query(), lane_key(n)); }
@@ -405,7 +409,7 @@ class FlashFwd {
   const BlockInfo<Traits> block_;
   const int lane_, warp_;
   Softmax<kMTiles, kNTiles> softmax_;
-  float alibi_slope_;  // in units of a raw score
+  ScoreVariant<Traits> variant_;
   Stream k_stream_, v_stream_;
   typename Tile::QueryFragments query_;
   int n_block_;           // the tile whose exponents are at hand; the turn goes to the one before it
