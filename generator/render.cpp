@@ -46,9 +46,13 @@ std::string traits(const KernelSpec& spec) {
   const auto constant = [](const char* type, const char* name, const std::string& value) {
     return std::string("  static constexpr ") + type + " " + name + " = " + value + ";\n";
   };
+  const auto type = [](const std::string& name, const std::string& value) {
+    return "  using " + name + " = " + value + ";\n";
+  };
   const auto number = [&](const char* name, int value) { return constant("int", name, std::to_string(value)); };
   const auto flag = [&](const char* name, bool value) { return constant("bool", name, value ? "true" : "false"); };
-  return "// " + spec.text() + "\nstruct Traits {\n" + number("kHeadDim", spec.head_dim) +
+  return "// " + spec.text() + "\nstruct Traits {\n" + type("Element", "Fp16") + type("Copy", "RegisterStagedCopy") +
+         number("kHeadDim", spec.head_dim) +
          number("kTileDims", kernel_dims(spec)) + number("kGroupSize", spec.group_size) + flag("kIsCausal", spec.mask == Mask::kCausal) +
          flag("kIsLocal", spec.mask == Mask::kWindow) + flag("kIsSoftcap", spec.softcap == Softcap::kOn) +
          flag("kHasAlibi", spec.alibi == Alibi::kOn) + flag("kIsVarlen", spec.lengths == Lengths::kVarlen) +

@@ -59,6 +59,9 @@ struct FlashBwdTile {
 template <class Traits>
 class FlashBwd {
   using Tile = FlashBwdTile<Traits>;
+  using Element = typename Traits::Element;
+  using Bits = typename Element::Bits;
+  using Matrix = GlobalMatrix<Element>;
   static constexpr bool kRowsAreKeys = Tile::kRowsAreKeys;
   static constexpr int kMTiles = Tile::kMTiles, kDTiles = Tile::kDims / 8, kSteps = Tile::kSteps;
   static constexpr int kOutputDTiles = Tile::kOutputDims / 8;
@@ -67,9 +70,9 @@ class FlashBwd {
   static constexpr int kProducts = kSteps * kGradients * kMTiles * kOutputDTiles;  // of a turn's gradients
 
   using Scores = float[kMTiles][4];       // of a step
-  using Operands = unsigned[kMTiles][2];  // the same rounded to fp16
+  using Operands = unsigned[kMTiles][2];  // the same rounded to elements
   using Gradient = float[kMTiles][kOutputDTiles][4];
-  using Stream = TileStream<Traits, Traits::kBlockN, Tile::kDims, Tile::kThreads>;
+  using Stream = typename Traits::Copy::template Stream<Traits, Traits::kBlockN, Tile::kDims, Tile::kThreads>;
 
   // lse x log2(e) and delta x softmax_scale of the two rows or columns that an accumulator's pair of scores belongs to.
   struct Statistics {
@@ -78,7 +81,7 @@ class FlashBwd {
 
   // What a thread brings of a tile, as it lies in memory: nothing waits for it before it is stored.
   struct Incoming {
-    typename Stream::Chunks first, second;
+    typename Stream::InFlight first, second;
     float lse, delta;
   };
 
@@ -156,14 +159,14 @@ class FlashBwd {
   // ---- memory ----
 
   // Head `head` of a tensor with q's rows, or with k's.
-  __device__ __forceinline__ GlobalMatrix queries(const void* tensor, const TensorStrides& strides, int head) const {
-    return {static_cast<const unsigned short*>(tensor) + sequence_.query_offset(strides, head), strides.row};
+  __device__ __forceinline__ Matrix queries(const void* tensor, const TensorStrides& strides, int head) const {
+    return {static_cast<const Bits*>(tensor) + sequence_.query_offset(strides, head), strides.row};
   }
-  __device__ __forceinline__ GlobalMatrix keys(const void* tensor, const TensorStrides& strides, int head) const {
-    return {static_cast<const unsigned short*>(tensor) + sequence_.key_offset(strides, head), strides.row};
+  __device__ __forceinline__ Matrix keys(const void* tensor, const TensorStrides& strides, int head) const {
+    return {static_cast<const Bits*>(tensor) + sequence_.key_offset(strides, head), strides.row};
   }
-  __device__ __forceinline__ GlobalMatrix dout(int head) const {
-    GlobalMatrix matrix = queries(params_.dout, params_.dout_strides, head);
+  __device__ __forceinline__ Matrix dout(int head) const {
+    Matrix matrix = queries(params_.dout, params_.dout_strides, head);
     matrix.dim_stride = params_.dout_dim_stride;
     return matrix;
   }
@@ -171,9 +174,9 @@ class FlashBwd {
   __device__ __forceinline__ int first_row() const { return row_begin_ + warp_ * Tile::kRowsPerWarp; }
 
   __device__ __forceinline__ void load_rows() {
-    const GlobalMatrix first =
+    const Matrix first =
         kRowsAreKeys ? keys(params_.k, params_.k_strides, head_) : queries(params_.q, params_.q_strides, head_);
-    const GlobalMatrix second = kRowsAreKeys ? keys(params_.v, params_.v_strides, head_) : dout(head_);
+    const Matrix second = kRowsAreKeys ? keys(params_.v, params_.v_strides, head_) : dout(head_);
     const SharedAddress staging = warp_ * Tile::kStagingWarpBytes;
     const SharedAddress rows = Tile::kRowsBegin + warp_ * 2 * Tile::Fragments::kSharedBytes;
     first_rows_.load(first, first_row(), seqlen_rows(), params_.sign, lane_, staging, rows);
@@ -220,26 +223,26 @@ class FlashBwd {
   static __device__ __forceinline__ bool has_column() { return thread_in_block() < Traits::kBlockN; }
 
   // Brings a tile that is whole.
-  __device__ __forceinline__ void load(Incoming& in) {
+  __device__ __forceinline__ void prefetch(Incoming& in, SharedAddress slot) {
     advance();
-    first_stream_.load(in.first);
-    second_stream_.load(in.second);
+    first_stream_.prefetch(in.first, slot);
+    second_stream_.prefetch(in.second, slot + Tile::kTileBytes);
     if (kRowsAreKeys) load_statistics(column_offset_, has_column(), in.lse, in.delta);
   }
 
   // The same where it may be the last tile, which need not be whole.
-  __device__ __forceinline__ void load_bounded(Incoming& in, int tile) {
+  __device__ __forceinline__ void prefetch_bounded(Incoming& in, SharedAddress slot, int tile) {
     const int columns = seqlen_columns() - tile * Traits::kBlockN;
-    first_stream_.load_bounded(in.first, columns);
-    second_stream_.load_bounded(in.second, columns);
+    first_stream_.prefetch_bounded(in.first, slot, columns);
+    second_stream_.prefetch_bounded(in.second, slot + Tile::kTileBytes, columns);
     if (kRowsAreKeys)
       load_statistics(column_offset_, has_column() && thread_in_block() < columns, in.lse, in.delta);
   }
 
   // Two columns' statistics lie together, the lse of both first: one 16-byte read fetches what a lane needs.
-  __device__ __forceinline__ void store(const Incoming& in, SharedAddress slot) const {
-    Stream::store(slot, in.first);
-    Stream::store(slot + Tile::kTileBytes, in.second);
+  __device__ __forceinline__ void commit(const Incoming& in, SharedAddress slot) const {
+    Stream::commit(in.first, slot);
+    Stream::commit(in.second, slot + Tile::kTileBytes);
     if (kRowsAreKeys && has_column()) {
       const SharedAddress at =
           slot + 2 * Tile::kTileBytes + thread_in_block() / 2 * 16 + thread_in_block() % 2 * 4;
@@ -308,9 +311,9 @@ class FlashBwd {
   static __device__ __forceinline__ void multiply(float (&acc)[4], const unsigned (&a)[4], int half, unsigned b,
                                                   int d) {
     if (d == 0)
-      mma_m16n8k8_zero(acc, a[0], a[1], b);
+      Element::multiply(acc, a[0], a[1], b);
     else
-      mma_m16n8k8(acc, a[2 * half], a[2 * half + 1], b);
+      Element::multiply_add(acc, a[2 * half], a[2 * half + 1], b);
   }
 
   // P and dS of a step of tile n, which lies in `slot`, from its S and dP.
@@ -339,8 +342,8 @@ class FlashBwd {
           each_ds[c] = variant_.gradient(
               each_p[c] * fma_rounded(dp[m][2 * half + c], params_.softmax_scale, -delta), score);
         }
-        p[m][half] = pack_fp16(each_p[0], each_p[1]);
-        ds[m][half] = pack_fp16(each_ds[0], each_ds[1]);
+        p[m][half] = Element::pack(each_p[0], each_p[1]);
+        ds[m][half] = Element::pack(each_ds[0], each_ds[1]);
       }
   }
 
@@ -351,12 +354,12 @@ class FlashBwd {
 #pragma unroll
     for (int d = 0; d < kOutputDTiles; d += 4) {
       unsigned b[4];
-      load_columns_transposed(b, tile + first_output_dim_ * 2, step, d);
+      load_columns_transposed(b, tile + first_output_dim_ * kElementBytes, step, d);
 #pragma unroll
       for (int i = 0; i < (kOutputDTiles - d < 4 ? kOutputDTiles - d : 4); ++i)
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
-          mma_m16n8k8(gradient[m][d + i], operands[m][0], operands[m][1], b[i]);
+          Element::multiply_add(gradient[m][d + i], operands[m][0], operands[m][1], b[i]);
           meanwhile();
         }
     }
@@ -393,9 +396,9 @@ class FlashBwd {
 
   // Brings the last tile.
   __device__ __forceinline__ void start_head(int tiles) {
-    const GlobalMatrix first = kRowsAreKeys ? queries(params_.q, params_.q_strides, head_q_)
+    const Matrix first = kRowsAreKeys ? queries(params_.q, params_.q_strides, head_q_)
                                             : keys(params_.k, params_.k_strides, head_q_ / Traits::kGroupSize);
-    const GlobalMatrix second = kRowsAreKeys ? dout(head_q_)
+    const Matrix second = kRowsAreKeys ? dout(head_q_)
                                              : keys(params_.v, params_.v_strides, head_q_ / Traits::kGroupSize);
     first_stream_ = Stream(first);
     second_stream_ = Stream(second);
@@ -406,8 +409,8 @@ class FlashBwd {
     second_stream_.go_to(n_block_ - 1);
     column_offset_ = sequence_.statistics_offset(head_q_, (n_block_ - 1) * Traits::kBlockN + thread_in_block());
     Incoming in;
-    load_bounded(in, n_block_ - 1);
-    store(in, next_slot(slot_));
+    prefetch_bounded(in, next_slot(slot_), n_block_ - 1);
+    commit(in, next_slot(slot_));
   }
 
   // Turns to the tiles down to n_end, some of whose columns some rows do not meet. One thing comes after the other here:
@@ -417,7 +420,7 @@ class FlashBwd {
       const SharedAddress slot = next_slot(slot_);
       Incoming in;
       advance();
-      load_bounded(in, incoming_tile());
+      prefetch_bounded(in, next_slot(slot), incoming_tile());
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         if (step > 0)
@@ -429,7 +432,7 @@ class FlashBwd {
         mask(step);
       }
       has_step_ = true;
-      store(in, next_slot(slot));
+      commit(in, next_slot(slot));
       slot_ = slot;
       --n_block_;
     }
@@ -470,8 +473,8 @@ class FlashBwd {
       scores(slot, step);
       transform_scores();
       accumulate_step(p, ds, step_slot, previous, [&] {
-        if (product == last_before(Traits::kLoadEighth)) load(in);
-        if (product == last_before(Traits::kBarrierEighth)) store(in, free);
+        if (product == last_before(Traits::kLoadEighth)) prefetch(in, free);
+        if (product == last_before(Traits::kBarrierEighth)) commit(in, free);
         ++product;
       });
     }
@@ -518,11 +521,11 @@ class FlashBwd {
     }
   }
 
-  __device__ __forceinline__ void write_gradient(const Gradient& gradient, const GlobalMatrix& matrix) {
+  __device__ __forceinline__ void write_gradient(const Gradient& gradient, const Matrix& matrix) {
     float ones[2 * kMTiles];
 #pragma unroll
     for (int r = 0; r < 2 * kMTiles; ++r) ones[r] = 1.0f;
-    unsigned short* rows = const_cast<unsigned short*>(matrix.base) + first_row() * matrix.row_stride;
+    Bits* rows = const_cast<Bits*>(matrix.base) + first_row() * matrix.row_stride;
     Tile::Output::write(gradient, ones, rows, matrix.row_stride, seqlen_rows() - first_row(), first_output_dim_,
                         warp_ * Tile::kStagingWarpBytes, lane_);
   }

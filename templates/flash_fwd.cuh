@@ -57,6 +57,9 @@ struct FlashFwdTile {
 template <class Traits>
 class FlashFwd {
   using Tile = FlashFwdTile<Traits>;
+  using Element = typename Traits::Element;
+  using Bits = typename Element::Bits;
+  using Matrix = GlobalMatrix<Element>;
   static constexpr int kMTiles = Tile::kMTiles, kNTiles = Tile::kNTiles, kDTiles = Tile::kDTiles;
   static constexpr int kPitch = row_pitch(Tile::kDims);
   static constexpr int kScores = kMTiles * kNTiles * 4;    // a lane's scores of one tile
@@ -64,7 +67,8 @@ class FlashFwd {
 
   using Scores = float[kMTiles][kNTiles][4];
   using Probabilities = unsigned[kMTiles][kNTiles][2];
-  using Stream = TileStream<Traits, Traits::kBlockN, Tile::kDims, Tile::kThreads>;
+  using Stream = typename Traits::Copy::template Stream<Traits, Traits::kBlockN, Tile::kDims, Tile::kThreads>;
+  using InFlight = typename Stream::InFlight;
 
  public:
   __device__ __forceinline__ explicit FlashFwd(const FlashFwdParams& params)
@@ -95,12 +99,12 @@ class FlashFwd {
   __device__ __forceinline__ int first_row() const { return block_.m_begin + warp_ * Tile::kRowsPerWarp; }
 
   // The keys or values of the block's head.
-  __device__ __forceinline__ GlobalMatrix keys(const void* tensor, const TensorStrides& strides) const {
-    return {static_cast<const unsigned short*>(tensor) + block_.sequence.key_offset(strides, block_.head_k),
+  __device__ __forceinline__ Matrix keys(const void* tensor, const TensorStrides& strides) const {
+    return {static_cast<const Bits*>(tensor) + block_.sequence.key_offset(strides, block_.head_k),
             strides.row};
   }
-  __device__ __forceinline__ GlobalMatrix queries() const {
-    return {static_cast<const unsigned short*>(params_.q) + block_.sequence.query_offset(params_.q_strides, block_.head),
+  __device__ __forceinline__ Matrix queries() const {
+    return {static_cast<const Bits*>(params_.q) + block_.sequence.query_offset(params_.q_strides, block_.head),
             params_.q_strides.row};
   }
 
@@ -148,9 +152,9 @@ class FlashFwd {
     slots_ = {0, kFirstValueSlot};
     k_stream_.go_to(last);
     v_stream_.go_to(last + 1);
-    typename Stream::Chunks k;
-    k_stream_.load_bounded(k, block_.sequence.seqlen_k() - last * Traits::kBlockN);
-    Stream::store(slots_.k, k);
+    InFlight k;
+    k_stream_.prefetch_bounded(k, slots_.k, block_.sequence.seqlen_k() - last * Traits::kBlockN);
+    Stream::commit(k, slots_.k);
     block_barrier();
   }
 
@@ -160,23 +164,22 @@ class FlashFwd {
     v_stream_.advance();
   }
 
-  __device__ __forceinline__ void load(typename Stream::Chunks& k, typename Stream::Chunks& v) {
+  __device__ __forceinline__ void prefetch(InFlight& k, InFlight& v, const Slots& slots) {
     advance();
-    k_stream_.load(k);
-    v_stream_.load(v);
+    k_stream_.prefetch(k, slots.k);
+    v_stream_.prefetch(v, slots.v);
   }
 
   // The same where one of the two may be the sequence's last tile, which need not be whole.
-  __device__ __forceinline__ void load_bounded(typename Stream::Chunks& k, typename Stream::Chunks& v) {
+  __device__ __forceinline__ void prefetch_bounded(InFlight& k, InFlight& v, const Slots& slots) {
     advance();
-    k_stream_.load_bounded(k, block_.sequence.seqlen_k() - (n_block_ > 1 ? n_block_ - 2 : 0) * Traits::kBlockN);
-    v_stream_.load_bounded(v, block_.sequence.seqlen_k() - (n_block_ - 1) * Traits::kBlockN);
+    k_stream_.prefetch_bounded(k, slots.k, block_.sequence.seqlen_k() - (n_block_ > 1 ? n_block_ - 2 : 0) * Traits::kBlockN);
+    v_stream_.prefetch_bounded(v, slots.v, block_.sequence.seqlen_k() - (n_block_ - 1) * Traits::kBlockN);
   }
 
-  static __device__ __forceinline__ void store(const Slots& slots, const typename Stream::Chunks& k,
-                                               const typename Stream::Chunks& v) {
-    Stream::store(slots.v, v);
-    Stream::store(slots.k, k);
+  static __device__ __forceinline__ void commit(const InFlight& k, const InFlight& v, const Slots& slots) {
+    Stream::commit(v, slots.v);
+    Stream::commit(k, slots.k);
     block_barrier();
   }
 
@@ -185,7 +188,7 @@ class FlashFwd {
   using KeyFragment = unsigned[4];
   __device__ __forceinline__ void load_k(KeyFragment& k, SharedAddress slot, int n, int step) const {
     const int lane_offset = (lane_ % 8 + lane_ / 16 * 8) * kPitch + lane_ / 8 % 2 * kChunkBytes;
-    ldmatrix_x4(k, slot + lane_offset + n * 8 * kPitch + step * 32);
+    ldmatrix_x4(k, slot + lane_offset + n * 8 * kPitch + step * 16 * kElementBytes);
   }
 
   // V fragments of 8 keys x 32 dims, transposed, are the B operands of 4 independent products: matrix i has dims 8i..
@@ -228,9 +231,9 @@ class FlashFwd {
             for (int m = 0; m < kMTiles; ++m) {
               const unsigned b = step > 0 ? k[2 * i + half] : first_k_[n / 2][2 * i + half];
               if (step == 0 && half == 0)
-                mma_m16n8k8_zero(acc_s_[m][n + i], q[m][0], q[m][1], b);
+                Element::multiply(acc_s_[m][n + i], q[m][0], q[m][1], b);
               else
-                mma_m16n8k8(acc_s_[m][n + i], q[m][2 * half], q[m][2 * half + 1], b);
+                Element::multiply_add(acc_s_[m][n + i], q[m][2 * half], q[m][2 * half + 1], b);
             }
       }
     }
@@ -250,7 +253,7 @@ class FlashFwd {
         for (int i = 0; i < (kDTiles - d < 4 ? kDTiles - d : 4); ++i)
 #pragma unroll
           for (int m = 0; m < kMTiles; ++m) {
-            mma_m16n8k8(acc_o_[m][d + i], p[m][n][0], p[m][n][1], v[i]);
+            Element::multiply_add(acc_o_[m][d + i], p[m][n][0], p[m][n][1], v[i]);
             meanwhile(product++);
           }
       }
@@ -279,7 +282,7 @@ class FlashFwd {
     const int c = i % 4;
     quad[c] = exp2_approx(quad[c]);
     softmax_.row_sum[row_of(i)] += quad[c];
-    if (c % 2 == 1) p[m_of(i)][n_of(i)][c / 2] = pack_fp16(quad[c - 1], quad[c]);
+    if (c % 2 == 1) p[m_of(i)][n_of(i)][c / 2] = Element::pack(quad[c - 1], quad[c]);
   }
 
   // ---- the turns ----
@@ -288,8 +291,8 @@ class FlashFwd {
   // its rows sees. Here one thing comes after the other: these turns are few.
   __device__ __forceinline__ void masked_turns(int n_end, const TileRange& of_warp) {
     while (n_block_ > n_end) {
-      typename Stream::Chunks k, v;
-      load_bounded(k, v);
+      InFlight k, v;
+      prefetch_bounded(k, v, next_slots());
       if (meets(of_warp, n_block_)) finish_tile();
       if (meets(of_warp, n_block_ - 1)) {
         load_first_k(slots_.k);
@@ -305,7 +308,7 @@ class FlashFwd {
         }
       }
       slots_ = next_slots();
-      store(slots_, k, v);
+      commit(k, v, slots_);
       --n_block_;
     }
     load_first_k(slots_.k);
@@ -341,7 +344,7 @@ class FlashFwd {
     const Slots next = next_slots();
     Scores t;
     Probabilities p;
-    typename Stream::Chunks k, v;
+    InFlight k, v;
 #pragma unroll
     for (int i = 0; i < kScores; ++i) t[m_of(i)][n_of(i)][i % 4] = acc_s_[m_of(i)][n_of(i)][i % 4];
 #pragma unroll
@@ -349,8 +352,8 @@ class FlashFwd {
     scores();
     adjust(n_block_ - 1);
     accumulate(p, [&](int product) {
-      if (product == last_before(Traits::kLoadEighth)) load(k, v);
-      if (product == last_before(Traits::kBarrierEighth)) store(next, k, v);
+      if (product == last_before(Traits::kLoadEighth)) prefetch(k, v, next);
+      if (product == last_before(Traits::kBarrierEighth)) commit(k, v, next);
       if (product == last_before(Traits::kFirstKeysEighth)) load_first_k(next.k);
     });
     slots_ = next;
@@ -383,7 +386,7 @@ class FlashFwd {
     const int lane = thread % 32, warp = thread / 32;
     const int row = block.m_begin + warp * Tile::kRowsPerWarp;
     const TensorStrides& strides = params_.out_strides;
-    unsigned short* out = static_cast<unsigned short*>(params_.out) + block.sequence.query_offset(strides, block.head) +
+    Bits* out = static_cast<Bits*>(params_.out) + block.sequence.query_offset(strides, block.head) +
                           row * strides.row;
     float inverse[2 * kMTiles];
 #pragma unroll
