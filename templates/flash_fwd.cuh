@@ -13,12 +13,14 @@
 // S leaves its product in the layout that O's product takes as operand (see primitives.cuh): P stays in registers.
 #pragma once
 
+#include "accumulator.cuh"
 #include "block_info.cuh"
 #include "flash_fwd_params.cuh"
 #include "mask.cuh"
 #include "primitives.cuh"
 #include "row_fragments.cuh"
 #include "row_output.cuh"
+#include "schedule.cuh"
 #include "score_variant.cuh"
 #include "softmax.cuh"
 #include "tile_copy.cuh"
@@ -40,7 +42,7 @@ struct FlashFwdTile {
   // the last thing in a turn, so V takes three, or two.
   static constexpr int kTileBytes = Traits::kBlockN * row_pitch(kDims);
   static constexpr int kKeySlots = 2;
-  static constexpr int kValueSlots = Traits::kBarrierEighth == 8 ? 2 : 3;
+  static constexpr int kValueSlots = kCommitsLast<Traits> ? 2 : 3;
   static constexpr int kSlotBytes = (kKeySlots + kValueSlots) * kTileBytes;
   using QueryFragments = RowFragments<Traits, kRowsPerWarp, kDims, Traits::kRegisterDims>;
   static constexpr int kQWarpBytes = QueryFragments::kSharedBytes;
@@ -65,7 +67,8 @@ class FlashFwd {
   static constexpr int kScores = kMTiles * kNTiles * 4;    // a lane's scores of one tile
   static constexpr int kProducts = kScores / 4 * kDTiles;  // tensor instructions of each of the two products
 
-  using Scores = float[kMTiles][kNTiles][4];
+  using Scores = Accumulator<kMTiles, kNTiles>;
+  using Points = Schedule<Traits, kProducts>;
   using Probabilities = unsigned[kMTiles][kNTiles][2];
   using Stream = typename Traits::Copy::template Stream<Traits, Traits::kBlockN, Tile::kDims, Tile::kThreads>;
   using InFlight = typename Stream::InFlight;
@@ -84,12 +87,6 @@ class FlashFwd {
 
   __device__ __forceinline__ void run() {
     if (!block_.has_rows()) return;
-#pragma unroll
-    for (int m = 0; m < kMTiles; ++m)
-#pragma unroll
-      for (int d = 0; d < kDTiles; ++d)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) acc_o_[m][d][c] = 0.0f;
     const TileRange tiles = block_.sequence.key_tiles(block_.m_begin, Traits::kBlockM);
     if (tiles.begin < tiles.end) attend(tiles);
     write_out();
@@ -259,11 +256,6 @@ class FlashFwd {
       }
   }
 
-  // The last product of the first `eighth` eighths.
-  static __device__ __forceinline__ constexpr int last_before(int eighth) {
-    return eighth > 0 ? (kProducts * eighth + 7) / 8 - 1 : 0;
-  }
-
   // ---- a lane's scores, numbered in the order in which accumulate() needs them: all of one 8-key tile first ----
 
   static __device__ __forceinline__ constexpr int n_of(int i) { return i / (4 * kMTiles); }
@@ -352,27 +344,22 @@ class FlashFwd {
     scores();
     adjust(n_block_ - 1);
     accumulate(p, [&](int product) {
-      if (product == last_before(Traits::kLoadEighth)) prefetch(k, v, next);
-      if (product == last_before(Traits::kBarrierEighth)) commit(k, v, next);
-      if (product == last_before(Traits::kFirstKeysEighth)) load_first_k(next.k);
+      if (product == Points::kPrefetch) prefetch(k, v, next);
+      if (product == Points::kCommit) commit(k, v, next);
+      if (product == Points::kFirstKeys) load_first_k(next.k);
     });
     slots_ = next;
     --n_block_;
   }
 
-  // Of the scores of tile n: this lane's first query and key.
-  __device__ __forceinline__ int lane_query() const { return first_row() + lane_ / 4; }
-  __device__ __forceinline__ int lane_key(int n) const { return n * Traits::kBlockN + lane_ % 4 * 2; }
+  // The lane's first row and column of the scores of tile n.
+  __device__ __forceinline__ int lane_query() const { return first_row() + lane_row(lane_); }
+  __device__ __forceinline__ int lane_key(int n) const { return n * Traits::kBlockN + lane_column(lane_); }
 
   __device__ __forceinline__ void adjust(int n) {
-#pragma unroll
-    for (int m = 0; m < kMTiles; ++m)
-#pragma unroll
-      for (int j = 0; j < kNTiles; ++j)
-#pragma unroll
-        for (int c = 0; c < 4; ++c)
-          acc_s_[m][j][c] = variant_.bias(variant_.score(acc_s_[m][j][c]), block_.sequence, lane_query() + 16 * m + c / 2 * 8,
-                                          lane_key(n) + 8 * j + c % 2);
+    for_each(acc_s_, [&](float& s, int r, int column) {
+      s = variant_.bias(variant_.score(s), block_.sequence, lane_query() + 8 * r, lane_key(n) + column);
+    });
   }
 
   __device__ __forceinline__ void mask(int n) { apply_mask(acc_s_, block_.sequence, lane_query(), lane_key(n)); }
@@ -390,7 +377,7 @@ class FlashFwd {
                           row * strides.row;
     float inverse[2 * kMTiles];
 #pragma unroll
-    for (int r = 0; r < 2 * kMTiles; ++r) inverse[r] = finish_row(block, row + lane / 4 + 8 * r, lane, r);
+    for (int r = 0; r < 2 * kMTiles; ++r) inverse[r] = finish_row(block, row + lane_row(lane) + 8 * r, lane, r);
     Tile::Output::write(acc_o_, inverse, out, strides.row, block.sequence.seqlen_q() - row, 0,
                         warp * Tile::kStagingWarpBytes, lane);
   }
@@ -400,7 +387,7 @@ class FlashFwd {
   __device__ __forceinline__ float finish_row(const BlockInfo<Traits>& block, int row, int lane, int r) {
     const float sum = softmax_.total(r);
     const bool sees_keys = block.sequence.sees_keys(row);
-    if (row < block.sequence.seqlen_q() && lane % 4 == 0) {
+    if (row < block.sequence.seqlen_q() && lane_column(lane) == 0) {
       constexpr float kLn2 = 0.693147180559945309f;
       const float lse = sees_keys ? (softmax_.row_max[r] + log2_approx(sum)) * kLn2 : infinity();
       store_global_f32(params_.softmax_lse + block.sequence.statistics_offset(block.head, row), lse);
@@ -419,7 +406,7 @@ class FlashFwd {
   Slots slots_;           // where its V lies and the K of the next tile
   KeyFragment first_k_[kNTiles / 2];
   Scores acc_s_;
-  float acc_o_[kMTiles][kDTiles][4];
+  Accumulator<kMTiles, kDTiles> acc_o_ = {};
 };
 
 template <class Traits>

@@ -2,6 +2,7 @@
 // that whole 32-byte sectors of global memory are written.
 #pragma once
 
+#include "accumulator.cuh"
 #include "primitives.cuh"
 #include "tile_copy.cuh"
 
@@ -11,13 +12,13 @@ struct RowOutput {
   static constexpr int kStagingDims = kDims % 32 == 0 ? 32 : 16;
   static constexpr int kStagingBytes = kRows * row_pitch(kStagingDims);  // of a warp
 
-  // Rows [0, rows) of `acc`, accumulators in the layout of primitives.cuh, to dims [first_dim, first_dim + kDims) of the
-  // rows from `base` on. Accumulator row r of a lane (lane / 4 + 8 r) is multiplied by factor[r].
-  static __device__ __forceinline__ void write(const float (&acc)[kMTiles][kDims / 8][4],
+  // Rows [0, rows) of `acc` to dims [first_dim, first_dim + kDims) of the
+  // rows from `base` on. A lane's row r is multiplied by factor[r].
+  static __device__ __forceinline__ void write(const Accumulator<kMTiles, kDims / 8>& acc,
                                                const float (&factor)[2 * kMTiles],
                                                typename Traits::Element::Bits* base, long long row_stride, int rows, int first_dim, SharedAddress staging,
                                                int lane) {
-    const SharedAddress lane_staging = staging + lane / 4 * row_pitch(kStagingDims) + lane % 4 * 4;
+    const SharedAddress lane_staging = staging + lane_row(lane) * row_pitch(kStagingDims) + lane_column(lane) * kElementBytes;
 #pragma unroll
     for (int dim = 0; dim < kDims; dim += kStagingDims) {
 #pragma unroll
