@@ -44,11 +44,17 @@ std::string traits(const KernelSpec& spec) {
   const auto constant = [](const char* type, std::string_view name, const std::string& value) {
     return std::string("  static constexpr ") + type + " " + std::string(name) + " = " + value + ";\n";
   };
+  const auto type = [](const std::string& name, const std::string& value) {
+    return "  using " + name + " = " + value + ";\n";
+  };
   const auto number = [&](const char* name, int value) { return constant("int", name, std::to_string(value)); };
   const auto flag = [&](std::string_view name, bool value) { return constant("bool", name, value ? "true" : "false"); };
   std::string features;
   for (const FeatureInfo& info : kFeatures) features += flag(info.trait, spec.has(info.feature));
-  return "// " + spec.text() + "\nstruct Traits {\n" + number("kHeadDim", spec.head_dim) +
+  return "// " + spec.text() + "
+struct Traits {
+" + type("Element", "Fp16") + type("Copy", "RegisterStagedCopy") +
+         number("kHeadDim", spec.head_dim) +
          number("kTileDims", kernel_dims(spec)) + number("kGroupSize", spec.group_size) + flag("kIsCausal", spec.mask == Mask::kCausal) +
          flag("kIsLocal", spec.mask == Mask::kWindow) + features +
          flag("kVectorAccess", spec.access == GlobalAccess::kVector16B) + number("kBlockM", tile.block_m) +

@@ -5,6 +5,19 @@ struct TensorStrides {
   long long batch, row, head;
 };
 
+constexpr float kLog2E = 1.44269504088896341f;
+
+// ---- of the score features, a struct each ----
+
+struct SoftcapParams {
+  float product_scale;  // |softmax_scale| / softcap: tanh's argument is this times a product q k
+};
+
+struct AlibiParams {
+  const float* slopes;  // (batch, num_heads); the batch stride may be 0
+  long long batch_stride;
+};
+
 struct AttentionParams {
   int seqlen_q, seqlen_k;  // varlen: of the longest sequence
   int num_heads, num_heads_k;
@@ -20,8 +33,7 @@ struct AttentionParams {
   float softmax_scale_log2;  // |softmax_scale| x log2(e), or softcap x log2(e); at least 2^-100, so that a masked score
                              // of -inf stays -inf
   unsigned sign;             // 0x80008000 where softmax_scale is negative: flips the signs of fp16 pairs, else 0
-  float softcap_scale;       // |softmax_scale| / softcap: tanh's argument is this times a score
 
-  const float* alibi_slopes;     // (batch, num_heads); the batch stride may be 0
-  long long alibi_batch_stride;
+  SoftcapParams softcap;
+  AlibiParams alibi;
 };

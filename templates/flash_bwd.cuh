@@ -3,7 +3,7 @@
 //   S = scale Q K^T     P = exp(S - lse)     dP = dO V^T     dS = P (dP - delta) scale
 //   dQ = dS K           dK = dS^T Q          dV = P^T dO
 //
-// With softcap: S = softcap tanh(scale Q K^T / softcap), and dS has the factor 1 - tanh^2. ALiBi's bias is added to S.
+// Score features change S and with it dS: see score_feature.cuh.
 //
 // A block owns kBlockM rows of one side: queries for dQ, keys for dK and dV. A warp has 16 or 32 of them, and their two
 // matrices (Q and dO, or K and V) at hand as A operands. The other side comes in tiles of kBlockN columns, last tile
@@ -16,21 +16,22 @@
 // dK and dV of a group's query heads are summed in the same accumulators, one head after the other.
 #pragma once
 
+#include "accumulator.cuh"
 #include "flash_bwd_params.cuh"
-#include "mask.cuh"
+#include "flash_bwd_side.cuh"
 #include "primitives.cuh"
 #include "row_fragments.cuh"
 #include "row_output.cuh"
+#include "schedule.cuh"
+#include "score_variant.cuh"
 #include "sequence.cuh"
 #include "tile_copy.cuh"
 
-enum class RowSide { kQueries, kKeys };
-
 template <class Traits>
 struct FlashBwdTile {
-  static constexpr bool kRowsAreKeys = Traits::kRowSide == RowSide::kKeys;
+  using Side = typename SideOf<Traits, Traits::kRowSide>::Type;
   // Above 128, 16 rows of both dK and dV would take all of a thread's registers: a block makes half of the head dims.
-  static constexpr int kOutputSplits = kRowsAreKeys && Traits::kHeadDim > 128 ? 2 : 1;
+  static constexpr int kOutputSplits = Side::kMakesDv && Traits::kHeadDim > 128 ? 2 : 1;
   static constexpr int kDims = Traits::kTileDims;
   static constexpr int kOutputDims = kDims / kOutputSplits;
   static constexpr int kRowsPerWarp = Traits::kBlockM / Traits::kNWarps;
@@ -40,12 +41,12 @@ struct FlashBwdTile {
   using Fragments = RowFragments<Traits, kRowsPerWarp, kDims, Traits::kRegisterDims>;
   using Output = RowOutput<Traits, kRowsPerWarp, kOutputDims>;
 
-  // Shared memory: three slots of (first matrix's tile, second matrix's tile, statistics), then each warp's rows beyond
+  // Shared memory: three slots of (tile of S's columns, tile of dP's columns, statistics), then each warp's rows beyond
   // kRegisterDims. Turn n reads tiles n+1 (for its first step) and n, and stores tile n-1 before its barrier, which
   // stands behind that first step.
   static constexpr int kSlots = 3;
   static constexpr int kTileBytes = Traits::kBlockN * row_pitch(kDims);
-  static constexpr int kStatisticsBytes = kRowsAreKeys ? Traits::kBlockN * 8 : 0;
+  static constexpr int kStatisticsBytes = Side::kColumnsAreQueries ? Traits::kBlockN * 8 : 0;
   static constexpr int kSlotBytes = 2 * kTileBytes + kStatisticsBytes;
   static constexpr int kStagingWarpBytes =
       Output::kStagingBytes > Fragments::kStagingBytes ? Output::kStagingBytes : Fragments::kStagingBytes;
@@ -58,18 +59,21 @@ struct FlashBwdTile {
 template <class Traits>
 class FlashBwd {
   using Tile = FlashBwdTile<Traits>;
-  static constexpr bool kRowsAreKeys = Tile::kRowsAreKeys;
+  using Element = typename Traits::Element;
+  using Bits = typename Element::Bits;
+  using Matrix = GlobalMatrix<Element>;
+  using Side = typename Tile::Side;
   static constexpr int kMTiles = Tile::kMTiles, kDTiles = Tile::kDims / 8, kSteps = Tile::kSteps;
   static constexpr int kOutputDTiles = Tile::kOutputDims / 8;
-  static constexpr float kLog2E = 1.44269504088896341f;
   static constexpr int kPitch = row_pitch(Tile::kDims);
-  static constexpr int kGradients = kRowsAreKeys ? 2 : 1;
+  static constexpr int kGradients = Side::kMakesDv ? 2 : 1;
   static constexpr int kProducts = kSteps * kGradients * kMTiles * kOutputDTiles;  // of a turn's gradients
 
-  using Scores = float[kMTiles][4];       // of a step
-  using Operands = unsigned[kMTiles][2];  // the same rounded to fp16
-  using Gradient = float[kMTiles][kOutputDTiles][4];
-  using Stream = TileStream<Traits, Traits::kBlockN, Tile::kDims, Tile::kThreads>;
+  using Products = Accumulator<kMTiles, 1>;  // S or dP of a step
+  using Operands = unsigned[kMTiles][2];     // P or dS of a step, rounded to elements
+  using Gradient = Accumulator<kMTiles, kOutputDTiles>;
+  using Points = Schedule<Traits, kProducts>;
+  using Stream = typename Traits::Copy::template Stream<Traits, Traits::kBlockN, Tile::kDims, Tile::kThreads>;
 
   // lse x log2(e) and delta x softmax_scale of the two rows or columns that an accumulator's pair of scores belongs to.
   struct Statistics {
@@ -78,7 +82,7 @@ class FlashBwd {
 
   // What a thread brings of a tile, as it lies in memory: nothing waits for it before it is stored.
   struct Incoming {
-    typename Stream::Chunks first, second;
+    typename Stream::InFlight s_columns, dp_columns;
     float lse, delta;
   };
 
@@ -89,15 +93,14 @@ class FlashBwd {
 
   __device__ __forceinline__ void run() {
     if (Traits::kIsVarlen && row_begin_ >= seqlen_rows()) return;
-    clear(acc_first_);
-    if (kRowsAreKeys) clear(acc_second_);
+    for_each(ds_gradient_, [](float& gradient, int, int) { gradient = 0.0f; });
+    if (Side::kMakesDv) for_each(p_gradient_, [](float& gradient, int, int) { gradient = 0.0f; });
     const TileRange columns = column_tiles();
     if (columns.begin < columns.end) {
       load_rows();
-      const int group_heads = kRowsAreKeys ? Traits::kGroupSize : 1;
-      for (int i = 0; i < group_heads; ++i) {
+      for (int i = 0; i < Side::kQueryHeads; ++i) {
         locate(reread_thread_in_block(), reread_block_in_grid());
-        attend(head_ * group_heads + i);
+        attend(head_ * Side::kQueryHeads + i);
       }
     }
     write_out();
@@ -113,82 +116,37 @@ class FlashBwd {
     const int turn = split_block % params_.num_row_blocks;
     const int batch_head = split_block / params_.num_row_blocks;
     first_output_dim_ = block % Tile::kOutputSplits * Tile::kOutputDims;
-    const int heads = kRowsAreKeys ? params_.num_heads_k : params_.num_heads;
-    // Causal blocks with the most columns go first, so that the short ones fill the last wave: the last queries, the
-    // first keys.
-    const bool last_first = Traits::kIsCausal && !kRowsAreKeys;
-    row_begin_ = (last_first ? params_.num_row_blocks - 1 - turn : turn) * Traits::kBlockM;
+    const int heads = Side::heads(params_);
+    row_begin_ = (Side::kLastRowsFirst ? params_.num_row_blocks - 1 - turn : turn) * Traits::kBlockM;
     head_ = batch_head % heads;
     sequence_ = Sequence<Traits>(params_, batch_head / heads);
   }
 
-  static __device__ __forceinline__ void clear(Gradient& gradient) {
-#pragma unroll
-    for (int m = 0; m < kMTiles; ++m)
-#pragma unroll
-      for (int d = 0; d < kOutputDTiles; ++d)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) gradient[m][d][c] = 0.0f;
-  }
-
-  // ---- which columns the rows meet ----
-
-  __device__ __forceinline__ int seqlen_rows() const {
-    return kRowsAreKeys ? sequence_.seqlen_k() : sequence_.seqlen_q();
-  }
-  __device__ __forceinline__ int seqlen_columns() const {
-    return kRowsAreKeys ? sequence_.seqlen_q() : sequence_.seqlen_k();
-  }
-  __device__ __forceinline__ TileRange column_tiles() const {
-    return kRowsAreKeys ? sequence_.query_tiles(row_begin_, Traits::kBlockM)
-                        : sequence_.key_tiles(row_begin_, Traits::kBlockM);
-  }
-  __device__ __forceinline__ int first_column(int row) const {
-    return kRowsAreKeys ? sequence_.first_query(row) : sequence_.first_key(row);
-  }
-  __device__ __forceinline__ int end_column(int row) const {
-    return kRowsAreKeys ? sequence_.end_query(row) : sequence_.end_key(row);
-  }
-
-  // May a tile begin before the first column of a row that meets it?
-  static constexpr bool kHasFirstColumn = Traits::kIsLocal || (Traits::kIsCausal && kRowsAreKeys);
-
   // ---- memory ----
 
-  // Head `head` of a tensor with q's rows, or with k's.
-  __device__ __forceinline__ GlobalMatrix queries(const void* tensor, const TensorStrides& strides, int head) const {
-    return {static_cast<const unsigned short*>(tensor) + sequence_.query_offset(strides, head), strides.row};
-  }
-  __device__ __forceinline__ GlobalMatrix keys(const void* tensor, const TensorStrides& strides, int head) const {
-    return {static_cast<const unsigned short*>(tensor) + sequence_.key_offset(strides, head), strides.row};
-  }
-  __device__ __forceinline__ GlobalMatrix dout(int head) const {
-    GlobalMatrix matrix = queries(params_.dout, params_.dout_strides, head);
-    matrix.dim_stride = params_.dout_dim_stride;
-    return matrix;
+  __device__ __forceinline__ FlashBwdTensors<Traits> tensors() const { return {params_, sequence_}; }
+  __device__ __forceinline__ int seqlen_rows() const { return Side::seqlen_rows(sequence_); }
+  __device__ __forceinline__ int seqlen_columns() const { return Side::seqlen_columns(sequence_); }
+  __device__ __forceinline__ TileRange column_tiles() const {
+    return Side::column_tiles(sequence_, row_begin_, Traits::kBlockM);
   }
 
   __device__ __forceinline__ int first_row() const { return row_begin_ + warp_ * Tile::kRowsPerWarp; }
 
   __device__ __forceinline__ void load_rows() {
-    const GlobalMatrix first =
-        kRowsAreKeys ? keys(params_.k, params_.k_strides, head_) : queries(params_.q, params_.q_strides, head_);
-    const GlobalMatrix second = kRowsAreKeys ? keys(params_.v, params_.v_strides, head_) : dout(head_);
+    const Matrix s_rows = Side::s_rows(tensors(), head_), dp_rows = Side::dp_rows(tensors(), head_);
     const SharedAddress staging = warp_ * Tile::kStagingWarpBytes;
     const SharedAddress rows = Tile::kRowsBegin + warp_ * 2 * Tile::Fragments::kSharedBytes;
-    first_rows_.load(first, first_row(), seqlen_rows(), params_.sign, lane_, staging, rows);
-    second_rows_.load(second, first_row(), seqlen_rows(), 0, lane_, staging, rows + Tile::Fragments::kSharedBytes);
-    if (!kRowsAreKeys) {
+    s_rows_.load(s_rows, first_row(), seqlen_rows(), params_.sign, lane_, staging, rows);
+    dp_rows_.load(dp_rows, first_row(), seqlen_rows(), 0, lane_, staging, rows + Tile::Fragments::kSharedBytes);
+    if (!Side::kColumnsAreQueries) {
 #pragma unroll
-      for (int m = 0; m < kMTiles; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = first_row() + 16 * m + 8 * half + lane_ / 4;
-          float lse, delta;
-          load_statistics(sequence_.statistics_offset(head_, row), row < sequence_.seqlen_q(), lse, delta);
-          row_statistics_[m].lse[half] = scaled_lse(lse);
-          row_statistics_[m].delta[half] = scaled_delta(delta);
-        }
+      for (int r = 0; r < 2 * kMTiles; ++r) {
+        float lse, delta;
+        load_statistics(sequence_.statistics_offset(head_, lane_row(r)), lane_row(r) < sequence_.seqlen_q(), lse, delta);
+        row_statistics_[r / 2].lse[r % 2] = scaled_lse(lse);
+        row_statistics_[r / 2].delta[r % 2] = scaled_delta(delta);
+      }
     }
     block_barrier();  // every warp has its rows out of the slots' memory
   }
@@ -211,8 +169,8 @@ class FlashBwd {
 
   __device__ __forceinline__ void advance() {
     if (n_block_ > 1) {
-      first_stream_.advance();
-      second_stream_.advance();
+      s_columns_.advance();
+      dp_columns_.advance();
       column_offset_ -= Traits::kBlockN;
     }
   }
@@ -220,27 +178,27 @@ class FlashBwd {
   static __device__ __forceinline__ bool has_column() { return thread_in_block() < Traits::kBlockN; }
 
   // Brings a tile that is whole.
-  __device__ __forceinline__ void load(Incoming& in) {
+  __device__ __forceinline__ void prefetch(Incoming& in, SharedAddress slot) {
     advance();
-    first_stream_.load(in.first);
-    second_stream_.load(in.second);
-    if (kRowsAreKeys) load_statistics(column_offset_, has_column(), in.lse, in.delta);
+    s_columns_.prefetch(in.s_columns, slot);
+    dp_columns_.prefetch(in.dp_columns, slot + Tile::kTileBytes);
+    if (Side::kColumnsAreQueries) load_statistics(column_offset_, has_column(), in.lse, in.delta);
   }
 
   // The same where it may be the last tile, which need not be whole.
-  __device__ __forceinline__ void load_bounded(Incoming& in, int tile) {
+  __device__ __forceinline__ void prefetch_bounded(Incoming& in, SharedAddress slot, int tile) {
     const int columns = seqlen_columns() - tile * Traits::kBlockN;
-    first_stream_.load_bounded(in.first, columns);
-    second_stream_.load_bounded(in.second, columns);
-    if (kRowsAreKeys)
+    s_columns_.prefetch_bounded(in.s_columns, slot, columns);
+    dp_columns_.prefetch_bounded(in.dp_columns, slot + Tile::kTileBytes, columns);
+    if (Side::kColumnsAreQueries)
       load_statistics(column_offset_, has_column() && thread_in_block() < columns, in.lse, in.delta);
   }
 
   // Two columns' statistics lie together, the lse of both first: one 16-byte read fetches what a lane needs.
-  __device__ __forceinline__ void store(const Incoming& in, SharedAddress slot) const {
-    Stream::store(slot, in.first);
-    Stream::store(slot + Tile::kTileBytes, in.second);
-    if (kRowsAreKeys && has_column()) {
+  __device__ __forceinline__ void commit(const Incoming& in, SharedAddress slot) const {
+    Stream::commit(in.s_columns, slot);
+    Stream::commit(in.dp_columns, slot + Tile::kTileBytes);
+    if (Side::kColumnsAreQueries && has_column()) {
       const SharedAddress at =
           slot + 2 * Tile::kTileBytes + thread_in_block() / 2 * 16 + thread_in_block() % 2 * 4;
       store_shared_f32(at, scaled_lse(in.lse));
@@ -286,20 +244,20 @@ class FlashBwd {
   __device__ __forceinline__ void scores(SharedAddress slot, int step) {
 #pragma unroll
     for (int d = 0; d < kDTiles; d += 4) {
-      unsigned first[4], second[4];
-      load_columns(first, slot, step, d);
-      load_columns(second, slot + Tile::kTileBytes, step, d);
+      unsigned s_columns[4], dp_columns[4];
+      load_columns(s_columns, slot, step, d);
+      load_columns(dp_columns, slot + Tile::kTileBytes, step, d);
 #pragma unroll
       for (int i = 0; i < (kDTiles - d < 4 ? kDTiles - d : 4); i += 2) {
-        typename Tile::Fragments::Step a, b;
-        first_rows_.get(a, (d + i) / 2);
-        second_rows_.get(b, (d + i) / 2);
+        typename Tile::Fragments::Step s_rows, dp_rows;
+        s_rows_.get(s_rows, (d + i) / 2);
+        dp_rows_.get(dp_rows, (d + i) / 2);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
           for (int m = 0; m < kMTiles; ++m) {
-            multiply(acc_s_[m], a[m], half, first[i + half], d + i + half);
-            multiply(acc_dp_[m], b[m], half, second[i + half], d + i + half);
+            multiply(acc_s_[m][0], s_rows[m], half, s_columns[i + half], d + i + half);
+            multiply(acc_dp_[m][0], dp_rows[m], half, dp_columns[i + half], d + i + half);
           }
       }
     }
@@ -308,41 +266,39 @@ class FlashBwd {
   static __device__ __forceinline__ void multiply(float (&acc)[4], const unsigned (&a)[4], int half, unsigned b,
                                                   int d) {
     if (d == 0)
-      mma_m16n8k8_zero(acc, a[0], a[1], b);
+      Element::multiply(acc, a[0], a[1], b);
     else
-      mma_m16n8k8(acc, a[2 * half], a[2 * half + 1], b);
+      Element::multiply_add(acc, a[2 * half], a[2 * half + 1], b);
   }
 
   // P and dS of a step of tile n, which lies in `slot`, from its S and dP.
-  __device__ __forceinline__ void differentiate(const Scores& s, const Scores& dp, int n, SharedAddress slot, int step,
+  __device__ __forceinline__ void differentiate(const Products& s, const Products& dp, int n, SharedAddress slot, int step,
                                                 Operands& p, Operands& ds) const {
     Statistics columns;
-    if (kRowsAreKeys) {
+    if (Side::kColumnsAreQueries) {
       Vec16 four;
       load_shared_16B(four, slot + 2 * Tile::kTileBytes + (step * 4 + lane_ % 4) * 16);
       columns = {{float_of_bits(four.word[0]), float_of_bits(four.word[1])},
                  {float_of_bits(four.word[2]), float_of_bits(four.word[3])}};
     }
 #pragma unroll
-    for (int m = 0; m < kMTiles; ++m)
+    for (int r = 0; r < 2 * kMTiles; ++r) {
+      float row_p[2], row_ds[2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float each_p[2], each_ds[2];
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const float lse = kRowsAreKeys ? columns.lse[c] : row_statistics_[m].lse[half];
-          const float delta = kRowsAreKeys ? columns.delta[c] : row_statistics_[m].delta[half];
-          const float score = s[m][2 * half + c];
-          float exponent = fma_rounded(score, params_.softmax_scale_log2, -lse);
-          if constexpr (Traits::kHasAlibi) exponent -= alibi_bias(m, half, n * Traits::kBlockN + 8 * step + c);
-          each_p[c] = exp2_approx(exponent);
-          each_ds[c] = each_p[c] * fma_rounded(dp[m][2 * half + c], params_.softmax_scale, -delta);
-          // Masked scores are -inf, for which no tanh stands.
-          if constexpr (Traits::kIsSoftcap) each_ds[c] *= max_ignoring_nan(fma_rounded(-score, score, 1.0f), 0.0f);
-        }
-        p[m][half] = pack_fp16(each_p[0], each_p[1]);
-        ds[m][half] = pack_fp16(each_ds[0], each_ds[1]);
+      for (int c = 0; c < 2; ++c) {
+        const float lse = Side::kColumnsAreQueries ? columns.lse[c] : row_statistics_[r / 2].lse[r % 2];
+        const float delta = Side::kColumnsAreQueries ? columns.delta[c] : row_statistics_[r / 2].delta[r % 2];
+        const float score = s[r / 2][0][r % 2 * 2 + c];
+        const int row = lane_row(r), column = lane_column(n, step) + c;
+        const float exponent = variant_.bias(fma_rounded(score, params_.softmax_scale_log2, -lse), sequence_,
+                                             Side::query(row, column), Side::key(row, column));
+        row_p[c] = exp2_approx(exponent);
+        row_ds[c] = variant_.gradient(
+            row_p[c] * fma_rounded(dp[r / 2][0][r % 2 * 2 + c], params_.softmax_scale, -delta), score);
       }
+      p[r / 2][r % 2] = Element::pack(row_p[0], row_p[1]);
+      ds[r / 2][r % 2] = Element::pack(row_ds[0], row_ds[1]);
+    }
   }
 
   // gradient += operands x the step's columns of a tile.
@@ -352,12 +308,12 @@ class FlashBwd {
 #pragma unroll
     for (int d = 0; d < kOutputDTiles; d += 4) {
       unsigned b[4];
-      load_columns_transposed(b, tile + first_output_dim_ * 2, step, d);
+      load_columns_transposed(b, tile + first_output_dim_ * kElementBytes, step, d);
 #pragma unroll
       for (int i = 0; i < (kOutputDTiles - d < 4 ? kOutputDTiles - d : 4); ++i)
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
-          mma_m16n8k8(gradient[m][d + i], operands[m][0], operands[m][1], b[i]);
+          Element::multiply_add(gradient[m][d + i], operands[m][0], operands[m][1], b[i]);
           meanwhile();
         }
     }
@@ -367,13 +323,8 @@ class FlashBwd {
   template <class Meanwhile>
   __device__ __forceinline__ void accumulate_step(const Operands& p, const Operands& ds, SharedAddress slot, int step,
                                                   Meanwhile meanwhile) {
-    if (kRowsAreKeys) accumulate(acc_second_, p, slot + Tile::kTileBytes, step, meanwhile);
-    accumulate(acc_first_, ds, slot, step, meanwhile);
-  }
-
-  // The last product of the first `eighth` eighths of a turn's gradients.
-  static __device__ __forceinline__ constexpr int last_before(int eighth) {
-    return eighth > 0 ? (kProducts * eighth + 7) / 8 - 1 : 0;
+    if (Side::kMakesDv) accumulate(p_gradient_, p, slot + Tile::kTileBytes, step, meanwhile);
+    accumulate(ds_gradient_, ds, slot, step, meanwhile);
   }
 
   // ---- the turns ----
@@ -381,34 +332,30 @@ class FlashBwd {
   // All columns of one query head, last tile first. The last one need not be whole, so that it counts as masked.
   __device__ __forceinline__ void attend(int head_q) {
     head_q_ = head_q;
-    if constexpr (Traits::kHasAlibi) alibi_slope_log2_ = sequence_.alibi_slope(head_q) * kLog2E;
+    variant_.prepare(params_, sequence_, head_q, 1.0f);
     const TileRange columns = column_tiles();
     start_head(columns.end);
     const int whole_end = Sequence<Traits>::minimum(columns.whole_end, columns.end - 1);
     masked_turns(Sequence<Traits>::maximum(whole_end, columns.begin));
     unmasked_turns(Sequence<Traits>::maximum(columns.whole_begin, columns.begin));
-    if (kHasFirstColumn) masked_turns(columns.begin);
+    if (Side::kHasFirstColumn) masked_turns(columns.begin);
     finish_step();
     block_barrier();  // the slots' memory is free
   }
 
   // Brings the last tile.
   __device__ __forceinline__ void start_head(int tiles) {
-    const GlobalMatrix first = kRowsAreKeys ? queries(params_.q, params_.q_strides, head_q_)
-                                            : keys(params_.k, params_.k_strides, head_q_ / Traits::kGroupSize);
-    const GlobalMatrix second = kRowsAreKeys ? dout(head_q_)
-                                             : keys(params_.v, params_.v_strides, head_q_ / Traits::kGroupSize);
-    first_stream_ = Stream(first);
-    second_stream_ = Stream(second);
+    s_columns_ = Stream(Side::s_columns(tensors(), head_q_));
+    dp_columns_ = Stream(Side::dp_columns(tensors(), head_q_));
     n_block_ = tiles;
     slot_ = 0;
     has_step_ = false;
-    first_stream_.go_to(n_block_ - 1);
-    second_stream_.go_to(n_block_ - 1);
+    s_columns_.go_to(n_block_ - 1);
+    dp_columns_.go_to(n_block_ - 1);
     column_offset_ = sequence_.statistics_offset(head_q_, (n_block_ - 1) * Traits::kBlockN + thread_in_block());
     Incoming in;
-    load_bounded(in, n_block_ - 1);
-    store(in, next_slot(slot_));
+    prefetch_bounded(in, next_slot(slot_), n_block_ - 1);
+    commit(in, next_slot(slot_));
   }
 
   // Turns to the tiles down to n_end, some of whose columns some rows do not meet. One thing comes after the other here:
@@ -418,7 +365,7 @@ class FlashBwd {
       const SharedAddress slot = next_slot(slot_);
       Incoming in;
       advance();
-      load_bounded(in, incoming_tile());
+      prefetch_bounded(in, next_slot(slot), incoming_tile());
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         if (step > 0)
@@ -426,11 +373,11 @@ class FlashBwd {
         else if (has_step_)
           use_step(n_block_, slot_, kSteps - 1);
         scores(slot, step);
-        cap();
+        transform_scores();
         mask(step);
       }
       has_step_ = true;
-      store(in, next_slot(slot));
+      commit(in, next_slot(slot));
       slot_ = slot;
       --n_block_;
     }
@@ -458,21 +405,21 @@ class FlashBwd {
     for (int step = 0; step < kSteps; ++step) {
       const SharedAddress step_slot = step == 0 ? slot_ : slot;
       const int previous = step == 0 ? kSteps - 1 : step - 1;
-      Scores s, dp;
+      Products s, dp;
       Operands p, ds;
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          s[m][c] = acc_s_[m][c];
-          dp[m][c] = acc_dp_[m][c];
+          s[m][0][c] = acc_s_[m][0][c];
+          dp[m][0][c] = acc_dp_[m][0][c];
         }
       differentiate(s, dp, step == 0 ? n_block_ : n_block_ - 1, step_slot, previous, p, ds);
       scores(slot, step);
-      cap();
+      transform_scores();
       accumulate_step(p, ds, step_slot, previous, [&] {
-        if (product == last_before(Traits::kLoadEighth)) load(in);
-        if (product == last_before(Traits::kBarrierEighth)) store(in, free);
+        if (product == Points::kPrefetch) prefetch(in, free);
+        if (product == Points::kCommit) commit(in, free);
         ++product;
       });
     }
@@ -480,59 +427,44 @@ class FlashBwd {
     --n_block_;
   }
 
-  // Row r of a 16-row tile's upper or lower half that this lane holds scores of.
-  __device__ __forceinline__ int lane_row(int m, int half) const { return first_row() + 16 * m + 8 * half + lane_ / 4; }
-
-  __device__ __forceinline__ void cap() {
-    if constexpr (Traits::kIsSoftcap) {
-#pragma unroll
-      for (int m = 0; m < kMTiles; ++m)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) acc_s_[m][c] = tanh_of(acc_s_[m][c] * params_.softcap_scale);
-    }
+  // The lane's row r, and its first column of a step of tile n.
+  __device__ __forceinline__ int lane_row(int r) const { return first_row() + ::lane_row(lane_) + 8 * r; }
+  __device__ __forceinline__ int lane_column(int n, int step) const {
+    return n * Traits::kBlockN + 8 * step + ::lane_column(lane_);
   }
 
-  // What ALiBi takes off the exponent of the lane's score in column `column` + lane_ % 4 * 2.
-  __device__ __forceinline__ float alibi_bias(int m, int half, int column) const {
-    const int row = lane_row(m, half), own_column = column + lane_ % 4 * 2;
-    const int query = kRowsAreKeys ? own_column : row, key = kRowsAreKeys ? row : own_column;
-    return alibi_slope_log2_ * alibi_distance(sequence_, query, key);
+  __device__ __forceinline__ void transform_scores() {
+    for_each(acc_s_, [&](float& s, int, int) { s = variant_.score(s); });
   }
 
   // Of the step's scores, those that belong to no visible pair become P = 0 and dS = 0.
   __device__ __forceinline__ void mask(int step) {
-    const int column = (n_block_ - 1) * Traits::kBlockN + 8 * step + lane_ % 4 * 2;
+    const int column = lane_column(n_block_ - 1, step);
 #pragma unroll
-    for (int m = 0; m < kMTiles; ++m)
+    for (int r = 0; r < 2 * kMTiles; ++r) {
+      const int first = Side::first_column(sequence_, lane_row(r)), end = Side::end_column(sequence_, lane_row(r));
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int first = first_column(lane_row(m, half)), end = end_column(lane_row(m, half));
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-          if (column + c >= end || (kHasFirstColumn && column + c < first)) {
-            acc_s_[m][2 * half + c] = -infinity();
-            acc_dp_[m][2 * half + c] = 0.0f;
-          }
-      }
+      for (int c = 0; c < 2; ++c)
+        if (column + c >= end || (Side::kHasFirstColumn && column + c < first)) {
+          acc_s_[r / 2][0][r % 2 * 2 + c] = -infinity();
+          acc_dp_[r / 2][0][r % 2 * 2 + c] = 0.0f;
+        }
+    }
   }
 
   // ---- the output ----
 
   __device__ __forceinline__ void write_out() {
     locate(reread_thread_in_block(), reread_block_in_grid());
-    if (kRowsAreKeys) {
-      write_gradient(acc_first_, keys(params_.dk, params_.dk_strides, head_));
-      write_gradient(acc_second_, keys(params_.dv, params_.dv_strides, head_));
-    } else {
-      write_gradient(acc_first_, queries(params_.dq, params_.dq_strides, head_));
-    }
+    write_gradient(ds_gradient_, Side::ds_gradient(tensors(), head_));
+    if constexpr (Side::kMakesDv) write_gradient(p_gradient_, tensors().dv(head_));
   }
 
-  __device__ __forceinline__ void write_gradient(const Gradient& gradient, const GlobalMatrix& matrix) {
+  __device__ __forceinline__ void write_gradient(const Gradient& gradient, const Matrix& matrix) {
     float ones[2 * kMTiles];
 #pragma unroll
     for (int r = 0; r < 2 * kMTiles; ++r) ones[r] = 1.0f;
-    unsigned short* rows = const_cast<unsigned short*>(matrix.base) + first_row() * matrix.row_stride;
+    Bits* rows = const_cast<Bits*>(matrix.base) + first_row() * matrix.row_stride;
     Tile::Output::write(gradient, ones, rows, matrix.row_stride, seqlen_rows() - first_row(), first_output_dim_,
                         warp_ * Tile::kStagingWarpBytes, lane_);
   }
@@ -541,16 +473,16 @@ class FlashBwd {
   int lane_, warp_;
   Sequence<Traits> sequence_;
   int row_begin_, head_, head_q_, first_output_dim_;
-  float alibi_slope_log2_;
-  typename Tile::Fragments first_rows_, second_rows_;
+  ScoreVariant<Traits> variant_;
+  typename Tile::Fragments s_rows_, dp_rows_;
   Statistics row_statistics_[kMTiles];
-  Stream first_stream_, second_stream_;
+  Stream s_columns_, dp_columns_;
   long long column_offset_;  // of the statistics of the column that this thread brings next
   int n_block_;         // the tile whose last step is at hand; the turn goes to the one before it
   bool has_step_;       // false before a head's first turn
   SharedAddress slot_;  // where that tile lies; the next one is in the slot behind it
-  Scores acc_s_, acc_dp_;
-  Gradient acc_first_, acc_second_;
+  Products acc_s_, acc_dp_;
+  Gradient ds_gradient_, p_gradient_;
 };
 
 template <class Traits>

@@ -11,6 +11,7 @@
 
 template <class Traits>
 class FlashBwdPreprocess {
+  using Element = typename Traits::Element;
   static constexpr int kChunks = (Traits::kHeadDim + kChunkDims - 1) / kChunkDims;
   static constexpr int kLanesPerRow = kChunks <= 2 ? 2 : kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
   static constexpr int kRowsAtOnce = 32 / kLanesPerRow;
@@ -44,8 +45,8 @@ class FlashBwdPreprocess {
       load_chunk<Traits>(dout, at_row(params_.dout, params_.dout_strides, row) + dim * dim_stride, dim, dim_stride);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        sum = fma_rounded(low_fp16(dout.word[i]), low_fp16(out.word[i]), sum);
-        sum = fma_rounded(high_fp16(dout.word[i]), high_fp16(out.word[i]), sum);
+        sum = fma_rounded(Element::low(dout.word[i]), Element::low(out.word[i]), sum);
+        sum = fma_rounded(Element::high(dout.word[i]), Element::high(out.word[i]), sum);
       }
     }
 #pragma unroll
@@ -57,9 +58,9 @@ class FlashBwdPreprocess {
     }
   }
 
-  __device__ __forceinline__ const unsigned short* at_row(const void* tensor, const TensorStrides& strides,
-                                                          int row) const {
-    return static_cast<const unsigned short*>(tensor) + batch_ * strides.batch + head_ * strides.head +
+  __device__ __forceinline__ const typename Element::Bits* at_row(const void* tensor, const TensorStrides& strides,
+                                                                  int row) const {
+    return static_cast<const typename Element::Bits*>(tensor) + batch_ * strides.batch + head_ * strides.head +
            row * strides.row;
   }
 

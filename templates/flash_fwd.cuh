@@ -13,12 +13,15 @@
 // S leaves its product in the layout that O's product takes as operand (see primitives.cuh): P stays in registers.
 #pragma once
 
+#include "accumulator.cuh"
 #include "block_info.cuh"
 #include "flash_fwd_params.cuh"
 #include "mask.cuh"
 #include "primitives.cuh"
 #include "row_fragments.cuh"
 #include "row_output.cuh"
+#include "schedule.cuh"
+#include "score_variant.cuh"
 #include "softmax.cuh"
 #include "tile_copy.cuh"
 
@@ -39,7 +42,7 @@ struct FlashFwdTile {
   // the last thing in a turn, so V takes three, or two.
   static constexpr int kTileBytes = Traits::kBlockN * row_pitch(kDims);
   static constexpr int kKeySlots = 2;
-  static constexpr int kValueSlots = Traits::kBarrierEighth == 8 ? 2 : 3;
+  static constexpr int kValueSlots = kCommitsLast<Traits> ? 2 : 3;
   static constexpr int kSlotBytes = (kKeySlots + kValueSlots) * kTileBytes;
   using QueryFragments = RowFragments<Traits, kRowsPerWarp, kDims, Traits::kRegisterDims>;
   static constexpr int kQWarpBytes = QueryFragments::kSharedBytes;
@@ -56,14 +59,19 @@ struct FlashFwdTile {
 template <class Traits>
 class FlashFwd {
   using Tile = FlashFwdTile<Traits>;
+  using Element = typename Traits::Element;
+  using Bits = typename Element::Bits;
+  using Matrix = GlobalMatrix<Element>;
   static constexpr int kMTiles = Tile::kMTiles, kNTiles = Tile::kNTiles, kDTiles = Tile::kDTiles;
   static constexpr int kPitch = row_pitch(Tile::kDims);
   static constexpr int kScores = kMTiles * kNTiles * 4;    // a lane's scores of one tile
   static constexpr int kProducts = kScores / 4 * kDTiles;  // tensor instructions of each of the two products
 
-  using Scores = float[kMTiles][kNTiles][4];
+  using Scores = Accumulator<kMTiles, kNTiles>;
+  using Points = Schedule<Traits, kProducts>;
   using Probabilities = unsigned[kMTiles][kNTiles][2];
-  using Stream = TileStream<Traits, Traits::kBlockN, Tile::kDims, Tile::kThreads>;
+  using Stream = typename Traits::Copy::template Stream<Traits, Traits::kBlockN, Tile::kDims, Tile::kThreads>;
+  using InFlight = typename Stream::InFlight;
 
  public:
   __device__ __forceinline__ explicit FlashFwd(const FlashFwdParams& params)
@@ -74,20 +82,11 @@ class FlashFwd {
         softmax_(params.softmax_scale_log2),
         k_stream_(keys(params.k, params.k_strides)),
         v_stream_(keys(params.v, params.v_strides)) {
-    if constexpr (Traits::kHasAlibi) {
-      constexpr float kLog2E = 1.44269504088896341f;
-      alibi_slope_ = block_.sequence.alibi_slope(block_.head) * kLog2E * reciprocal(params.softmax_scale_log2);
-    }
+    variant_.prepare(params, block_.sequence, block_.head, reciprocal(params.softmax_scale_log2));
   }
 
   __device__ __forceinline__ void run() {
     if (!block_.has_rows()) return;
-#pragma unroll
-    for (int m = 0; m < kMTiles; ++m)
-#pragma unroll
-      for (int d = 0; d < kDTiles; ++d)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) acc_o_[m][d][c] = 0.0f;
     const TileRange tiles = block_.sequence.key_tiles(block_.m_begin, Traits::kBlockM);
     if (tiles.begin < tiles.end) attend(tiles);
     write_out();
@@ -97,12 +96,12 @@ class FlashFwd {
   __device__ __forceinline__ int first_row() const { return block_.m_begin + warp_ * Tile::kRowsPerWarp; }
 
   // The keys or values of the block's head.
-  __device__ __forceinline__ GlobalMatrix keys(const void* tensor, const TensorStrides& strides) const {
-    return {static_cast<const unsigned short*>(tensor) + block_.sequence.key_offset(strides, block_.head_k),
+  __device__ __forceinline__ Matrix keys(const void* tensor, const TensorStrides& strides) const {
+    return {static_cast<const Bits*>(tensor) + block_.sequence.key_offset(strides, block_.head_k),
             strides.row};
   }
-  __device__ __forceinline__ GlobalMatrix queries() const {
-    return {static_cast<const unsigned short*>(params_.q) + block_.sequence.query_offset(params_.q_strides, block_.head),
+  __device__ __forceinline__ Matrix queries() const {
+    return {static_cast<const Bits*>(params_.q) + block_.sequence.query_offset(params_.q_strides, block_.head),
             params_.q_strides.row};
   }
 
@@ -150,9 +149,9 @@ class FlashFwd {
     slots_ = {0, kFirstValueSlot};
     k_stream_.go_to(last);
     v_stream_.go_to(last + 1);
-    typename Stream::Chunks k;
-    k_stream_.load_bounded(k, block_.sequence.seqlen_k() - last * Traits::kBlockN);
-    Stream::store(slots_.k, k);
+    InFlight k;
+    k_stream_.prefetch_bounded(k, slots_.k, block_.sequence.seqlen_k() - last * Traits::kBlockN);
+    Stream::commit(k, slots_.k);
     block_barrier();
   }
 
@@ -162,23 +161,22 @@ class FlashFwd {
     v_stream_.advance();
   }
 
-  __device__ __forceinline__ void load(typename Stream::Chunks& k, typename Stream::Chunks& v) {
+  __device__ __forceinline__ void prefetch(InFlight& k, InFlight& v, const Slots& slots) {
     advance();
-    k_stream_.load(k);
-    v_stream_.load(v);
+    k_stream_.prefetch(k, slots.k);
+    v_stream_.prefetch(v, slots.v);
   }
 
   // The same where one of the two may be the sequence's last tile, which need not be whole.
-  __device__ __forceinline__ void load_bounded(typename Stream::Chunks& k, typename Stream::Chunks& v) {
+  __device__ __forceinline__ void prefetch_bounded(InFlight& k, InFlight& v, const Slots& slots) {
     advance();
-    k_stream_.load_bounded(k, block_.sequence.seqlen_k() - (n_block_ > 1 ? n_block_ - 2 : 0) * Traits::kBlockN);
-    v_stream_.load_bounded(v, block_.sequence.seqlen_k() - (n_block_ - 1) * Traits::kBlockN);
+    k_stream_.prefetch_bounded(k, slots.k, block_.sequence.seqlen_k() - (n_block_ > 1 ? n_block_ - 2 : 0) * Traits::kBlockN);
+    v_stream_.prefetch_bounded(v, slots.v, block_.sequence.seqlen_k() - (n_block_ - 1) * Traits::kBlockN);
   }
 
-  static __device__ __forceinline__ void store(const Slots& slots, const typename Stream::Chunks& k,
-                                               const typename Stream::Chunks& v) {
-    Stream::store(slots.v, v);
-    Stream::store(slots.k, k);
+  static __device__ __forceinline__ void commit(const InFlight& k, const InFlight& v, const Slots& slots) {
+    Stream::commit(v, slots.v);
+    Stream::commit(k, slots.k);
     block_barrier();
   }
 
@@ -187,7 +185,7 @@ class FlashFwd {
   using KeyFragment = unsigned[4];
   __device__ __forceinline__ void load_k(KeyFragment& k, SharedAddress slot, int n, int step) const {
     const int lane_offset = (lane_ % 8 + lane_ / 16 * 8) * kPitch + lane_ / 8 % 2 * kChunkBytes;
-    ldmatrix_x4(k, slot + lane_offset + n * 8 * kPitch + step * 32);
+    ldmatrix_x4(k, slot + lane_offset + n * 8 * kPitch + step * 16 * kElementBytes);
   }
 
   // V fragments of 8 keys x 32 dims, transposed, are the B operands of 4 independent products: matrix i has dims 8i..
@@ -230,9 +228,9 @@ class FlashFwd {
             for (int m = 0; m < kMTiles; ++m) {
               const unsigned b = step > 0 ? k[2 * i + half] : first_k_[n / 2][2 * i + half];
               if (step == 0 && half == 0)
-                mma_m16n8k8_zero(acc_s_[m][n + i], q[m][0], q[m][1], b);
+                Element::multiply(acc_s_[m][n + i], q[m][0], q[m][1], b);
               else
-                mma_m16n8k8(acc_s_[m][n + i], q[m][2 * half], q[m][2 * half + 1], b);
+                Element::multiply_add(acc_s_[m][n + i], q[m][2 * half], q[m][2 * half + 1], b);
             }
       }
     }
@@ -252,15 +250,10 @@ class FlashFwd {
         for (int i = 0; i < (kDTiles - d < 4 ? kDTiles - d : 4); ++i)
 #pragma unroll
           for (int m = 0; m < kMTiles; ++m) {
-            mma_m16n8k8(acc_o_[m][d + i], p[m][n][0], p[m][n][1], v[i]);
+            Element::multiply_add(acc_o_[m][d + i], p[m][n][0], p[m][n][1], v[i]);
             meanwhile(product++);
           }
       }
-  }
-
-  // The last product of the first `eighth` eighths.
-  static __device__ __forceinline__ constexpr int last_before(int eighth) {
-    return eighth > 0 ? (kProducts * eighth + 7) / 8 - 1 : 0;
   }
 
   // ---- a lane's scores, numbered in the order in which accumulate() needs them: all of one 8-key tile first ----
@@ -281,7 +274,7 @@ class FlashFwd {
     const int c = i % 4;
     quad[c] = exp2_approx(quad[c]);
     softmax_.row_sum[row_of(i)] += quad[c];
-    if (c % 2 == 1) p[m_of(i)][n_of(i)][c / 2] = pack_fp16(quad[c - 1], quad[c]);
+    if (c % 2 == 1) p[m_of(i)][n_of(i)][c / 2] = Element::pack(quad[c - 1], quad[c]);
   }
 
   // ---- the turns ----
@@ -290,8 +283,8 @@ class FlashFwd {
   // its rows sees. Here one thing comes after the other: these turns are few.
   __device__ __forceinline__ void masked_turns(int n_end, const TileRange& of_warp) {
     while (n_block_ > n_end) {
-      typename Stream::Chunks k, v;
-      load_bounded(k, v);
+      InFlight k, v;
+      prefetch_bounded(k, v, next_slots());
       if (meets(of_warp, n_block_)) finish_tile();
       if (meets(of_warp, n_block_ - 1)) {
         load_first_k(slots_.k);
@@ -307,7 +300,7 @@ class FlashFwd {
         }
       }
       slots_ = next_slots();
-      store(slots_, k, v);
+      commit(k, v, slots_);
       --n_block_;
     }
     load_first_k(slots_.k);
@@ -343,7 +336,7 @@ class FlashFwd {
     const Slots next = next_slots();
     Scores t;
     Probabilities p;
-    typename Stream::Chunks k, v;
+    InFlight k, v;
 #pragma unroll
     for (int i = 0; i < kScores; ++i) t[m_of(i)][n_of(i)][i % 4] = acc_s_[m_of(i)][n_of(i)][i % 4];
 #pragma unroll
@@ -351,21 +344,22 @@ class FlashFwd {
     scores();
     adjust(n_block_ - 1);
     accumulate(p, [&](int product) {
-      if (product == last_before(Traits::kLoadEighth)) load(k, v);
-      if (product == last_before(Traits::kBarrierEighth)) store(next, k, v);
-      if (product == last_before(Traits::kFirstKeysEighth)) load_first_k(next.k);
+      if (product == Points::kPrefetch) prefetch(k, v, next);
+      if (product == Points::kCommit) commit(k, v, next);
+      if (product == Points::kFirstKeys) load_first_k(next.k);
     });
     slots_ = next;
     --n_block_;
   }
 
-  // Of the scores of tile n: this lane's first query and key.
-  __device__ __forceinline__ int lane_query() const { return first_row() + lane_ / 4; }
-  __device__ __forceinline__ int lane_key(int n) const { return n * Traits::kBlockN + lane_ % 4 * 2; }
+  // The lane's first row and column of the scores of tile n.
+  __device__ __forceinline__ int lane_query() const { return first_row() + lane_row(lane_); }
+  __device__ __forceinline__ int lane_key(int n) const { return n * Traits::kBlockN + lane_column(lane_); }
 
   __device__ __forceinline__ void adjust(int n) {
-    if constexpr (Traits::kIsSoftcap) apply_softcap(acc_s_, params_.softcap_scale);
-    if constexpr (Traits::kHasAlibi) apply_alibi(acc_s_, block_.sequence, alibi_slope_, lane_query(), lane_key(n));
+    for_each(acc_s_, [&](float& s, int r, int column) {
+      s = variant_.bias(variant_.score(s), block_.sequence, lane_query() + 8 * r, lane_key(n) + column);
+    });
   }
 
   __device__ __forceinline__ void mask(int n) { apply_mask(acc_s_, block_.sequence, lane_query(), lane_key(n)); }
@@ -379,11 +373,11 @@ class FlashFwd {
     const int lane = thread % 32, warp = thread / 32;
     const int row = block.m_begin + warp * Tile::kRowsPerWarp;
     const TensorStrides& strides = params_.out_strides;
-    unsigned short* out = static_cast<unsigned short*>(params_.out) + block.sequence.query_offset(strides, block.head) +
+    Bits* out = static_cast<Bits*>(params_.out) + block.sequence.query_offset(strides, block.head) +
                           row * strides.row;
     float inverse[2 * kMTiles];
 #pragma unroll
-    for (int r = 0; r < 2 * kMTiles; ++r) inverse[r] = finish_row(block, row + lane / 4 + 8 * r, lane, r);
+    for (int r = 0; r < 2 * kMTiles; ++r) inverse[r] = finish_row(block, row + lane_row(lane) + 8 * r, lane, r);
     Tile::Output::write(acc_o_, inverse, out, strides.row, block.sequence.seqlen_q() - row, 0,
                         warp * Tile::kStagingWarpBytes, lane);
   }
@@ -393,7 +387,7 @@ class FlashFwd {
   __device__ __forceinline__ float finish_row(const BlockInfo<Traits>& block, int row, int lane, int r) {
     const float sum = softmax_.total(r);
     const bool sees_keys = block.sequence.sees_keys(row);
-    if (row < block.sequence.seqlen_q() && lane % 4 == 0) {
+    if (row < block.sequence.seqlen_q() && lane_column(lane) == 0) {
       constexpr float kLn2 = 0.693147180559945309f;
       const float lse = sees_keys ? (softmax_.row_max[r] + log2_approx(sum)) * kLn2 : infinity();
       store_global_f32(params_.softmax_lse + block.sequence.statistics_offset(block.head, row), lse);
@@ -405,14 +399,14 @@ class FlashFwd {
   const BlockInfo<Traits> block_;
   const int lane_, warp_;
   Softmax<kMTiles, kNTiles> softmax_;
-  float alibi_slope_;  // in units of a raw score
+  ScoreVariant<Traits> variant_;
   Stream k_stream_, v_stream_;
   typename Tile::QueryFragments query_;
   int n_block_;           // the tile whose exponents are at hand; the turn goes to the one before it
   Slots slots_;           // where its V lies and the K of the next tile
   KeyFragment first_k_[kNTiles / 2];
   Scores acc_s_;
-  float acc_o_[kMTiles][kDTiles][4];
+  Accumulator<kMTiles, kDTiles> acc_o_ = {};
 };
 
 template <class Traits>

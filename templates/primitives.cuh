@@ -9,7 +9,7 @@
 //
 // Global memory (addresses are ordinary pointers; every load stays where it is written: the compiler may not sink it)
 //   load_global_16B(Vec16&, ptr)                  16 bytes, ptr 16-byte aligned
-//   load_global_2B(ptr) -> unsigned               one fp16, in the low half
+//   load_global_2B(ptr) -> unsigned               one element, in the low half
 //   load_global_f32(ptr) -> float
 //   load_global_i32(ptr) -> int
 //   store_global_16B(ptr, Vec16)
@@ -29,8 +29,6 @@
 //   ldmatrix_x2_trans(r, address)
 //
 // Warp and block
-//   mma_m16n8k8(float (&c)[4], a0, a1, b)         c += A (16x8 fp16) B (8x8 fp16), fp32 accumulation
-//   mma_m16n8k8_zero(float (&c)[4], a0, a1, b)    c  = A B
 //   shuffle_xor(float, lane_mask) -> float
 //   any_in_warp(bool) -> bool
 //   warp_barrier()                                orders this warp's shared-memory accesses
@@ -43,15 +41,21 @@
 //   fma_rounded(a, b, c)                          one rounding
 //   infinity()                                    +inf
 //   float_of_bits(unsigned) -> float
-//   low_fp16(unsigned), high_fp16(unsigned) -> float  the halves of a packed pair
-//   pack_fp16(lo, hi) -> unsigned                 two floats rounded to nearest even fp16, lo in the low half
+//
+// Elements: what q, k, v, out and their gradients are made of, 16 bits each, two in a register. A struct for every type;
+// the kernels know it as Traits::Element. There is Fp16.
+//   Element::Bits                                 one as it lies in memory
+//   Element::pack(lo, hi) -> unsigned             two floats rounded to nearest even, lo in the low half
+//   Element::low(unsigned), high(unsigned) -> float  the halves of a pair, exact
+//   Element::multiply_add(float (&c)[4], a0, a1, b)  c += A (16x8) B (8x8), warp-wide, fp32 accumulation: mma_m16n8k8
+//   Element::multiply(float (&c)[4], a0, a1, b)   c  = A B
 //
 // Fragments of mma_m16n8k8 in a warp, g = lane / 4, t = lane % 4:
 //
 //   A 16x8: a0 = (row g, cols 2t, 2t+1)     B 8x8: b = (rows 2t, 2t+1, col g)     C 16x8: c0 c1 = (row g,   cols 2t, 2t+1)
 //           a1 = (row g+8, cols 2t, 2t+1)                                                 c2 c3 = (row g+8, cols 2t, 2t+1)
 //
-// so C's layout, packed pair by pair to fp16, is A's: the probabilities of one product are the A operand of the next.
+// so C's layout, packed pair by pair, is A's: the probabilities of one product are the A operand of the next.
 #pragma once
 
 struct alignas(16) Vec16 {

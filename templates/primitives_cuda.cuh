@@ -126,18 +126,6 @@ __device__ __forceinline__ void ldmatrix_x2_trans(unsigned (&r)[2], SharedAddres
 
 // ---- warp and block ----
 
-__device__ __forceinline__ void mma_m16n8k8(float (&c)[4], unsigned a0, unsigned a1, unsigned b) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a0), "r"(a1), "r"(b));
-}
-
-__device__ __forceinline__ void mma_m16n8k8_zero(float (&c)[4], unsigned a0, unsigned a1, unsigned b) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
-               : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-               : "r"(a0), "r"(a1), "r"(b), "f"(0.0f));
-}
-
 __device__ __forceinline__ float shuffle_xor(float v, int lane_mask) {
   float r;
   asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, 0xffffffff;" : "=f"(r) : "f"(v), "r"(lane_mask));
@@ -192,22 +180,40 @@ __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000);
 
 __device__ __forceinline__ float float_of_bits(unsigned u) { return __uint_as_float(u); }
 
-__device__ __forceinline__ float low_fp16(unsigned pair) {
-  float r;
-  asm("{ .reg .b16 l, h;\n mov.b32 {l, h}, %1;\n cvt.f32.f16 %0, l; }" : "=f"(r) : "r"(pair));
-  return r;
-}
+// ---- elements ----
 
-__device__ __forceinline__ float high_fp16(unsigned pair) { return low_fp16(pair >> 16); }
+struct Fp16 {
+  using Bits = unsigned short;
 
-__device__ __forceinline__ unsigned pack_fp16(float lo, float hi) {
-  unsigned r;
+  static __device__ __forceinline__ float low(unsigned pair) {
+    float r;
+    asm("{ .reg .b16 l, h;\n mov.b32 {l, h}, %1;\n cvt.f32.f16 %0, l; }" : "=f"(r) : "r"(pair));
+    return r;
+  }
+
+  static __device__ __forceinline__ float high(unsigned pair) { return low(pair >> 16); }
+
+  static __device__ __forceinline__ unsigned pack(float lo, float hi) {
+    unsigned r;
 #if __CUDA_ARCH__ >= 800
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
 #else
-  asm("{ .reg .b16 l, h;\n cvt.rn.f16.f32 l, %1;\n cvt.rn.f16.f32 h, %2;\n mov.b32 %0, {l, h}; }"
-      : "=r"(r)
-      : "f"(lo), "f"(hi));
+    asm("{ .reg .b16 l, h;\n cvt.rn.f16.f32 l, %1;\n cvt.rn.f16.f32 h, %2;\n mov.b32 %0, {l, h}; }"
+        : "=r"(r)
+        : "f"(lo), "f"(hi));
 #endif
-  return r;
-}
+    return r;
+  }
+
+  static __device__ __forceinline__ void multiply_add(float (&c)[4], unsigned a0, unsigned a1, unsigned b) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(b));
+  }
+
+  static __device__ __forceinline__ void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned b) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+                 : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(b), "f"(0.0f));
+  }
+};

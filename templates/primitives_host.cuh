@@ -108,14 +108,6 @@ inline void ldmatrix_x2_trans(unsigned (&r)[2], SharedAddress a, FLASH_ATTN_JIT_
 
 // ---- warp and block ----
 
-inline void mma_m16n8k8(float (&c)[4], unsigned a0, unsigned a1, unsigned b, FLASH_ATTN_JIT_SITE) {
-  flash_attn_jit_engine.mma(1, c, a0, a1, b, file, line);
-}
-
-inline void mma_m16n8k8_zero(float (&c)[4], unsigned a0, unsigned a1, unsigned b, FLASH_ATTN_JIT_SITE) {
-  flash_attn_jit_engine.mma(0, c, a0, a1, b, file, line);
-}
-
 inline float shuffle_xor(float v, int lane_mask, FLASH_ATTN_JIT_SITE) {
   return flash_attn_jit_engine.shuffle_xor(v, lane_mask, file, line);
 }
@@ -158,28 +150,42 @@ inline float max_ignoring_nan(float a, float b) {
 
 inline float float_of_bits(unsigned u) { return bits_float(u); }
 
-inline float low_fp16(unsigned pair) {
-  const unsigned magnitude = pair & 0x7fffu, sign = (pair & 0x8000u) << 16;
-  if (magnitude >= 0x7c00u) return bits_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  // The exponent's bias differs by 112; the product is exact, subnormals included.
-  return bits_float(sign | float_bits(bits_float(magnitude << 13) * 0x1p112f));
-}
+// ---- elements ----
 
-inline float high_fp16(unsigned pair) { return low_fp16(pair >> 16); }
+struct Fp16 {
+  using Bits = unsigned short;
 
-// As cvt.rn.f16.f32: rounds to nearest even, above 65504 and its rounding to infinity, NaN to 0x7fff.
-inline unsigned fp16_bits(float x) {
-  const unsigned sign = float_bits(x) >> 16 & 0x8000u;
-  const unsigned magnitude = float_bits(x) & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return 0x7fffu;
-  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;
-  // Below 2^-14 fp16 counts in steps of 2^-24, which is the last bit of a float next to 0.5.
-  if (magnitude < 0x38800000u) return sign | (float_bits(bits_float(magnitude) + 0.5f) - float_bits(0.5f));
-  const unsigned half_way = 0xfffu + (magnitude >> 13 & 1u);
-  return sign | (((magnitude + half_way) >> 13) - (112u << 10));
-}
+  static float low(unsigned pair) {
+    const unsigned magnitude = pair & 0x7fffu, sign = (pair & 0x8000u) << 16;
+    if (magnitude >= 0x7c00u) return bits_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+    // The exponent's bias differs by 112; the product is exact, subnormals included.
+    return bits_float(sign | float_bits(bits_float(magnitude << 13) * 0x1p112f));
+  }
 
-inline unsigned pack_fp16(float lo, float hi) { return fp16_bits(lo) | fp16_bits(hi) << 16; }
+  static float high(unsigned pair) { return low(pair >> 16); }
+
+  // As cvt.rn.f16.f32: rounds to nearest even, above 65504 and its rounding to infinity, NaN to 0x7fff.
+  static unsigned bits(float x) {
+    const unsigned sign = float_bits(x) >> 16 & 0x8000u;
+    const unsigned magnitude = float_bits(x) & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return 0x7fffu;
+    if (magnitude >= 0x477ff000u) return sign | 0x7c00u;
+    // Below 2^-14 fp16 counts in steps of 2^-24, which is the last bit of a float next to 0.5.
+    if (magnitude < 0x38800000u) return sign | (float_bits(bits_float(magnitude) + 0.5f) - float_bits(0.5f));
+    const unsigned half_way = 0xfffu + (magnitude >> 13 & 1u);
+    return sign | (((magnitude + half_way) >> 13) - (112u << 10));
+  }
+
+  static unsigned pack(float lo, float hi) { return bits(lo) | bits(hi) << 16; }
+
+  static void multiply_add(float (&c)[4], unsigned a0, unsigned a1, unsigned b, FLASH_ATTN_JIT_SITE) {
+    flash_attn_jit_engine.mma(1, c, a0, a1, b, file, line);
+  }
+
+  static void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned b, FLASH_ATTN_JIT_SITE) {
+    flash_attn_jit_engine.mma(0, c, a0, a1, b, file, line);
+  }
+};
 
 // ---- undefined behaviour: the handlers that -fsanitize=undefined calls, so that no sanitizer library is needed.
 // What each is given starts with the place in the source. ----

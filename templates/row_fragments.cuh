@@ -20,10 +20,10 @@ class RowFragments {
   // fragment[m] is 16 rows x 16 dims: a0 and a1 of the first 8 dims, then of the last 8.
   using Step = unsigned[kMTiles][4];
 
-  // Rows [row, row + kRows) of the matrix; those from `seqlen` on are zero. The signs of fp16 pairs are flipped by
+  // Rows [row, row + kRows) of the matrix; those from `seqlen` on are zero. The signs of pairs are flipped by
   // `sign`. Uses `staging`. A block barrier has to follow, before get() and before `staging` is used for anything else.
-  __device__ __forceinline__ void load(const GlobalMatrix& matrix, int row, int seqlen, unsigned sign, int lane,
-                                       SharedAddress staging, SharedAddress shared) {
+  __device__ __forceinline__ void load(const GlobalMatrix<typename Traits::Element>& matrix, int row, int seqlen,
+                                       unsigned sign, int lane, SharedAddress staging, SharedAddress shared) {
     typename Staged::Chunks chunks[kDims / 16];
 #pragma unroll
     for (int step = 0; step < kDims / 16; ++step)
@@ -39,7 +39,7 @@ class RowFragments {
     }
 #pragma unroll
     for (int step = kRegisterSteps; step < kDims / 16; ++step)
-      Staged::store_shared(shared + (step - kRegisterSteps) * 32, row_pitch(kSharedDims), chunks[step], lane, sign);
+      Staged::store_shared(shared + (step - kRegisterSteps) * 16 * kElementBytes, row_pitch(kSharedDims), chunks[step], lane, sign);
     shared_ = shared + fragment_offset(0, row_pitch(kSharedDims), lane);
   }
 
@@ -50,7 +50,7 @@ class RowFragments {
 #pragma unroll
         for (int i = 0; i < 4; ++i) fragment[m][i] = registers_[step][m][i];
       } else {
-        ldmatrix_x4(fragment[m], shared_ + m * 16 * row_pitch(kSharedDims) + (step - kRegisterSteps) * 32);
+        ldmatrix_x4(fragment[m], shared_ + m * 16 * row_pitch(kSharedDims) + (step - kRegisterSteps) * 16 * kElementBytes);
       }
   }
 

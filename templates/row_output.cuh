@@ -1,7 +1,8 @@
-// The way out of one warp's accumulators: rounded to fp16 and written through shared memory, a few dims at a time, so
+// The way out of one warp's accumulators: rounded to elements and written through shared memory, a few dims at a time, so
 // that whole 32-byte sectors of global memory are written.
 #pragma once
 
+#include "accumulator.cuh"
 #include "primitives.cuh"
 #include "tile_copy.cuh"
 
@@ -11,13 +12,13 @@ struct RowOutput {
   static constexpr int kStagingDims = kDims % 32 == 0 ? 32 : 16;
   static constexpr int kStagingBytes = kRows * row_pitch(kStagingDims);  // of a warp
 
-  // Rows [0, rows) of `acc`, accumulators in the layout of primitives.cuh, to dims [first_dim, first_dim + kDims) of the
-  // rows from `base` on. Accumulator row r of a lane (lane / 4 + 8 r) is multiplied by factor[r].
-  static __device__ __forceinline__ void write(const float (&acc)[kMTiles][kDims / 8][4],
-                                               const float (&factor)[2 * kMTiles], unsigned short* base,
-                                               long long row_stride, int rows, int first_dim, SharedAddress staging,
+  // Rows [0, rows) of `acc` to dims [first_dim, first_dim + kDims) of the
+  // rows from `base` on. A lane's row r is multiplied by factor[r].
+  static __device__ __forceinline__ void write(const Accumulator<kMTiles, kDims / 8>& acc,
+                                               const float (&factor)[2 * kMTiles],
+                                               typename Traits::Element::Bits* base, long long row_stride, int rows, int first_dim, SharedAddress staging,
                                                int lane) {
-    const SharedAddress lane_staging = staging + lane / 4 * row_pitch(kStagingDims) + lane % 4 * 4;
+    const SharedAddress lane_staging = staging + lane_row(lane) * row_pitch(kStagingDims) + lane_column(lane) * kElementBytes;
 #pragma unroll
     for (int dim = 0; dim < kDims; dim += kStagingDims) {
 #pragma unroll
@@ -26,7 +27,7 @@ struct RowOutput {
         for (int d = 0; d < kStagingDims / 8; ++d) {
           const float* pair = &acc[r / 2][dim / 8 + d][r % 2 * 2];
           store_shared_4B(lane_staging + 8 * r * row_pitch(kStagingDims) + d * kChunkBytes,
-                          pack_fp16(pair[0] * factor[r], pair[1] * factor[r]));
+                          Traits::Element::pack(pair[0] * factor[r], pair[1] * factor[r]));
         }
       warp_barrier();
       WarpRows<Traits, kRows, kStagingDims>::write_back(base, row_stride, rows, first_dim + dim, staging, lane);

@@ -55,10 +55,6 @@ class Sequence {
     return (static_cast<long long>(batch_) * params_->num_heads + head) * params_->seqlen_q + row;
   }
 
-  __device__ __forceinline__ float alibi_slope(int head) const {
-    return load_global_f32(params_->alibi_slopes + batch_ * params_->alibi_batch_stride + head);
-  }
-
   // ---- what sees what ----
 
   // The key that lies on the diagonal is i + diagonal().

@@ -1,8 +1,5 @@
 // The online softmax of one warp's rows, in base 2: p = 2^(s * scale - row_max).
 //
-// A thread holds, of an accumulator acc_s[kMTiles][kNTiles][4], two rows of every 16-row tile: lane / 4 (elements 0, 1)
-// and lane / 4 + 8 (elements 2, 3). Its rows are numbered 2 * m + (element >> 1).
-//
 // row_max is allowed to lag behind: p may reach 2^kMaxRise before the maximum is corrected. The division by row_sum
 // cancels that, and nearly every turn does without touching the accumulator. A small kMaxRise costs corrections.
 //
@@ -12,6 +9,7 @@
 // kMaxRise below the greatest, so that a row whose row_max lags is not one key's.
 #pragma once
 
+#include "accumulator.cuh"
 #include "primitives.cuh"
 
 constexpr float kMaxRise = 2.0f;       // in log2 units
@@ -20,7 +18,7 @@ constexpr float kNoMaximum = -1e30f;   // before a row has seen a key; finite, s
 template <int kMTiles, int kNTiles>
 struct Softmax {
   static constexpr int kRows = 2 * kMTiles;
-  using Scores = float[kMTiles][kNTiles][4];
+  using Scores = Accumulator<kMTiles, kNTiles>;
 
   float row_max[kRows];  // of s * scale, as far as corrected; the same in the 4 lanes that share a row
   float row_sum[kRows];  // of this lane's p
@@ -39,11 +37,7 @@ struct Softmax {
   // The largest raw score of this lane's part of a row.
   __device__ __forceinline__ static float lane_max(const Scores& acc_s, int row) {
     float largest = -infinity();
-#pragma unroll
-    for (int n = 0; n < kNTiles; ++n) {
-      largest = max_ignoring_nan(largest, acc_s[row / 2][n][row % 2 * 2]);
-      largest = max_ignoring_nan(largest, acc_s[row / 2][n][row % 2 * 2 + 1]);
-    }
+    for_each_in_row(acc_s, row, [&](float s, int) { largest = max_ignoring_nan(largest, s); });
     return largest;
   }
 
@@ -66,7 +60,7 @@ struct Softmax {
   // Raises the maxima to those of the scores acc_s and rescales what was accumulated under the old ones. `remainder` is
   // s * scale - row_max of a maximum, which the product of the two rounded off, to be taken off all exponents of its row.
   template <int kDTiles>
-  __device__ __forceinline__ void correct(const Scores& acc_s, float (&acc_o)[kMTiles][kDTiles][4],
+  __device__ __forceinline__ void correct(const Scores& acc_s, Accumulator<kMTiles, kDTiles>& acc_o,
                                           float (&remainder)[kRows]) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -81,17 +75,13 @@ struct Softmax {
   // The same where the scores have become exponents t = s * scale - row_max already. Only for rows that have seen a key,
   // because kNoMaximum swallows the score.
   template <int kDTiles>
-  __device__ __forceinline__ void correct_exponents(Scores& t, float (&acc_o)[kMTiles][kDTiles][4]) {
+  __device__ __forceinline__ void correct_exponents(Scores& t, Accumulator<kMTiles, kDTiles>& acc_o) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const float rise = max_ignoring_nan(across_row(lane_max(t, r)), 0.0f);
       rescale(r, exp2_approx(-rise), acc_o);
       row_max[r] += rise;
-#pragma unroll
-      for (int n = 0; n < kNTiles; ++n) {
-        t[r / 2][n][r % 2 * 2] -= rise;
-        t[r / 2][n][r % 2 * 2 + 1] -= rise;
-      }
+      for_each_in_row(t, r, [&](float& exponent, int) { exponent -= rise; });
     }
   }
 
@@ -111,12 +101,8 @@ struct Softmax {
   }
 
   template <int kDTiles>
-  __device__ __forceinline__ void rescale(int row, float factor, float (&acc_o)[kMTiles][kDTiles][4]) {
+  __device__ __forceinline__ void rescale(int row, float factor, Accumulator<kMTiles, kDTiles>& acc_o) {
     row_sum[row] *= factor;
-#pragma unroll
-    for (int d = 0; d < kDTiles; ++d) {
-      acc_o[row / 2][d][row % 2 * 2] *= factor;
-      acc_o[row / 2][d][row % 2 * 2 + 1] *= factor;
-    }
+    for_each_in_row(acc_o, row, [&](float& o, int) { o *= factor; });
   }
 };

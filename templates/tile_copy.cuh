@@ -11,13 +11,15 @@
 
 constexpr int kChunkDims = 8;
 constexpr int kChunkBytes = 16;
+constexpr int kElementBytes = kChunkBytes / kChunkDims;
 
 // Bytes from a row to the next of a tile with `dims` head dims.
-constexpr int row_pitch(int dims) { return dims * 2 + kChunkBytes; }
+constexpr int row_pitch(int dims) { return dims * kElementBytes + kChunkBytes; }
 
 // One head of a tensor in global memory. Only element-wise loads know of a dim_stride other than 1.
+template <class Element>
 struct GlobalMatrix {
-  const unsigned short* base;  // of row 0
+  const typename Element::Bits* base;  // of row 0
   long long row_stride;
   long long dim_stride = 1;
 };
@@ -28,7 +30,8 @@ constexpr bool kHasPaddedDims = Traits::kTileDims != Traits::kHeadDim;
 
 // One chunk of a global row: dims [dim, dim + 8), the first of them at `at`; what lies beyond kHeadDim reads as zero.
 template <class Traits>
-__device__ __forceinline__ void load_chunk(Vec16& chunk, const unsigned short* at, int dim, long long dim_stride) {
+__device__ __forceinline__ void load_chunk(Vec16& chunk, const typename Traits::Element::Bits* at, int dim,
+                                           long long dim_stride) {
   if constexpr (Traits::kVectorAccess) {
     if (!kHasPaddedDims<Traits> || dim < Traits::kHeadDim)
       load_global_16B(chunk, at);
@@ -45,7 +48,7 @@ __device__ __forceinline__ void load_chunk(Vec16& chunk, const unsigned short* a
 }
 
 template <class Traits>
-__device__ __forceinline__ void store_chunk(unsigned short* at, int dim, const Vec16& chunk) {
+__device__ __forceinline__ void store_chunk(typename Traits::Element::Bits* at, int dim, const Vec16& chunk) {
   if constexpr (Traits::kVectorAccess) {
     if (!kHasPaddedDims<Traits> || dim < Traits::kHeadDim) store_global_16B(at, chunk);
   } else {
@@ -68,27 +71,32 @@ struct TileOffset<false> {
   using Type = long long;
 };
 
-// Moves the tiles of K or V, kRows x kDims, from global to shared memory, backwards. A tile is loaded into
-// registers early and stored late, because sm_75 has no cp.async. Every thread moves kPasses chunks of a tile.
+// A copy policy's Stream moves the tiles of a matrix, kRows x kDims, from global to shared memory, last tile first:
+// prefetch() begins with a tile for a slot, behind products, and commit() ends; a block barrier has to follow.
+//
+// Here a tile waits in registers until commit(), because sm_75 has no cp.async. Every thread moves kPasses chunks of it.
 template <class Traits, int kRows, int kDims, int kThreads>
-class TileStream {
+class RegisterStagedStream {
   static constexpr int kChunksPerRow = kDims / kChunkDims;
   static constexpr int kChunks = kRows * kChunksPerRow;
   static constexpr int kPasses = (kChunks + kThreads - 1) / kThreads;
+  using Bits = typename Traits::Element::Bits;
+  using Matrix = GlobalMatrix<typename Traits::Element>;
 
  public:
-  using Chunks = Vec16[kPasses];
+  using InFlight = Vec16[kPasses];  // what a thread has of a tile between prefetch() and commit()
 
-  TileStream() = default;
+  RegisterStagedStream() = default;
 
   // Stands at tile 0 of the matrix.
-  __device__ __forceinline__ explicit TileStream(const GlobalMatrix& matrix)
+  __device__ __forceinline__ explicit RegisterStagedStream(const Matrix& matrix)
       : row_stride_(matrix.row_stride), dim_stride_(Traits::kVectorAccess ? 1 : matrix.dim_stride) {
     chunk_0_ = matrix.base + chunk_row(0) * row_stride_ + chunk_dim(0) * dim_stride_;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass)
-      offset_[pass] = 2 * (static_cast<Offset>(chunk_row(pass) - chunk_row(0)) * static_cast<Offset>(row_stride_) +
-                           (chunk_dim(pass) - chunk_dim(0)) * static_cast<Offset>(dim_stride_));
+      offset_[pass] = kElementBytes *
+                      (static_cast<Offset>(chunk_row(pass) - chunk_row(0)) * static_cast<Offset>(row_stride_) +
+                       (chunk_dim(pass) - chunk_dim(0)) * static_cast<Offset>(dim_stride_));
   }
 
   // From tile 0.
@@ -97,15 +105,15 @@ class TileStream {
   // To the tile before.
   __device__ __forceinline__ void advance() { chunk_0_ -= kRows * row_stride_; }
 
-  // Loads the tile whole.
-  __device__ __forceinline__ void load(Chunks& chunks) const {
+  // The whole tile.
+  __device__ __forceinline__ void prefetch(InFlight& chunks, SharedAddress /*slot*/) const {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass)
       if (participates(pass)) load_pass(chunks[pass], pass);
   }
 
-  // Loads the tile's first `rows` rows; the others read as zero.
-  __device__ __forceinline__ void load_bounded(Chunks& chunks, int rows) const {
+  // The tile's first `rows` rows; the others are zero.
+  __device__ __forceinline__ void prefetch_bounded(InFlight& chunks, SharedAddress /*slot*/, int rows) const {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       chunks[pass] = Vec16{};
@@ -113,11 +121,11 @@ class TileStream {
     }
   }
 
-  static __device__ __forceinline__ void store(SharedAddress tile, const Chunks& chunks) {
+  static __device__ __forceinline__ void commit(const InFlight& chunks, SharedAddress slot) {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass)
       if (participates(pass))
-        store_shared_16B(tile + chunk_row(pass) * row_pitch(kDims) + chunk_dim(pass) * 2, chunks[pass]);
+        store_shared_16B(slot + chunk_row(pass) * row_pitch(kDims) + chunk_dim(pass) * kElementBytes, chunks[pass]);
   }
 
  private:
@@ -132,12 +140,17 @@ class TileStream {
 
   __device__ __forceinline__ void load_pass(Vec16& chunk, int pass) const {
     const char* at = reinterpret_cast<const char*>(chunk_0_) + offset_[pass];
-    load_chunk<Traits>(chunk, reinterpret_cast<const unsigned short*>(at), chunk_dim(pass), dim_stride_);
+    load_chunk<Traits>(chunk, reinterpret_cast<const Bits*>(at), chunk_dim(pass), dim_stride_);
   }
 
-  const unsigned short* chunk_0_;  // this thread's first chunk of the tile
+  const Bits* chunk_0_;     // this thread's first chunk of the tile
   long long row_stride_, dim_stride_;
   Offset offset_[kPasses];         // of its chunks from the first
+};
+
+struct RegisterStagedCopy {
+  template <class Traits, int kRows, int kDims, int kThreads>
+  using Stream = RegisterStagedStream<Traits, kRows, kDims, kThreads>;
 };
 
 // What one warp copies at a time between global memory and its own part of shared memory: kRows x kDims.
@@ -147,20 +160,21 @@ struct WarpRows {
   static constexpr int kPasses = kRows * kChunksPerRow / 32;
   static_assert(kRows * kChunksPerRow % 32 == 0, "a warp copies whole passes of 32 chunks");
   using Chunks = Vec16[kPasses];
+  using Bits = typename Traits::Element::Bits;
 
   static __device__ __forceinline__ int row(int pass, int lane) { return (lane + pass * 32) / kChunksPerRow; }
   static __device__ __forceinline__ int dim(int pass, int lane) {
     return (lane + pass * 32) % kChunksPerRow * kChunkDims;
   }
   static __device__ __forceinline__ SharedAddress address(SharedAddress tile, int pitch, int pass, int lane) {
-    return tile + row(pass, lane) * pitch + dim(pass, lane) * 2;
+    return tile + row(pass, lane) * pitch + dim(pass, lane) * kElementBytes;
   }
 
   // Dims [first_dim, first_dim + kDims) of the first `rows` rows from `first_row` on; the other rows read as zero.
-  static __device__ __forceinline__ void load(Chunks& chunks, const GlobalMatrix& matrix, int first_row, int rows,
-                                              int first_dim, int lane) {
+  static __device__ __forceinline__ void load(Chunks& chunks, const GlobalMatrix<typename Traits::Element>& matrix,
+                                              int first_row, int rows, int first_dim, int lane) {
     const long long dim_stride = Traits::kVectorAccess ? 1 : matrix.dim_stride;
-    const unsigned short* first = matrix.base + first_row * matrix.row_stride;
+    const Bits* first = matrix.base + first_row * matrix.row_stride;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int d = first_dim + dim(pass, lane);
@@ -170,7 +184,7 @@ struct WarpRows {
     }
   }
 
-  // Stores them at `tile` in shared memory, rows `pitch` bytes apart, the signs of their fp16 pairs flipped by `sign`.
+  // Stores them at `tile` in shared memory, rows `pitch` bytes apart, the signs of their pairs flipped by `sign`.
   static __device__ __forceinline__ void store_shared(SharedAddress tile, int pitch, const Chunks& chunks, int lane,
                                                       unsigned sign) {
 #pragma unroll
@@ -183,7 +197,7 @@ struct WarpRows {
   }
 
   // The way back, from `tile` to dims [first_dim, first_dim + kDims) of the first `rows` rows from `base` on.
-  static __device__ __forceinline__ void write_back(unsigned short* base, long long row_stride, int rows,
+  static __device__ __forceinline__ void write_back(Bits* base, long long row_stride, int rows,
                                                     int first_dim, SharedAddress tile, int lane) {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {

@@ -278,7 +278,7 @@ const char* BlockEngine::meeting_name(Meeting meeting, int variant) {
     case Meeting::kLdmatrix:
       return access_kind(static_cast<HostAccess>(variant)).name;
     case Meeting::kMma:
-      return variant == kMmaAccumulate ? "mma_m16n8k8" : "mma_m16n8k8_zero";
+      return variant == kMmaAccumulate ? "multiply_add" : "multiply";
     case Meeting::kShuffle:
       return "shuffle_xor";
     case Meeting::kVote:

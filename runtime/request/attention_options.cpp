@@ -11,7 +11,6 @@
 namespace flash_attn_jit {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLeastScale = 0x1p-100f;  // see softmax_scale_log2 in templates/attention_params.cuh
 constexpr unsigned kFlipBothSigns = 0x80008000u;
 
@@ -113,11 +112,8 @@ AttentionParams attention_params(const TensorView& q, const TensorView& k, const
   const float softcap = static_cast<float>(options.softcap);
   params.softmax_scale_log2 = std::max((softcap > 0 ? softcap : scale) * kLog2E, kLeastScale);
   params.sign = options.softmax_scale < 0 ? kFlipBothSigns : 0;
-  if (softcap > 0) params.softcap_scale = scale / softcap;
-  if (options.alibi) {
-    params.alibi_slopes = options.alibi->data;
-    params.alibi_batch_stride = options.alibi->batch_stride;
-  }
+  if (softcap > 0) params.softcap.product_scale = scale / softcap;
+  if (options.alibi) params.alibi = {options.alibi->data, options.alibi->batch_stride};
   return params;
 }
 

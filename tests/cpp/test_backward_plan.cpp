@@ -123,11 +123,11 @@ TEST_CASE("backward plan: the options as kernels see them") {
   const FlashBwdParams params = plan(r)[kDkDv].params;
   CHECK(params.sign == 0x80008000u);
   CHECK(params.softmax_scale == -0.5f);
-  CHECK(params.softcap_scale == doctest::Approx(0.05));
+  CHECK(params.softcap.product_scale == doctest::Approx(0.05));
   CHECK(params.softmax_scale_log2 == doctest::Approx(10 * std::log2(std::exp(1.0))));
   CHECK(params.window_left == 7);
   CHECK(params.window_right >= 1 << 29);
-  CHECK(params.alibi_slopes == slopes);
+  CHECK(params.alibi.slopes == slopes);
   const KernelSpec spec = plan(r)[kDkDv].spec;
   CHECK(spec.has(Feature::kSoftcap));
   CHECK(spec.has(Feature::kAlibi));

@@ -44,7 +44,7 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 }  // namespace
 
-TEST_CASE("pack_fp16 rounds to nearest even, and the halves do not mix") {
+TEST_CASE("Fp16::pack rounds to nearest even, and the halves do not mix") {
   std::vector<float> x, y;
   for (int h = 0; h < 0x7c00; ++h) {
     // A number of fp16, the middle to the next one, and both floats beside the middle.
@@ -58,7 +58,7 @@ TEST_CASE("pack_fp16 rounds to nearest even, and the halves do not mix") {
       y.push_back(-each);
     }
   }
-  const std::vector<float> packed = evaluate("bits_float(pack_fp16(x, y))", x, y);
+  const std::vector<float> packed = evaluate("bits_float(Fp16::pack(x, y))", x, y);
   for (std::size_t i = 0; i < x.size(); ++i) {
     const std::uint32_t bits = std::bit_cast<std::uint32_t>(packed[i]);
     REQUIRE((bits & 0xffff) == to_fp16(x[i]));
@@ -66,9 +66,9 @@ TEST_CASE("pack_fp16 rounds to nearest even, and the halves do not mix") {
   }
 }
 
-TEST_CASE("pack_fp16 of special values") {
+TEST_CASE("Fp16::pack of special values") {
   const std::vector<float> out =
-      evaluate("bits_float(pack_fp16(x, 0.0f))",
+      evaluate("bits_float(Fp16::pack(x, 0.0f))",
                {kInfinity, -kInfinity, 65519.0f, 65520.0f, 1e30f, kNaN, -kNaN, -0.0f, 1e-30f});
   const std::array<std::uint32_t, 9> expected = {0x7c00, 0xfc00, 0x7bff, 0x7c00, 0x7c00,
                                                  0x7fff, 0x7fff, 0x8000, 0};

@@ -147,9 +147,9 @@ TEST_CASE("lanes at different primitives") {
   CHECK(error_of_small_kernel("if (thread_in_block() % 2)\n  warp_barrier();\nelse\n  warp_barrier();") ==
         Containing{"divergence"});
   CHECK(
-      error_of_small_kernel("float c[4] = {};\nif (thread_in_block() < 5)\n  mma_m16n8k8(c, 0, 0, 0);\nelse\n"
-                            "  mma_m16n8k8_zero(c, 0, 0, 0);") ==
-      Containing{"is at mma_m16n8k8_zero while lane 4 waits at mma_m16n8k8 "});
+      error_of_small_kernel("float c[4] = {};\nif (thread_in_block() < 5)\n  Fp16::multiply_add(c, 0, 0, 0);\nelse\n"
+                            "  Fp16::multiply(c, 0, 0, 0);") ==
+      Containing{"is at multiply while lane 4 waits at multiply_add "});
 }
 
 TEST_CASE("a lane that leaves while others wait") {

@@ -30,7 +30,7 @@ constexpr const char* kMmaBody = R"(
   const unsigned b = pair(params.b[2 * t * 8 + g], params.b[(2 * t + 1) * 8 + g]);
   float c[4];
   for (int i = 0; i < 4; ++i) c[i] = params.c[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
-  if (params.accumulate) mma_m16n8k8(c, a0, a1, b); else mma_m16n8k8_zero(c, a0, a1, b);
+  if (params.accumulate) Fp16::multiply_add(c, a0, a1, b); else Fp16::multiply(c, a0, a1, b);
   for (int i = 0; i < 4; ++i) store_global_f32(params.d + (g + i / 2 * 8) * 8 + 2 * t + i % 2, c[i]);
 )";
 
@@ -61,7 +61,7 @@ struct MmaCase {
 
 }  // namespace
 
-TEST_CASE("mma_m16n8k8 multiplies whole matrices") {
+TEST_CASE("multiply_add multiplies whole matrices") {
   const CompiledKernel kernel = compile_small_kernel(kMmaParams, kMmaBody);
   std::mt19937 random(1);
   std::uniform_int_distribution<int> small(-64, 64);
@@ -78,7 +78,7 @@ TEST_CASE("mma_m16n8k8 multiplies whole matrices") {
   }
 }
 
-TEST_CASE("mma_m16n8k8 reads every fp16 exactly, subnormals included") {
+TEST_CASE("multiply_add reads every fp16 exactly, subnormals included") {
   const CompiledKernel kernel = compile_small_kernel(kMmaParams, kMmaBody);
   MmaCase test{};
   for (int k = 0; k < 8; ++k) test.b[k * 8 + k] = to_fp16(1);  // the identity
@@ -91,7 +91,7 @@ TEST_CASE("mma_m16n8k8 reads every fp16 exactly, subnormals included") {
   }
 }
 
-TEST_CASE("mma_m16n8k8 with infinity and NaN") {
+TEST_CASE("multiply_add with infinity and NaN") {
   const CompiledKernel kernel = compile_small_kernel(kMmaParams, kMmaBody);
   MmaCase test{};
   for (auto& x : test.b) x = to_fp16(1);
