@@ -3,23 +3,23 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
+#include "generator/kernel_selection.h"
 #include "generator/legality.h"
-#include "python/bindings_errors.h"
 #include "python/bindings_backward.h"
+#include "python/bindings_errors.h"
 #include "python/bindings_forward.h"
 #include "python/bindings_options.h"
 #include "python/bindings_tensors.h"
-#include "runtime/attention_options.h"
-#include "runtime/config.h"
-#include "runtime/driver.h"
+#include "runtime/cuda/driver.h"
+#include "runtime/cuda/nvrtc.h"
 #include "runtime/interpreter/interpreter.h"
-#include "runtime/interrupt.h"
-#include "runtime/kernel_library.h"
-#include "runtime/kernel_selection.h"
-#include "runtime/log.h"
-#include "runtime/machine_report.h"
-#include "runtime/nvrtc.h"
-#include "runtime/pack.h"
+#include "runtime/launch/machine_report.h"
+#include "runtime/library/kernel_library.h"
+#include "runtime/library/pack.h"
+#include "runtime/request/attention_options.h"
+#include "runtime/system/config.h"
+#include "runtime/system/interrupt.h"
+#include "runtime/system/log.h"
 
 namespace py = pybind11;
 using namespace flash_attn_jit;

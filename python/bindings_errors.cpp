@@ -3,8 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include "runtime/interpreter/interpreter.h"
-#include "runtime/interrupt.h"
-#include "runtime/kernel_library.h"
+#include "runtime/library/kernel_library.h"
+#include "runtime/system/interrupt.h"
 
 namespace py = pybind11;
 

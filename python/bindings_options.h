@@ -4,7 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "python/bindings_arguments.h"
-#include "runtime/attention_options.h"
+#include "runtime/request/attention_options.h"
 
 namespace flash_attn_jit::bindings {
 
@@ -17,7 +17,7 @@ inline constexpr const char* kAcceptedSlopes =
 void connect_options(pybind11::type type);
 
 // Whether q, k and v are (total, heads, head_dim). Throws ArgumentError for what is no Options.
-Lengths lengths_of(pybind11::handle options);
+bool is_varlen(pybind11::handle options);
 
 AttentionOptions read_options(pybind11::handle options, const Argument& q);
 

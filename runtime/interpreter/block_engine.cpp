@@ -3,7 +3,7 @@
 #include <bit>
 #include <utility>
 
-#include "runtime/interrupt.h"
+#include "runtime/system/interrupt.h"
 
 namespace flash_attn_jit {
 namespace {

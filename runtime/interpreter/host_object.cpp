@@ -11,7 +11,7 @@
 #include <mutex>
 #include <utility>
 
-#include "runtime/fork.h"
+#include "runtime/system/fork.h"
 
 namespace flash_attn_jit {
 namespace {

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "generator/errors.h"
-#include "runtime/compiled_kernel.h"
+#include "runtime/compile/compiled_kernel.h"
 
 namespace flash_attn_jit {
 

@@ -8,10 +8,10 @@
 
 #include <nlohmann/json.hpp>
 
-#include "runtime/cache_folder.h"
-#include "runtime/config.h"
+#include "runtime/cache/cache_folder.h"
 #include "runtime/program/command.h"
 #include "runtime/program/flag_values.h"
+#include "runtime/system/config.h"
 
 namespace flash_attn_jit::program {
 namespace {

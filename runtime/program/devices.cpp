@@ -5,9 +5,9 @@
 
 #include <nlohmann/json.hpp>
 
-#include "runtime/config.h"
-#include "runtime/machine_report_data.h"
+#include "runtime/launch/machine_report_data.h"
 #include "runtime/program/command.h"
+#include "runtime/system/config.h"
 
 namespace flash_attn_jit::program {
 namespace {

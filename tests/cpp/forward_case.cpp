@@ -12,7 +12,7 @@
 #include <utility>
 
 #include "fp16.h"
-#include "generator/default_tiles.h"
+#include "generator/tile_chooser.h"
 #include "generator/errors.h"
 #include "generator/legality.h"
 

@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "generator/errors.h"
-#include "runtime/backward.h"
+#include "runtime/request/backward.h"
 #include "tests/cpp/containing.h"
 
 using namespace flash_attn_jit;
@@ -86,8 +86,8 @@ TEST_CASE("backward plan: a varlen grid follows from the longest sequence, and t
   BackwardRequest r = request(1, 700, 900, 8, 2, 64);
   r.options.varlen = Varlen{reinterpret_cast<int*>(0xb000), reinterpret_cast<int*>(0xc000), 5, 300, 400};
   const BackwardPlan p = plan(r);
-  CHECK(p[kDkDv].spec.lengths == Lengths::kVarlen);
-  CHECK(p[kPreprocess].spec.lengths == Lengths::kFixed);
+  CHECK(p[kDkDv].spec.has(Feature::kVarlen));
+  CHECK(!p[kPreprocess].spec.has(Feature::kVarlen));
   CHECK(p[kPreprocess].params.seqlen_q == 700);
   CHECK(p[kPreprocess].blocks == 8 * row_blocks(p[kPreprocess], 700));
   CHECK(p[kDkDv].blocks == 5 * 2 * row_blocks(p[kDkDv], 400));
@@ -129,8 +129,8 @@ TEST_CASE("backward plan: the options as kernels see them") {
   CHECK(params.window_right >= 1 << 29);
   CHECK(params.alibi_slopes == slopes);
   const KernelSpec spec = plan(r)[kDkDv].spec;
-  CHECK(spec.softcap == Softcap::kOn);
-  CHECK(spec.alibi == Alibi::kOn);
+  CHECK(spec.has(Feature::kSoftcap));
+  CHECK(spec.has(Feature::kAlibi));
   for (const float bad : {-1.0f, 1e-7f, 1e18f, std::nanf(""), INFINITY}) {
     r.options.softcap = bad;
     CHECK(refusal<ArgumentError>(r) == Containing{"softcap is"});

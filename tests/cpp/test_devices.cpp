@@ -10,8 +10,8 @@
 #include <set>
 #include <thread>
 
-#include "runtime/cache_folder.h"
-#include "runtime/loaded_kernels.h"
+#include "runtime/cache/cache_folder.h"
+#include "runtime/launch/loaded_kernels.h"
 #include "tests/cpp/captured_log.h"
 #include "tests/cpp/containing.h"
 #include "tests/cpp/stub_libcuda/stub_control.h"

@@ -4,7 +4,7 @@
 #include <limits>
 
 #include "generator/errors.h"
-#include "runtime/forward.h"
+#include "runtime/request/forward.h"
 #include "tests/cpp/containing.h"
 
 using namespace flash_attn_jit;

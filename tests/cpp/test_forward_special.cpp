@@ -11,7 +11,7 @@
 #include "containing.h"
 #include "forward_case.h"
 #include "fp16.h"
-#include "generator/default_tiles.h"
+#include "generator/tile_chooser.h"
 #include "generator/legality.h"
 #include "runtime/interpreter/interpreter.h"
 

@@ -12,13 +12,13 @@
 #include <thread>
 
 #include "containing.h"
-#include "generator/default_tiles.h"
+#include "generator/tile_chooser.h"
 #include "generator/legality.h"
-#include "runtime/host_compiler.h"
+#include "runtime/compile/host_compiler.h"
 #include "runtime/interpreter/interpreter.h"
-#include "runtime/interrupt.h"
-#include "runtime/kernel_library.h"
-#include "runtime/subprocess.h"
+#include "runtime/library/kernel_library.h"
+#include "runtime/system/interrupt.h"
+#include "runtime/system/subprocess.h"
 #include "temporary_folder.h"
 
 using namespace flash_attn_jit;
@@ -70,7 +70,7 @@ std::string message_of(const auto& action) {
 KernelSpec some_spec() {
   KernelSpec spec;
   spec.head_dim = 16;
-  spec.tile = default_tiles(spec, arch_limits(75)).back();
+  spec.tile = default_tiles(spec).back();
   return spec;
 }
 

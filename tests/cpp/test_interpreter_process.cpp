@@ -10,7 +10,7 @@
 
 #include "containing.h"
 #include "runtime/interpreter/fiber.h"
-#include "runtime/interrupt.h"
+#include "runtime/system/interrupt.h"
 #include "small_kernel.h"
 
 using namespace flash_attn_jit;

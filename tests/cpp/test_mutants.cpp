@@ -12,9 +12,9 @@
 #include "forward_case.h"
 #include "generator/legality.h"
 #include "generator/render.h"
-#include "runtime/host_compiler.h"
+#include "runtime/compile/host_compiler.h"
 #include "runtime/interpreter/interpreter.h"
-#include "runtime/interpreter/tensor_extents.h"
+#include "runtime/launch/tensor_extents.h"
 
 using namespace flash_attn_jit;
 using namespace flash_attn_jit::testing;
