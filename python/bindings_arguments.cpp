@@ -80,8 +80,7 @@ void refuse_rank(const char* name, py::handle tensor, bool varlen) {
        varlen ? "3, (total, heads, head_dim)" : "4, (batch, seqlen, heads, head_dim)"});
 }
 
-void check_input(const Argument& argument, const Argument& q, Lengths lengths) {
-  const bool varlen = lengths == Lengths::kVarlen;
+void check_input(const Argument& argument, const Argument& q, bool varlen) {
   if (argument.info.rank != (varlen ? 3 : 4)) refuse_rank(argument.name, argument.object, varlen);
   check_device(argument);
   check_same_device(argument, q);

@@ -24,7 +24,7 @@ void check_same_device(const Argument& argument, const Argument& q);
 
 // A tensor of fp16 on q's device, (batch, seqlen, heads, head_dim) or, varlen, (total, heads, head_dim). A CPU tensor is
 // accepted where the interpreter is on. Shapes and strides are checked where a launch is laid out.
-void check_input(const Argument& argument, const Argument& q, Lengths lengths);
+void check_input(const Argument& argument, const Argument& q, bool varlen);
 
 // What check_input() says of a tensor's number of dimensions.
 [[noreturn]] void refuse_rank(const char* name, pybind11::handle tensor, bool varlen);

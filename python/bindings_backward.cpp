@@ -14,9 +14,9 @@ std::optional<TileConfig> parse_tile(const std::optional<std::string>& text) {
   return text ? std::optional(TileConfig::parse(*text)) : std::nullopt;
 }
 
-TensorView gradient(const char* name, py::handle object, const Argument& q, Lengths lengths) {
+TensorView gradient(const char* name, py::handle object, const Argument& q, bool varlen) {
   const Argument argument(name, object);
-  check_input(argument, q, lengths);
+  check_input(argument, q, varlen);
   return view(argument);
 }
 
@@ -26,10 +26,10 @@ void backward(py::handle dout_object, py::handle q_object, py::handle k_object, 
               py::handle out_object, py::handle lse_object, py::handle dq_object, py::handle dk_object,
               py::handle dv_object, py::handle delta_object, py::handle options,
               const std::optional<std::string>& dkdv_tile, const std::optional<std::string>& dq_tile) {
-  const Lengths lengths = lengths_of(options);
+  const bool varlen = is_varlen(options);
   const Argument q("q", q_object), k("k", k_object), v("v", v_object), out("out", out_object),
       dout("dout", dout_object);
-  for (const Argument* argument : {&q, &k, &v, &out, &dout}) check_input(*argument, q, lengths);
+  for (const Argument* argument : {&q, &k, &v, &out, &dout}) check_input(*argument, q, varlen);
   const Argument lse("softmax_lse", lse_object), delta("delta", delta_object);
   check_rows(lse, q);
   check_rows(delta, q);
@@ -45,12 +45,12 @@ void backward(py::handle dout_object, py::handle q_object, py::handle k_object, 
   request.options = read_options(options, q);
   request.dkdv_tile = parse_tile(dkdv_tile);
   request.dq_tile = parse_tile(dq_tile);
-  if (!dq_object.is_none()) request.dq = gradient("dq", dq_object, q, lengths);
+  if (!dq_object.is_none()) request.dq = gradient("dq", dq_object, q, varlen);
   if (dk_object.is_none() != dv_object.is_none())
     throw ArgumentError({dk_object.is_none() ? "dk" : "dv", "is None and the other of dk and dv is not",
                          "both, or neither: one kernel makes both"});
   if (!dk_object.is_none())
-    request.dkdv = KeyGradients{gradient("dk", dk_object, q, lengths), gradient("dv", dv_object, q, lengths)};
+    request.dkdv = KeyGradients{gradient("dk", dk_object, q, varlen), gradient("dv", dv_object, q, varlen)};
 
   if (q.info.device.kind == DeviceKind::kCpu) {
     const py::gil_scoped_release without_gil;

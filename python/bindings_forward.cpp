@@ -10,9 +10,9 @@ namespace flash_attn_jit::bindings {
 
 void forward(py::handle q_object, py::handle k_object, py::handle v_object, py::handle out_object,
              py::handle lse_object, py::handle options, const std::optional<std::string>& tile) {
-  const Lengths lengths = lengths_of(options);
+  const bool varlen = is_varlen(options);
   const Argument q("q", q_object), k("k", k_object), v("v", v_object), out("out", out_object);
-  for (const Argument* argument : {&q, &k, &v, &out}) check_input(*argument, q, lengths);
+  for (const Argument* argument : {&q, &k, &v, &out}) check_input(*argument, q, varlen);
   const Argument lse("softmax_lse", lse_object);
   check_rows(lse, q);
 

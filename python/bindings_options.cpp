@@ -69,7 +69,7 @@ void check_small_tensor(const Argument& argument, const Argument& q, ElementType
 
 // One length for the whole batch, or cu_seqlens.
 std::optional<Varlen> read_varlen(py::handle options, const Argument& q) {
-  if (lengths_of(options) == Lengths::kFixed) return std::nullopt;
+  if (!is_varlen(options)) return std::nullopt;
   const Argument cu_seqlens_q("cu_seqlens_q", field.cu_seqlens_q(options));
   const Argument cu_seqlens_k("cu_seqlens_k", field.cu_seqlens_k(options));
   for (const Argument* each : {&cu_seqlens_q, &cu_seqlens_k})
@@ -108,12 +108,11 @@ void connect_options(py::type type) {
   options_type = new py::type(type);
 }
 
-Lengths lengths_of(py::handle options) {
+bool is_varlen(py::handle options) {
   if (!options_type) throw Error("connect_options() was not called");
   if (!PyObject_TypeCheck(options.ptr(), reinterpret_cast<PyTypeObject*>(options_type->ptr())))
     throw ArgumentError({"options", "is a " + type_text(options), "an Options"});
-  const bool varlen = !field.cu_seqlens_q(options).is_none() || !field.cu_seqlens_k(options).is_none();
-  return varlen ? Lengths::kVarlen : Lengths::kFixed;
+  return !field.cu_seqlens_q(options).is_none() || !field.cu_seqlens_k(options).is_none();
 }
 
 AttentionOptions read_options(py::handle options, const Argument& q) {

@@ -17,7 +17,7 @@ inline constexpr const char* kAcceptedSlopes =
 void connect_options(pybind11::type type);
 
 // Whether q, k and v are (total, heads, head_dim). Throws ArgumentError for what is no Options.
-Lengths lengths_of(pybind11::handle options);
+bool is_varlen(pybind11::handle options);
 
 AttentionOptions read_options(pybind11::handle options, const Argument& q);
 
