@@ -76,7 +76,7 @@ test test-all: $(stamps)/package $(stamps)/sanitized
 	@echo '== C++ tests under AddressSanitizer and UBSan'
 	@ctest --test-dir $(build_sanitized) --output-on-failure -j $(JOBS)
 	@echo '== Python tests'
-	@$(python) -m pytest -m 'not gpu'
+	@$(python) -m pytest -m 'not gpu' -n $(JOBS) --dist worksteal
 
 clean:
 	rm -rf $(venv) $(build) $(build_sanitized) build

@@ -62,14 +62,22 @@ class PairwiseChoices {
 // Whether FLASH_ATTN_JIT_TEST_ALL=1 asks for everything.
 bool tests_all();
 
-// How many of a grid's cases stand for one that is run: a program under sanitizers is several times slower, and the plain
-// one runs them all.
-int cases_per_run();
+// Which of a grid's cases this program runs: every `step`th from `first` on.
+struct Share {
+  std::size_t first, step;
+};
+
+// The plain program has half of a grid, and the one under sanitizers, which is several times slower, a quarter of the
+// other half: five eighths of the cases run, and none twice. With FLASH_ATTN_JIT_TEST_ALL=1 each runs all.
+Share share_of_grid();
+
+// Drawn cases are few: the plain program has all.
+Share share_of_drawn();
 
 template <class Case>
-std::vector<Case> thinned(const std::vector<Case>& cases) {
+std::vector<Case> pick(const std::vector<Case>& cases, Share share) {
   std::vector<Case> kept;
-  for (std::size_t i = 0; i < cases.size(); i += cases_per_run()) kept.push_back(cases[i]);
+  for (std::size_t i = share.first; i < cases.size(); i += share.step) kept.push_back(cases[i]);
   return kept;
 }
 
