@@ -1,5 +1,5 @@
-// A kernel family: all that the rest of the project knows of a kind of kernel. One descriptor each in families/, beside
-// its templates; what needs to know about kinds asks the descriptor and has no switch of its own.
+// A kernel family: all that the project knows of a kind of kernel beside its word. One descriptor each in families/; what
+// needs to know about kinds asks the descriptor and has no switch of its own.
 #pragma once
 
 #include <optional>
@@ -16,7 +16,6 @@ namespace flash_attn_jit {
 enum class RowSide { kQueries, kKeys };
 
 struct KernelFamily {
-  std::string_view word;        // in a spec's text and of `inspect --kind`
   std::string_view pack_group;  // of `prebuild --kinds`: the kernels of one pass are built together
 
   // The source.
@@ -40,10 +39,5 @@ struct KernelFamily {
   TileTables (*default_tiles)(const KernelSpec&);
   std::span<const LoopSchedule> schedules;  // those that the tile space has beside the defaults'; none: no other tiles
 };
-
-const KernelFamily& family_of(KernelKind kind);
-
-std::string kind_words();        // "fwd, bwd_preprocess, ..."
-std::string pack_group_words();  // "fwd, bwd"
 
 }  // namespace flash_attn_jit

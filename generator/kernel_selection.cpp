@@ -1,3 +1,4 @@
+#include "generator/families/families.h"
 #include "generator/kernel_selection.h"
 
 #include <algorithm>

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "generator/errors.h"
-#include "generator/kernel_family.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -96,7 +95,10 @@ bool take(std::vector<std::string_view>& words, std::size_t at, std::string_view
 
 KernelKind parse_kind(std::string_view text) { return parse_word(text, kKernelKinds, "kind"); }
 
-std::string_view to_text(KernelKind kind) { return family_of(kind).word; }
+std::string_view to_text(KernelKind kind) {
+  constexpr std::array<std::string_view, kKernelKinds.size()> kWords = {"fwd", "bwd_preprocess", "bwd_dkdv", "bwd_dq"};
+  return kWords[static_cast<std::size_t>(kind)];
+}
 std::string_view to_text(DType dtype) { return dtype == DType::kFloat16 ? "fp16" : "bf16"; }
 std::string_view to_text(Mask mask) {
   switch (mask) {
@@ -164,14 +166,6 @@ std::string KernelSpec::name() const {
   std::string name = "flash";
   for (const std::string& word : words_of(*this)) name += "_" + word;
   return name;
-}
-
-KernelSpec normalized(KernelSpec spec) {
-  if (family_of(spec.kind).reads_mask) return spec;
-  spec.mask = Mask::kNone;
-  spec.features = {};
-  spec.group_size = 1;
-  return spec;
 }
 
 }  // namespace flash_attn_jit

@@ -82,11 +82,8 @@ struct KernelSpec {
   friend auto operator<=>(const KernelSpec&, const KernelSpec&) = default;
 };
 
-// The spec with what its kind does not read at its plainest value, so that problems which can share a kernel do.
-KernelSpec normalized(KernelSpec spec);
-
 KernelKind parse_kind(std::string_view text);  // throws SpecError
-std::string_view to_text(KernelKind);    // its family's word: "fwd", "bwd_dq" and so on
+std::string_view to_text(KernelKind);    // "fwd", "bwd_preprocess", "bwd_dkdv", "bwd_dq"
 std::string_view to_text(DType);         // "fp16", "bf16"
 std::string_view to_text(Mask);          // "full", "causal", "window"
 std::string_view to_text(GlobalAccess);  // "vec16", "elem2"

@@ -4,7 +4,7 @@
 #include <charconv>
 
 #include "generator/errors.h"
-#include "generator/kernel_family.h"
+#include "generator/families/families.h"
 #include "generator/tile_layout.h"
 #include "generator/tile_rules.h"
 

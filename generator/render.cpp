@@ -3,7 +3,7 @@
 #include <set>
 
 #include "generator/errors.h"
-#include "generator/kernel_family.h"
+#include "generator/families/families.h"
 #include "generator/tile_layout.h"
 
 namespace flash_attn_jit {

@@ -4,7 +4,7 @@
 #include <array>
 #include <optional>
 
-#include "generator/kernel_family.h"
+#include "generator/families/families.h"
 #include "generator/tile_layout.h"
 
 namespace flash_attn_jit {

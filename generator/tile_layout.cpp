@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "generator/kernel_family.h"
+#include "generator/families/families.h"
 
 namespace flash_attn_jit {
 

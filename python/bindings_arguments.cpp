@@ -4,8 +4,8 @@
 
 #include "generator/errors.h"
 #include "python/bindings_errors.h"
-#include "runtime/cuda/driver.h"
-#include "runtime/system/config.h"
+#include "runtime/launch/process.h"
+#include "runtime/system/errors.h"
 
 namespace py = pybind11;
 

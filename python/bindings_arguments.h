@@ -18,6 +18,8 @@ struct Argument {
       : name(name), object(object), info(read_tensor(object, name)) {}
 };
 
+enum class Lengths { kFixed, kVarlen };  // one for the whole batch, or cu_seqlens
+
 void check_same_device(const Argument& argument, const Argument& q);
 
 // A tensor of fp16 on q's device, (batch, seqlen, heads, head_dim) or, varlen, (total, heads, head_dim). A CPU tensor is

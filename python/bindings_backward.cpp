@@ -3,7 +3,7 @@
 #include "generator/errors.h"
 #include "python/bindings_arguments.h"
 #include "python/bindings_options.h"
-#include "runtime/request/backward.h"
+#include "runtime/launch/backward_launch.h"
 
 namespace py = pybind11;
 

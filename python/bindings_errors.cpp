@@ -2,8 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "runtime/interpreter/interpreter.h"
-#include "runtime/library/kernel_library.h"
+#include "runtime/system/errors.h"
 #include "runtime/system/interrupt.h"
 
 namespace py = pybind11;

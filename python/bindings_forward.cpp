@@ -2,7 +2,7 @@
 
 #include "python/bindings_arguments.h"
 #include "python/bindings_options.h"
-#include "runtime/request/forward.h"
+#include "runtime/launch/forward_launch.h"
 
 namespace py = pybind11;
 

@@ -76,8 +76,7 @@ std::optional<std::string> check_tile(const KernelSpec& spec) {
 
 }  // namespace
 
-const KernelFamily kBackwardDkDvFamily = {.word = "bwd_dkdv",
-  .pack_group = "bwd",
+const KernelFamily kBackwardDkDvFamily = {.pack_group = "bwd",
   .template_file = "flash_bwd.cuh",
   .function = "flash_bwd",
   .params = "FlashBwdParams",

@@ -66,8 +66,7 @@ int registers(const KernelSpec& spec) { return registers_of(kLayout, spec); }
 
 }  // namespace
 
-const KernelFamily kBackwardDqFamily = {.word = "bwd_dq",
-  .pack_group = "bwd",
+const KernelFamily kBackwardDqFamily = {.pack_group = "bwd",
   .template_file = "flash_bwd.cuh",
   .function = "flash_bwd",
   .params = "FlashBwdParams",

@@ -20,8 +20,7 @@ std::optional<std::string> check_tile(const KernelSpec& spec) {
 
 }  // namespace
 
-const KernelFamily kBackwardPreprocessFamily = {.word = "bwd_preprocess",
-                                                .pack_group = "bwd",
+const KernelFamily kBackwardPreprocessFamily = {.pack_group = "bwd",
                                                 .template_file = "flash_bwd_preprocess.cuh",
                                                 .function = "flash_bwd_preprocess",
                                                 .params = "FlashBwdParams",

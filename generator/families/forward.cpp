@@ -85,8 +85,7 @@ constexpr std::array kSchedules = {LoopSchedule{2, 4, 4}, LoopSchedule{2, 4, 7},
 
 }  // namespace
 
-const KernelFamily kForwardFamily = {.word = "fwd",
-                                     .pack_group = "fwd",
+const KernelFamily kForwardFamily = {.pack_group = "fwd",
                                      .template_file = "flash_fwd.cuh",
                                      .function = "flash_fwd",
                                      .params = "FlashFwdParams",

@@ -86,7 +86,4 @@ class KernelCache {
   std::uint64_t until_reading_ = 0;  // bytes that may be stored before the folder is read for its bound again
 };
 
-// The process's own cache, as config() says.
-KernelCache& process_cache();
-
 }  // namespace flash_attn_jit

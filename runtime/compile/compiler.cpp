@@ -20,10 +20,6 @@ std::optional<int> number_before(std::string_view log, std::string_view words) {
 
 }  // namespace
 
-std::string CompileTarget::text() const {
-  return (code == CodeKind::kPtx ? "compute_" : "sm_") + std::to_string(sm);
-}
-
 std::vector<std::string> compile_options(const CompileTarget& target) {
   // The templates' constexpr functions are plain C++, which the interpreter's compiler takes as they are.
   std::vector<std::string> options = {"--gpu-architecture=" + target.text(), "--std=c++17",

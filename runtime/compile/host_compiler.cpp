@@ -10,9 +10,7 @@
 #include <fstream>
 #include <sstream>
 
-#include "runtime/system/config.h"
 #include "runtime/system/files.h"
-#include "runtime/system/fork.h"
 #include "runtime/system/subprocess.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -106,11 +104,6 @@ HostCompiler find_host_compiler(const std::optional<std::string>& choice) {
   }
   throw ConfigError("the interpreter needs a C++ compiler, and none on PATH runs (" + tried +
                     "); install one (Debian, Ubuntu: apt-get install g++) or name it in FLASH_ATTN_JIT_CXX");
-}
-
-const HostCompiler& host_compiler() {
-  static constinit ProcessOwn<const HostCompiler> compiler;
-  return compiler.get([] { return find_host_compiler(config().cxx); });
 }
 
 std::vector<std::string> host_compiler_flags(const HostCompiler& compiler) {

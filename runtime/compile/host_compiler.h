@@ -22,9 +22,6 @@ struct HostCompiler {
 // and clang++ that runs. Throws ConfigError, which names the variable and the package to install.
 HostCompiler find_host_compiler(const std::optional<std::string>& choice);
 
-// The process's own, looked for once.
-const HostCompiler& host_compiler();
-
 // Everything on the command line that decides what comes out, the paths of the files not counted.
 std::vector<std::string> host_compiler_flags(const HostCompiler& compiler);
 

@@ -15,7 +15,8 @@ struct CompileTarget {
   int sm = 75;  // compute capability x 10
   CodeKind code = CodeKind::kCubin;
 
-  std::string text() const;  // "sm_75" for machine code, "compute_75" for PTX
+  // "sm_75" for machine code, "compute_75" for PTX
+  std::string text() const { return (code == CodeKind::kPtx ? "compute_" : "sm_") + std::to_string(sm); }
   friend auto operator<=>(const CompileTarget&, const CompileTarget&) = default;
 };
 

@@ -4,6 +4,8 @@
 #include <map>
 #include <mutex>
 
+#include "runtime/system/errors.h"
+
 namespace flash_attn_jit {
 namespace {
 
@@ -236,32 +238,5 @@ Driver::CaptureTolerance::CaptureTolerance(Driver& driver)
 }
 
 Driver::CaptureTolerance::~CaptureTolerance() { driver_.api_->exchange_capture_mode(&previous_mode_); }
-
-namespace {
-
-struct ProcessDriver {
-  std::unique_ptr<Driver> driver;
-  std::string absence;
-
-  ProcessDriver() {
-    try {
-      driver = std::make_unique<Driver>();
-    } catch (const DriverError& error) {
-      absence = error.what();
-    }
-  }
-};
-
-// Never destroyed: threads may still launch while the process ends.
-const ProcessDriver& the_driver() {
-  static const ProcessDriver& driver = *new ProcessDriver;
-  return driver;
-}
-
-}  // namespace
-
-Driver* process_driver() { return the_driver().driver.get(); }
-
-const std::string& process_driver_absence() { return the_driver().absence; }
 
 }  // namespace flash_attn_jit

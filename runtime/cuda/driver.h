@@ -9,8 +9,6 @@
 #include <string>
 #include <vector>
 
-#include "runtime/library/kernel_library.h"
-#include "runtime/request/forward.h"
 #include "runtime/system/dynamic_library.h"
 
 namespace flash_attn_jit {
@@ -26,6 +24,7 @@ struct DeviceInfo {
 using CudaContext = struct CudaContextTag*;
 using CudaModule = struct CudaModuleTag*;
 using CudaFunction = struct CudaFunctionTag*;
+using StreamHandle = void*;  // CUstream, as frameworks hand it over
 
 struct FunctionAttributes {
   int registers = 0;
@@ -115,9 +114,5 @@ class Driver {
   struct Api;
   std::unique_ptr<Api> api_;
 };
-
-// The process's driver, null where the machine has none; then `process_driver_absence()` says why.
-Driver* process_driver();
-const std::string& process_driver_absence();
 
 }  // namespace flash_attn_jit

@@ -3,6 +3,8 @@
 #include <map>
 #include <mutex>
 
+#include "runtime/system/dynamic_library.h"
+
 namespace flash_attn_jit {
 namespace {
 

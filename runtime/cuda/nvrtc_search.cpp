@@ -1,11 +1,10 @@
-// Where NVRTC may lie and which one is taken. Reads folders and file names; opens no library.
+#include "runtime/cuda/nvrtc_search.h"
+
 #include <algorithm>
 #include <charconv>
 #include <fstream>
 #include <mutex>
 #include <set>
-
-#include "runtime/cuda/nvrtc.h"
 
 namespace flash_attn_jit {
 namespace {

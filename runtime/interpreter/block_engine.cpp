@@ -3,6 +3,7 @@
 #include <bit>
 #include <utility>
 
+#include "runtime/system/errors.h"
 #include "runtime/system/interrupt.h"
 
 namespace flash_attn_jit {

@@ -11,6 +11,7 @@
 #include <mutex>
 #include <utility>
 
+#include "runtime/system/errors.h"
 #include "runtime/system/fork.h"
 
 namespace flash_attn_jit {

@@ -3,6 +3,7 @@
 #include <cfenv>
 #include <mutex>
 
+#include "generator/errors.h"
 #include "runtime/interpreter/block_engine.h"
 #include "runtime/interpreter/host_object.h"
 #include "runtime/system/fork.h"

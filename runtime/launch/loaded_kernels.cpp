@@ -3,8 +3,7 @@
 #include <chrono>
 
 #include "runtime/cuda/nvrtc_choice.h"
-#include "runtime/request/backward_plan.h"
-#include "runtime/request/forward_plan.h"
+#include "runtime/system/errors.h"
 #include "runtime/system/log.h"
 #include "runtime/system/side_by_side.h"
 
@@ -55,12 +54,12 @@ const LoadedKernel& LoadedKernelTable::insert(const LoadedKernel& kernel) {
   return *owned_.emplace_back(std::move(owned));
 }
 
-Device::Device(Driver& driver, KernelLibrary& library, TargetChoice target, int ordinal)
+Device::Device(Driver& driver, KernelLibrary& library, TargetChoice target, const TileChooser& tiles, int ordinal)
     : driver_(driver),
       library_(library),
       target_(target),
       info_(driver.device_info(ordinal)),
-      limits_(limits_of(info_, target)),
+      plan_target_{limits_of(info_, target), info_.multiprocessors, tiles},
       context_(driver.primary_context(ordinal)) {}
 
 void Device::launch(const LoadedKernel& kernel, std::int64_t blocks, const void* params, StreamHandle stream) {
@@ -106,7 +105,7 @@ void Device::load(const KernelSpec& spec, const CompiledKernel& kernel) {
 }
 
 FoundKernel Device::find_or_compile(const KernelSpec& spec) {
-  if (const auto reason = check(spec, limits_)) throw UnsupportedError(device_text(info_) + ": " + *reason);
+  if (const auto reason = check(spec, plan_target_.arch)) throw UnsupportedError(device_text(info_) + ": " + *reason);
   if (target_ == TargetChoice::kCompute75) return link(spec, {kOldestSm, info_.sm, "asked for"});
   const CompileTarget native{info_.sm, CodeKind::kCubin};
   if (auto found = library_.find(spec, native)) return *std::move(found);
@@ -147,10 +146,11 @@ CompiledKernel Device::machine_code_of(CompiledKernel ptx) {
   return kernel;
 }
 
-DeviceRuntime::DeviceRuntime(Driver& driver, KernelLibrary& library, TargetChoice target)
+DeviceRuntime::DeviceRuntime(Driver& driver, KernelLibrary& library, TargetChoice target, const TileChooser& tiles)
     : driver_(driver),
       library_(library),
       target_(target),
+      tiles_(tiles),
       slots_(static_cast<std::size_t>(driver.device_count())) {}
 
 Device& DeviceRuntime::device(int ordinal) {
@@ -162,29 +162,11 @@ Device& DeviceRuntime::device(int ordinal) {
 
 Device& DeviceRuntime::set_up(int ordinal) {
   const std::lock_guard lock(mutex_);
-  auto device = std::make_unique<Device>(driver_, library_, target_, ordinal);
+  auto device = std::make_unique<Device>(driver_, library_, target_, tiles_, ordinal);
   Slot& slot = slots_.at(static_cast<std::size_t>(ordinal));
   if (slot.device == nullptr) slot.device = std::move(device);
   slot.ready.store(slot.device.get(), std::memory_order_release);
   return *slot.device;
-}
-
-void DeviceRuntime::forward(const ForwardRequest& request, int ordinal, StreamHandle stream) {
-  Device& target = device(ordinal);
-  target.launch(std::array{lay_out_forward(request, target.limits(), target.info().multiprocessors)}, stream);
-}
-
-void DeviceRuntime::backward(const BackwardRequest& request, int ordinal, StreamHandle stream) {
-  Device& target = device(ordinal);
-  target.launch(lay_out_backward(request, target.limits(), target.info().multiprocessors), stream);
-}
-
-DeviceRuntime& process_devices() {
-  static DeviceRuntime& devices = *[] {
-    if (process_driver() == nullptr) throw DriverError(process_driver_absence());
-    return new DeviceRuntime(*process_driver(), process_library(), config().target);
-  }();
-  return devices;
 }
 
 }  // namespace flash_attn_jit

@@ -11,8 +11,7 @@
 #include "generator/legality.h"
 #include "runtime/cuda/driver.h"
 #include "runtime/library/kernel_library.h"
-#include "runtime/request/backward.h"
-#include "runtime/request/forward.h"
+#include "runtime/request/kernel_launch.h"
 #include "runtime/system/config.h"
 
 namespace flash_attn_jit {
@@ -44,12 +43,12 @@ class LoadedKernelTable {
 class Device {
  public:
   // Throws UnsupportedError, which names the device, below sm_75.
-  Device(Driver& driver, KernelLibrary& library, TargetChoice target, int ordinal);
+  Device(Driver& driver, KernelLibrary& library, TargetChoice target, const TileChooser& tiles, int ordinal);
 
   const DeviceInfo& info() const { return info_; }
 
-  // The limits that its kernels keep to: its own, or those of the Turing code that it runs.
-  const ArchLimits& limits() const { return limits_; }
+  // What its launches are planned for. The limits are its own, or those of the Turing code that it runs.
+  const PlanTarget& plan_target() const { return plan_target_; }
 
   // Launches those that have blocks, one after the other; loads, and where needed compiles, at the first time: all of
   // them before anything is launched, and side by side.
@@ -90,7 +89,7 @@ class Device {
   KernelLibrary& library_;
   TargetChoice target_;
   DeviceInfo info_;
-  ArchLimits limits_;
+  PlanTarget plan_target_;
   CudaContext context_;
   LoadedKernelTable table_;
   std::mutex load_mutex_;  // held while a module loads, not while it is compiled
@@ -99,13 +98,10 @@ class Device {
 // The GPUs of a process, each set up when first used.
 class DeviceRuntime {
  public:
-  DeviceRuntime(Driver& driver, KernelLibrary& library, TargetChoice target);
+  DeviceRuntime(Driver& driver, KernelLibrary& library, TargetChoice target, const TileChooser& tiles);
 
   // Throws DriverError where there is no such device.
   Device& device(int ordinal);
-
-  void forward(const ForwardRequest& request, int ordinal, StreamHandle stream);
-  void backward(const BackwardRequest& request, int ordinal, StreamHandle stream);
 
  private:
   struct Slot {
@@ -117,11 +113,9 @@ class DeviceRuntime {
   Driver& driver_;
   KernelLibrary& library_;
   TargetChoice target_;
+  const TileChooser& tiles_;
   std::vector<Slot> slots_;
   std::mutex mutex_;
 };
-
-// The process's own. Throws DriverError where there is no driver.
-DeviceRuntime& process_devices();
 
 }  // namespace flash_attn_jit

@@ -5,10 +5,10 @@
 
 #include "generator/legality.h"
 #include "runtime/cuda/driver.h"
-#include "runtime/cuda/nvrtc.h"
 #include "runtime/cuda/nvrtc_choice.h"
+#include "runtime/cuda/nvrtc_search.h"
 #include "runtime/launch/machine_report_data.h"
-#include "runtime/system/config.h"
+#include "runtime/launch/process.h"
 
 namespace flash_attn_jit {
 namespace {

@@ -2,13 +2,13 @@
 
 #include <algorithm>
 
-#include "generator/kernel_family.h"
+#include "generator/families/families.h"
 #include "generator/legality.h"
 #include "runtime/compile/compiler.h"
 #include "runtime/compile/slow_compile.h"
-#include "runtime/cuda/driver.h"
 #include "runtime/cuda/nvrtc_choice.h"
-#include "runtime/system/fork.h"
+#include "runtime/library/templates_folder.h"
+#include "runtime/system/errors.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -85,14 +85,6 @@ MissingKernelError missing(const KernelSpec& spec, const CompileTarget& target, 
 }
 
 }  // namespace
-
-CompileError::CompileError(const std::string& message, std::string log, std::string options,
-                           std::string source_path)
-    : Error(message), log(std::move(log)), options(std::move(options)), source_path(std::move(source_path)) {}
-
-MissingKernelError::MissingKernelError(const std::string& message, KernelSpec spec,
-                                       std::string prebuild_command)
-    : Error(message), spec(spec), prebuild_command(std::move(prebuild_command)) {}
 
 KernelLibrary::KernelLibrary(const Settings& settings)
     : KernelLibrary(settings.config, std::make_shared<KernelCache>(settings.cache), settings.driver_version) {
@@ -196,34 +188,6 @@ KernelCache::Objection KernelLibrary::objection_to_linked(const LinkTarget& targ
 
 KernelCacheSettings cache_settings(const Config& config) {
   return {.dir = config.cache_dir, .max_bytes = config.cache_max_bytes, .prebuilt = config.prebuilt};
-}
-
-const TemplateSet& active_templates() {
-  static constinit ProcessOwn<const TemplateSet> templates;
-  return templates.get([] { return load_templates(config()); });
-}
-
-namespace {
-
-const std::shared_ptr<KernelCache>& shared_process_cache() {
-  static constinit ProcessOwn<const std::shared_ptr<KernelCache>> cache;
-  return cache.get([] { return std::make_shared<KernelCache>(cache_settings(config())); });
-}
-
-}  // namespace
-
-KernelCache& process_cache() { return *shared_process_cache(); }
-
-KernelLibrary& process_library() {
-  static constinit ProcessOwn<KernelLibrary> library;
-  return library.get([] {
-    const Driver* driver = process_driver();
-    return KernelLibrary(config(), shared_process_cache(), driver ? std::optional(driver->version()) : std::nullopt);
-  });
-}
-
-FoundKernel find_or_compile(const KernelSpec& spec, const CompileTarget& target) {
-  return process_library().find_or_compile(spec, target);
 }
 
 }  // namespace flash_attn_jit

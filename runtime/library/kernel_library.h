@@ -9,7 +9,6 @@
 #include <string>
 #include <vector>
 
-#include "generator/errors.h"
 #include "generator/kernel_spec.h"
 #include "generator/render.h"
 #include "runtime/cache/kernel_cache.h"
@@ -18,31 +17,6 @@
 #include "runtime/system/config.h"
 
 namespace flash_attn_jit {
-
-// The compiler refused a generated source. `source_path` is where the source was kept.
-struct CompileError : Error {
-  CompileError(const std::string& message, std::string log, std::string options, std::string source_path);
-  std::string log, options, source_path;
-};
-
-// No compiler can be had and no cache or pack holds the kernel; names the prebuild command that would make
-// it.
-struct MissingKernelError : Error {
-  MissingKernelError(const std::string& message, KernelSpec spec, std::string prebuild_command);
-  KernelSpec spec;
-  std::string prebuild_command;
-};
-
-// A driver call failed: names the call, the driver's own words and the code.
-struct DriverError : Error {
-  using Error::Error;
-};
-
-// The templates in force: FLASH_ATTN_JIT_TEMPLATES's folder where set, else those embedded.
-const TemplateSet& active_templates();
-
-// The templates that `config` names: its folder's *.cuh files, else those embedded. Throws ConfigError.
-TemplateSet load_templates(const Config& config);
 
 class NvrtcChoice;
 
@@ -108,15 +82,5 @@ class KernelLibrary {
 
 // Where the process's kernels are kept and looked for, as `config` says.
 KernelCacheSettings cache_settings(const Config& config);
-
-// The process's own library, as config() and the driver at hand say.
-KernelLibrary& process_library();
-
-// A kernel for a GPU, from the process's own library.
-FoundKernel find_or_compile(const KernelSpec& spec, const CompileTarget& target);
-
-// A kernel for the interpreter: the same source, compiled by the host compiler into a shared object; same
-// cache.
-FoundKernel find_or_compile_for_host(const KernelSpec& spec);
 
 }  // namespace flash_attn_jit

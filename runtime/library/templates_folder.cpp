@@ -1,4 +1,5 @@
-// The templates in force.
+#include "runtime/library/templates_folder.h"
+
 #include <algorithm>
 #include <array>
 #include <cctype>
@@ -6,7 +7,6 @@
 #include <string_view>
 #include <vector>
 
-#include "runtime/library/kernel_library.h"
 #include "runtime/system/files.h"
 
 namespace flash_attn_jit {

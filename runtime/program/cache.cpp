@@ -9,9 +9,9 @@
 #include <nlohmann/json.hpp>
 
 #include "runtime/cache/cache_folder.h"
+#include "runtime/launch/process.h"
 #include "runtime/program/command.h"
 #include "runtime/program/flag_values.h"
-#include "runtime/system/config.h"
 
 namespace flash_attn_jit::program {
 namespace {

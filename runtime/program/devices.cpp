@@ -6,8 +6,8 @@
 #include <nlohmann/json.hpp>
 
 #include "runtime/launch/machine_report_data.h"
+#include "runtime/launch/process.h"
 #include "runtime/program/command.h"
-#include "runtime/system/config.h"
 
 namespace flash_attn_jit::program {
 namespace {

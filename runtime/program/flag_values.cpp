@@ -6,7 +6,8 @@
 
 #include "generator/tile_chooser.h"
 #include "generator/errors.h"
-#include "generator/kernel_family.h"
+#include "generator/families/families.h"
+#include "runtime/launch/process.h"
 #include "runtime/program/command.h"
 
 namespace flash_attn_jit::program {

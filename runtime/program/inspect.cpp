@@ -11,12 +11,14 @@
 #include <unistd.h>
 #include <nlohmann/json.hpp>
 
-#include "generator/kernel_family.h"
+#include "generator/families/families.h"
 #include "generator/render.h"
 #include "runtime/library/kernel_library.h"
+#include "runtime/library/templates_folder.h"
 #include "runtime/program/command.h"
 #include "runtime/program/flag_values.h"
 #include "runtime/system/config.h"
+#include "runtime/system/errors.h"
 #include "runtime/system/files.h"
 
 namespace flash_attn_jit::program {
@@ -104,7 +106,7 @@ std::string content(const InspectFlags& flags) {
   const Config settings = config_with_nvrtc("--nvrtc", flags.nvrtc);
   if (emit == Emit::kSpec) return spec.text() + "\n";
 
-  const RenderedKernel rendered = render(spec, active_templates());
+  const RenderedKernel rendered = render(spec, load_templates(settings));
   if (emit == Emit::kSource) return rendered.source;
   if (emit == Emit::kPtx) return compile(spec, {.sm = arch.sm, .code = CodeKind::kPtx}, settings).image;
 

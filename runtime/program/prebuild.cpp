@@ -15,7 +15,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include "generator/kernel_family.h"
+#include "generator/families/families.h"
 #include "generator/kernel_selection.h"
 #include "runtime/library/kernel_library.h"
 #include "runtime/library/pack.h"

@@ -1,4 +1,4 @@
-// The road's two ends: a backward request, and its launches on a device or in the interpreter.
+// A backward request, and its launches as planned.
 #pragma once
 
 #include <array>
@@ -26,7 +26,7 @@ struct BackwardRequest {
   const float* softmax_lse = nullptr;  // forward's
   float* delta = nullptr;              // like softmax_lse: room for what one kernel leaves to the next
   AttentionOptions options;
-  std::optional<TileConfig> preprocess_tile, dkdv_tile, dq_tile;  // force these tiles; none: the default table decides
+  std::optional<TileConfig> preprocess_tile, dkdv_tile, dq_tile;  // force these tiles; none: the target's chooser decides
 };
 
 using BackwardLaunch = KernelLaunch<FlashBwdParams>;
@@ -35,12 +35,9 @@ using BackwardLaunch = KernelLaunch<FlashBwdParams>;
 using BackwardPlan = std::array<BackwardLaunch, 3>;
 
 // Throws ArgumentError where shapes contradict each other, UnsupportedError where no kernel can do it.
-BackwardPlan plan_backward(const BackwardRequest& request, const ArchLimits& arch, int multiprocessors);
+BackwardPlan plan_backward(const BackwardRequest& request, const PlanTarget& target);
 
-// Launches on `stream` of CUDA device `device_ordinal`; loads and compiles the kernels first where needed.
-void backward_on_device(const BackwardRequest& request, int device_ordinal, StreamHandle stream);
-
-// Runs the same kernels in the interpreter, on host memory. Throws InterpreterError where a check fails.
-void backward_in_interpreter(const BackwardRequest& request);
+// plan_backward() without check(): whoever loads a kernel checks its spec, once for each kernel and not at each call.
+BackwardPlan lay_out_backward(const BackwardRequest& request, const PlanTarget& target);
 
 }  // namespace flash_attn_jit

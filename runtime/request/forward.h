@@ -1,4 +1,4 @@
-// The road's two ends: a forward request, and its launch on a device or in the interpreter.
+// A forward request, and its launch as planned.
 #pragma once
 
 #include <cstdint>
@@ -20,18 +20,16 @@ struct ForwardRequest {
   TensorView out;           // like q
   float* softmax_lse = nullptr;  // (batch, num_heads, seqlen_q), varlen (num_heads, total_q); float32, contiguous
   AttentionOptions options;
-  std::optional<TileConfig> tile;  // forces this tile; none: the default table decides
+  std::optional<TileConfig> tile;  // forces this tile; none: the target's chooser decides
 };
 
 using LaunchPlan = KernelLaunch<FlashFwdParams>;
 
 // Throws ArgumentError where shapes contradict each other, UnsupportedError where no kernel can do it.
-LaunchPlan plan_forward(const ForwardRequest& request, const ArchLimits& arch, int multiprocessors);
+LaunchPlan plan_forward(const ForwardRequest& request, const PlanTarget& target);
 
-// Launches on `stream` of CUDA device `device_ordinal`; loads and compiles the kernel first where needed.
-void forward_on_device(const ForwardRequest& request, int device_ordinal, StreamHandle stream);
-
-// Runs the same kernel in the interpreter, on host memory. Throws InterpreterError where a check fails.
-void forward_in_interpreter(const ForwardRequest& request);
+// plan_forward() without check(): whoever loads the kernel checks its spec, once for each kernel and not at
+// each call.
+LaunchPlan lay_out_forward(const ForwardRequest& request, const PlanTarget& target);
 
 }  // namespace flash_attn_jit

@@ -8,8 +8,6 @@
 #include <cstdlib>
 #include <string_view>
 
-#include "runtime/system/fork.h"
-
 namespace flash_attn_jit {
 namespace {
 
@@ -161,9 +159,6 @@ Config read_config(const EnvironmentLookup& environment) {
   return config;
 }
 
-const Config& config() {
-  static constinit ProcessOwn<const Config> process_config;
-  return process_config.get([] { return read_config(from_process); });
-}
+Config read_config() { return read_config(from_process); }
 
 }  // namespace flash_attn_jit

@@ -44,7 +44,7 @@ using EnvironmentLookup = std::function<std::optional<std::string>(const std::st
 // Reads a configuration. Throws ConfigError, which names the variable and what it accepts.
 Config read_config(const EnvironmentLookup& environment);
 
-// The process's own: read from its environment at the first call and kept. Throws ConfigError.
-const Config& config();
+// As this process's environment is now. Throws ConfigError.
+Config read_config();
 
 }  // namespace flash_attn_jit

@@ -15,6 +15,7 @@
 #include "generator/tile_chooser.h"
 #include "generator/errors.h"
 #include "generator/legality.h"
+#include "runtime/launch/forward_launch.h"
 
 namespace flash_attn_jit::testing {
 namespace {

@@ -1,3 +1,5 @@
+#include "runtime/launch/process.h"
+#include "runtime/system/errors.h"
 #include "small_kernel.h"
 
 #include "generator/render.h"

@@ -6,7 +6,7 @@
 #include <filesystem>
 #include <string>
 
-#include "runtime/compile/host_compiler.h"
+#include "runtime/launch/process.h"
 #include "runtime/system/dynamic_library.h"
 #include "runtime/system/subprocess.h"
 #include "tests/cpp/temporary_folder.h"

@@ -34,7 +34,7 @@ BackwardRequest request(std::int64_t b, std::int64_t sq, std::int64_t sk, std::i
   return r;
 }
 
-BackwardPlan plan(const BackwardRequest& r) { return plan_backward(r, arch_limits(75), 40); }
+BackwardPlan plan(const BackwardRequest& r) { return plan_backward(r, {arch_limits(75), 40}); }
 
 template <typename Expected>
 std::string refusal(const BackwardRequest& r) {

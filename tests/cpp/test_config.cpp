@@ -6,6 +6,7 @@
 #include <map>
 
 #include "generator/render.h"
+#include "runtime/launch/process.h"
 #include "runtime/system/config.h"
 #include "tests/cpp/containing.h"
 #include "tests/cpp/processes.h"

@@ -50,7 +50,6 @@ TEST_CASE("every default tile and every tile of the space is legal on a T4, and 
 }
 
 TEST_CASE("a problem that fills the device gets the large tile, a small one the small tile") {
-  const ArchLimits t4 = arch_limits(75);
   for_every_problem([&](const KernelSpec& spec) {
     const auto tiles = default_tiles(spec);
     CHECK(tiles.front().block_m > tiles.back().block_m);

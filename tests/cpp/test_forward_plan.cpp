@@ -32,7 +32,7 @@ ForwardRequest request(std::int64_t b, std::int64_t sq, std::int64_t sk, std::in
   return r;
 }
 
-LaunchPlan plan(const ForwardRequest& r) { return plan_forward(r, arch_limits(75), kMultiprocessors); }
+LaunchPlan plan(const ForwardRequest& r) { return plan_forward(r, {arch_limits(75), kMultiprocessors}); }
 
 template <typename Expected>
 std::string refusal(const ForwardRequest& r) {

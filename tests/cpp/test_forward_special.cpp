@@ -14,6 +14,7 @@
 #include "generator/tile_chooser.h"
 #include "generator/legality.h"
 #include "runtime/interpreter/interpreter.h"
+#include "runtime/launch/forward_launch.h"
 
 using namespace flash_attn_jit;
 using namespace flash_attn_jit::testing;

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "containing.h"
+#include "generator/errors.h"
 #include "runtime/interpreter/fiber.h"
 #include "runtime/system/interrupt.h"
 #include "small_kernel.h"

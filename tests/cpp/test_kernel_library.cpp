@@ -9,6 +9,8 @@
 #include "runtime/cache/cache_folder.h"
 #include "runtime/compile/compiler.h"
 #include "runtime/library/pack.h"
+#include "runtime/library/templates_folder.h"
+#include "runtime/system/errors.h"
 #include "tests/cpp/captured_log.h"
 #include "tests/cpp/containing.h"
 #include "tests/cpp/stub_nvrtc.h"

@@ -7,7 +7,7 @@
 #include <string>
 
 #include "generator/render.h"
-#include "runtime/cuda/nvrtc.h"
+#include "runtime/cuda/nvrtc_search.h"
 #include "runtime/library/kernel_library.h"
 #include "tests/cpp/temporary_folder.h"
 

@@ -1,4 +1,4 @@
-#include "runtime/request/forward_plan.h"
+#include "runtime/request/forward.h"
 
 #include <cstdint>
 
@@ -39,23 +39,23 @@ FlashFwdParams params_of(const ForwardRequest& request, std::int64_t num_m_block
 
 }  // namespace
 
-LaunchPlan lay_out_forward(const ForwardRequest& request, const ArchLimits& arch, int multiprocessors) {
+LaunchPlan lay_out_forward(const ForwardRequest& request, const PlanTarget& target) {
   require_arguments(request);
   LaunchPlan plan;
   plan.spec = problem_spec(request.q, request.k, request.options, access_of(request));
   const ProblemShape shape = problem_shape(request.q, request.k, request.options);
-  const Problem problem{shape.seqlen_q, shape.seqlen_k, shape.batch * request.q.shape[kHeads], multiprocessors};
-  plan.spec.tile = request.tile ? *request.tile : default_tile_chooser().choose(plan.spec, problem);
-  if (plan.spec.tile.block_m < 1) throw UnsupportedError(check(plan.spec, arch).value());
+  const Problem problem{shape.seqlen_q, shape.seqlen_k, shape.batch * request.q.shape[kHeads], target.multiprocessors};
+  plan.spec.tile = request.tile ? *request.tile : target.tiles.choose(plan.spec, problem);
+  if (plan.spec.tile.block_m < 1) throw UnsupportedError(check(plan.spec, target.arch).value());
   const std::int64_t num_m_blocks = (shape.seqlen_q + plan.spec.tile.block_m - 1) / plan.spec.tile.block_m;
   plan.params = params_of(request, num_m_blocks);
   plan.blocks = grid_blocks({"q", request.q}, shape.batch, num_m_blocks);
   return plan;
 }
 
-LaunchPlan plan_forward(const ForwardRequest& request, const ArchLimits& arch, int multiprocessors) {
-  const LaunchPlan plan = lay_out_forward(request, arch, multiprocessors);
-  if (const auto reason = check(plan.spec, arch)) throw UnsupportedError(*reason);
+LaunchPlan plan_forward(const ForwardRequest& request, const PlanTarget& target) {
+  const LaunchPlan plan = lay_out_forward(request, target);
+  if (const auto reason = check(plan.spec, target.arch)) throw UnsupportedError(*reason);
   return plan;
 }
 

@@ -1,7 +1,7 @@
 // How the interpreter is told of the tensors that every kernel family knows.
 #pragma once
 
-#include "runtime/interpreter/interpreter.h"
+#include "runtime/interpreter/tensor_extent.h"
 #include "runtime/request/attention_options.h"
 #include "runtime/request/tensor_view.h"
 

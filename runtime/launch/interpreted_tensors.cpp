@@ -1,4 +1,6 @@
-#include "runtime/launch/tensor_extents.h"
+#include "runtime/launch/interpreted_tensors.h"
+
+#include "generator/errors.h"
 
 namespace flash_attn_jit {
 

@@ -1,16 +1,16 @@
+#include "runtime/launch/backward_launch.h"
+
 #include <array>
 #include <optional>
 #include <tuple>
 
 #include "generator/legality.h"
 #include "runtime/interpreter/interpreter.h"
-#include "runtime/launch/tensor_extents.h"
-#include "runtime/library/kernel_library.h"
-#include "runtime/request/backward.h"
+#include "runtime/launch/interpreted_tensors.h"
+#include "runtime/launch/process.h"
 #include "runtime/system/side_by_side.h"
 
 namespace flash_attn_jit {
-
 namespace {
 
 // The tensors that the kernel `launch` may touch.
@@ -36,12 +36,20 @@ std::vector<TensorExtent> extents_of(const BackwardRequest& request, const Backw
 
 }  // namespace
 
+void launch_backward(Device& device, const BackwardRequest& request, StreamHandle stream) {
+  device.launch(lay_out_backward(request, device.plan_target()), stream);
+}
+
+void backward_on_device(const BackwardRequest& request, int device_ordinal, StreamHandle stream) {
+  launch_backward(process_devices().device(device_ordinal), request, stream);
+}
+
 void backward_in_interpreter(const BackwardRequest& request) {
-  const BackwardPlan plan = plan_backward(request, arch_limits(75), kInterpretedMultiprocessors);
+  const BackwardPlan plan = plan_backward(request, {arch_limits(75), kInterpretedMultiprocessors});
   require_cu_seqlens(request.options, request.q, request.k);
   std::array<std::optional<CompiledKernel>, std::tuple_size_v<BackwardPlan>> kernels;
   run_side_by_side(plan.size(), [&](std::size_t i) {
-    if (plan[i].blocks > 0) kernels[i] = find_or_compile_for_host(plan[i].spec).kernel;
+    if (plan[i].blocks > 0) kernels[i] = process_host_kernels().find_or_compile(plan[i].spec).kernel;
   });
   for (std::size_t i = 0; i < plan.size(); ++i) {
     if (!kernels[i]) continue;

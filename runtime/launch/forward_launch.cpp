@@ -1,16 +1,27 @@
+#include "runtime/launch/forward_launch.h"
+
+#include <array>
+
 #include "generator/legality.h"
 #include "runtime/interpreter/interpreter.h"
-#include "runtime/launch/tensor_extents.h"
-#include "runtime/library/kernel_library.h"
-#include "runtime/request/forward.h"
+#include "runtime/launch/interpreted_tensors.h"
+#include "runtime/launch/process.h"
 
 namespace flash_attn_jit {
 
+void launch_forward(Device& device, const ForwardRequest& request, StreamHandle stream) {
+  device.launch(std::array{lay_out_forward(request, device.plan_target())}, stream);
+}
+
+void forward_on_device(const ForwardRequest& request, int device_ordinal, StreamHandle stream) {
+  launch_forward(process_devices().device(device_ordinal), request, stream);
+}
+
 void forward_in_interpreter(const ForwardRequest& request) {
-  const LaunchPlan plan = plan_forward(request, arch_limits(75), kInterpretedMultiprocessors);
+  const LaunchPlan plan = plan_forward(request, {arch_limits(75), kInterpretedMultiprocessors});
   require_cu_seqlens(request.options, request.q, request.k);
   if (plan.blocks == 0) return;
-  const FoundKernel found = find_or_compile_for_host(plan.spec);
+  const FoundKernel found = process_host_kernels().find_or_compile(plan.spec);
   std::vector<TensorExtent> tensors = {
       fp16_extent("q", request.q, TensorUse::kRead),
       fp16_extent("k", request.k, TensorUse::kRead),

@@ -1,8 +1,8 @@
-#include "runtime/request/backward_plan.h"
+#include "runtime/request/backward.h"
 
 #include "generator/errors.h"
 #include "generator/legality.h"
-#include "generator/kernel_family.h"
+#include "generator/families/families.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -78,11 +78,11 @@ struct Side {
 
 // One kernel, whose blocks own rows of `rows`.
 BackwardLaunch lay_out(KernelSpec spec, KernelKind kind, const std::optional<TileConfig>& tile, const Side& rows,
-                       const FlashBwdParams& params, const ArchLimits& arch, const Problem& problem) {
+                       const FlashBwdParams& params, const PlanTarget& target, const Problem& problem) {
   spec.kind = kind;
   spec = normalized(spec);
-  spec.tile = tile ? *tile : default_tile_chooser().choose(spec, problem);
-  if (spec.tile.block_m < 1) throw UnsupportedError(check(spec, arch).value());
+  spec.tile = tile ? *tile : target.tiles.choose(spec, problem);
+  if (spec.tile.block_m < 1) throw UnsupportedError(check(spec, target.arch).value());
   BackwardLaunch launch{spec, params};
   const std::int64_t row_blocks = (rows.seqlen + spec.tile.block_m - 1) / spec.tile.block_m;
   launch.params.num_row_blocks = static_cast<int>(row_blocks);
@@ -92,7 +92,7 @@ BackwardLaunch lay_out(KernelSpec spec, KernelKind kind, const std::optional<Til
 
 }  // namespace
 
-BackwardPlan lay_out_backward(const BackwardRequest& request, const ArchLimits& arch, int multiprocessors) {
+BackwardPlan lay_out_backward(const BackwardRequest& request, const PlanTarget& target) {
   require_arguments(request);
   const KernelSpec spec = problem_spec(request.q, request.k, request.options, access_of(request));
   const FlashBwdParams params = params_of(request);
@@ -103,21 +103,21 @@ BackwardPlan lay_out_backward(const BackwardRequest& request, const ArchLimits& 
   all_rows.seqlen_q = static_cast<int>(request.q.shape[kSeqlen]);
   const Side rows{q, request.q.shape[kBatch], request.q.shape[kSeqlen]}, queries{q, shape.batch, shape.seqlen_q},
       keys{k, shape.batch, shape.seqlen_k};
-  const Problem problem{shape.seqlen_q, shape.seqlen_k, shape.batch * request.q.shape[kHeads], multiprocessors};
+  const Problem problem{shape.seqlen_q, shape.seqlen_k, shape.batch * request.q.shape[kHeads], target.multiprocessors};
   BackwardPlan plan = {
-      lay_out(spec, KernelKind::kBackwardPreprocess, request.preprocess_tile, rows, all_rows, arch, problem),
-      lay_out(spec, KernelKind::kBackwardDkDv, request.dkdv_tile, keys, params, arch, problem),
-      lay_out(spec, KernelKind::kBackwardDq, request.dq_tile, queries, params, arch, problem)};
+      lay_out(spec, KernelKind::kBackwardPreprocess, request.preprocess_tile, rows, all_rows, target, problem),
+      lay_out(spec, KernelKind::kBackwardDkDv, request.dkdv_tile, keys, params, target, problem),
+      lay_out(spec, KernelKind::kBackwardDq, request.dq_tile, queries, params, target, problem)};
   if (!request.dkdv) plan[1].blocks = 0;
   if (!request.dq) plan[2].blocks = 0;
   if (!request.dkdv && !request.dq) plan[0].blocks = 0;
   return plan;
 }
 
-BackwardPlan plan_backward(const BackwardRequest& request, const ArchLimits& arch, int multiprocessors) {
-  const BackwardPlan plan = lay_out_backward(request, arch, multiprocessors);
+BackwardPlan plan_backward(const BackwardRequest& request, const PlanTarget& target) {
+  const BackwardPlan plan = lay_out_backward(request, target);
   for (const BackwardLaunch& launch : plan)
-    if (const auto reason = check(launch.spec, arch)) throw UnsupportedError(*reason);
+    if (const auto reason = check(launch.spec, target.arch)) throw UnsupportedError(*reason);
   return plan;
 }
 

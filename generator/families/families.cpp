@@ -1,5 +1,3 @@
-#include "generator/kernel_family.h"
-
 #include "generator/families/families.h"
 
 namespace flash_attn_jit {
@@ -20,12 +18,13 @@ const KernelFamily& family_of(KernelKind kind) {
 
 namespace {
 
-// The words of all families, each once.
-std::string words(std::string_view KernelFamily::*word) {
+// Each word once; those of a group stand together.
+template <class WordOf>
+std::string words(WordOf word_of) {
   std::string text;
   std::string_view last;
   for (const KernelKind kind : kKernelKinds) {
-    const std::string_view next = family_of(kind).*word;
+    const std::string_view next = word_of(kind);
     if (next != last) text += (text.empty() ? "" : ", ") + std::string(next);
     last = next;
   }
@@ -34,7 +33,20 @@ std::string words(std::string_view KernelFamily::*word) {
 
 }  // namespace
 
-std::string kind_words() { return words(&KernelFamily::word); }
-std::string pack_group_words() { return words(&KernelFamily::pack_group); }
+std::string kind_words() {
+  return words([](KernelKind kind) { return to_text(kind); });
+}
+
+std::string pack_group_words() {
+  return words([](KernelKind kind) { return family_of(kind).pack_group; });
+}
+
+KernelSpec normalized(KernelSpec spec) {
+  if (family_of(spec.kind).reads_mask) return spec;
+  spec.mask = Mask::kNone;
+  spec.features = {};
+  spec.group_size = 1;
+  return spec;
+}
 
 }  // namespace flash_attn_jit

@@ -1,10 +1,9 @@
-// A kernel for the interpreter: from the cache, or from the host compiler.
+#include "runtime/library/host_kernels.h"
+
 #include "generator/legality.h"
-#include "runtime/cache/kernel_cache.h"
 #include "runtime/compile/compiler.h"
-#include "runtime/compile/host_compiler.h"
 #include "runtime/compile/slow_compile.h"
-#include "runtime/library/kernel_library.h"
+#include "runtime/system/errors.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -31,26 +30,23 @@ KernelId id_for_host(const KernelSpec& spec, const RenderedKernel& rendered, con
   return id;
 }
 
-CompiledKernel compile_or_explain(const KernelSpec& spec, const KernelId& id, const RenderedKernel& rendered,
-                                  const HostCompiler& compiler) {
+}  // namespace
+
+CompiledKernel HostKernels::compile(const KernelSpec& spec, const KernelId& id, const RenderedKernel& rendered) {
   try {
-    return tell_if_slow(id.name, compile_for_host(rendered, compiler));
+    return tell_if_slow(id.name, compile_for_host(rendered, compiler_));
   } catch (const HostCompileFailure& failure) {
-    const std::string kept = process_cache().keep_refused_source(id, rendered.source);
+    const std::string kept = cache_->keep_refused_source(id, rendered.source);
     throw CompileError(spec.text() + ": " + failure.what() + "\nsource: " + kept + "\n" + failure.log,
-                       failure.log, joined(host_compiler_flags(compiler)), kept);
+                       failure.log, joined(host_compiler_flags(compiler_)), kept);
   }
 }
 
-}  // namespace
-
-FoundKernel find_or_compile_for_host(const KernelSpec& spec) {
+FoundKernel HostKernels::find_or_compile(const KernelSpec& spec) {
   if (const auto reason = check(spec, arch_limits(75))) throw UnsupportedError(spec.text() + ": " + *reason);
-  const RenderedKernel rendered = render(spec, active_templates());
-  const HostCompiler& compiler = host_compiler();
-  const KernelId id = id_for_host(spec, rendered, compiler);
-  FoundKernel found =
-      process_cache().get_or_build(id, [&] { return compile_or_explain(spec, id, rendered, compiler); });
+  const RenderedKernel rendered = render(spec, templates_);
+  const KernelId id = id_for_host(spec, rendered, compiler_);
+  FoundKernel found = cache_->get_or_build(id, [&] { return compile(spec, id, rendered); });
   // How a kernel is launched is the generator's knowledge, not the file's.
   found.kernel.entry = rendered.entry;
   found.kernel.threads = rendered.threads;
