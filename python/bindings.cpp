@@ -157,7 +157,6 @@ void bind_interpreter_report(py::module_& module) {
 // Limits, and what is accepted in the words of the checks, for those calls of which Python must know before it makes them
 // whether they will be refused.
 void bind_limits(py::module_& module) {
-  module.attr("most_scale") = kMostScale;
   module.attr("most_head_dim") = kMostHeadDim;
   module.attr("oldest_sm") = kOldestSm;
   py::dict accepted;

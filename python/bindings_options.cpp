@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "generator/errors.h"
@@ -97,14 +98,16 @@ std::optional<AlibiSlopes> read_alibi(py::handle options, const Argument& q, con
 
 void connect_options(py::type type) {
   auto names = type.attr("_fields").cast<std::vector<std::string>>();
+  std::vector<std::pair<AnyField*, py::ssize_t>> places;
   for (AnyField* each = AnyField::first; each; each = each->next) {
     const auto found = std::find(names.begin(), names.end(), each->name);
     if (found == names.end()) throw Error(std::string("Options has no field ") + each->name);
-    each->place = found - names.begin();
+    places.emplace_back(each, found - names.begin());
     found->clear();
   }
   for (const std::string& name : names)
     if (!name.empty()) throw Error("the compiled module does not read the field " + name + " of Options");
+  for (const auto& [each, place] : places) each->place = place;
   options_type = new py::type(type);
 }
 

@@ -36,7 +36,6 @@ class KernelLibrary:
 
     def find_or_compile(self, spec: str, arch: str) -> Dict[str, Any]: ...
 
-most_scale: float  # the greatest magnitude of softmax_scale
 most_head_dim: int
 oldest_sm: int  # the oldest GPU's compute capability x 10
 accepted: Dict[str, str]  # in the words of the checks, by what they are about

@@ -19,7 +19,7 @@ from torch.library import Library
 from torch.overrides import TorchFunctionMode
 
 from . import _torch_internals as internals
-from ._sdpa import attention, find_refusal
+from ._sdpa import attention, find_refusal, refusal_of
 
 __all__ = ["SdpaRouter", "route_sdpa"]
 
@@ -246,12 +246,29 @@ def _why_not_routed(call: _Call) -> Optional[str]:
             return "a transform of torch.func is active"
         if internals.forward_mode_is_on():
             return "forward-mode differentiation is active"
-    refusal = find_refusal(*call)
+    query, key, value, attn_mask, dropout_p, is_causal, _, enable_gqa = call
+    refusal = find_refusal(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     return refusal.reason() if refusal else None
 
 
 def _run(call: _Call) -> torch.Tensor:
     return attention(call.query, call.key, call.value, call.attn_mask, bool(call.is_causal), call.scale)
+
+
+def _try(router: SdpaRouter, call: _Call) -> Optional[torch.Tensor]:
+    """The result, counted; None where the call is PyTorch's."""
+    reason = _why_not_routed(call)
+    try:
+        return _run(call) if reason is None else None
+    except ValueError as error:
+        refusal = refusal_of(error)
+        if refusal is None:
+            raise
+        reason = refusal.reason()
+        return None
+    finally:  # a checkpoint may end its recomputation by an error out of the call
+        if reason is None or not _is_tracers(call.query):
+            router._count(reason)
 
 
 def _is_tracers(tensor: Any) -> bool:
@@ -265,12 +282,9 @@ def _kernel(run_torchs: Callable[..., Any]) -> Callable[..., Any]:
     def scaled_dot_product_attention(keys: Any, *arguments: Any, **options: Any) -> Any:
         router = _router_of_this_call()
         if router is not None:
-            call = _Call(*arguments, **options)
-            reason = _why_not_routed(call)
-            if reason is None or not _is_tracers(call.query):
-                router._count(reason)
-            if reason is None:
-                return _run(call)
+            out = _try(router, _Call(*arguments, **options))
+            if out is not None:
+                return out
         return run_torchs(keys, *arguments, **options)
 
     return scaled_dot_product_attention
@@ -472,8 +486,7 @@ def _route_causal_bias(theirs: Callable[..., Any]) -> Callable[..., Any]:
         bias = call.attn_mask
         if router is None or bias.variant.name != "LOWER_RIGHT" or bias.seq_len_q == bias.seq_len_kv:
             return theirs(*arguments, **options)
-        reason = _why_not_routed(call)
-        router._count(reason)
-        return _run(call) if reason is None else _run_for(None, theirs, *arguments, **options)
+        out = _try(router, call)
+        return _run_for(None, theirs, *arguments, **options) if out is None else out
 
     return dispatch

@@ -15,7 +15,6 @@ __all__ = ["sdpa"]
 # The compiled module's limits, and what it says of them.
 _OLDEST_GPU = _core.oldest_sm
 _MOST_HEAD_DIM = _core.most_head_dim
-_MOST_SCALE = _core.most_scale
 _ACCEPTED = _core.accepted
 
 
@@ -67,10 +66,16 @@ def sdpa(
         enable_gqa = truth("enable_gqa", enable_gqa)
     if scale is not None:
         scale = number("scale", scale)
-    refusal = find_refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    refusal = find_refusal(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if refusal:
         raise refusal.exception()
-    return attention(query, key, value, attn_mask, is_causal, scale)
+    try:
+        return attention(query, key, value, attn_mask, is_causal, scale)
+    except ValueError as error:
+        refusal = refusal_of(error)
+        if refusal is None:
+            raise
+        raise refusal.exception() from None
 
 
 def is_causal_bias(attn_mask: Any) -> bool:
@@ -85,17 +90,14 @@ def find_refusal(
     attn_mask: Optional[torch.Tensor],
     dropout_p: float,
     is_causal: bool,
-    scale: Optional[float],
     enable_gqa: bool,
 ) -> Optional[Refusal]:
-    """Why these arguments cannot be taken; None where they can."""
+    """Why these arguments cannot be taken; None where they can, but for what refusal_of() tells."""
     if attn_mask is not None and not is_causal_bias(attn_mask):
         accepted = "None, causal_lower_right() or causal_upper_left() of torch.nn.attention.bias"
         return Refusal("attn_mask", "is given, and masks are not built yet", accepted, error=NotImplementedError)
     if dropout_p != 0.0:
         return dropout_refusal(dropout_p)
-    if scale is not None and not abs(scale) <= _MOST_SCALE:
-        return Refusal("scale", f"is {scale}", _ACCEPTED["softmax_scale"])
     device, cast = query.device, _autocast_dtype(query)
     return (
         _device_refusal(device)
@@ -105,6 +107,16 @@ def find_refusal(
         or _shape_refusal(query, key, value, enable_gqa)
         or (_bias_refusal(query, key, attn_mask, is_causal) if attn_mask is not None else None)
     )
+
+
+_NAMES = {"q": "query", "k": "key", "v": "value", "softmax_scale": "scale"}
+
+
+def refusal_of(error: ValueError) -> Optional[Refusal]:
+    """Why the compiled module refuses a call that find_refusal() has let through: its scale, or its size. Nothing has
+    run then. None for an error that is no refusal."""
+    refusal: Optional[Refusal] = getattr(error, "refusal", None)
+    return refusal and refusal._replace(argument=_NAMES.get(refusal.argument, refusal.argument))
 
 
 def _bias_refusal(query: torch.Tensor, key: torch.Tensor, bias: Any, is_causal: bool) -> Optional[Refusal]:

@@ -6,6 +6,8 @@ from typing import Optional, Tuple
 
 import torch
 
+from .errors import Refusal
+
 __all__ = [
     "index_first_axis",
     "index_put_first_axis",

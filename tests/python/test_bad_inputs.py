@@ -1,6 +1,7 @@
 """Every refusal names the argument, what came and what is accepted, before any kernel runs."""
 
 import re
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from attention_reference import NO_OPTIONS, normal, normal_qkv
 
 import flash_attn_jit
 from flash_attn_jit import flash_attn_func
+from flash_attn_jit._options import Options
 
 
 def refused(error, *words, q=None, k=None, v=None, **arguments):
@@ -193,3 +195,27 @@ def test_a_tile_that_is_not_legal():
         flash_attn_jit._core.forward(
             q, q, q, torch.empty_like(q), torch.empty(1, 2, 8), NO_OPTIONS, tile="m7n32w4q64l2b8k8"
         )
+
+
+def test_a_refusal_carries_its_parts():
+    q, k = normal(1, 8, 2, 64), normal(1, 8, 2, 32)
+    error = refused(ValueError, "^k has shape", k=k, v=k)
+    assert error.refusal[:2] == ("k", "has shape (1, 8, 2, 32)")
+    assert error.refusal.accepted.startswith("(1, 8, 2, 64)")
+    errors = [error, refused(ValueError, "^q has dtype", q=q.float()), refused(ValueError, "^softcap", softcap=-1.0)]
+    errors.append(refused(flash_attn_jit.UnsupportedError, "^v has dtype", v=q.bfloat16()))
+    for error in errors:
+        again = error.refusal.exception()
+        assert (type(again), str(again)) == (type(error), str(error))
+
+
+def test_options_of_another_type():
+    q = normal(1, 8, 2, 64)
+    with pytest.raises(ValueError, match="^options is a tuple; accepted: an Options"):
+        flash_attn_jit._core.forward(q, q, q, torch.empty_like(q), torch.empty(1, 2, 8), tuple(NO_OPTIONS))
+
+
+@pytest.mark.parametrize("fields, name", [(("causal",), "has no field"), ((*Options._fields, "more"), "more")])
+def test_the_two_sides_have_the_same_fields(fields, name):
+    with pytest.raises(RuntimeError, match=name):
+        flash_attn_jit._core.connect_options(namedtuple("Options", fields))

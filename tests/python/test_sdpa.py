@@ -263,6 +263,7 @@ def nested(tensor):
         ("value has head_dim", {"value": V[..., :32]}),
         ("batch dimensions", {"query": Q.expand(2, -1, -1, -1)}),
         ("strides", {"query": Q.mT.contiguous().mT}),
+        ("scale is 1e+18", {"scale": 1e18}),
         ("Subclass", {"query": Q.as_subclass(type("Subclass", (torch.Tensor,), {}))}),
         ("nested", {name: nested(t) for name, t in (("query", Q), ("key", K), ("value", V))}),
     ],
