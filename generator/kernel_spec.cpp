@@ -77,7 +77,7 @@ std::vector<std::string> words_of(const KernelSpec& spec) {
   return words;
 }
 
-// "softcap, alibi, varlen"
+// Those of the table, with commas between.
 std::string feature_words() {
   std::string words;
   for (const FeatureInfo& info : kFeatures) words += (words.empty() ? "" : ", ") + std::string(info.word);
