@@ -54,14 +54,19 @@ mode_t file_mode(FolderUse use) { return use == FolderUse::kCache ? 0600 : 0644;
 KernelCache::KernelCache(KernelCacheSettings settings) : settings_(std::move(settings)) {}
 
 std::optional<FoundKernel> KernelCache::find(const KernelId& id, const Objection& objection) {
+  ++lookups_;
   if (auto found = find_in_pack(id, objection)) return found;
   if (auto found = find_in_folder(id, objection, Fault::kLeave)) return found;
   return find_in_memory(id, objection);
 }
 
 FoundKernel KernelCache::get_or_build(const KernelId& id, const Build& build, const Objection& objection) {
+  if (auto found = find(id, objection)) return *std::move(found);
+  return this->build(id, build, objection);
+}
+
+FoundKernel KernelCache::build(const KernelId& id, const Build& build, const Objection& objection) {
   while (true) {
-    if (auto found = find(id, objection)) return *std::move(found);
     std::promise<FoundKernel> promise;
     const auto built_elsewhere = join_or_start(id.key, promise);
     if (!built_elsewhere) return build_for_all(id, build, objection, promise);

@@ -38,15 +38,21 @@ class KernelCache {
   // The pack's kernel, else the folder's, else nothing. `objection` may be empty.
   std::optional<FoundKernel> find(const KernelId& id, const Objection& objection = {});
 
-  // As find(), else `build()`, whose result is stored. Any number of threads and processes that ask for one
-  // key build it once: the others wait. What `build` throws reaches every waiting thread, and nothing is
-  // stored. `build` runs without a lock that callers of other keys need. Throws Interrupted out of a wait.
+  // As find(), else build().
   FoundKernel get_or_build(const KernelId& id, const Build& build, const Objection& objection = {});
+
+  // After a find() in vain: `build()`, whose result is stored. Any number of threads and processes that ask for one key
+  // build it once: the others wait. What `build` throws reaches every waiting thread, and nothing is stored. `build` runs
+  // without a lock that callers of other keys need. Throws Interrupted out of a wait.
+  FoundKernel build(const KernelId& id, const Build& build, const Objection& objection = {});
 
   // Keeps a source that was refused, for its author to look at. The path, or "nowhere: " and the reason.
   std::string keep_refused_source(const KernelId& id, std::string_view source);
 
   const KernelCacheSettings& settings() const { return settings_; }
+
+  // How many times find() went through the places.
+  int lookups() const { return lookups_; }
 
  private:
   enum class Fault { kLeave, kSetAside };
@@ -80,6 +86,7 @@ class KernelCache {
 
   KernelCacheSettings settings_;
   std::atomic<bool> warned_about_folder_ = false;
+  std::atomic<int> lookups_ = 0;
   ForkSafeMutex mutex_;  // guards what is below; never held while building, reading or writing
   std::map<KernelKey, Building> in_flight_;
   std::map<KernelKey, CompiledKernel> in_memory_;  // what could not be stored

@@ -4,6 +4,8 @@
 #include <optional>
 #include <string>
 
+#include "generator/render.h"
+
 namespace flash_attn_jit {
 
 // What one kernel needs of the machine, for people to read: nothing where the compiler's log does not tell (PTX, host
@@ -30,6 +32,13 @@ struct CompiledKernel {
   std::string log;           // the compiler's log
   double seconds = 0;        // it took to compile
 };
+
+// How a kernel is launched is the generator's knowledge, not the compiler's or a file's.
+inline void set_launch_shape(CompiledKernel& kernel, const RenderedKernel& rendered) {
+  kernel.entry = rendered.entry;
+  kernel.threads = rendered.threads;
+  kernel.dynamic_smem = rendered.dynamic_smem;
+}
 
 // Where a kernel came from, for reports and tests.
 enum class KernelOrigin { kPrebuilt, kDiskCache, kCompiled };

@@ -57,9 +57,7 @@ CompiledKernel compile_with(const Nvrtc& nvrtc, const RenderedKernel& rendered, 
 
   CompiledKernel kernel;
   kernel.image = std::move(result.image);
-  kernel.entry = rendered.entry;
-  kernel.threads = rendered.threads;
-  kernel.dynamic_smem = rendered.dynamic_smem;
+  set_launch_shape(kernel, rendered);
   if (target.code == CodeKind::kCubin) kernel.resources = parse_ptxas_log(result.log);
   kernel.built_by = "nvrtc " + nvrtc.version().text();
   kernel.min_driver =

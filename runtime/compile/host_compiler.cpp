@@ -147,9 +147,7 @@ CompiledKernel compile_for_host(const RenderedKernel& kernel, const HostCompiler
   const ProgramResult result = run_program(command);
   CompiledKernel compiled;
   compiled.image = object_of(result, object, compiler);
-  compiled.entry = kernel.entry;
-  compiled.threads = kernel.threads;
-  compiled.dynamic_smem = kernel.dynamic_smem;
+  set_launch_shape(compiled, kernel);
   compiled.built_by = compiler.version;
   compiled.log = result.output;
   compiled.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();

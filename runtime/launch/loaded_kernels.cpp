@@ -105,19 +105,29 @@ void Device::load(const KernelSpec& spec, const CompiledKernel& kernel) {
 }
 
 FoundKernel Device::find_or_compile(const KernelSpec& spec) {
-  if (const auto reason = check(spec, plan_target_.arch)) throw UnsupportedError(device_text(info_) + ": " + *reason);
-  if (target_ == TargetChoice::kCompute75) return link(spec, {kOldestSm, info_.sm, "asked for"});
-  const CompileTarget native{info_.sm, CodeKind::kCubin};
-  if (auto found = library_.find(spec, native)) return *std::move(found);
+  require_legal(spec, plan_target_.arch);
+  const KernelRequest kernel = library_.request(spec);
+  if (target_ == TargetChoice::kCompute75) {
+    const LinkRequest linked = library_.request(kernel, LinkTarget{kOldestSm, info_.sm, "asked for"});
+    if (auto found = library_.find(linked)) return *std::move(found);
+    return link(linked);
+  }
+  const CompileRequest native = library_.request(kernel, CompileTarget{info_.sm, CodeKind::kCubin});
+  if (auto found = library_.find(native)) return *std::move(found);
   // Looked for before the compiler is asked what it knows, so that a hit opens none.
-  const LinkTarget fallback{kOldestSm, info_.sm, "compiler too old", true};
-  if (auto found = library_.find_linked(spec, fallback)) {
+  const LinkRequest fallback = library_.request(kernel, LinkTarget{kOldestSm, info_.sm, "compiler too old", true});
+  if (auto found = library_.find(fallback)) {
     warn_of_turing_code();
     return *std::move(found);
   }
-  if (!library_.compiler_lacks(info_.sm)) return library_.find_or_compile(spec, native);
+  if (!library_.compiler_lacks(info_.sm)) return library_.make(native);
+  require_legal(spec, arch_limits(kOldestSm));
   warn_of_turing_code();
-  return link(spec, fallback);
+  return link(fallback);
+}
+
+void Device::require_legal(const KernelSpec& spec, const ArchLimits& arch) const {
+  if (const auto reason = check(spec, arch)) throw UnsupportedError(device_text(info_) + ": " + *reason);
 }
 
 void Device::warn_of_turing_code() const {
@@ -126,9 +136,8 @@ void Device::warn_of_turing_code() const {
             "An NVRTC that knows the device is taken as soon as it is installed");
 }
 
-FoundKernel Device::link(const KernelSpec& spec, const LinkTarget& target) {
-  return library_.find_or_link(spec, target,
-                               [this](CompiledKernel ptx) { return machine_code_of(std::move(ptx)); });
+FoundKernel Device::link(const LinkRequest& request) {
+  return library_.make(request, [this](CompiledKernel ptx) { return machine_code_of(std::move(ptx)); });
 }
 
 CompiledKernel Device::machine_code_of(CompiledKernel ptx) {

@@ -81,8 +81,9 @@ class Device {
   void launch(const LoadedKernel& kernel, std::int64_t blocks, const void* params, StreamHandle stream);
   void load(const std::vector<KernelSpec>& specs);
   void load(const KernelSpec& spec, const CompiledKernel& kernel);
+  void require_legal(const KernelSpec& spec, const ArchLimits& arch) const;
   void warn_of_turing_code() const;
-  FoundKernel link(const KernelSpec& spec, const LinkTarget& target);
+  FoundKernel link(const LinkRequest& request);
   CompiledKernel machine_code_of(CompiledKernel ptx);
 
   Driver& driver_;

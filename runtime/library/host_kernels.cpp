@@ -16,15 +16,15 @@ constexpr const char* kMachine = "aarch64";
 constexpr const char* kMachine = "other";
 #endif
 
-KernelId id_for_host(const KernelSpec& spec, const RenderedKernel& rendered, const HostCompiler& compiler) {
+KernelId id_for_host(const KernelRequest& request, const HostCompiler& compiler) {
   const std::string target = std::string("host_") + kMachine;
   KernelId id;
-  id.key = make_key({{"source", rendered.source},
+  id.key = make_key({{"source", request.rendered.source},
                      {"target", target},
                      {"compiler", compiler.version},
                      {"flags", joined(host_compiler_flags(compiler))}});
-  id.name = spec.name() + "_" + target;
-  id.spec = spec.text();
+  id.name = request.spec.name() + "_" + target;
+  id.spec = request.spec.text();
   id.target = target;
   id.is_host_code = true;
   return id;
@@ -32,25 +32,22 @@ KernelId id_for_host(const KernelSpec& spec, const RenderedKernel& rendered, con
 
 }  // namespace
 
-CompiledKernel HostKernels::compile(const KernelSpec& spec, const KernelId& id, const RenderedKernel& rendered) {
+CompiledKernel HostKernels::compile(const KernelRequest& request, const KernelId& id) {
   try {
-    return tell_if_slow(id.name, compile_for_host(rendered, compiler_));
+    return tell_if_slow(id.name, compile_for_host(request.rendered, compiler_));
   } catch (const HostCompileFailure& failure) {
-    const std::string kept = cache_->keep_refused_source(id, rendered.source);
-    throw CompileError(spec.text() + ": " + failure.what() + "\nsource: " + kept + "\n" + failure.log,
+    const std::string kept = cache_->keep_refused_source(id, request.rendered.source);
+    throw CompileError(id.spec + ": " + failure.what() + "\nsource: " + kept + "\n" + failure.log,
                        failure.log, joined(host_compiler_flags(compiler_)), kept);
   }
 }
 
 FoundKernel HostKernels::find_or_compile(const KernelSpec& spec) {
   if (const auto reason = check(spec, arch_limits(75))) throw UnsupportedError(spec.text() + ": " + *reason);
-  const RenderedKernel rendered = render(spec, templates_);
-  const KernelId id = id_for_host(spec, rendered, compiler_);
-  FoundKernel found = cache_->get_or_build(id, [&] { return compile(spec, id, rendered); });
-  // How a kernel is launched is the generator's knowledge, not the file's.
-  found.kernel.entry = rendered.entry;
-  found.kernel.threads = rendered.threads;
-  found.kernel.dynamic_smem = rendered.dynamic_smem;
+  const KernelRequest request{spec, render(spec, templates_)};
+  const KernelId id = id_for_host(request, compiler_);
+  FoundKernel found = cache_->get_or_build(id, [&] { return compile(request, id); });
+  set_launch_shape(found.kernel, request.rendered);
   return found;
 }
 

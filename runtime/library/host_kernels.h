@@ -10,6 +10,7 @@
 #include "runtime/cache/kernel_cache.h"
 #include "runtime/compile/compiled_kernel.h"
 #include "runtime/compile/host_compiler.h"
+#include "runtime/library/kernel_request.h"
 
 namespace flash_attn_jit {
 
@@ -22,7 +23,7 @@ class HostKernels {
   FoundKernel find_or_compile(const KernelSpec& spec);
 
  private:
-  CompiledKernel compile(const KernelSpec& spec, const KernelId& id, const RenderedKernel& rendered);
+  CompiledKernel compile(const KernelRequest& request, const KernelId& id);
 
   std::shared_ptr<KernelCache> cache_;
   TemplateSet templates_;

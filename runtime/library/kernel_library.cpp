@@ -13,48 +13,44 @@
 namespace flash_attn_jit {
 namespace {
 
-KernelSpec checked(const KernelSpec& spec, int sm) {
-  if (const auto reason = check(spec, arch_limits(sm))) throw UnsupportedError(*reason);
-  return spec;
-}
-
 std::string architecture_in_name(CodeKind code, int sm) {
   return (code == CodeKind::kPtx ? "compute" : "sm") + std::to_string(sm);
 }
 
-KernelId id_of(const KernelSpec& spec, const RenderedKernel& rendered, const CompileTarget& target) {
+KernelId id_of(const KernelRequest& request, const CompileTarget& target) {
   KernelId id;
   id.key = make_key(
-      {{"source", rendered.source}, {"options", joined(compile_options(target))}, {"target", target.text()}});
-  id.name = spec.name() + "_" + architecture_in_name(target.code, target.sm);
-  id.spec = spec.text();
+      {{"source", request.rendered.source}, {"options", joined(compile_options(target))}, {"target", target.text()}});
+  id.name = request.spec.name() + "_" + architecture_in_name(target.code, target.sm);
+  id.spec = request.spec.text();
   id.target = target.text();
   return id;
 }
 
-KernelId id_of_linked(const KernelSpec& spec, const RenderedKernel& rendered, const LinkTarget& target,
-                      int driver_version) {
+KernelId id_of_linked(const KernelRequest& request, const LinkTarget& target, int driver_version) {
   const CompileTarget ptx{target.ptx_sm, CodeKind::kPtx};
   const std::string machine = "sm_" + std::to_string(target.device_sm);
   KernelId id;
-  id.key = make_key({{"source", rendered.source},
+  id.key = make_key({{"source", request.rendered.source},
                      {"options", joined(compile_options(ptx))},
                      {"target", ptx.text()},
                      {"linked for", machine},
                      {"driver", std::to_string(driver_version)},
                      {"purpose", target.purpose}});
-  id.name = spec.name() + "_" + architecture_in_name(CodeKind::kPtx, target.ptx_sm) + "_on_" +
+  id.name = request.spec.name() + "_" + architecture_in_name(CodeKind::kPtx, target.ptx_sm) + "_on_" +
             architecture_in_name(CodeKind::kCubin, target.device_sm);
-  id.spec = spec.text();
+  id.spec = request.spec.text();
   id.target = ptx.text() + " linked for " + machine;
   return id;
 }
 
-// How a kernel is launched is the generator's knowledge, not the file's.
-FoundKernel with_launch_shape(FoundKernel found, const RenderedKernel& rendered) {
-  found.kernel.entry = rendered.entry;
-  found.kernel.threads = rendered.threads;
-  found.kernel.dynamic_smem = rendered.dynamic_smem;
+FoundKernel with_launch_shape(FoundKernel found, const KernelRequest& request) {
+  set_launch_shape(found.kernel, request.rendered);
+  return found;
+}
+
+std::optional<FoundKernel> with_launch_shape(std::optional<FoundKernel> found, const KernelRequest& request) {
+  if (found) set_launch_shape(found->kernel, request.rendered);
   return found;
 }
 
@@ -101,45 +97,53 @@ KernelLibrary::KernelLibrary(const Config& config, std::shared_ptr<KernelCache> 
 KernelLibrary::~KernelLibrary() = default;
 
 FoundKernel KernelLibrary::find_or_compile(const KernelSpec& spec, const CompileTarget& target) {
-  const RenderedKernel rendered = render(checked(spec, target.sm), templates_);
-  const KernelId id = id_of(spec, rendered, target);
-  const auto objection = [this](const CompiledKernel& kernel) { return objection_to(kernel); };
-  const auto build = [&] { return tell_if_slow(id.name, compile(spec, rendered, target, id)); };
-  if (target.code == CodeKind::kCubin)
-    return with_launch_shape(cache_->get_or_build(id, build, objection), rendered);
-  if (auto found = cache_->find(id, objection)) return with_launch_shape(*std::move(found), rendered);
-  return {build(), KernelOrigin::kCompiled};
+  if (const auto reason = check(spec, arch_limits(target.sm))) throw UnsupportedError(*reason);
+  const KernelRequest kernel = request(spec);
+  const CompileRequest compiled = request(kernel, target);
+  if (auto found = find(compiled)) return *std::move(found);
+  return make(compiled);
 }
 
-std::optional<FoundKernel> KernelLibrary::find(const KernelSpec& spec, const CompileTarget& target) {
-  const RenderedKernel rendered = render(checked(spec, target.sm), templates_);
-  auto found = cache_->find(id_of(spec, rendered, target),
-                            [this](const CompiledKernel& kernel) { return objection_to(kernel); });
-  if (found) found = with_launch_shape(*std::move(found), rendered);
-  return found;
+KernelRequest KernelLibrary::request(const KernelSpec& spec) {
+  ++rendered_;
+  return {spec, render(spec, templates_)};
 }
 
-FoundKernel KernelLibrary::find_or_link(const KernelSpec& spec, const LinkTarget& target,
-                                        const LinkPtx& link) {
-  const RenderedKernel rendered = render(checked(spec, target.ptx_sm), templates_);
-  const KernelId id = id_of_linked(spec, rendered, target, driver_version_.value_or(0));
+CompileRequest KernelLibrary::request(const KernelRequest& kernel, const CompileTarget& target) {
+  ++hashed_;
+  return {kernel, target, id_of(kernel, target)};
+}
+
+LinkRequest KernelLibrary::request(const KernelRequest& kernel, const LinkTarget& target) {
+  ++hashed_;
+  return {kernel, target, id_of_linked(kernel, target, driver_version_.value_or(0))};
+}
+
+std::optional<FoundKernel> KernelLibrary::find(const CompileRequest& request) {
+  return with_launch_shape(cache_->find(request.id, objection_to_compiled()), request.kernel);
+}
+
+std::optional<FoundKernel> KernelLibrary::find(const LinkRequest& request) {
+  return with_launch_shape(cache_->find(request.id, objection_to_linked(request.target)), request.kernel);
+}
+
+FoundKernel KernelLibrary::make(const CompileRequest& request) {
+  const auto build = [&] { return tell_if_slow(request.id.name, compile(request.kernel, request.target, request.id)); };
+  if (request.target.code == CodeKind::kPtx) return {build(), KernelOrigin::kCompiled};
+  return with_launch_shape(cache_->build(request.id, build, objection_to_compiled()), request.kernel);
+}
+
+FoundKernel KernelLibrary::make(const LinkRequest& request, const LinkPtx& link) {
+  const LinkTarget& target = request.target;
   const auto build = [&] {
-    const CompileTarget ptx{target.ptx_sm, CodeKind::kPtx};
-    auto packed = find(spec, ptx);
-    CompiledKernel kernel = link(packed ? packed->kernel : compile(spec, rendered, ptx, id));
+    const CompileRequest ptx = this->request(request.kernel, CompileTarget{target.ptx_sm, CodeKind::kPtx});
+    auto found = find(ptx);
+    CompiledKernel kernel = link(found ? found->kernel : compile(ptx.kernel, ptx.target, request.id));
     if (const auto nvrtc = compilers_->foresee(CodeKind::kCubin); nvrtc && target.until_newer_nvrtc)
       kernel.stands_in_for_nvrtc = nvrtc->as_driver_version();
-    return tell_if_slow(id.name, std::move(kernel));
+    return tell_if_slow(request.id.name, std::move(kernel));
   };
-  return with_launch_shape(cache_->get_or_build(id, build, objection_to_linked(target)), rendered);
-}
-
-std::optional<FoundKernel> KernelLibrary::find_linked(const KernelSpec& spec, const LinkTarget& target) {
-  const RenderedKernel rendered = render(checked(spec, target.ptx_sm), templates_);
-  auto found = cache_->find(id_of_linked(spec, rendered, target, driver_version_.value_or(0)),
-                            objection_to_linked(target));
-  if (found) found = with_launch_shape(*std::move(found), rendered);
-  return found;
+  return with_launch_shape(cache_->build(request.id, build, objection_to_linked(target)), request.kernel);
 }
 
 bool KernelLibrary::compiler_lacks(int sm) {
@@ -152,31 +156,32 @@ bool KernelLibrary::compiler_lacks(int sm) {
 
 int KernelLibrary::nvrtc_opened() const { return compilers_->opened(); }
 
-CompiledKernel KernelLibrary::compile(const KernelSpec& spec, const RenderedKernel& rendered,
-                                      const CompileTarget& target, const KernelId& id) {
+CompiledKernel KernelLibrary::compile(const KernelRequest& request, const CompileTarget& target, const KernelId& id) {
   std::string reason;
   const Nvrtc* nvrtc = compilers_->best(target.code, reason);
-  if (nvrtc == nullptr) throw missing(spec, target, *cache_, reason);
+  if (nvrtc == nullptr) throw missing(request.spec, target, *cache_, reason);
   try {
-    return compile_with(*nvrtc, rendered, target);
+    return compile_with(*nvrtc, request.rendered, target);
   } catch (const NvrtcFailure& failure) {
-    const std::string kept = cache_->keep_refused_source(id, rendered.source);
+    const std::string kept = cache_->keep_refused_source(id, request.rendered.source);
     const std::string options = joined(nvrtc_options(target, nvrtc->version()));
-    throw CompileError("NVRTC " + nvrtc->version().text() + " refused kernel '" + spec.text() +
+    throw CompileError("NVRTC " + nvrtc->version().text() + " refused kernel '" + request.spec.text() +
                            "': " + failure.what() + "\noptions: " + options + "\nsource: " + kept +
                            "\nlog:\n" + failure.log,
                        failure.log, options, kept);
   }
 }
 
-std::optional<std::string> KernelLibrary::objection_to(const CompiledKernel& kernel) const {
-  if (!driver_version_ || kernel.min_driver <= *driver_version_) return std::nullopt;
-  return "it was built by " + kernel.built_by + " and needs a CUDA " +
-         driver_version_text(kernel.min_driver) + " driver or newer; this one is " +
-         driver_version_text(*driver_version_);
+KernelCache::Objection KernelLibrary::objection_to_compiled() const {
+  if (!driver_version_) return {};
+  return [version = *driver_version_](const CompiledKernel& kernel) -> std::optional<std::string> {
+    if (kernel.min_driver <= version) return std::nullopt;
+    return "it was built by " + kernel.built_by + " and needs a CUDA " + driver_version_text(kernel.min_driver) +
+           " driver or newer; this one is " + driver_version_text(version);
+  };
 }
 
-KernelCache::Objection KernelLibrary::objection_to_linked(const LinkTarget& target) {
+KernelCache::Objection KernelLibrary::objection_to_linked(const LinkTarget& target) const {
   if (!target.until_newer_nvrtc) return {};
   return [this](const CompiledKernel& kernel) -> std::optional<std::string> {
     const auto nvrtc = compilers_->foresee(CodeKind::kCubin);

@@ -2,6 +2,7 @@
 // Thread-safe.
 #pragma once
 
+#include <atomic>
 #include <filesystem>
 #include <functional>
 #include <memory>
@@ -14,6 +15,7 @@
 #include "runtime/cache/kernel_cache.h"
 #include "runtime/compile/compiled_kernel.h"
 #include "runtime/cuda/compile_target.h"
+#include "runtime/library/kernel_request.h"
 #include "runtime/system/config.h"
 
 namespace flash_attn_jit {
@@ -30,7 +32,20 @@ struct LinkTarget {
   bool until_newer_nvrtc = false;
 };
 
-// A cache with a compiler behind it.
+// A request for one target, under the key that it is looked for and kept by. `kernel` has to outlive it.
+struct CompileRequest {
+  const KernelRequest& kernel;
+  CompileTarget target;
+  KernelId id;
+};
+struct LinkRequest {
+  const KernelRequest& kernel;
+  LinkTarget target;
+  KernelId id;
+};
+
+// A cache with a compiler behind it. A caller with a second choice of target makes one request for each out of one
+// KernelRequest, so that the kernel is rendered once, and hashed and looked for once by each key.
 class KernelLibrary {
  public:
   struct Settings {
@@ -43,21 +58,28 @@ class KernelLibrary {
   KernelLibrary(const Config& config, std::shared_ptr<KernelCache> cache, std::optional<int> driver_version);
   ~KernelLibrary();
 
-  // A kernel for a GPU. Several threads or processes that ask for one kernel compile it once. PTX is not
-  // stored: it is looked for in the pack, else compiled. Throws CompileError, MissingKernelError,
-  // UnsupportedError (check()'s reason).
+  // A kernel for a GPU: checked, found, else made. Throws as make(), and UnsupportedError (check()'s reason).
   FoundKernel find_or_compile(const KernelSpec& spec, const CompileTarget& target);
 
-  // find_or_compile() without the compiler.
-  std::optional<FoundKernel> find(const KernelSpec& spec, const CompileTarget& target);
+  // `spec` is one that check() allows.
+  KernelRequest request(const KernelSpec& spec);
+  CompileRequest request(const KernelRequest& kernel, const CompileTarget& target);
+  LinkRequest request(const KernelRequest& kernel, const LinkTarget& target);
+
+  // What is there; never opens a compiler.
+  std::optional<FoundKernel> find(const CompileRequest& request);
+  std::optional<FoundKernel> find(const LinkRequest& request);
+
+  // After a find() in vain. Several threads or processes that ask for one kernel compile it once. PTX is not stored.
+  // Throws CompileError, MissingKernelError.
+  FoundKernel make(const CompileRequest& request);
 
   // Turns a PTX kernel into one of machine code, resources included.
   using LinkPtx = std::function<CompiledKernel(CompiledKernel ptx)>;
 
-  // The kernel as machine code made of PTX by `link`; that code is stored, for this driver version alone.
-  // Throws as find_or_compile(), and what `link` throws.
-  FoundKernel find_or_link(const KernelSpec& spec, const LinkTarget& target, const LinkPtx& link);
-  std::optional<FoundKernel> find_linked(const KernelSpec& spec, const LinkTarget& target);
+  // Machine code that `link` makes of PTX, which is found, else compiled. The code is stored, for this driver version
+  // alone. Throws also what `link` throws.
+  FoundKernel make(const LinkRequest& request, const LinkPtx& link);
 
   // Whether there is an NVRTC and it does not know sm_`sm`. Opens it.
   bool compiler_lacks(int sm);
@@ -67,17 +89,21 @@ class KernelLibrary {
   // How many NVRTC libraries this object opened: a hit opens none.
   int nvrtc_opened() const;
 
+  // How many kernels this object rendered, and how many keys it hashed.
+  int rendered() const { return rendered_; }
+  int hashed() const { return hashed_; }
+
  private:
-  CompiledKernel compile(const KernelSpec& spec, const RenderedKernel& rendered, const CompileTarget& target,
-                         const KernelId& id);
-  std::optional<std::string> objection_to(const CompiledKernel& kernel) const;
-  KernelCache::Objection objection_to_linked(const LinkTarget& target);
+  CompiledKernel compile(const KernelRequest& request, const CompileTarget& target, const KernelId& id);
+  KernelCache::Objection objection_to_compiled() const;
+  KernelCache::Objection objection_to_linked(const LinkTarget& target) const;
 
   Config config_;
   std::shared_ptr<KernelCache> cache_;
   std::optional<int> driver_version_;
   TemplateSet templates_;
   std::unique_ptr<NvrtcChoice> compilers_;
+  std::atomic<int> rendered_ = 0, hashed_ = 0;
 };
 
 // Where the process's kernels are kept and looked for, as `config` says.

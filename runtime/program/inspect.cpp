@@ -68,14 +68,21 @@ class ScratchFolder {
   bool kept_ = false;
 };
 
-// Compiles afresh: what a cache holds may come from another NVRTC than the one that the flags or variables
-// name.
-CompiledKernel compile(const KernelSpec& spec, const CompileTarget& target, const Config& settings) {
+struct Compiled {
+  RenderedKernel rendered;
+  CompiledKernel kernel;
+};
+
+// Compiles afresh, a spec that is legal: what a cache holds may come from another NVRTC than the one that the flags or
+// variables name.
+Compiled compile(const KernelSpec& spec, const CompileTarget& target, const Config& settings) {
   ScratchFolder scratch;
   KernelLibrary library(
       {.config = settings, .cache = {.dir = scratch.path(), .prebuilt = {}}, .driver_version = {}});
+  KernelRequest kernel = library.request(spec);
   try {
-    return library.find_or_compile(spec, target).kernel;
+    FoundKernel made = library.make(library.request(kernel, target));
+    return {std::move(kernel.rendered), std::move(made.kernel)};
   } catch (const CompileError&) {
     scratch.keep();  // it holds the source that the error names
     throw;
@@ -84,7 +91,8 @@ CompiledKernel compile(const KernelSpec& spec, const CompileTarget& target, cons
 
 Json number_json(const std::optional<int>& number) { return number ? Json(*number) : Json("unknown"); }
 
-Json resources_json(const KernelSpec& spec, const RenderedKernel& rendered, const CompiledKernel& kernel) {
+Json resources_json(const KernelSpec& spec, const Compiled& compiled) {
+  const auto& [rendered, kernel] = compiled;
   return {{"threads", kernel.threads},
           {"registers", number_json(kernel.resources.registers)},
           {"static_smem", kernel.resources.static_smem},
@@ -106,13 +114,11 @@ std::string content(const InspectFlags& flags) {
   const Config settings = config_with_nvrtc("--nvrtc", flags.nvrtc);
   if (emit == Emit::kSpec) return spec.text() + "\n";
 
-  const RenderedKernel rendered = render(spec, load_templates(settings));
-  if (emit == Emit::kSource) return rendered.source;
-  if (emit == Emit::kPtx) return compile(spec, {.sm = arch.sm, .code = CodeKind::kPtx}, settings).image;
-
-  const CompiledKernel kernel = compile(spec, {.sm = arch.sm, .code = CodeKind::kCubin}, settings);
-  if (emit == Emit::kCubin) return kernel.image;
-  return json_text(resources_json(spec, rendered, kernel)) + "\n";
+  if (emit == Emit::kSource) return render(spec, load_templates(settings)).source;
+  const CodeKind code = emit == Emit::kPtx ? CodeKind::kPtx : CodeKind::kCubin;
+  const Compiled compiled = compile(spec, {.sm = arch.sm, .code = code}, settings);
+  if (emit == Emit::kResources) return json_text(resources_json(spec, compiled)) + "\n";
+  return compiled.kernel.image;
 }
 
 void write_file(const std::string& path, const std::string& bytes) {

@@ -401,6 +401,45 @@ TEST_CASE("Turing code stands in for what no NVRTC can make until a newer one is
   CHECK(log.warnings().empty());
 }
 
+TEST_CASE("a cold kernel is rendered once, and hashed and looked for once by each key") {
+  struct Case {
+    const char* what;
+    StubDevice device;
+    TargetChoice target;
+    int keys;      // of a cold launch
+    int hit_keys;  // of the next process's
+    const char* stored_for;
+  };
+  for (const Case& c :
+       {Case{"its own code, once there is no Turing code either", kT4, TargetChoice::kNative, 2, 1, "sm_75"},
+        Case{"the Turing code in its place, of PTX", {"A GPU to come", 199, 200}, TargetChoice::kNative, 3, 2,
+             "compute_75 linked for sm_199"},
+        Case{"the Turing code as asked for, of PTX", kA100, TargetChoice::kCompute75, 2, 1,
+             "compute_75 linked for sm_80"}}) {
+    CAPTURE(c.what);
+    TinySetting setting;
+    setting.config.nvrtc = make_stub_nvrtc(setting.folder / "nvrtc", {.major = "12"});
+    setting.config.prebuilt = setting.folder / "pack";
+    fs::create_directories(*setting.config.prebuilt);
+    for (const bool is_cold : {true, false}) {
+      CAPTURE(is_cold);
+      stub().reset(12090, {c.device});
+      Driver driver(kStub);
+      KernelLibrary library(setting.settings(12090));
+      DeviceRuntime devices(driver, library, c.target, default_tile_chooser());
+      for (int i = 0; i < 2; ++i) launch_forward(devices.device(0), request(), nullptr);
+      CHECK(stub().launches().size() == 2);
+      CHECK(library.nvrtc_opened() == (is_cold ? 1 : 0));
+      CHECK(library.rendered() == 1);
+      CHECK(library.hashed() == (is_cold ? c.keys : c.hit_keys));
+      CHECK(library.cache().lookups() == library.hashed());
+    }
+    const auto entries = list_cache(setting.config.cache_dir);
+    REQUIRE(entries.size() == 1);
+    CHECK(entries[0].file->id.target == c.stored_for);
+  }
+}
+
 TEST_CASE("a hot launch allocates nothing, forward and backward" * doctest::skip(!have_nvrtc())) {
   TinySetting setting;
   setting.config.templates.reset();

@@ -49,6 +49,19 @@ TEST_CASE("cache: built once, then found") {
   CHECK(names_in(dir) == std::vector<std::string>{id.file_name()});
 }
 
+TEST_CASE("cache: what another process built after one looked in vain is not built again") {
+  const TemporaryFolder folder;
+  const KernelId id = made_up_id("a");
+  CountedBuild theirs, ours;
+  KernelCache cache(settings_for(folder.path()));
+  CHECK_FALSE(cache.find(id));
+  KernelCache(settings_for(folder.path())).get_or_build(id, theirs.function());
+  CHECK(cache.build(id, ours.function()).origin == KernelOrigin::kDiskCache);
+  CHECK(theirs.calls == 1);
+  CHECK(ours.calls == 0);
+  CHECK(cache.lookups() == 1);
+}
+
 TEST_CASE("cache: a failed build leaves nothing, and the next may succeed") {
   const TemporaryFolder folder;
   const KernelId id = made_up_id("a");

@@ -132,6 +132,21 @@ TEST_CASE("a kernel is compiled once; a hit opens no NVRTC" * doctest::skip(!hav
   CHECK(second.nvrtc_opened() == 0);
 }
 
+TEST_CASE("a kernel for one target is rendered, hashed and looked for once, found or not") {
+  TinySetting setting;
+  setting.config.nvrtc = make_stub_nvrtc(setting.folder / "nvrtc", {});
+  for (const auto& [target, origin] : {std::pair{kCubin, KernelOrigin::kCompiled},
+                                       {kCubin, KernelOrigin::kDiskCache},
+                                       {CompileTarget{75, CodeKind::kPtx}, KernelOrigin::kCompiled}}) {
+    CAPTURE(target.text());
+    KernelLibrary library(setting.settings(std::nullopt));
+    CHECK(library.find_or_compile(tiny_spec(), target).origin == origin);
+    CHECK(library.rendered() == 1);
+    CHECK(library.hashed() == 1);
+    CHECK(library.cache().lookups() == 1);
+  }
+}
+
 TEST_CASE("threads that ask for kernels compile each once" * doctest::skip(!have_nvrtc())) {
   const TinySetting setting;
   KernelLibrary library(setting.settings(std::nullopt));
