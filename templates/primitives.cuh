@@ -31,6 +31,7 @@
 // Warp and block
 //   shuffle_xor(float, lane_mask) -> float
 //   any_in_warp(bool) -> bool
+//   reconverge_warp()                             tells ptxas that all lanes came the same way; orders nothing
 //   warp_barrier()                                orders this warp's shared-memory accesses
 //   block_barrier()                               the same for the whole block
 //
