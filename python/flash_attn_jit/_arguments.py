@@ -197,19 +197,18 @@ def check_packed(name: str, tensor: torch.Tensor, layout: Tuple[str, ...]) -> No
     """The rank of a packed tensor and its dimension of 2 or 3, both as in `layout`."""
     if tensor.is_nested:
         reject_nested((name,), (tensor,))
-    shape = tuple(tensor.shape)
-    if len(shape) != len(layout):
-        accepted = f"{len(layout)}, ({', '.join(layout)})"
-        raise Refusal(name, f"has {len(shape)} dimensions, shape {shape}", accepted).exception()
-    reject_sparse(name, tensor)
-    if shape[-3] != int(layout[-3]):
-        came = f"has size {shape[-3]} in dimension {len(layout) - 3}, shape {shape}"
+    if tensor.dim() != len(layout):
+        came = f"has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}"
+        raise Refusal(name, came, f"{len(layout)}, ({', '.join(layout)})").exception()
+    if tensor.layout is not torch.strided:
+        raise layout_refusal(name, tensor).exception()
+    if tensor.shape[-3] != int(layout[-3]):
+        came = f"has size {tensor.shape[-3]} in dimension {len(layout) - 3}, shape {tuple(tensor.shape)}"
         raise Refusal(name, came, f"{layout[-3]}, ({', '.join(layout)})").exception()
 
 
-def reject_sparse(name: str, tensor: torch.Tensor) -> None:
-    if tensor.layout is not torch.strided:
-        raise Refusal(name, f"has layout {tensor.layout}", "torch.strided", f"Use {name}.to_dense()").exception()
+def layout_refusal(name: str, tensor: torch.Tensor) -> Refusal:
+    return Refusal(name, f"has layout {tensor.layout}", "torch.strided", f"Use {name}.to_dense()")
 
 
 def device_refusal(name: str, device: torch.device, first: str, of_first: torch.device) -> Optional[Refusal]:
