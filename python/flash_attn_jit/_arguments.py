@@ -37,8 +37,8 @@ def read_options(
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
 ) -> Options:
-    """The arguments of a public function, their types checked; lengths as they are. Defaults pass with one comparison
-    each."""
+    """The arguments of a public function, their types checked; lengths as they are. Defaults pass with one
+    comparison each."""
     if (type(dropout_p) is not float or dropout_p != 0.0) and number("dropout_p", dropout_p) != 0.0:
         raise dropout_refusal(dropout_p).exception()
     if softmax_scale is not None and type(softmax_scale) is not float:
@@ -53,7 +53,16 @@ def read_options(
     if deterministic is not True and deterministic is not False:
         truth("deterministic", deterministic)
     return Options(
-        softmax_scale, causal, left, right, softcap, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        softmax_scale,
+        causal,
+        left,
+        right,
+        softcap,
+        alibi_slopes,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
     )
 
 
