@@ -53,7 +53,8 @@ std::string traits(const KernelSpec& spec) {
   const auto flag = [&](const char* name, bool value) { return constant("bool", name, value ? "true" : "false"); };
   return "// " + spec.text() + "\nstruct Traits {\n" + type("Element", "Fp16") + type("Copy", "RegisterStagedCopy") +
          number("kHeadDim", spec.head_dim) +
-         number("kTileDims", kernel_dims(spec)) + number("kGroupSize", spec.group_size) + flag("kIsCausal", spec.mask == Mask::kCausal) +
+         number("kTileDims", kernel_dims(spec)) + number("kGroupSize", spec.group_size) +
+         flag("kIsCausal", spec.mask == Mask::kCausal) +
          flag("kIsLocal", spec.mask == Mask::kWindow) + flag("kIsSoftcap", spec.softcap == Softcap::kOn) +
          flag("kHasAlibi", spec.alibi == Alibi::kOn) + flag("kIsVarlen", spec.lengths == Lengths::kVarlen) +
          flag("kVectorAccess", spec.access == GlobalAccess::kVector16B) + number("kBlockM", tile.block_m) +
