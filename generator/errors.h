@@ -2,7 +2,9 @@
 #pragma once
 
 #include <stdexcept>
+#include <optional>
 #include <string>
+#include <utility>
 
 namespace flash_attn_jit {
 
@@ -15,14 +17,35 @@ struct SpecError : Error {
   using Error::Error;
 };
 
+// Why an argument is refused, in the parts of the message.
+struct Refusal {
+  std::string argument;  // its name
+  std::string came;      // of it: "has shape (2, 8)"
+  std::string accepted;
+  std::string advice = "";  // what to do about it, where that helps
+
+  // "q has shape (2, 8); accepted: 4 dimensions. Use q.unsqueeze(0)"
+  std::string text() const {
+    return argument + " " + came + "; accepted: " + accepted + (advice.empty() ? "" : ". " + advice);
+  }
+};
+
+// An error about an argument, with the parts of its message where it has them.
+struct RefusalError : Error {
+  explicit RefusalError(const std::string& text) : Error(text) {}
+  explicit RefusalError(Refusal parts) : Error(parts.text()), refusal(std::move(parts)) {}
+
+  std::optional<Refusal> refusal;
+};
+
 // The device or the library cannot do what was asked: names the argument, the device and what is supported.
-struct UnsupportedError : Error {
-  using Error::Error;
+struct UnsupportedError : RefusalError {
+  using RefusalError::RefusalError;
 };
 
 // A bad value given by the caller.
-struct ArgumentError : Error {
-  using Error::Error;
+struct ArgumentError : RefusalError {
+  using RefusalError::RefusalError;
 };
 
 // A bad environment variable or configuration value; names the variable.

@@ -65,18 +65,22 @@ std::vector<std::string_view> split(std::string_view text) {
   return words;
 }
 
-constexpr std::string_view kSoftcapWord = "softcap", kAlibiWord = "alibi", kVarlenWord = "varlen";
-
 // The spec's words in canonical order.
 std::vector<std::string> words_of(const KernelSpec& spec) {
   std::vector<std::string> words = {std::string(to_text(spec.kind)), "hdim" + std::to_string(spec.head_dim),
                                     std::string(to_text(spec.dtype)), std::string(to_text(spec.mask))};
-  if (spec.softcap == Softcap::kOn) words.emplace_back(kSoftcapWord);
-  if (spec.alibi == Alibi::kOn) words.emplace_back(kAlibiWord);
-  if (spec.lengths == Lengths::kVarlen) words.emplace_back(kVarlenWord);
+  for (const FeatureInfo& info : kFeatures)
+    if (spec.has(info.feature)) words.emplace_back(info.word);
   words.push_back("gqa" + std::to_string(spec.group_size));
   words.emplace_back(to_text(spec.access));
   words.push_back(spec.tile.text());
+  return words;
+}
+
+// "softcap, alibi, varlen"
+std::string feature_words() {
+  std::string words;
+  for (const FeatureInfo& info : kFeatures) words += (words.empty() ? "" : ", ") + std::string(info.word);
   return words;
 }
 
@@ -92,17 +96,8 @@ bool take(std::vector<std::string_view>& words, std::size_t at, std::string_view
 KernelKind parse_kind(std::string_view text) { return parse_word(text, kKernelKinds, "kind"); }
 
 std::string_view to_text(KernelKind kind) {
-  switch (kind) {
-    case KernelKind::kForward:
-      return "fwd";
-    case KernelKind::kBackwardPreprocess:
-      return "bwd_preprocess";
-    case KernelKind::kBackwardDkDv:
-      return "bwd_dkdv";
-    case KernelKind::kBackwardDq:
-      return "bwd_dq";
-  }
-  return {};
+  constexpr std::array<std::string_view, kKernelKinds.size()> kWords = {"fwd", "bwd_preprocess", "bwd_dkdv", "bwd_dq"};
+  return kWords[static_cast<std::size_t>(kind)];
 }
 std::string_view to_text(DType dtype) { return dtype == DType::kFloat16 ? "fp16" : "bf16"; }
 std::string_view to_text(Mask mask) {
@@ -152,13 +147,11 @@ std::string KernelSpec::text() const {
 KernelSpec KernelSpec::parse(std::string_view text) {
   std::vector<std::string_view> words = split(text);
   KernelSpec spec;
-  if (take(words, 4, kSoftcapWord)) spec.softcap = Softcap::kOn;
-  if (take(words, 4, kAlibiWord)) spec.alibi = Alibi::kOn;
-  if (take(words, 4, kVarlenWord)) spec.lengths = Lengths::kVarlen;
+  for (const FeatureInfo& info : kFeatures) spec.features.set(info.feature, take(words, 4, info.word));
   if (words.size() != 7)
     throw SpecError("kernel spec is '" + std::string(text) +
-                    "'; accepted: seven words like 'fwd hdim128 fp16 causal gqa8 vec16 m256n16w8q96l2b4k7', with softcap, "
-                    "alibi and varlen behind the mask where they are on");
+                    "'; accepted: seven words like 'fwd hdim128 fp16 causal gqa8 vec16 m256n16w8q96l2b4k7', with " +
+                    feature_words() + " behind the mask where they are on, in this order");
   spec.kind = parse_kind(words[0]);
   spec.head_dim = parse_numbered(words[1], "hdim", "head_dim");
   spec.dtype = parse_word(words[2], std::array{DType::kFloat16, DType::kBFloat16}, "dtype");
@@ -173,17 +166,6 @@ std::string KernelSpec::name() const {
   std::string name = "flash";
   for (const std::string& word : words_of(*this)) name += "_" + word;
   return name;
-}
-
-KernelSpec normalized(KernelSpec spec) {
-  if (spec.kind == KernelKind::kBackwardPreprocess) {  // a row's delta depends on nothing but its out and dout
-    spec.mask = Mask::kNone;
-    spec.softcap = Softcap::kOff;
-    spec.alibi = Alibi::kOff;
-    spec.lengths = Lengths::kFixed;
-    spec.group_size = 1;
-  }
-  return spec;
 }
 
 }  // namespace flash_attn_jit

@@ -7,6 +7,8 @@
 #include <string>
 #include <string_view>
 
+#include "generator/features.h"
+
 namespace flash_attn_jit {
 
 // The backward pass takes three kernels, one after the other.
@@ -20,11 +22,6 @@ enum class DType : std::uint8_t { kFloat16, kBFloat16 };
 // are arguments of the launch.
 enum class Mask : std::uint8_t { kNone, kCausal, kWindow };
 inline constexpr std::array kAllMasks = {Mask::kNone, Mask::kCausal, Mask::kWindow};
-
-// Parts of a kernel that are compiled in only where they are on; their values are arguments of the launch.
-enum class Softcap : std::uint8_t { kOff, kOn };
-enum class Alibi : std::uint8_t { kOff, kOn };
-enum class Lengths : std::uint8_t { kFixed, kVarlen };  // one length for the whole batch, or cu_seqlens
 
 // How q, k, v and out are read and written in global memory.
 enum class GlobalAccess : std::uint8_t {
@@ -64,18 +61,18 @@ struct KernelSpec {
   DType dtype = DType::kFloat16;
   int head_dim = 0;    // the caller's, 1 to 256; padded with zeros inside the kernel
   Mask mask = Mask::kNone;
-  Softcap softcap = Softcap::kOff;
-  Alibi alibi = Alibi::kOff;
-  Lengths lengths = Lengths::kFixed;
+  FeatureSet features = {};
   int group_size = 1;  // num_heads / num_heads_k
   GlobalAccess access = GlobalAccess::kVector16B;
   TileConfig tile;
 
+  bool has(Feature feature) const { return features.has(feature); }
+
   // head_dim rounded up to the 16 dims that two tensor instructions consume.
   int padded_head_dim() const { return (head_dim + 15) / 16 * 16; }
 
-  // Canonical form: "fwd hdim128 fp16 causal gqa8 vec16 m256n16w8q96l2b4k7"; "softcap", "alibi" and "varlen" stand behind
-  // the mask where they are on.
+  // Canonical form: "fwd hdim128 fp16 causal gqa8 vec16 m256n16w8q96l2b4k7"; the words of the features that are on stand
+  // behind the mask.
   std::string text() const;
   static KernelSpec parse(std::string_view text);  // throws SpecError
 
@@ -84,9 +81,6 @@ struct KernelSpec {
 
   friend auto operator<=>(const KernelSpec&, const KernelSpec&) = default;
 };
-
-// The spec with what its kind does not read at its plainest value, so that problems which can share a kernel do.
-KernelSpec normalized(KernelSpec spec);
 
 KernelKind parse_kind(std::string_view text);  // throws SpecError
 std::string_view to_text(KernelKind);    // "fwd", "bwd_preprocess", "bwd_dkdv", "bwd_dq"

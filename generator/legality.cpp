@@ -4,7 +4,9 @@
 #include <charconv>
 
 #include "generator/errors.h"
+#include "generator/families/families.h"
 #include "generator/tile_layout.h"
+#include "generator/tile_rules.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -24,11 +26,9 @@ constexpr std::array kArchitectures = {
 
 std::string arch_name(const ArchLimits& arch) { return "sm_" + std::to_string(arch.sm); }
 
-std::string quoted(const std::string& text) { return "'" + text + "'"; }
-
 std::optional<std::string> check_head_dim(std::int64_t head_dim) {
   if (head_dim >= 1 && head_dim <= kMostHeadDim) return std::nullopt;
-  return "head_dim is " + std::to_string(head_dim) + "; accepted: 1 to " + std::to_string(kMostHeadDim);
+  return "head_dim is " + std::to_string(head_dim) + "; accepted: " + accepted_head_dims();
 }
 
 std::optional<std::string> check_problem(const KernelSpec& spec, const ArchLimits& arch) {
@@ -45,8 +45,6 @@ std::optional<std::string> check_problem(const KernelSpec& spec, const ArchLimit
   return std::nullopt;
 }
 
-std::string tile_name(const KernelSpec& spec) { return "tile " + quoted(spec.tile.text()); }
-
 std::optional<std::string> check_rows(const KernelSpec& spec) {
   const TileConfig& tile = spec.tile;
   if (tile.warps < 1 || tile.warps > 16)
@@ -57,82 +55,23 @@ std::optional<std::string> check_rows(const KernelSpec& spec) {
   return std::nullopt;
 }
 
-std::optional<std::string> check_register_dims(const KernelSpec& spec) {
-  const int dims = spec.tile.register_dims;
-  if (dims >= 0 && dims <= spec.padded_head_dim() && dims % 16 == 0) return std::nullopt;
-  return tile_name(spec) + " keeps " + std::to_string(dims) +
-         " head dims in registers; accepted: multiples of 16 up to " + std::to_string(spec.padded_head_dim());
-}
-
-std::string schedule_text(const KernelSpec& spec) {
-  const LoopSchedule& at = spec.tile.schedule;
-  return tile_name(spec) + " has its loads, barrier and first K fragments at " + std::to_string(at.load) + ", " +
-         std::to_string(at.barrier) + " and " + std::to_string(at.first_keys) + " eighths; accepted: ";
-}
-
-std::optional<std::string> check_forward_tile(const KernelSpec& spec) {
-  const TileConfig& tile = spec.tile;
-  if (tile.block_n < 16 || tile.block_n > 64 || tile.block_n % 16 != 0)
-    return tile_name(spec) + " has " + std::to_string(tile.block_n) + " keys a turn; accepted: 16, 32, 48 or 64";
-  const LoopSchedule& at = tile.schedule;
-  if (at.load < 0 || at.load >= at.barrier || at.barrier > at.first_keys || at.first_keys > 8)
-    return schedule_text(spec) + "0 to 8, loads before the barrier, K fragments at it or after";
-  return check_register_dims(spec);
-}
-
-std::optional<std::string> check_backward_tile(const KernelSpec& spec) {
-  const TileConfig& tile = spec.tile;
-  if (tile.block_n < 8 || tile.block_n > 64 || tile.block_n % 8 != 0)
-    return tile_name(spec) + " has " + std::to_string(tile.block_n) +
-           " columns a turn; accepted: multiples of 8 up to 64";
-  // A block's threads bring the statistics of a tile's queries, one each.
-  if (spec.kind == KernelKind::kBackwardDkDv && tile.block_n > tile.threads())
-    return tile_name(spec) + " has " + std::to_string(tile.block_n) + " queries a turn for " +
-           std::to_string(tile.threads()) + " threads; accepted: at most one a thread";
-  // The turn's first step still reads the slot that the tile stored before the barrier goes into: see FlashBwdTile.
-  const LoopSchedule& at = tile.schedule;
-  const int first_step_end = (64 + tile.block_n - 1) / tile.block_n;
-  if (at.load < 0 || at.load >= at.barrier || at.barrier < first_step_end || at.barrier > 8 || at.first_keys != 8)
-    return schedule_text(spec) + "loads before the barrier, the barrier at " + std::to_string(first_step_end) +
-           " to 8, K fragments at 8";
-  return check_register_dims(spec);
-}
-
-std::optional<std::string> check_preprocess_tile(const KernelSpec& spec) {
-  const TileConfig& tile = spec.tile;
-  if (tile.block_n == 0 && tile.register_dims == 0 && tile.schedule == LoopSchedule{0, 0, 0}) return std::nullopt;
-  return tile_name(spec) + " is for kind bwd_preprocess; accepted: 0 for all but its rows and warps, as in " +
-         quoted("m64n0w4q0l0b0k0");
-}
-
-std::optional<std::string> check_tile_shape(const KernelSpec& spec) {
-  if (auto reason = check_rows(spec)) return reason;
-  switch (spec.kind) {
-    case KernelKind::kForward:
-      return check_forward_tile(spec);
-    case KernelKind::kBackwardPreprocess:
-      return check_preprocess_tile(spec);
-    case KernelKind::kBackwardDkDv:
-    case KernelKind::kBackwardDq:
-      return check_backward_tile(spec);
-  }
-  return std::nullopt;
-}
-
 std::optional<std::string> check_resources(const KernelSpec& spec, const ArchLimits& arch) {
   const std::string name = tile_name(spec) + " at head_dim " + std::to_string(spec.head_dim);
-  if (const int bytes = shared_bytes(spec); bytes > arch.max_shared_bytes_per_block)
+  const KernelFamily& family = family_of(spec.kind);
+  if (const int bytes = family.shared_bytes(spec); bytes > arch.max_shared_bytes_per_block)
     return name + " needs " + std::to_string(bytes) + " bytes of shared memory; " + arch_name(arch) + " has " +
            std::to_string(arch.max_shared_bytes_per_block) + " a block";
-  if (const int registers = estimated_registers(spec); registers > arch.max_registers_per_thread)
+  if (const int registers = family.registers(spec); registers > arch.max_registers_per_thread)
     return name + " needs about " + std::to_string(registers) + " registers a thread; " + arch_name(arch) + " has " +
            std::to_string(arch.max_registers_per_thread);
-  if (spec.tile.threads() * blocks_per_multiprocessor(spec) > arch.max_threads_per_sm)
+  if (spec.tile.threads() * blocks_per_multiprocessor(spec.tile) > arch.max_threads_per_sm)
     return name + " has too many threads for " + arch_name(arch);
   return std::nullopt;
 }
 
 }  // namespace
+
+std::string accepted_head_dims() { return "1 to " + std::to_string(kMostHeadDim); }
 
 void require_head_dim(std::int64_t head_dim) {
   if (const auto reason = check_head_dim(head_dim)) throw UnsupportedError(*reason);
@@ -140,8 +79,7 @@ void require_head_dim(std::int64_t head_dim) {
 
 ArchLimits arch_limits(int sm) {
   if (sm < kArchitectures.front().sm)
-    throw UnsupportedError("the GPU's architecture is sm_" + std::to_string(sm) +
-                           "; accepted: sm_75 (Turing: Tesla T4, RTX 20) or newer");
+    throw UnsupportedError({"the GPU's architecture", "is sm_" + std::to_string(sm), kAcceptedGpu});
   ArchLimits limits = kArchitectures.front();
   for (const ArchLimits& known : kArchitectures)
     if (known.sm <= sm) limits = known;
@@ -160,7 +98,8 @@ int parse_arch(std::string_view text) {
 
 std::optional<std::string> check(const KernelSpec& spec, const ArchLimits& arch) {
   if (auto reason = check_problem(spec, arch)) return reason;
-  if (auto reason = check_tile_shape(spec)) return reason;
+  if (auto reason = check_rows(spec)) return reason;
+  if (auto reason = family_of(spec.kind).check_tile(spec)) return reason;
   return check_resources(spec, arch);
 }
 

@@ -11,6 +11,11 @@ namespace flash_attn_jit {
 
 // The head dims that there are kernels for: 1 to this.
 inline constexpr int kMostHeadDim = 256;
+std::string accepted_head_dims();  // in words
+
+// The oldest GPUs that there are kernels for, as compute capability x 10 and in words.
+inline constexpr int kOldestSm = 75;
+inline constexpr const char* kAcceptedGpu = "sm_75 (Turing: Tesla T4, RTX 20) or newer";
 
 // Refuses what no tile can make legal, with check()'s reason: throws UnsupportedError.
 void require_head_dim(std::int64_t head_dim);

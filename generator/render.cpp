@@ -3,6 +3,7 @@
 #include <set>
 
 #include "generator/errors.h"
+#include "generator/families/families.h"
 #include "generator/tile_layout.h"
 
 namespace flash_attn_jit {
@@ -39,72 +40,48 @@ void inline_template(std::string_view file, const TemplateSet& templates, std::s
 
 // The traits struct that specialises the kernel template: every number that the generator decided.
 std::string traits(const KernelSpec& spec) {
-  std::string row_side;
-  if (spec.kind == KernelKind::kBackwardDkDv) row_side = "kKeys";
-  if (spec.kind == KernelKind::kBackwardDq) row_side = "kQueries";
   const TileConfig& tile = spec.tile;
-  const auto constant = [](const char* type, const char* name, const std::string& value) {
-    return std::string("  static constexpr ") + type + " " + name + " = " + value + ";\n";
+  const auto constant = [](const char* type, std::string_view name, const std::string& value) {
+    return std::string("  static constexpr ") + type + " " + std::string(name) + " = " + value + ";\n";
   };
   const auto type = [](const std::string& name, const std::string& value) {
     return "  using " + name + " = " + value + ";\n";
   };
   const auto number = [&](const char* name, int value) { return constant("int", name, std::to_string(value)); };
-  const auto flag = [&](const char* name, bool value) { return constant("bool", name, value ? "true" : "false"); };
+  const auto flag = [&](std::string_view name, bool value) { return constant("bool", name, value ? "true" : "false"); };
+  std::string features;
+  for (const FeatureInfo& info : kFeatures) features += flag(info.trait, spec.has(info.feature));
   return "// " + spec.text() + "\nstruct Traits {\n" + type("Element", "Fp16") + type("Copy", "RegisterStagedCopy") +
-         number("kHeadDim", spec.head_dim) +
-         number("kTileDims", kernel_dims(spec)) + number("kGroupSize", spec.group_size) +
-         flag("kIsCausal", spec.mask == Mask::kCausal) +
-         flag("kIsLocal", spec.mask == Mask::kWindow) + flag("kIsSoftcap", spec.softcap == Softcap::kOn) +
-         flag("kHasAlibi", spec.alibi == Alibi::kOn) + flag("kIsVarlen", spec.lengths == Lengths::kVarlen) +
+         number("kHeadDim", spec.head_dim) + number("kTileDims", kernel_dims(spec)) +
+         number("kGroupSize", spec.group_size) + flag("kIsCausal", spec.mask == Mask::kCausal) +
+         flag("kIsLocal", spec.mask == Mask::kWindow) + features +
          flag("kVectorAccess", spec.access == GlobalAccess::kVector16B) + number("kBlockM", tile.block_m) +
          number("kBlockN", tile.block_n) + number("kNWarps", tile.warps) +
          number("kRegisterDims", tile.register_dims) + number("kLoadEighth", tile.schedule.load) +
          number("kBarrierEighth", tile.schedule.barrier) + number("kFirstKeysEighth", tile.schedule.first_keys) +
-         (row_side.empty() ? "" : constant("RowSide", "kRowSide", "RowSide::" + row_side)) + "};\n";
-}
-
-// What differs between the families' sources.
-struct Family {
-  const char* file;
-  const char* function;
-  const char* params;
-  const char* tile;  // the template struct that counts shared memory; none: it uses none
-};
-
-Family family_of(KernelKind kind) {
-  switch (kind) {
-    case KernelKind::kForward:
-      return {"flash_fwd.cuh", "flash_fwd", "FlashFwdParams", "FlashFwdTile"};
-    case KernelKind::kBackwardPreprocess:
-      return {"flash_bwd_preprocess.cuh", "flash_bwd_preprocess", "FlashBwdParams", nullptr};
-    case KernelKind::kBackwardDkDv:
-    case KernelKind::kBackwardDq:
-      return {"flash_bwd.cuh", "flash_bwd", "FlashBwdParams", "FlashBwdTile"};
-  }
-  return {};
+         std::string(family_of(spec.kind).trait) + "};\n";
 }
 
 }  // namespace
 
 RenderedKernel render(const KernelSpec& spec, const TemplateSet& templates) {
+  const KernelFamily& family = family_of(spec.kind);
   RenderedKernel kernel;
   kernel.entry = spec.name();
   kernel.threads = spec.tile.threads();
-  kernel.dynamic_smem = shared_bytes(spec);
+  kernel.dynamic_smem = family.shared_bytes(spec);
   kernel.useful_mma = useful_mma_per_turn(spec);
   std::set<std::string, std::less<>> seen;
-  const Family family = family_of(spec.kind);
-  const std::string params = family.params;
-  inline_template(family.file, templates, seen, kernel.source);
+  const std::string params(family.params);
+  inline_template(family.template_file, templates, seen, kernel.source);
   kernel.source += "#line 1 \"" + kernel.entry + ".cu\"\n" + traits(spec) +
                    "extern \"C\" __global__ void __launch_bounds__(" + std::to_string(kernel.threads) + ", " +
-                   std::to_string(blocks_per_multiprocessor(spec)) + ") " + kernel.entry +
-                   "(const " + params + " params) {\n  " + family.function + "<Traits>(params);\n}\n";
-  if (family.tile != nullptr)
+                   std::to_string(blocks_per_multiprocessor(spec.tile)) + ") " + kernel.entry +
+                   "(const " + params + " params) {\n  " + std::string(family.function) + "<Traits>(params);\n}\n";
+  if (!family.tile.empty())
     kernel.source += "static_assert(" + std::string(family.tile) +
                      "<Traits>::kSharedBytes == " + std::to_string(kernel.dynamic_smem) +
-                     ", \"generator/tile_layout.h and " + family.file + " disagree\");\n";
+                     ", \"generator/families and " + std::string(family.template_file) + " disagree\");\n";
   kernel.source += "#ifdef FLASH_ATTN_JIT_HOST\nextern \"C\" void flash_attn_jit_thread(const void* params) {\n  " +
                    kernel.entry + "(*static_cast<const " + params + "*>(params));\n}\n#endif\n";
   return kernel;

@@ -3,22 +3,21 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
+#include "generator/kernel_selection.h"
 #include "generator/legality.h"
-#include "python/bindings_errors.h"
 #include "python/bindings_backward.h"
+#include "python/bindings_errors.h"
 #include "python/bindings_forward.h"
+#include "python/bindings_options.h"
 #include "python/bindings_tensors.h"
-#include "runtime/attention_options.h"
-#include "runtime/config.h"
-#include "runtime/driver.h"
+#include "runtime/cuda/nvrtc_search.h"
 #include "runtime/interpreter/interpreter.h"
-#include "runtime/interrupt.h"
-#include "runtime/kernel_library.h"
-#include "runtime/kernel_selection.h"
-#include "runtime/log.h"
-#include "runtime/machine_report.h"
-#include "runtime/nvrtc.h"
-#include "runtime/pack.h"
+#include "runtime/launch/machine_report.h"
+#include "runtime/launch/process.h"
+#include "runtime/library/pack.h"
+#include "runtime/request/attention_options.h"
+#include "runtime/system/interrupt.h"
+#include "runtime/system/log.h"
 
 namespace py = pybind11;
 using namespace flash_attn_jit;
@@ -155,41 +154,31 @@ void bind_interpreter_report(py::module_& module) {
       .def("__repr__", &InterpreterReport::text);
 }
 
+// Limits, and what is accepted in the words of the checks, for those calls of which Python must know before it makes them
+// whether they will be refused.
+void bind_limits(py::module_& module) {
+  module.attr("most_scale") = kMostScale;
+  module.attr("most_head_dim") = kMostHeadDim;
+  module.attr("oldest_sm") = kOldestSm;
+  py::dict accepted;
+  accepted["softmax_scale"] = accepted_scales();
+  accepted["head_dim"] = accepted_head_dims();
+  accepted["gpu"] = kAcceptedGpu;
+  accepted["last_dim"] = kAcceptedLastDim;
+  accepted["dtype"] = bindings::kAcceptedDtype;
+  accepted["device"] = bindings::kAcceptedDevice;
+  accepted["devices"] = bindings::kAcceptedDevices;
+  accepted["alibi_slopes"] = bindings::kAcceptedSlopes;
+  module.attr("accepted") = accepted;
+}
+
 void bind_attention(py::module_& module) {
-  using Scale = std::optional<double>;
-  using Tile = std::optional<std::string>;
-  using py::handle, std::int64_t;
-  module.def(
-      "forward",
-      [](handle q, handle k, handle v, handle out, handle softmax_lse, Scale softmax_scale, bool causal,
-         int64_t window_left, int64_t window_right, double softcap, handle alibi_slopes, handle cu_seqlens_q,
-         handle cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, const Tile& tile) {
-        bindings::forward(q, k, v, out, softmax_lse,
-                          {softmax_scale, causal, window_left, window_right, softcap, alibi_slopes, cu_seqlens_q,
-                           cu_seqlens_k, max_seqlen_q, max_seqlen_k},
-                          tile);
-      },
-      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("softmax_lse"), py::arg("softmax_scale"),
-      py::arg("causal"), py::arg("window_left") = -1, py::arg("window_right") = -1, py::arg("softcap") = 0.0,
-      py::arg("alibi_slopes") = py::none(), py::arg("cu_seqlens_q") = py::none(), py::arg("cu_seqlens_k") = py::none(),
-      py::arg("max_seqlen_q") = 0, py::arg("max_seqlen_k") = 0, py::arg("tile") = py::none());
-  module.def(
-      "backward",
-      [](handle dout, handle q, handle k, handle v, handle out, handle softmax_lse, handle dq, handle dk, handle dv,
-         handle delta, Scale softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap,
-         handle alibi_slopes, handle cu_seqlens_q, handle cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-         const Tile& dkdv_tile, const Tile& dq_tile) {
-        bindings::backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, delta,
-                           {softmax_scale, causal, window_left, window_right, softcap, alibi_slopes, cu_seqlens_q,
-                            cu_seqlens_k, max_seqlen_q, max_seqlen_k},
-                           dkdv_tile, dq_tile);
-      },
-      py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("softmax_lse"),
-      py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("delta"), py::arg("softmax_scale"), py::arg("causal"),
-      py::arg("window_left") = -1, py::arg("window_right") = -1, py::arg("softcap") = 0.0,
-      py::arg("alibi_slopes") = py::none(), py::arg("cu_seqlens_q") = py::none(), py::arg("cu_seqlens_k") = py::none(),
-      py::arg("max_seqlen_q") = 0, py::arg("max_seqlen_k") = 0, py::arg("dkdv_tile") = py::none(),
-      py::arg("dq_tile") = py::none());
+  module.def("forward", &bindings::forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
+             py::arg("softmax_lse"), py::arg("options"), py::arg("tile") = py::none());
+  module.def("backward", &bindings::backward, py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"),
+             py::arg("out"), py::arg("softmax_lse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("delta"),
+             py::arg("options"), py::arg("dkdv_tile") = py::none(), py::arg("dq_tile") = py::none());
+  module.def("refuse_rank", &bindings::refuse_rank, py::arg("name"), py::arg("tensor"), py::arg("varlen"));
 }
 
 }  // namespace
@@ -202,12 +191,13 @@ PYBIND11_MODULE(_core, module) {
   bind_kernel_library(module);
 
   module.def("connect_torch", &bindings::connect_torch, py::arg("torch"));
+  module.def("connect_options", &bindings::connect_options, py::arg("type"));
   module.def("uses_exchange_api", &bindings::uses_exchange_api);
   module.def("set_logger", &set_logger, py::arg("logger"));
   module.def("set_python_search_path", &set_python_search_path);
 
   bind_attention(module);
-  module.attr("most_scale") = kMostScale;
+  bind_limits(module);
   module.def("interprets", [] { return config().interpret; }, "Whether CPU tensors are run by the interpreter.");
   module.def("interpreter_report", &last_interpreter_report);
   module.def("devices", &devices);

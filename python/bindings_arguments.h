@@ -3,12 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
-#include <cstdint>
-#include <optional>
-
 #include "python/bindings_tensors.h"
-#include "runtime/attention_options.h"
-#include "runtime/tensor_view.h"
+#include "runtime/request/tensor_view.h"
 
 namespace flash_attn_jit::bindings {
 
@@ -22,31 +18,19 @@ struct Argument {
       : name(name), object(object), info(read_tensor(object, name)) {}
 };
 
-// The options of a call as Python gives them. What is None is off.
-struct OptionArguments {
-  std::optional<double> softmax_scale;
-  bool causal;
-  std::int64_t window_left, window_right;  // negative: without end
-  double softcap;
-  pybind11::handle alibi_slopes;
-  pybind11::handle cu_seqlens_q, cu_seqlens_k;  // both or neither
-  std::int64_t max_seqlen_q, max_seqlen_k;      // read with cu_seqlens only
+enum class Lengths { kFixed, kVarlen };  // one for the whole batch, or cu_seqlens
 
-  bool is_varlen() const { return !cu_seqlens_q.is_none() || !cu_seqlens_k.is_none(); }
-};
+void check_same_device(const Argument& argument, const Argument& q);
 
-AttentionOptions read_options(const OptionArguments& arguments, const Argument& q);
+// A tensor of fp16 on q's device, (batch, seqlen, heads, head_dim) or, varlen, (total, heads, head_dim). A CPU tensor is
+// accepted where the interpreter is on. Shapes and strides are checked where a launch is laid out.
+void check_input(const Argument& argument, const Argument& q, Lengths lengths);
 
-enum class LastDim { kContiguous, kAnyStride };
+// What check_input() says of a tensor's number of dimensions.
+[[noreturn]] void refuse_rank(const char* name, pybind11::handle tensor, bool varlen);
 
-// An fp16 tensor on q's device, (batch, seqlen, heads, head_dim) or, varlen, (total, heads, head_dim). A CPU tensor is
-// accepted where the interpreter is on.
-void check_input(const Argument& argument, const Argument& q, Lengths lengths,
-                 LastDim last_dim = LastDim::kContiguous);
-
-// The package's own allocations, so these name a bug rather than a user's mistake: a tensor of q's shape, and a
-// contiguous float32 one for its rows.
-void check_like_q(const Argument& argument, const Argument& q);
+// One of the package's own allocations, so this names a bug rather than a user's mistake: contiguous, float32, for q's
+// rows.
 void check_rows(const Argument& argument, const Argument& q);
 
 // Varlen tensors as a batch of one.

@@ -2,7 +2,8 @@
 
 #include "generator/errors.h"
 #include "python/bindings_arguments.h"
-#include "runtime/backward.h"
+#include "python/bindings_options.h"
+#include "runtime/launch/backward_launch.h"
 
 namespace py = pybind11;
 
@@ -23,13 +24,12 @@ TensorView gradient(const char* name, py::handle object, const Argument& q, Leng
 
 void backward(py::handle dout_object, py::handle q_object, py::handle k_object, py::handle v_object,
               py::handle out_object, py::handle lse_object, py::handle dq_object, py::handle dk_object,
-              py::handle dv_object, py::handle delta_object, const OptionArguments& options,
+              py::handle dv_object, py::handle delta_object, py::handle options,
               const std::optional<std::string>& dkdv_tile, const std::optional<std::string>& dq_tile) {
-  const Lengths lengths = options.is_varlen() ? Lengths::kVarlen : Lengths::kFixed;
+  const Lengths lengths = lengths_of(options);
   const Argument q("q", q_object), k("k", k_object), v("v", v_object), out("out", out_object),
       dout("dout", dout_object);
-  for (const Argument* argument : {&q, &k, &v, &out}) check_input(*argument, q, lengths);
-  check_input(dout, q, lengths, LastDim::kAnyStride);
+  for (const Argument* argument : {&q, &k, &v, &out, &dout}) check_input(*argument, q, lengths);
   const Argument lse("softmax_lse", lse_object), delta("delta", delta_object);
   check_rows(lse, q);
   check_rows(delta, q);
@@ -47,7 +47,8 @@ void backward(py::handle dout_object, py::handle q_object, py::handle k_object, 
   request.dq_tile = parse_tile(dq_tile);
   if (!dq_object.is_none()) request.dq = gradient("dq", dq_object, q, lengths);
   if (dk_object.is_none() != dv_object.is_none())
-    throw ArgumentError("of dk and dv one is None. Accepted: both, or neither: one kernel makes both.");
+    throw ArgumentError({dk_object.is_none() ? "dk" : "dv", "is None and the other of dk and dv is not",
+                         "both, or neither: one kernel makes both"});
   if (!dk_object.is_none())
     request.dkdv = KeyGradients{gradient("dk", dk_object, q, lengths), gradient("dv", dv_object, q, lengths)};
 

@@ -2,9 +2,8 @@
 
 #include <pybind11/pybind11.h>
 
-#include "runtime/interpreter/interpreter.h"
-#include "runtime/interrupt.h"
-#include "runtime/kernel_library.h"
+#include "runtime/system/errors.h"
+#include "runtime/system/interrupt.h"
 
 namespace py = pybind11;
 
@@ -16,6 +15,17 @@ py::object error_class(const char* name) { return py::module_::import("flash_att
 void raise(const char* class_name, const std::exception& error) {
   py::set_error(error_class(class_name), readable(error.what()));
 }
+
+// With the parts of the message, where it has them, as flash_attn_jit.errors.Refusal.
+void raise_refusal(const py::object& type, const RefusalError& error) {
+  const py::object instance = type(readable(error.what()));
+  if (const std::optional<Refusal>& parts = error.refusal)
+    instance.attr("refusal") = error_class("Refusal")(readable(parts->argument), readable(parts->came),
+                                                      readable(parts->accepted), readable(parts->advice), type);
+  PyErr_SetObject(type.ptr(), instance.ptr());
+}
+
+py::object builtin(PyObject* type) { return py::reinterpret_borrow<py::object>(type); }
 
 // A path as Python has it, so that it can be opened.
 py::str path_text(const std::string& path) {
@@ -54,13 +64,13 @@ void translate(std::exception_ptr pointer) {
   } catch (const InterpreterError& error) {
     raise("InterpreterError", error);
   } catch (const UnsupportedError& error) {
-    raise("UnsupportedError", error);
+    raise_refusal(error_class("UnsupportedError"), error);
   } catch (const ConfigError& error) {
     raise("ConfigError", error);
   } catch (const NotBuiltError& error) {
-    py::set_error(PyExc_NotImplementedError, readable(error.what()));
+    raise_refusal(builtin(PyExc_NotImplementedError), error);
   } catch (const ArgumentError& error) {
-    py::set_error(PyExc_ValueError, readable(error.what()));
+    raise_refusal(builtin(PyExc_ValueError), error);
   } catch (const SpecError& error) {
     py::set_error(PyExc_ValueError, readable(error.what()));
   } catch (const Error& error) {

@@ -10,8 +10,8 @@
 namespace flash_attn_jit::bindings {
 
 // What this library will do but does not do yet; NotImplementedError in Python.
-struct NotBuiltError : Error {
-  using Error::Error;
+struct NotBuiltError : RefusalError {
+  using RefusalError::RefusalError;
 };
 
 // For people to read: a path or a compiler's words may hold bytes that are no UTF-8, which come out as U+FFFD.

@@ -1,19 +1,19 @@
 #include "python/bindings_forward.h"
 
 #include "python/bindings_arguments.h"
-#include "runtime/forward.h"
+#include "python/bindings_options.h"
+#include "runtime/launch/forward_launch.h"
 
 namespace py = pybind11;
 
 namespace flash_attn_jit::bindings {
 
 void forward(py::handle q_object, py::handle k_object, py::handle v_object, py::handle out_object,
-             py::handle lse_object, const OptionArguments& options, const std::optional<std::string>& tile) {
-  const Lengths lengths = options.is_varlen() ? Lengths::kVarlen : Lengths::kFixed;
+             py::handle lse_object, py::handle options, const std::optional<std::string>& tile) {
+  const Lengths lengths = lengths_of(options);
   const Argument q("q", q_object), k("k", k_object), v("v", v_object), out("out", out_object);
   for (const Argument* argument : {&q, &k, &v, &out}) check_input(*argument, q, lengths);
   const Argument lse("softmax_lse", lse_object);
-  check_like_q(out, q);
   check_rows(lse, q);
 
   ForwardRequest request;

@@ -14,6 +14,6 @@ namespace flash_attn_jit::bindings {
 // in the interpreter for CPU tensors. Releases the GIL. Throws what flash_attn_jit.errors and ValueError
 // stand for.
 void forward(pybind11::handle q, pybind11::handle k, pybind11::handle v, pybind11::handle out,
-             pybind11::handle softmax_lse, const OptionArguments& options, const std::optional<std::string>& tile);
+             pybind11::handle softmax_lse, pybind11::handle options, const std::optional<std::string>& tile);
 
 }  // namespace flash_attn_jit::bindings

@@ -96,18 +96,16 @@ TensorInfo read_by_attributes(py::handle tensor) {
   return info;
 }
 
+std::string text_of(const py::object& value) { return py::str(value).cast<std::string>(); }
+
 TensorInfo read(py::handle tensor, const char* argument) {
   try {
     return torch->exchange ? read_by_exchange(tensor) : read_by_attributes(tensor);
   } catch (py::error_already_set& error) {
-    throw ArgumentError(
-        std::string(argument) + ": this tensor's memory cannot be read (" +
-        py::str(error.value()).cast<std::string>() +
-        "). Accepted: a dense torch.Tensor on a CUDA device, or on the CPU for the interpreter.");
+    throw ArgumentError({argument, "is a tensor whose memory cannot be read (" + text_of(error.value()) + ")",
+                         std::string("a dense torch.Tensor on ") + kAcceptedDevice});
   }
 }
-
-std::string text_of(const py::object& value) { return py::str(value).cast<std::string>(); }
 
 }  // namespace
 
@@ -133,13 +131,8 @@ TensorInfo read_tensor(py::handle tensor, const char* argument) {
   const int is_tensor = PyObject_IsInstance(tensor.ptr(), torch->tensor_type.ptr());
   if (is_tensor < 0) throw py::error_already_set();
   if (!is_tensor)
-    throw ArgumentError(std::string(argument) + " is a " + text_of(py::type::of(tensor).attr("__name__")) +
-                        ". Accepted: a torch.Tensor.");
-  const TensorInfo info = read(tensor, argument);
-  if (!info.data && info.has_elements())
-    throw ArgumentError(std::string(argument) +
-                        " has elements but no memory: it is a fake tensor, on which no kernel can run.");
-  return info;
+    throw ArgumentError({argument, "is a " + type_text(tensor), "a torch.Tensor"});
+  return read(tensor, argument);
 }
 
 void* current_cuda_stream(int ordinal) {
@@ -157,5 +150,6 @@ std::string dtype_text(py::handle tensor) { return text_of(tensor.attr("dtype"))
 std::string device_text(py::handle tensor) { return text_of(tensor.attr("device")); }
 std::string shape_text(py::handle tensor) { return text_of(py::tuple(py::list(tensor.attr("shape")))); }
 std::string strides_text(py::handle tensor) { return text_of(tensor.attr("stride")()); }
+std::string type_text(py::handle object) { return text_of(py::type::of(object).attr("__name__")); }
 
 }  // namespace flash_attn_jit::bindings

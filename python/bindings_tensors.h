@@ -38,8 +38,7 @@ struct TensorInfo {
 void connect_torch(pybind11::module_ torch);
 
 // The metadata of `tensor`: through DLPack's C exchange interface where torch.Tensor has it, else by reading
-// its Python attributes. `argument` names it in errors. Throws ArgumentError for what is no tensor with
-// memory.
+// its Python attributes. `argument` names it in errors. Throws ArgumentError for what is no dense tensor.
 TensorInfo read_tensor(pybind11::handle tensor, const char* argument);
 
 // torch's current stream on a CUDA device, as an opaque CUstream.
@@ -48,10 +47,17 @@ void* current_cuda_stream(int ordinal);
 // Whether read_tensor goes through the exchange interface.
 bool uses_exchange_api();
 
-// As Python prints them: "torch.float16", "cuda:1", "(2, 128, 8, 64)".
+// What is accepted, in words.
+inline constexpr const char* kAcceptedDtype = "torch.float16";
+inline constexpr const char* kAcceptedDevice =
+    "a CUDA device, or the CPU in the interpreter, slow and checked: set FLASH_ATTN_JIT_INTERPRET=1 before Python starts";
+inline constexpr const char* kAcceptedDevices = "all on one device";
+
+// As Python prints them: "torch.float16", "cuda:1", "(2, 128, 8, 64)"; and the name of an object's type.
 std::string dtype_text(pybind11::handle tensor);
 std::string device_text(pybind11::handle tensor);
 std::string shape_text(pybind11::handle tensor);
 std::string strides_text(pybind11::handle tensor);
+std::string type_text(pybind11::handle object);
 
 }  // namespace flash_attn_jit::bindings

@@ -7,12 +7,13 @@ from typing import Any, Optional, Sequence, Tuple, Union
 
 import torch
 
+from . import _core
+from ._options import Options
+from .errors import Refusal
+
 UNBOUNDED = (-1, -1)  # the default's identity lets a call skip the look at it
 
 Window = Union[Sequence[int], torch.Tensor]
-
-# softmax_scale, causal, window_left, window_right, softcap, alibi_slopes
-ScoreOptions = Tuple[Optional[float], bool, int, int, float, Optional[torch.Tensor]]
 
 # Of packed tensors: with a batch, with cu_seqlens.
 KV_LAYOUTS = (("batch", "seqlen_k", "2", "num_heads_k", "head_dim"), ("total_k", "2", "num_heads_k", "head_dim"))
@@ -23,7 +24,7 @@ _is_compiling = torch.compiler.is_compiling
 _logger = logging.getLogger("flash_attn_jit")
 
 
-def score_options(
+def read_options(
     dropout_p: Any,
     softmax_scale: Any,
     causal: Any,
@@ -31,10 +32,15 @@ def score_options(
     softcap: Any,
     alibi_slopes: Any,
     deterministic: Any,
-) -> ScoreOptions:
-    """What turns scores into weights, checked. Defaults pass with one comparison each."""
+    cu_seqlens_q: Optional[torch.Tensor] = None,
+    cu_seqlens_k: Optional[torch.Tensor] = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+) -> Options:
+    """The arguments of a public function, their types checked; lengths as they are. Defaults pass with one comparison
+    each."""
     if (type(dropout_p) is not float or dropout_p != 0.0) and number("dropout_p", dropout_p) != 0.0:
-        raise NotImplementedError(f"dropout_p={dropout_p} is not built yet. Accepted: 0.0.")
+        raise dropout_refusal(dropout_p).exception()
     if softmax_scale is not None and type(softmax_scale) is not float:
         softmax_scale = _scale(softmax_scale)
     if causal is not True and causal is not False:
@@ -46,15 +52,15 @@ def score_options(
         _check_slopes(alibi_slopes)
     if deterministic is not True and deterministic is not False:
         truth("deterministic", deterministic)
-    return softmax_scale, causal, left, right, softcap, alibi_slopes
+    return Options(
+        softmax_scale, causal, left, right, softcap, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    )
 
 
 def _scale(softmax_scale: Any) -> float:
     if type(softmax_scale).__name__ in ("bool", "bool_"):  # numpy's is no subclass of Python's
-        raise ValueError(
-            f"softmax_scale is {softmax_scale}. Accepted: a number, or None for 1/sqrt(head_dim). "
-            f"For a causal mask write causal={softmax_scale}."
-        )
+        advice = f"For a causal mask write causal={softmax_scale}"
+        raise Refusal("softmax_scale", f"is {softmax_scale}", _core.accepted["softmax_scale"], advice).exception()
     return number("softmax_scale", softmax_scale)
 
 
@@ -92,26 +98,30 @@ def _window_of_tensor(window_size: torch.Tensor) -> Tuple[int, int]:
     return left, right
 
 
-def _window_error(what_came: str) -> ValueError:
-    return ValueError(
-        f"window_size is {what_came}. Accepted: two integers, (left, right), -1 for unbounded, or a tensor of them."
-    )
+def _window_error(what_came: str) -> Exception:
+    accepted = "two integers, (left, right), -1 for unbounded, or a tensor of them"
+    return Refusal("window_size", f"is {what_came}", accepted).exception()
 
 
 def _check_slopes(alibi_slopes: Any) -> None:
     if not isinstance(alibi_slopes, torch.Tensor):
-        raise ValueError(
-            f"alibi_slopes is a {type(alibi_slopes).__name__}. Accepted: a torch.Tensor, float32, "
-            "(num_heads) or (batch, num_heads), or None."
-        )
+        came = f"is a {type(alibi_slopes).__name__}"
+        raise Refusal("alibi_slopes", came, _core.accepted["alibi_slopes"]).exception()
     if alibi_slopes.requires_grad and torch.is_grad_enabled():
         refuse_gradient_of_slopes()
 
 
 def refuse_gradient_of_slopes() -> None:
-    raise NotImplementedError(
-        "alibi_slopes requires a gradient, which is not built yet. Accepted: alibi_slopes.detach()."
-    )
+    raise Refusal(
+        "alibi_slopes",
+        "requires a gradient, which is not built yet",
+        "alibi_slopes.detach()",
+        error=NotImplementedError,
+    ).exception()
+
+
+def dropout_refusal(dropout_p: Any) -> Refusal:
+    return Refusal("dropout_p", f"is {dropout_p}, and dropout is not built yet", "0.0", error=NotImplementedError)
 
 
 def number(name: str, value: Any) -> float:
@@ -119,8 +129,8 @@ def number(name: str, value: Any) -> float:
         if isinstance(value, Real):
             return float(value)
     except OverflowError:
-        raise ValueError(f"{name} is beyond float's range. Accepted: a finite number.") from None
-    raise ValueError(f"{name} is a {type(value).__name__}. Accepted: a number.")
+        raise Refusal(name, "is beyond float's range", "a finite number").exception() from None
+    raise Refusal(name, f"is a {type(value).__name__}", "a number").exception()
 
 
 def truth(name: str, value: Any) -> bool:
@@ -129,7 +139,7 @@ def truth(name: str, value: Any) -> bool:
             return bool(value)
     except ValueError:
         pass
-    raise ValueError(f"{name} is {value!r}. Accepted: True or False.")
+    raise Refusal(name, f"is {value!r}", "True or False").exception()
 
 
 def max_seqlen(name: str, value: Any) -> int:
@@ -146,9 +156,8 @@ def max_seqlen(name: str, value: Any) -> int:
             return int(value)
     except TypeError:
         pass
-    raise ValueError(
-        f"{name} is {value!r}. Accepted: the longest sequence's length, an int or an integer tensor of 0 dimensions."
-    )
+    accepted = "the longest sequence's length, an int or an integer tensor of 0 dimensions"
+    raise Refusal(name, f"is {value!r}", accepted).exception()
 
 
 _told_of_synchronisation = False
@@ -169,33 +178,42 @@ def _tell_of_synchronisation(name: str, tensor: torch.Tensor) -> None:
 def reject_nested(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
     for name, tensor in zip(names, tensors):
         if tensor.is_nested:
-            raise ValueError(
-                f"{name} is a nested tensor. Accepted: a strided tensor. For sequences of different lengths give the "
-                f"varlen functions their rows ({name}.values() where the layout is torch.jagged) and cu_seqlens."
-            )
+            raise Refusal(
+                name,
+                "is a nested tensor",
+                "a strided tensor",
+                "For sequences of different lengths give the varlen functions their rows "
+                f"({name}.values() where the layout is torch.jagged) and cu_seqlens",
+            ).exception()
 
 
 def reject_what_is_no_tensor(**arguments: Any) -> None:
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
-            raise ValueError(f"{name} is a {type(value).__name__}. Accepted: a torch.Tensor.")
+            raise Refusal(name, f"is a {type(value).__name__}", "a torch.Tensor").exception()
 
 
 def check_packed(name: str, tensor: torch.Tensor, layout: Tuple[str, ...]) -> None:
     """The rank of a packed tensor and its dimension of 2 or 3, both as in `layout`."""
     if tensor.is_nested:
         reject_nested((name,), (tensor,))
-    if tensor.dim() != len(layout):
-        raise ValueError(
-            f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}. "
-            f"Accepted: {len(layout)}, ({', '.join(layout)})."
-        )
+    shape = tuple(tensor.shape)
+    if len(shape) != len(layout):
+        accepted = f"{len(layout)}, ({', '.join(layout)})"
+        raise Refusal(name, f"has {len(shape)} dimensions, shape {shape}", accepted).exception()
+    reject_sparse(name, tensor)
+    if shape[-3] != int(layout[-3]):
+        came = f"has size {shape[-3]} in dimension {len(layout) - 3}, shape {shape}"
+        raise Refusal(name, came, f"{layout[-3]}, ({', '.join(layout)})").exception()
+
+
+def reject_sparse(name: str, tensor: torch.Tensor) -> None:
     if tensor.layout is not torch.strided:
-        raise ValueError(
-            f"{name} has layout {tensor.layout}. Accepted: torch.strided. Use {name}.to_dense()."
-        )
-    if tensor.shape[-3] != int(layout[-3]):
-        raise ValueError(
-            f"{name} has size {tensor.shape[-3]} in dimension {len(layout) - 3}, shape {tuple(tensor.shape)}. "
-            f"Accepted: {layout[-3]}, ({', '.join(layout)})."
-        )
+        raise Refusal(name, f"has layout {tensor.layout}", "torch.strided", f"Use {name}.to_dense()").exception()
+
+
+def device_refusal(name: str, device: torch.device, first: str, of_first: torch.device) -> Optional[Refusal]:
+    """Why a tensor may not lie on another device than the first one of its call."""
+    if device == of_first:
+        return None
+    return Refusal(name, f"is on device {device} and {first} on {of_first}", _core.accepted["devices"])

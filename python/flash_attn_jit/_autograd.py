@@ -16,14 +16,10 @@ from ._arguments import (
     reject_nested,
     reject_what_is_no_tensor,
 )
+from ._options import NO_TENSORS, Options, has_tensors
 from ._torch_internals import forward_mode_is_on, transforms_are_active
 from .ops import KVPACKED, QKVPACKED, SEPARATE, Form, are_plain, forward_plainly, is_plain
 
-# softmax_scale, causal, window_left, window_right, softcap, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-# max_seqlen_k: what the operators take after the tensors
-Options = Tuple[Any, ...]
-_TENSORS = slice(5, 8)
-_NO_TENSORS = (None, None, None)
 _float32, _is_grad_enabled = torch.float32, torch.is_grad_enabled
 # out, softmax_lse; softmax_lse may be None where the call did not want it
 Result = Tuple[torch.Tensor, Any]
@@ -37,12 +33,12 @@ _Call = Tuple[Options, bool]
 
 def _save(ctx: Any, options: Options, *tensors: torch.Tensor) -> None:
     """Keeps for backward a call's inputs, its out and its softmax_lse."""
-    if options[5] is None and options[6] is None and options[7] is None:
-        ctx.save_for_backward(*tensors)
-        ctx.options = options
+    if has_tensors(options):
+        ctx.save_for_backward(*tensors, *options.tensors())
+        options = options.with_tensors(NO_TENSORS)
     else:
-        ctx.save_for_backward(*tensors, *options[_TENSORS])
-        ctx.options = (*options[:5], *_NO_TENSORS, *options[8:])
+        ctx.save_for_backward(*tensors)
+    ctx.options = options
 
 
 def _is_transformed() -> bool:
@@ -65,7 +61,7 @@ def _gradients(ctx: Any, form: Form, dout: _Gradient, was_plain: bool) -> Tuple[
     inputs, out, softmax_lse = saved[:count], saved[count], saved[count + 1]
     tensors = saved[count + 2 :]
     if tensors:
-        options = (*options[:5], *tensors, *options[8:])
+        options = options.with_tensors(tensors)
     wanted = ctx.needs_input_grad[:count]
     if was_plain and is_plain(dout, inputs[0], inputs[-1]) and are_plain((*inputs[1:-1], *tensors)):
         try:
@@ -81,15 +77,15 @@ def _gradients(ctx: Any, form: Form, dout: _Gradient, was_plain: bool) -> Tuple[
 
 def _refuse_second_derivative(*_: Any) -> None:
     raise NotImplementedError(
-        "create_graph=True: gradients of gradients are not built yet. Accepted: create_graph=False; the function that "
-        "torch.func.vjp() gives, and jacrev() with a chunk_size, inside torch.no_grad()."
+        "create_graph=True asks for gradients of gradients, which are not built yet; accepted: create_graph=False; the "
+        "function that torch.func.vjp() gives, and jacrev() with a chunk_size, inside torch.no_grad()"
     )
 
 
 def _refuse_forward_mode(*_: Any) -> None:
     raise NotImplementedError(
-        "forward-mode differentiation (torch.func.jvp, jacfwd, hessian) is not built yet. Accepted: reverse mode, "
-        "torch.func.grad or jacrev."
+        "forward-mode differentiation (torch.func.jvp, jacfwd, hessian) is not built yet; accepted: reverse mode, "
+        "torch.func.grad or jacrev"
     )
 
 
@@ -101,16 +97,16 @@ def _for_transforms(operator: Any, setup_context: Callable[..., None], backward:
 
 
 def _register_derivative(form: Form) -> None:
-    count, no_options = len(form.names), (None,) * len(ops.OPTION_NAMES)
+    count, no_options = len(form.names), (None,) * len(Options._fields)
+    slopes = count + Options._fields.index("alibi_slopes")
 
     def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[torch.Tensor, torch.Tensor]) -> None:
-        options = inputs[count:]
-        _save(ctx, options, *inputs[:count], *output)
+        _save(ctx, Options._make(inputs[count:]), *inputs[:count], *output)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
 
     def backward(ctx: Any, dout: _Gradient, _: None) -> Tuple[_Gradient, ...]:
-        if ctx.needs_input_grad[count + 5]:
+        if ctx.needs_input_grad[slopes]:
             refuse_gradient_of_slopes()
         return _gradients(ctx, form, dout, False) + no_options
 
@@ -148,7 +144,7 @@ class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> Any:
         options, wants_lse = call
-        out, softmax_lse = forward_plainly(q, k, v, *options)
+        out, softmax_lse = forward_plainly(q, k, v, options)
         _save(ctx, options, q, k, v, out, softmax_lse)
         return _returned(ctx, wants_lse, out, softmax_lse)
 
@@ -168,7 +164,7 @@ class _HeadsFirstAttention(Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> torch.Tensor:
         inputs = _heads_second(q, k, v)
-        out, softmax_lse = forward_plainly(*inputs, *options)
+        out, softmax_lse = forward_plainly(*inputs, options)
         _save(ctx, options, *inputs, out, softmax_lse)
         return out.transpose(1, 2)
 
@@ -183,7 +179,7 @@ class _KvpackedAttention(Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, kv: torch.Tensor, call: _Call) -> Any:
         options, wants_lse = call
-        out, softmax_lse = forward_plainly(q, *kv.unbind(-3), *options)
+        out, softmax_lse = forward_plainly(q, *kv.unbind(-3), options)
         _save(ctx, options, q, kv, out, softmax_lse)
         return _returned(ctx, wants_lse, out, softmax_lse)
 
@@ -196,7 +192,7 @@ class _QkvpackedAttention(Function):
     @staticmethod
     def forward(ctx: Any, qkv: torch.Tensor, call: _Call) -> Any:
         options, wants_lse = call
-        out, softmax_lse = forward_plainly(*qkv.unbind(-3), *options)
+        out, softmax_lse = forward_plainly(*qkv.unbind(-3), options)
         _save(ctx, options, qkv, out, softmax_lse)
         return _returned(ctx, wants_lse, out, softmax_lse)
 
@@ -216,7 +212,7 @@ _qkvpacked = super(Function, _QkvpackedAttention).apply
 
 
 def _are_plain(options: Options) -> bool:
-    return (options[5] is None and options[6] is None) or are_plain(options[_TENSORS])
+    return not has_tensors(options) or are_plain(options.tensors())
 
 
 def _cast_for_autocast(tensor: torch.Tensor) -> torch.Tensor:
@@ -231,12 +227,12 @@ def _reject_tangents(**inputs: torch.Tensor) -> None:
     for name, tensor in inputs.items():
         if forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
-                f"{name} carries a forward-mode tangent, and forward mode is not built yet."
+                f"{name} carries a forward-mode tangent, which is not built yet; accepted: reverse mode"
             )
 
 
 def attention(q: Any, k: Any, v: Any, options: Options, wants_lse: bool) -> Result:
-    """(out, softmax_lse) of separate tensors; `options` as in ops.py."""
+    """(out, softmax_lse) of separate tensors."""
     if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
         reject_what_is_no_tensor(q=q, k=k, v=v)
     if q.dtype is _float32 or k.dtype is _float32 or v.dtype is _float32:
@@ -249,7 +245,7 @@ def attention(q: Any, k: Any, v: Any, options: Options, wants_lse: bool) -> Resu
         if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             result = _attention(q, k, v, (options, wants_lse))
             return result if wants_lse else (result, None)
-        return forward_plainly(q, k, v, *options)
+        return forward_plainly(q, k, v, options)
     except RuntimeError:
         reject_nested(SEPARATE.names, (q, k, v))
         raise
@@ -266,7 +262,7 @@ def attention_heads_first(
         return out.transpose(1, 2)
     if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _heads_first(q, k, v, options)
-    out, _ = forward_plainly(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *options)
+    out, _ = forward_plainly(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), options)
     return out.transpose(1, 2)
 
 
@@ -274,7 +270,7 @@ def attention_kvpacked(q: Any, kv: Any, options: Options, wants_lse: bool) -> Re
     """The same of q and a packed kv."""
     if not (isinstance(q, torch.Tensor) and isinstance(kv, torch.Tensor)):
         reject_what_is_no_tensor(q=q, kv=kv)
-    layout = KV_LAYOUTS[0 if options[6] is None else 1]
+    layout = KV_LAYOUTS[0 if options.cu_seqlens_q is None else 1]
     check_packed("kv", kv, layout)
     try:
         if q.dtype is _float32 or kv.dtype is _float32:
@@ -286,7 +282,7 @@ def attention_kvpacked(q: Any, kv: Any, options: Options, wants_lse: bool) -> Re
         if _is_grad_enabled() and (q.requires_grad or kv.requires_grad):
             result = _kvpacked(q, kv, (options, wants_lse))
             return result if wants_lse else (result, None)
-        return forward_plainly(q, *kv.unbind(-3), *options)
+        return forward_plainly(q, *kv.unbind(-3), options)
     except ValueError as error:
         raise _of_packed(error, "kv", layout) from None
     except RuntimeError:
@@ -298,7 +294,7 @@ def attention_qkvpacked(qkv: Any, options: Options, wants_lse: bool) -> Result:
     """The same of a packed qkv."""
     if not isinstance(qkv, torch.Tensor):
         reject_what_is_no_tensor(qkv=qkv)
-    layout = QKV_LAYOUTS[0 if options[6] is None else 1]
+    layout = QKV_LAYOUTS[0 if options.cu_seqlens_q is None else 1]
     check_packed("qkv", qkv, layout)
     try:
         if qkv.dtype is _float32:
@@ -310,7 +306,7 @@ def attention_qkvpacked(qkv: Any, options: Options, wants_lse: bool) -> Result:
         if _is_grad_enabled() and qkv.requires_grad:
             result = _qkvpacked(qkv, (options, wants_lse))
             return result if wants_lse else (result, None)
-        return forward_plainly(*qkv.unbind(-3), *options)
+        return forward_plainly(*qkv.unbind(-3), options)
     except ValueError as error:
         raise _of_packed(error, "qkv", layout) from None
     except RuntimeError:
@@ -322,4 +318,4 @@ def _of_packed(error: ValueError, packed: str, layout: Tuple[str, ...]) -> Value
     """The error with what the names in it are slices of."""
     before = ":, " * (len(layout) - 3)
     slices = ", ".join(f"{name} is {packed}[{before}{i}]" for i, name in enumerate(packed))
-    return type(error)(f"{str(error).removesuffix('.')}. Here {slices}.")
+    return type(error)(f"{error}. Here {slices}")

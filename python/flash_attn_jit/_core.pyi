@@ -2,9 +2,11 @@
 
 import logging
 from types import ModuleType
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, NoReturn, Optional, Sequence, Type
 
 import torch
+
+from ._options import Options
 
 class AccessCount:
     """Shared-memory traffic of one access kind; one count a warp-wide access."""
@@ -35,9 +37,13 @@ class KernelLibrary:
     def find_or_compile(self, spec: str, arch: str) -> Dict[str, Any]: ...
 
 most_scale: float  # the greatest magnitude of softmax_scale
+most_head_dim: int
+oldest_sm: int  # the oldest GPU's compute capability x 10
+accepted: Dict[str, str]  # in the words of the checks, by what they are about
 
 def interprets() -> bool: ...
 def connect_torch(torch: ModuleType) -> None: ...
+def connect_options(type: Type[Options]) -> None: ...
 def uses_exchange_api() -> bool: ...
 def set_logger(logger: logging.Logger) -> None: ...
 def set_python_search_path(folders: Sequence[str]) -> None: ...
@@ -47,16 +53,7 @@ def forward(
     v: torch.Tensor,
     out: torch.Tensor,
     softmax_lse: torch.Tensor,
-    softmax_scale: Optional[float],
-    causal: bool,
-    window_left: int = -1,
-    window_right: int = -1,
-    softcap: float = 0.0,
-    alibi_slopes: Optional[torch.Tensor] = None,
-    cu_seqlens_q: Optional[torch.Tensor] = None,
-    cu_seqlens_k: Optional[torch.Tensor] = None,
-    max_seqlen_q: int = 0,
-    max_seqlen_k: int = 0,
+    options: Options,
     tile: Optional[str] = None,
 ) -> None: ...
 def backward(
@@ -70,19 +67,11 @@ def backward(
     dk: Optional[torch.Tensor],
     dv: Optional[torch.Tensor],
     delta: torch.Tensor,
-    softmax_scale: Optional[float],
-    causal: bool,
-    window_left: int = -1,
-    window_right: int = -1,
-    softcap: float = 0.0,
-    alibi_slopes: Optional[torch.Tensor] = None,
-    cu_seqlens_q: Optional[torch.Tensor] = None,
-    cu_seqlens_k: Optional[torch.Tensor] = None,
-    max_seqlen_q: int = 0,
-    max_seqlen_k: int = 0,
+    options: Options,
     dkdv_tile: Optional[str] = None,
     dq_tile: Optional[str] = None,
 ) -> None: ...
+def refuse_rank(name: str, tensor: torch.Tensor, varlen: bool) -> NoReturn: ...
 def interpreter_report() -> InterpreterReport: ...
 def devices() -> List[Dict[str, Any]]: ...
 def machine_report_json() -> str: ...

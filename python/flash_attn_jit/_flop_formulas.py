@@ -3,11 +3,12 @@ sequence's queries times all of its keys, masked or not.
 """
 
 from math import prod
-from typing import Any, Callable, List, Tuple
+from typing import Any, Callable, List
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from ._options import Options
 from .ops import KVPACKED, QKVPACKED, SEPARATE, Form
 
 # Of multiplying two matrices of a pair of query and key, per element of a head: S = QK' and PV forward; S, dP, dQ, dK
@@ -22,12 +23,13 @@ def _lengths(cu_seqlens: torch.Tensor, max_seqlen: int) -> List[int]:
     return [max_seqlen] * (cu_seqlens.shape[0] - 1)
 
 
-def _pairs(q: torch.Tensor, k: torch.Tensor, options: Tuple[Any, ...]) -> int:
+def _pairs(q: torch.Tensor, k: torch.Tensor, options: Options) -> int:
     """Of a query and a key, in all sequences."""
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = options[6:10]
-    if cu_seqlens_q is None:
+    if options.cu_seqlens_q is None or options.cu_seqlens_k is None:
         return prod((q.shape[0], q.shape[1], k.shape[1]))
-    lengths = zip(_lengths(cu_seqlens_q, max_seqlen_q), _lengths(cu_seqlens_k, max_seqlen_k))
+    lengths = zip(
+        _lengths(options.cu_seqlens_q, options.max_seqlen_q), _lengths(options.cu_seqlens_k, options.max_seqlen_k)
+    )
     return sum(seqlen_q * seqlen_k for seqlen_q, seqlen_k in lengths)
 
 
@@ -37,7 +39,7 @@ def _register(form: Form, operator: Any, flops_of_pair: int, before: int, betwee
     def formula(*arguments: Any, **_: Any) -> int:
         end = before + len(form.names)
         q, k, _v = form.split(*arguments[before:end])
-        return flops_of_pair * _pairs(q, k, arguments[end + between :]) * q.shape[-2] * q.shape[-1]
+        return flops_of_pair * _pairs(q, k, Options._make(arguments[end + between :])) * q.shape[-2] * q.shape[-1]
 
     register: Callable[..., Any] = register_flop_formula(operator.overloadpacket, get_raw=True)
     register(formula)

@@ -1,35 +1,22 @@
 """``scaled_dot_product_attention`` on these kernels, and which of its calls they take."""
 
-from typing import Any, Dict, NamedTuple, Optional, Tuple, Type
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 
 from . import _core
-from ._arguments import number, reject_what_is_no_tensor, truth
+from ._arguments import device_refusal, dropout_refusal, number, reject_what_is_no_tensor, truth
 from ._autograd import attention_heads_first
-from .errors import UnsupportedError
+from ._options import Options
+from .errors import Refusal, UnsupportedError
 
 __all__ = ["sdpa"]
 
-_OLDEST_GPU = 75  # compute capability x 10
-_MOST_HEAD_DIM = 256
+# The compiled module's limits, and what it says of them.
+_OLDEST_GPU = _core.oldest_sm
+_MOST_HEAD_DIM = _core.most_head_dim
 _MOST_SCALE = _core.most_scale
-
-
-class Refusal(NamedTuple):
-    """Why a call cannot be taken."""
-
-    error: Type[Exception]
-    came: str
-    accepted: str
-    advice: str = ""
-
-    def message(self) -> str:
-        advice = f" {self.advice}." if self.advice else ""
-        return f"{self.came}. Accepted: {self.accepted}.{advice}"
-
-    def reason(self) -> str:
-        return f"{self.came}. {self.advice}" if self.advice else self.came
+_ACCEPTED = _core.accepted
 
 
 def sdpa(
@@ -82,7 +69,7 @@ def sdpa(
         scale = number("scale", scale)
     refusal = find_refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if refusal:
-        raise refusal.error(refusal.message())
+        raise refusal.exception()
     return attention(query, key, value, attn_mask, is_causal, scale)
 
 
@@ -104,12 +91,11 @@ def find_refusal(
     """Why these arguments cannot be taken; None where they can."""
     if attn_mask is not None and not is_causal_bias(attn_mask):
         accepted = "None, causal_lower_right() or causal_upper_left() of torch.nn.attention.bias"
-        return Refusal(NotImplementedError, "attn_mask is given, and masks are not built yet", accepted)
+        return Refusal("attn_mask", "is given, and masks are not built yet", accepted, error=NotImplementedError)
     if dropout_p != 0.0:
-        return Refusal(NotImplementedError, f"dropout_p is {dropout_p}, and dropout is not built yet", "0.0")
+        return dropout_refusal(dropout_p)
     if scale is not None and not abs(scale) <= _MOST_SCALE:
-        accepted = f"a number from {-_MOST_SCALE:g} to {_MOST_SCALE:g}, or None for 1/sqrt(head_dim)"
-        return Refusal(ValueError, f"scale is {scale}", accepted)
+        return Refusal("scale", f"is {scale}", _ACCEPTED["softmax_scale"])
     device, cast = query.device, _autocast_dtype(query)
     return (
         _device_refusal(device)
@@ -123,13 +109,13 @@ def find_refusal(
 
 def _bias_refusal(query: torch.Tensor, key: torch.Tensor, bias: Any, is_causal: bool) -> Optional[Refusal]:
     if is_causal:
-        return Refusal(ValueError, "is_causal is True and attn_mask a causal mask", "one of the two")
+        return Refusal("is_causal", "is True and attn_mask a causal mask", "one of the two")
     lengths = query.shape[-2], key.shape[-2]
     if lengths == (bias.seq_len_q, bias.seq_len_kv):
         return None
     return Refusal(
-        ValueError,
-        f"attn_mask is a causal mask of {bias.seq_len_q} queries and {bias.seq_len_kv} keys, and there are "
+        "attn_mask",
+        f"is a causal mask of {bias.seq_len_q} queries and {bias.seq_len_kv} keys, and there are "
         f"{lengths[0]} and {lengths[1]}",
         "a mask of query's and key's lengths",
     )
@@ -141,33 +127,24 @@ def _tensor_refusal(
     """Why a tensor cannot be taken beside a query of that rank and device, under autocast to `cast`."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"of layout {tensor.layout}"
-        return Refusal(ValueError, f"{name} is {kind}", "a strided tensor")
+        return Refusal(name, f"is {kind}", "a strided tensor")
     if tensor.dim() < 2 or tensor.dim() != rank:
         return Refusal(
-            ValueError,
-            f"{name} has {tensor.dim()} dimensions and query {rank}",
+            name,
+            f"has {tensor.dim()} dimensions and query {rank}",
             "2 or more, (..., heads, seqlen, head_dim), query, key and value alike",
         )
     if tensor.device != device:
-        came = f"{name} is on device {tensor.device} and query on {device}"
-        return Refusal(ValueError, came, "all on one device")
+        return device_refusal(name, tensor.device, "query", device)
     dtype = _dtype_of(tensor, cast)
     if dtype is not torch.float16:
         error = UnsupportedError if dtype is torch.bfloat16 else ValueError
         came = "" if dtype is tensor.dtype else f", {dtype} under autocast"
-        return Refusal(
-            error,
-            f"{name} has dtype {tensor.dtype}{came}",
-            "torch.float16",
-            f"Cast it: {name}.to(torch.float16)",
-        )
+        advice = f"Cast it: {name}.to(torch.float16)"
+        return Refusal(name, f"has dtype {tensor.dtype}{came}", _ACCEPTED["dtype"], advice, error)
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        return Refusal(
-            ValueError,
-            f"{name} has strides {tensor.stride()}",
-            "a last dimension that is contiguous (stride 1)",
-            f"Use {name}.contiguous()",
-        )
+        advice = f"Use {name}.contiguous()"
+        return Refusal(name, f"has strides {tensor.stride()}", _ACCEPTED["last_dim"], advice)
     return None
 
 
@@ -176,29 +153,29 @@ def _shape_refusal(
 ) -> Optional[Refusal]:
     *batch, _, head_dim = query.shape
     if not 1 <= head_dim <= _MOST_HEAD_DIM:
-        return Refusal(UnsupportedError, f"query has head_dim {head_dim}", f"1 to {_MOST_HEAD_DIM}")
+        return Refusal("query", f"has head_dim {head_dim}", _ACCEPTED["head_dim"], error=UnsupportedError)
     for name, tensor in (("key", key), ("value", value)):
         *batch_k, _, head_dim_k = tensor.shape
         if head_dim_k != head_dim:
-            return Refusal(ValueError, f"{name} has head_dim {head_dim_k} and query {head_dim}", "query's")
+            return Refusal(name, f"has head_dim {head_dim_k} and query {head_dim}", "query's")
         if batch_k[:-1] != batch[:-1]:
             return Refusal(
-                ValueError,
-                f"{name} has batch dimensions {tuple(batch_k[:-1])} and query {tuple(batch[:-1])}",
+                name,
+                f"has batch dimensions {tuple(batch_k[:-1])} and query {tuple(batch[:-1])}",
                 "query's: nothing is broadcast",
             )
     if value.shape != key.shape:
-        came = f"value has shape {tuple(value.shape)} and key {tuple(key.shape)}"
-        return Refusal(ValueError, came, "key's")
+        came = f"has shape {tuple(value.shape)} and key {tuple(key.shape)}"
+        return Refusal("value", came, "key's")
     if query.dim() == 2:
         return None
     heads, heads_k = query.shape[-3], key.shape[-3]
     if heads == heads_k:
         return None
     if not enable_gqa:
-        return Refusal(ValueError, f"key has {heads_k} heads and query {heads}", "query's, or enable_gqa=True")
+        return Refusal("key", f"has {heads_k} heads and query {heads}", "query's, or enable_gqa=True")
     if heads_k == 0 or heads % heads_k:
-        return Refusal(ValueError, f"query has {heads} heads and key {heads_k}", "a multiple of key's")
+        return Refusal("query", f"has {heads} heads and key {heads_k}", "a multiple of key's")
     return None
 
 
@@ -232,15 +209,11 @@ def _device_refusal(device: torch.device) -> Optional[Refusal]:
         # Numbers, because not every torch's compiler compares tuples.
         if capability is None or 10 * capability[0] + capability[1] >= _OLDEST_GPU:
             return None
-        came = f"query is on {device}, an sm_{capability[0]}{capability[1]}"
-        return Refusal(UnsupportedError, came, "sm_75 or newer")
+        came = f"is on {device}, an sm_{capability[0]}{capability[1]}"
+        return Refusal("query", came, _ACCEPTED["gpu"], error=UnsupportedError)
     if kind == "meta" or (kind == "cpu" and _interprets()):
         return None
-    return Refusal(
-        ValueError,
-        f"query is on device {device}",
-        "a CUDA device, or the CPU with FLASH_ATTN_JIT_INTERPRET=1 set before Python starts",
-    )
+    return Refusal("query", f"is on device {device}", _ACCEPTED["device"])
 
 
 def _autocast_dtype(tensor: torch.Tensor) -> Optional[torch.dtype]:
@@ -280,7 +253,7 @@ def attention(
         elif seqlen_q < seqlen_k:
             # No query sees a key past the last query's. Among the others the two alignments are one.
             key, value = key[..., :seqlen_q, :], value[..., :seqlen_q, :]
-    options = (scale, is_causal, -1, right, 0.0, None, None, None, 0, 0)
+    options = Options(scale, is_causal, window_right=right)
     if query.dim() == 4:
         return attention_heads_first(query, key, value, options)
     out = attention_heads_first(_of_rank_4(query), _of_rank_4(key), _of_rank_4(value), options)

@@ -29,7 +29,7 @@ def index_first_axis(input: torch.Tensor, indices: torch.Tensor) -> torch.Tensor
         ValueError: a tensor of another rank; names it.
     """
     if input.dim() < 1:
-        raise ValueError("input has 0 dimensions. Accepted: 1 or more, (rows, ...).")
+        raise Refusal("input", "has 0 dimensions", "1 or more, (rows, ...)").exception()
     _check_rank("indices", indices, "(n)")
     return input.index_select(0, indices)
 
@@ -128,15 +128,15 @@ def unpad_input_for_concatenated_sequences(
     name, lengths = "attention_mask_in_length", attention_mask_in_length
     _check_mask(name, lengths, hidden_states)
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype is torch.bool:
-        raise ValueError(f"{name} has dtype {lengths.dtype}. Accepted: integers, the lengths of each row's sequences.")
+        came = f"has dtype {lengths.dtype}"
+        raise Refusal(name, came, "integers, the lengths of each row's sequences").exception()
     filled = lengths.sum(dim=1, keepdim=True)
     if lengths.numel() and not torch.compiler.is_compiling():
         shortest, most = torch.stack((lengths.min(), filled.max())).tolist()
         if shortest < 0 or most > lengths.shape[1]:
-            raise ValueError(
-                f"{name} has a length of {shortest} and a row with {most} in all. Accepted: lengths of 0 or more, in "
-                f"each row at most seqlen, {lengths.shape[1]}."
-            )
+            came = f"has a length of {shortest} and a row with {most} in all"
+            accepted = f"lengths of 0 or more, in each row at most seqlen, {lengths.shape[1]}"
+            raise Refusal(name, came, accepted).exception()
     indices = (torch.arange(lengths.shape[1], device=lengths.device) < filled).flatten().nonzero().flatten()
     seqlens = lengths[lengths != 0]
     cu_seqlens = torch.nn.functional.pad(seqlens.cumsum(0, dtype=torch.int32), (1, 0))
@@ -149,28 +149,21 @@ def _put_rows(
 ) -> torch.Tensor:
     _check_rank("indices", indices, layout)
     if rows.dim() < 1 or rows.shape[0] != indices.shape[0]:
-        raise ValueError(
-            f"{name} has shape {tuple(rows.shape)} and indices {tuple(indices.shape)}. "
-            f"Accepted: {layout[:-1]}, ...) and {layout}."
-        )
+        came = f"has shape {tuple(rows.shape)} and indices {tuple(indices.shape)}"
+        raise Refusal(name, came, f"{layout[:-1]}, ...) and {layout}").exception()
     return rows.new_zeros((number_of_rows, *rows.shape[1:])).index_copy(0, indices.long(), rows)
 
 
 def _check_rank(name: str, tensor: torch.Tensor, layout: str) -> None:
     if tensor.dim() != 1:
-        raise ValueError(
-            f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}. Accepted: 1, {layout}."
-        )
+        came = f"has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}"
+        raise Refusal(name, came, f"1, {layout}").exception()
 
 
 def _check_mask(name: str, mask: torch.Tensor, hidden_states: torch.Tensor) -> None:
     if hidden_states.dim() < 2:
-        raise ValueError(
-            f"hidden_states has {hidden_states.dim()} dimensions, shape {tuple(hidden_states.shape)}. "
-            "Accepted: 2 or more, (batch, seqlen, ...)."
-        )
+        came = f"has {hidden_states.dim()} dimensions, shape {tuple(hidden_states.shape)}"
+        raise Refusal("hidden_states", came, "2 or more, (batch, seqlen, ...)").exception()
     if mask.shape != hidden_states.shape[:2]:
-        raise ValueError(
-            f"{name} has shape {tuple(mask.shape)}. Accepted: hidden_states' (batch, seqlen), "
-            f"{tuple(hidden_states.shape[:2])}."
-        )
+        accepted = f"hidden_states' (batch, seqlen), {tuple(hidden_states.shape[:2])}"
+        raise Refusal(name, f"has shape {tuple(mask.shape)}", accepted).exception()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from . import _core, flash_attn_func
+from ._options import Options
 from ._reference import reference_gradients, reference_heads
 
 _KINDS = ("fwd", "bwd_preprocess", "bwd_dkdv", "bwd_dq")
@@ -111,7 +112,8 @@ class _Problem:
         out, dq, dk, dv = results.values()
         batch, seqlen, heads, _ = self.q.shape
         softmax_lse = torch.empty(batch, heads, seqlen, dtype=torch.float32, device=self.q.device)
-        _core.forward(self.q, self.k, self.v, out, softmax_lse, None, self._causal, tile=tile)
+        options = Options(causal=self._causal)
+        _core.forward(self.q, self.k, self.v, out, softmax_lse, options, tile=tile)
         _core.backward(
             self.dout,
             self.q,
@@ -123,8 +125,7 @@ class _Problem:
             dk,
             dv,
             torch.empty_like(softmax_lse),
-            None,
-            self._causal,
+            options,
             dkdv_tile=dkdv_tile,
             dq_tile=dq_tile,
         )

@@ -1,5 +1,7 @@
 """What can go wrong. Bad arguments raise ``ValueError``, what is not built yet ``NotImplementedError``."""
 
+from typing import NamedTuple, Type
+
 __all__ = [
     "CompileError",
     "ConfigError",
@@ -8,6 +10,26 @@ __all__ = [
     "MissingKernelError",
     "UnsupportedError",
 ]
+
+
+class Refusal(NamedTuple):
+    """Why an argument is refused, in the parts of the message. An error of the compiled module's checks has it as its
+    attribute ``refusal``."""
+
+    argument: str
+    came: str
+    accepted: str
+    advice: str = ""
+    error: Type[Exception] = ValueError
+
+    def exception(self) -> Exception:
+        advice = f". {self.advice}" if self.advice else ""
+        return self.error(f"{self.argument} {self.came}; accepted: {self.accepted}{advice}")
+
+    def reason(self) -> str:
+        """What came, and what to do about it."""
+        advice = f". {self.advice}" if self.advice else ""
+        return f"{self.argument} {self.came}{advice}"
 
 
 class UnsupportedError(ValueError):

@@ -9,15 +9,13 @@ from ._arguments import (
     UNBOUNDED,
     Window,
     max_seqlen as read_max_seqlen,
+    read_options,
     reject_what_is_no_tensor,
-    score_options,
 )
 from ._autograd import Result, attention, attention_kvpacked, attention_qkvpacked
 
 # out, or (out, softmax_lse, S_dmask) with return_attn_probs
 Output = Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-
-_FIXED_LENGTH = (None, None, 0, 0)  # no cu_seqlens, no max_seqlen
 
 
 # The parts of the functions' documentation that they share, by the name in {braces} that stands for each.
@@ -112,10 +110,10 @@ def flash_attn_func(
     Raises:
         {raises}
     """
-    options = score_options(
+    options = read_options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
     )
-    return _output(attention(q, k, v, options + _FIXED_LENGTH, return_attn_probs), return_attn_probs)
+    return _output(attention(q, k, v, options, return_attn_probs), return_attn_probs)
 
 
 @_documented
@@ -148,12 +146,10 @@ def flash_attn_kvpacked_func(
     Raises:
         {raises}
     """
-    options = score_options(
+    options = read_options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
     )
-    return _output(
-        attention_kvpacked(q, kv, options + _FIXED_LENGTH, return_attn_probs), return_attn_probs
-    )
+    return _output(attention_kvpacked(q, kv, options, return_attn_probs), return_attn_probs)
 
 
 @_documented
@@ -185,12 +181,10 @@ def flash_attn_qkvpacked_func(
     Raises:
         {raises}
     """
-    options = score_options(
+    options = read_options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
     )
-    return _output(
-        attention_qkvpacked(qkv, options + _FIXED_LENGTH, return_attn_probs), return_attn_probs
-    )
+    return _output(attention_qkvpacked(qkv, options, return_attn_probs), return_attn_probs)
 
 
 def _lengths(
@@ -252,13 +246,13 @@ def flash_attn_varlen_func(
     Raises:
         {raises}
     """
-    options = score_options(
-        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
-    )
     if block_table is not None:
-        raise NotImplementedError("block_table is not built yet. Accepted: None.")
+        raise NotImplementedError("block_table is given, and is not built yet; accepted: None")
     lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _output(attention(q, k, v, options + lengths, return_attn_probs), return_attn_probs)
+    options = read_options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, *lengths
+    )
+    return _output(attention(q, k, v, options, return_attn_probs), return_attn_probs)
 
 
 @_documented
@@ -301,13 +295,11 @@ def flash_attn_varlen_kvpacked_func(
     Raises:
         {raises}
     """
-    options = score_options(
-        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
-    )
     lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _output(
-        attention_kvpacked(q, kv, options + lengths, return_attn_probs), return_attn_probs
+    options = read_options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, *lengths
     )
+    return _output(attention_kvpacked(q, kv, options, return_attn_probs), return_attn_probs)
 
 
 @_documented
@@ -345,15 +337,13 @@ def flash_attn_varlen_qkvpacked_func(
     Raises:
         {raises}
     """
-    options = score_options(
-        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
-    )
     reject_what_is_no_tensor(cu_seqlens=cu_seqlens)
     longest = read_max_seqlen("max_seqlen", max_seqlen)
     lengths = (cu_seqlens, cu_seqlens, longest, longest)
-    return _output(
-        attention_qkvpacked(qkv, options + lengths, return_attn_probs), return_attn_probs
+    options = read_options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, *lengths
     )
+    return _output(attention_qkvpacked(qkv, options, return_attn_probs), return_attn_probs)
 
 
 def interpreter_report() -> Optional[_core.InterpreterReport]:

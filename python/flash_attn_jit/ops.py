@@ -12,7 +12,8 @@ from typing import Any, Callable, Optional, Sequence, Tuple
 import torch
 
 from . import _core
-from ._arguments import KV_LAYOUTS, QKV_LAYOUTS, check_packed, reject_nested
+from ._arguments import KV_LAYOUTS, QKV_LAYOUTS, check_packed, device_refusal, reject_nested, reject_sparse
+from ._options import SCHEMA, Options
 from ._torch_internals import (
     dispatch_modes_are_on,
     function_modes_are_on,
@@ -22,47 +23,34 @@ from ._torch_internals import (
 )
 
 _core.connect_torch(torch)
+_core.connect_options(Options)
 _core.set_logger(logging.getLogger("flash_attn_jit"))
 _core.set_python_search_path([folder for folder in sys.path if folder])
 
-# What follows the tensors in every call, of forward and backward alike.
-_OPTIONS = (
-    "float? softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, Tensor? alibi_slopes, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
-)
-OPTION_NAMES = tuple(option.split()[1] for option in _OPTIONS.split(", "))
-# Their places among them.
-_CU_SEQLENS_Q, _MAX_SEQLEN_Q, _MAX_SEQLEN_K = 6, 8, 9
-_FIXED = ("batch", "seqlen_q", "num_heads", "head_dim")
-_VARLEN = ("total_q", "num_heads", "head_dim")
 
 _Tensors = Sequence[torch.Tensor]
 _Gradients = Tuple[Optional[torch.Tensor], ...]
 
 
-def _allocate(q: torch.Tensor, cu_seqlens_q: Optional[torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor]:
+def _allocate(q: torch.Tensor, options: Options) -> Tuple[torch.Tensor, torch.Tensor]:
     """out, contiguous in q's shape whatever q's strides are, and softmax_lse, (batch, num_heads, seqlen_q) or
     (num_heads, total_q)."""
-    shape = q.shape
-    layout = _FIXED if cu_seqlens_q is None else _VARLEN
-    if len(shape) != len(layout):
-        raise ValueError(
-            f"q has {len(shape)} dimensions, shape {tuple(shape)}. Accepted: {len(layout)}, ({', '.join(layout)})."
-        )
-    if q.layout is not torch.strided:
-        raise ValueError(f"q has layout {q.layout}. Accepted: torch.strided. Use q.to_dense().")
+    shape, varlen = q.shape, options.cu_seqlens_q is not None
+    if len(shape) != (3 if varlen else 4):
+        _core.refuse_rank("q", q, varlen)
+    reject_sparse("q", q)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    if cu_seqlens_q is None:
-        batch, seqlen_q, num_heads, _ = shape
-        return out, torch.empty(batch, num_heads, seqlen_q, dtype=torch.float32, device=q.device)
-    return out, torch.empty(shape[1], shape[0], dtype=torch.float32, device=q.device)
+    if varlen:
+        return out, torch.empty(shape[1], shape[0], dtype=torch.float32, device=q.device)
+    batch, seqlen_q, num_heads, _ = shape
+    return out, torch.empty(batch, num_heads, seqlen_q, dtype=torch.float32, device=q.device)
 
 
-def compute(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+def compute(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> Tuple[torch.Tensor, torch.Tensor]:
     """(out, softmax_lse), past the operator."""
-    out, softmax_lse = _allocate(q, options[_CU_SEQLENS_Q])
-    _core.forward(q, k, v, out, softmax_lse, *options)
-    if options[_CU_SEQLENS_Q] is not None and not options[_MAX_SEQLEN_Q]:
+    out, softmax_lse = _allocate(q, options)
+    _core.forward(q, k, v, out, softmax_lse, options)
+    if options.cu_seqlens_q is not None and not options.max_seqlen_q:
         # No block runs. Where there are rows for all that, none of them sees a key.
         out.zero_()
         softmax_lse.fill_(float("inf"))
@@ -76,16 +64,16 @@ def compute_gradients(
     out: torch.Tensor,
     softmax_lse: torch.Tensor,
     wanted: Sequence[bool],
-    options: Sequence[Any],
+    options: Options,
 ) -> _Gradients:
     """The gradients of `inputs`, past the operator; None for those that are not wanted."""
     gradients, (dq, dk, dv) = form.room(wanted, *inputs)
     delta = torch.empty_like(softmax_lse)
-    _core.backward(dout, *form.split(*inputs), out, softmax_lse, dq, dk, dv, delta, *options)
-    if options[_CU_SEQLENS_Q] is not None:  # see compute()
-        if dq is not None and not options[_MAX_SEQLEN_Q]:
+    _core.backward(dout, *form.split(*inputs), out, softmax_lse, dq, dk, dv, delta, options)
+    if options.cu_seqlens_q is not None:  # see compute()
+        if dq is not None and not options.max_seqlen_q:
             dq.zero_()
-        if dk is not None and not options[_MAX_SEQLEN_K]:
+        if dk is not None and not options.max_seqlen_k:
             dk.zero_()
             dv.zero_()
     return gradients
@@ -95,11 +83,10 @@ def _check_devices(names: Sequence[str], values: Sequence[Any]) -> None:
     # Every other check is the compiled module's, before a kernel runs: its rules need no second copy here. But a single
     # argument on the meta device brings the call here instead of there.
     for name, value in zip(names[1:], values[1:]):
-        if isinstance(value, torch.Tensor) and value.device != values[0].device:
-            raise ValueError(
-                f"{name} is on device {value.device} and {names[0]} on {values[0].device}. "
-                "Accepted: all on one device."
-            )
+        if isinstance(value, torch.Tensor):
+            refusal = device_refusal(name, value.device, names[0], values[0].device)
+            if refusal:
+                raise refusal.exception()
 
 
 # ---- where q, k and v lie in the tensors of a call ----
@@ -156,10 +143,10 @@ class Form:
         self.names, self.split, self.room = names, split, room
         self.layouts = layouts  # of the packed tensor, the last one: with a batch, with cu_seqlens
 
-    def split_checked(self, tensors: _Tensors, options: Sequence[Any]) -> _Tensors:
+    def split_checked(self, tensors: _Tensors, options: Options) -> _Tensors:
         reject_nested(self.names, tensors)
         if self.layouts is not None:
-            check_packed(self.names[-1], tensors[-1], self.layouts[0 if options[_CU_SEQLENS_Q] is None else 1])
+            check_packed(self.names[-1], tensors[-1], self.layouts[0 if options.cu_seqlens_q is None else 1])
         return self.split(*tensors)
 
 
@@ -186,17 +173,17 @@ def _define_forward(form: Form, name: str) -> None:
     count = len(form.names)
 
     def forward(*arguments: Any) -> Tuple[torch.Tensor, torch.Tensor]:
-        options = arguments[count:]
-        return compute(*form.split_checked(arguments[:count], options), *options)
+        options = Options._make(arguments[count:])
+        return compute(*form.split_checked(arguments[:count], options), options)
 
     def fake(*arguments: Any) -> Tuple[torch.Tensor, torch.Tensor]:
-        _check_devices((*form.names, *OPTION_NAMES), arguments)
-        options = arguments[count:]
+        _check_devices((*form.names, *Options._fields), arguments)
+        options = Options._make(arguments[count:])
         q, _, _ = form.split_checked(arguments[:count], options)
-        return _allocate(q, options[_CU_SEQLENS_Q])
+        return _allocate(q, options)
 
     tensors = ", ".join(f"Tensor {name}" for name in form.names)
-    form.forward = _define(name, f"({tensors}, {_OPTIONS}) -> (Tensor out, Tensor softmax_lse)", forward, fake)
+    form.forward = _define(name, f"({tensors}, {SCHEMA}) -> (Tensor out, Tensor softmax_lse)", forward, fake)
 
 
 def _define_backward(form: Form, name: str) -> None:
@@ -207,19 +194,20 @@ def _define_backward(form: Form, name: str) -> None:
         return tensors if len(tensors) > 1 else tensors[0]
 
     def backward(dout: torch.Tensor, *arguments: Any) -> Any:
-        inputs, (out, softmax_lse, wanted, *options) = arguments[:count], arguments[count:]
+        inputs, (out, softmax_lse, wanted, *rest) = arguments[:count], arguments[count:]
+        options = Options._make(rest)
         form.split_checked(inputs, options)
         return returned(dout, compute_gradients(form, dout, inputs, out, softmax_lse, wanted, options))
 
     def fake(dout: torch.Tensor, *arguments: Any) -> Any:
-        names = ("dout", *form.names, "out", "softmax_lse", "wanted", *OPTION_NAMES)
+        names = ("dout", *form.names, "out", "softmax_lse", "wanted", *Options._fields)
         _check_devices(names, (dout, *arguments))
         gradients, _ = form.room(arguments[count + 2], *arguments[:count])
         return returned(dout, gradients)
 
     tensors = ", ".join(f"Tensor {name}" for name in ("dout", *form.names, "out", "softmax_lse"))
     gradients = ", ".join(f"Tensor d{name}" for name in form.names)
-    form.backward = _define(name, f"({tensors}, bool[] wanted, {_OPTIONS}) -> ({gradients})", backward, fake)
+    form.backward = _define(name, f"({tensors}, bool[] wanted, {SCHEMA}) -> ({gradients})", backward, fake)
 
 
 def register_derivative(
@@ -268,11 +256,13 @@ def are_plain(tensors: Sequence[Optional[torch.Tensor]]) -> bool:
     return True
 
 
-def forward_plainly(*arguments: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+def forward_plainly(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
+) -> Tuple[torch.Tensor, torch.Tensor]:
     try:
-        return compute(*arguments)
+        return compute(q, k, v, options)
     except ValueError:
         pass
     # The compiled module cannot read meta tensors, nor those of zeros without memory, nor one that outlived its
     # transform; the operator makes something of all. Everything else it refuses as well.
-    return SEPARATE.forward(*arguments)
+    return SEPARATE.forward(q, k, v, *options)

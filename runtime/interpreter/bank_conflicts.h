@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "runtime/interpreter/access_kind.h"
-#include "runtime/interpreter/interpreter.h"
+#include "runtime/interpreter/report.h"
 #include "runtime/interpreter/source_site.h"
 
 namespace flash_attn_jit {

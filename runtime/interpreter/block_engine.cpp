@@ -3,7 +3,8 @@
 #include <bit>
 #include <utility>
 
-#include "runtime/interrupt.h"
+#include "runtime/system/errors.h"
+#include "runtime/system/interrupt.h"
 
 namespace flash_attn_jit {
 namespace {

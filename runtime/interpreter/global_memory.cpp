@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "generator/errors.h"
+
 namespace flash_attn_jit {
 namespace {
 

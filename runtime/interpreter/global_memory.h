@@ -8,7 +8,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "runtime/interpreter/interpreter.h"
+#include "runtime/interpreter/tensor_extent.h"
 
 namespace flash_attn_jit {
 

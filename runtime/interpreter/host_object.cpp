@@ -11,7 +11,8 @@
 #include <mutex>
 #include <utility>
 
-#include "runtime/fork.h"
+#include "runtime/system/errors.h"
+#include "runtime/system/fork.h"
 
 namespace flash_attn_jit {
 namespace {

@@ -3,10 +3,11 @@
 #include <cfenv>
 #include <mutex>
 
-#include "runtime/fork.h"
+#include "generator/errors.h"
 #include "runtime/interpreter/block_engine.h"
 #include "runtime/interpreter/host_object.h"
-#include "runtime/interrupt.h"
+#include "runtime/system/fork.h"
+#include "runtime/system/interrupt.h"
 
 namespace flash_attn_jit {
 namespace {

@@ -1,7 +1,7 @@
+#include "runtime/interpreter/report.h"
+
 #include <cstdio>
 #include <nlohmann/json.hpp>
-
-#include "runtime/interpreter/interpreter.h"
 
 namespace flash_attn_jit {
 

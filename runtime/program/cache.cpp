@@ -8,8 +8,8 @@
 
 #include <nlohmann/json.hpp>
 
-#include "runtime/cache_folder.h"
-#include "runtime/config.h"
+#include "runtime/cache/cache_folder.h"
+#include "runtime/launch/process.h"
 #include "runtime/program/command.h"
 #include "runtime/program/flag_values.h"
 

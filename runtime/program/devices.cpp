@@ -5,8 +5,8 @@
 
 #include <nlohmann/json.hpp>
 
-#include "runtime/config.h"
-#include "runtime/machine_report_data.h"
+#include "runtime/launch/machine_report_data.h"
+#include "runtime/launch/process.h"
 #include "runtime/program/command.h"
 
 namespace flash_attn_jit::program {

@@ -4,8 +4,10 @@
 #include <charconv>
 #include <limits>
 
-#include "generator/default_tiles.h"
+#include "generator/tile_chooser.h"
 #include "generator/errors.h"
+#include "generator/families/families.h"
+#include "runtime/launch/process.h"
 #include "runtime/program/command.h"
 
 namespace flash_attn_jit::program {
@@ -55,10 +57,7 @@ KernelKind parse_kind(const std::string& flag, const std::string& text) {
   try {
     return flash_attn_jit::parse_kind(text);
   } catch (const SpecError&) {
-    std::string accepted;
-    for (const KernelKind kind : kKernelKinds)
-      accepted += (accepted.empty() ? "" : ", ") + std::string(to_text(kind));
-    refuse(flag, text, accepted);
+    refuse(flag, text, kind_words());
   }
 }
 
@@ -68,14 +67,13 @@ std::vector<KernelKind> parse_kinds(const std::string& flag, const std::vector<s
     if (std::find(kinds.begin(), kinds.end(), kind) == kinds.end()) kinds.push_back(kind);
   };
   for (const std::string& text : texts) {
-    if (text == "fwd") {
-      add(KernelKind::kForward);
-    } else if (text == "bwd") {
-      for (const KernelKind kind : kKernelKinds)
-        if (kind != KernelKind::kForward) add(kind);
-    } else {
-      refuse(flag, text, "fwd, bwd");
-    }
+    bool known = false;
+    for (const KernelKind kind : kKernelKinds)
+      if (family_of(kind).pack_group == text) {
+        known = true;
+        add(kind);
+      }
+    if (!known) refuse(flag, text, pack_group_words());
   }
   return kinds;
 }
@@ -102,14 +100,12 @@ KernelSpec parse_kernel(const KernelFlags& flags, const ArchLimits& arch) {
   if (flags.causal && flags.window)
     throw UsageError("--causal and --window are both given; accepted: one of them. A causal window is a window");
   spec.mask = flags.causal ? Mask::kCausal : flags.window ? Mask::kWindow : Mask::kNone;
-  if (flags.softcap) spec.softcap = Softcap::kOn;
-  if (flags.alibi) spec.alibi = Alibi::kOn;
-  if (flags.varlen) spec.lengths = Lengths::kVarlen;
+  for (std::size_t i = 0; i < kFeatures.size(); ++i) spec.features.set(kFeatures[i].feature, flags.features[i]);
   spec.group_size = static_cast<int>(parse_number("--gqa", flags.gqa, 1, std::numeric_limits<int>::max()));
   spec.access = spec.head_dim % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
 
   spec = normalized(spec);
-  const std::vector<TileConfig> tiles = default_tiles(spec, arch);
+  const std::vector<TileConfig> tiles = default_tiles(spec);
   if (!tiles.empty()) spec.tile = tiles.front();
   require_legal("--head-dim", flags.head_dim, spec, arch);
   if (flags.tile == "auto") return spec;

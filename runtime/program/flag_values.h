@@ -2,13 +2,15 @@
 // accepted.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
 
+#include "generator/kernel_selection.h"
 #include "generator/kernel_spec.h"
 #include "generator/legality.h"
-#include "runtime/config.h"
+#include "runtime/system/config.h"
 
 namespace flash_attn_jit::program {
 
@@ -24,20 +26,7 @@ ArchLimits parse_arch_flag(const std::string& flag, const std::string& text);  /
 KernelKind parse_kind(const std::string& flag, const std::string& text);       // "fwd", "bwd_dq" and so on
 std::vector<KernelKind> parse_kinds(const std::string& flag, const std::vector<std::string>& texts);  // "fwd", "bwd"
 
-struct Switch {
-  bool off, on;
-};
 Switch parse_switch(const std::string& flag, const std::string& text);  // "no", "yes", "both"
-
-// As the values that stand for off and on. the values that stand for off and on.
-template <class Value>
-std::vector<Value> parse_switch(const std::string& flag, const std::string& text, Value off, Value on) {
-  std::vector<Value> values;
-  const Switch wanted = parse_switch(flag, text);
-  if (wanted.off) values.push_back(off);
-  if (wanted.on) values.push_back(on);
-  return values;
-}
 
 // The process's configuration, with the NVRTC that the flag names, if it names one.
 Config config_with_nvrtc(const std::string& flag, const std::string& path);
@@ -47,7 +36,8 @@ Config config_with_nvrtc(const std::string& flag, const std::string& path);
 struct KernelFlags {
   std::string kind = "fwd";
   std::string head_dim;
-  bool causal = false, window = false, softcap = false, alibi = false, varlen = false;
+  bool causal = false, window = false;
+  std::array<bool, kFeatures.size()> features{};
   std::string gqa = "1";
   std::string tile = "auto";
 };

@@ -11,12 +11,15 @@
 #include <unistd.h>
 #include <nlohmann/json.hpp>
 
+#include "generator/families/families.h"
 #include "generator/render.h"
-#include "runtime/config.h"
-#include "runtime/files.h"
-#include "runtime/kernel_library.h"
+#include "runtime/library/kernel_library.h"
+#include "runtime/library/templates_folder.h"
 #include "runtime/program/command.h"
 #include "runtime/program/flag_values.h"
+#include "runtime/system/config.h"
+#include "runtime/system/errors.h"
+#include "runtime/system/files.h"
 
 namespace flash_attn_jit::program {
 namespace {
@@ -103,7 +106,7 @@ std::string content(const InspectFlags& flags) {
   const Config settings = config_with_nvrtc("--nvrtc", flags.nvrtc);
   if (emit == Emit::kSpec) return spec.text() + "\n";
 
-  const RenderedKernel rendered = render(spec, active_templates());
+  const RenderedKernel rendered = render(spec, load_templates(settings));
   if (emit == Emit::kSource) return rendered.source;
   if (emit == Emit::kPtx) return compile(spec, {.sm = arch.sm, .code = CodeKind::kPtx}, settings).image;
 
@@ -141,13 +144,13 @@ void add_inspect(CLI::App& app, Action& chosen) {
   CLI::App* const command =
       app.add_subcommand("inspect", "Show one kernel: its spec, source, code or resources");
   const auto flags = std::make_shared<InspectFlags>();
-  command->add_option("--kind", flags->kernel.kind, "Kind of kernel: fwd, bwd_preprocess, bwd_dkdv or bwd_dq")->capture_default_str();
+  command->add_option("--kind", flags->kernel.kind, "Kind of kernel: " + kind_words())->capture_default_str();
   command->add_option("--head-dim", flags->kernel.head_dim, "Head dim, 1 to 256")->required();
   command->add_flag("--causal", flags->kernel.causal, "With the causal mask");
   command->add_flag("--window", flags->kernel.window, "With a sliding window instead");
-  command->add_flag("--softcap", flags->kernel.softcap, "With softcap");
-  command->add_flag("--alibi", flags->kernel.alibi, "With ALiBi slopes");
-  command->add_flag("--varlen", flags->kernel.varlen, "For cu_seqlens");
+  for (std::size_t i = 0; i < kFeatures.size(); ++i)
+    command->add_flag("--" + std::string(kFeatures[i].word), flags->kernel.features[i],
+                      "The kernel " + std::string(kFeatures[i].phrase));
   command->add_option("--gqa", flags->kernel.gqa, "Group size: num_heads / num_heads_k")
       ->capture_default_str();
   command->add_option("--arch", flags->arch, "Architecture to compile for")->capture_default_str();

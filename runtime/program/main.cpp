@@ -4,8 +4,8 @@
 #include <iostream>
 #include <string>
 
-#include "runtime/log.h"
 #include "runtime/program/command.h"
+#include "runtime/system/log.h"
 
 namespace flash_attn_jit::program {
 namespace {

@@ -15,14 +15,15 @@
 
 #include <nlohmann/json.hpp>
 
-#include "runtime/config.h"
-#include "runtime/kernel_library.h"
-#include "runtime/kernel_selection.h"
-#include "runtime/log.h"
-#include "runtime/pack.h"
+#include "generator/families/families.h"
+#include "generator/kernel_selection.h"
+#include "runtime/library/kernel_library.h"
+#include "runtime/library/pack.h"
 #include "runtime/program/command.h"
 #include "runtime/program/flag_values.h"
 #include "runtime/program/progress.h"
+#include "runtime/system/config.h"
+#include "runtime/system/log.h"
 
 namespace flash_attn_jit::program {
 namespace {
@@ -36,7 +37,8 @@ struct PrebuildFlags {
   std::string arch;
   std::vector<std::string> kinds;
   std::vector<std::string> head_dims;
-  std::string causal, softcap = "no", alibi = "no", varlen = "no";
+  std::string causal;
+  std::array<std::string, kFeatures.size()> features;
   bool window = false;
   std::vector<std::string> gqa;
   std::string out;
@@ -55,15 +57,18 @@ struct Outcome {
   double seconds = 0;
 };
 
+std::string flag_of(const FeatureInfo& info) { return "--" + std::string(info.word); }
+
 KernelSelection parse_selection(const PrebuildFlags& flags) {
   KernelSelection selection;
   selection.kinds = parse_kinds("--kinds", flags.kinds);
   selection.head_dims = parse_numbers("--head-dims", flags.head_dims, 1, kMostHeadDim);
-  selection.masks = parse_switch("--causal", flags.causal, Mask::kNone, Mask::kCausal);
+  const Switch causal = parse_switch("--causal", flags.causal);
+  if (causal.off) selection.masks.push_back(Mask::kNone);
+  if (causal.on) selection.masks.push_back(Mask::kCausal);
   if (flags.window) selection.masks.push_back(Mask::kWindow);
-  selection.softcaps = parse_switch("--softcap", flags.softcap, Softcap::kOff, Softcap::kOn);
-  selection.alibis = parse_switch("--alibi", flags.alibi, Alibi::kOff, Alibi::kOn);
-  selection.lengths = parse_switch("--varlen", flags.varlen, Lengths::kFixed, Lengths::kVarlen);
+  for (std::size_t i = 0; i < kFeatures.size(); ++i)
+    selection.features[i] = parse_switch(flag_of(kFeatures[i]), flags.features[i]);
   selection.group_sizes = parse_numbers("--gqa", flags.gqa, 1, kMostInt);
   return selection;
 }
@@ -186,15 +191,18 @@ void add_prebuild(CLI::App& app, Action& chosen) {
   CLI::App* const command = app.add_subcommand("prebuild", "Build a pack of kernels; needs no GPU");
   const auto flags = std::make_shared<PrebuildFlags>();
   command->add_option("--arch", flags->arch, "Architecture to build for: sm_75 or newer")->required();
-  command->add_option("--kinds", flags->kinds, "Kinds of kernels: fwd, bwd")->required()->delimiter(',');
+  command->add_option("--kinds", flags->kinds, "Kinds of kernels: " + pack_group_words())->required()->delimiter(',');
   command->add_option("--head-dims", flags->head_dims, "Head dims, 1 to 256: 64,128")
       ->required()
       ->delimiter(',');
   command->add_option("--causal", flags->causal, "both, yes or no")->required();
   command->add_flag("--window", flags->window, "Besides those of --causal, the kernels of sliding windows");
-  command->add_option("--softcap", flags->softcap, "Kernels with softcap: both, yes or no")->capture_default_str();
-  command->add_option("--alibi", flags->alibi, "Kernels with ALiBi: both, yes or no")->capture_default_str();
-  command->add_option("--varlen", flags->varlen, "Kernels for cu_seqlens: both, yes or no")->capture_default_str();
+  flags->features.fill("no");
+  for (std::size_t i = 0; i < kFeatures.size(); ++i)
+    command
+        ->add_option(flag_of(kFeatures[i]), flags->features[i],
+                     "Kernels " + std::string(kFeatures[i].phrase) + ": both, yes or no")
+        ->capture_default_str();
   command->add_option("--gqa", flags->gqa, "Group sizes (num_heads / num_heads_k): 1,2,4,8")
       ->required()
       ->delimiter(',');

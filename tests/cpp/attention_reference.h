@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "runtime/forward.h"
+#include "runtime/request/forward.h"
 
 namespace flash_attn_jit::testing {
 

@@ -7,6 +7,8 @@
 
 #include "fp16.h"
 #include "generator/errors.h"
+#include "runtime/launch/backward_launch.h"
+#include "runtime/launch/forward_launch.h"
 
 namespace flash_attn_jit::testing {
 namespace {

@@ -5,7 +5,7 @@
 #include <string>
 
 #include "forward_case.h"
-#include "runtime/backward.h"
+#include "runtime/request/backward.h"
 
 namespace flash_attn_jit::testing {
 

@@ -4,8 +4,8 @@
 #include <atomic>
 #include <string>
 
-#include "runtime/cache_folder.h"
-#include "runtime/kernel_cache.h"
+#include "runtime/cache/cache_folder.h"
+#include "runtime/cache/kernel_cache.h"
 
 namespace flash_attn_jit::testing {
 

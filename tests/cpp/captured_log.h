@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "runtime/log.h"
+#include "runtime/system/log.h"
 
 namespace flash_attn_jit::testing {
 

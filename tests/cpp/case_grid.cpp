@@ -5,7 +5,7 @@
 #include <set>
 #include <tuple>
 
-#include "generator/default_tiles.h"
+#include "generator/tile_chooser.h"
 #include "generator/legality.h"
 
 namespace flash_attn_jit::testing {
@@ -22,22 +22,18 @@ std::vector<TileConfig> table_rows(int d) {
   std::vector<TileConfig> rows;
   for (const KernelKind kind : kKernelKinds)
     for (const Mask mask : kAllMasks)
-      for (const Softcap softcap : {Softcap::kOff, Softcap::kOn})
-        for (const Alibi alibi : {Alibi::kOff, Alibi::kOn})
-          for (const Lengths lengths : {Lengths::kFixed, Lengths::kVarlen}) {
-            KernelSpec spec;
-            spec.kind = kind;
-            spec.head_dim = d;
-            spec.mask = mask;
-            spec.softcap = softcap;
-            spec.alibi = alibi;
-            spec.lengths = lengths;
-            spec.access = d % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
-            for (TileConfig tile : default_tiles(spec, arch_limits(75))) {
-              tile.register_dims = 0;  // follows the head dim
-              rows.push_back(tile);
-            }
-          }
+      for (const FeatureSet features : all_feature_sets()) {
+        KernelSpec spec;
+        spec.kind = kind;
+        spec.head_dim = d;
+        spec.mask = mask;
+        spec.features = features;
+        spec.access = d % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
+        for (TileConfig tile : default_tiles(spec)) {
+          tile.register_dims = 0;  // follows the head dim
+          rows.push_back(tile);
+        }
+      }
   return rows;
 }
 

@@ -12,9 +12,10 @@
 #include <utility>
 
 #include "fp16.h"
-#include "generator/default_tiles.h"
+#include "generator/tile_chooser.h"
 #include "generator/errors.h"
 #include "generator/legality.h"
+#include "runtime/launch/forward_launch.h"
 
 namespace flash_attn_jit::testing {
 namespace {

@@ -1,7 +1,9 @@
+#include "runtime/launch/process.h"
+#include "runtime/system/errors.h"
 #include "small_kernel.h"
 
 #include "generator/render.h"
-#include "runtime/host_compiler.h"
+#include "runtime/compile/host_compiler.h"
 
 namespace flash_attn_jit::testing {
 namespace {

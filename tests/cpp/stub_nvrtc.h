@@ -6,9 +6,9 @@
 #include <filesystem>
 #include <string>
 
-#include "runtime/dynamic_library.h"
-#include "runtime/host_compiler.h"
-#include "runtime/subprocess.h"
+#include "runtime/launch/process.h"
+#include "runtime/system/dynamic_library.h"
+#include "runtime/system/subprocess.h"
 #include "tests/cpp/temporary_folder.h"
 
 namespace flash_attn_jit::testing {

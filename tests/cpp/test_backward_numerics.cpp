@@ -9,7 +9,7 @@
 
 #include "backward_case.h"
 #include "case_grid.h"
-#include "generator/default_tiles.h"
+#include "generator/tile_chooser.h"
 #include "generator/legality.h"
 
 using namespace flash_attn_jit;
@@ -92,15 +92,15 @@ std::vector<BackwardCase> with_default_tiles(const ForwardCase& c) {
   KernelSpec spec;
   spec.head_dim = c.head_dim;
   spec.mask = c.mask;
-  if (c.softcap > 0) spec.softcap = Softcap::kOn;
-  if (c.alibi != AlibiCase::kOff) spec.alibi = Alibi::kOn;
-  if (c.sequences > 0) spec.lengths = Lengths::kVarlen;
+  spec.features.set(Feature::kSoftcap, c.softcap > 0);
+  spec.features.set(Feature::kAlibi, c.alibi != AlibiCase::kOff);
+  spec.features.set(Feature::kVarlen, c.sequences > 0);
   const bool aligned = c.layout != Layout::kOddStrides && c.layout != Layout::kMisaligned && c.head_dim % 8 == 0;
   spec.access = aligned ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
   spec.kind = KernelKind::kBackwardDkDv;
-  const auto dkdv = default_tiles(spec, arch_limits(75));
+  const auto dkdv = default_tiles(spec);
   spec.kind = KernelKind::kBackwardDq;
-  const auto dq = default_tiles(spec, arch_limits(75));
+  const auto dq = default_tiles(spec);
   std::vector<BackwardCase> cases;
   for (std::size_t i = 0; i < dq.size(); ++i) cases.push_back({c, std::nullopt, dkdv[i], dq[i]});
   return cases;

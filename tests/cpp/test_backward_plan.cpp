@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "generator/errors.h"
-#include "runtime/backward.h"
+#include "runtime/request/backward.h"
 #include "tests/cpp/containing.h"
 
 using namespace flash_attn_jit;
@@ -34,7 +34,7 @@ BackwardRequest request(std::int64_t b, std::int64_t sq, std::int64_t sk, std::i
   return r;
 }
 
-BackwardPlan plan(const BackwardRequest& r) { return plan_backward(r, arch_limits(75), 40); }
+BackwardPlan plan(const BackwardRequest& r) { return plan_backward(r, {arch_limits(75), 40}); }
 
 template <typename Expected>
 std::string refusal(const BackwardRequest& r) {
@@ -86,8 +86,8 @@ TEST_CASE("backward plan: a varlen grid follows from the longest sequence, and t
   BackwardRequest r = request(1, 700, 900, 8, 2, 64);
   r.options.varlen = Varlen{reinterpret_cast<int*>(0xb000), reinterpret_cast<int*>(0xc000), 5, 300, 400};
   const BackwardPlan p = plan(r);
-  CHECK(p[kDkDv].spec.lengths == Lengths::kVarlen);
-  CHECK(p[kPreprocess].spec.lengths == Lengths::kFixed);
+  CHECK(p[kDkDv].spec.has(Feature::kVarlen));
+  CHECK(!p[kPreprocess].spec.has(Feature::kVarlen));
   CHECK(p[kPreprocess].params.seqlen_q == 700);
   CHECK(p[kPreprocess].blocks == 8 * row_blocks(p[kPreprocess], 700));
   CHECK(p[kDkDv].blocks == 5 * 2 * row_blocks(p[kDkDv], 400));
@@ -129,8 +129,8 @@ TEST_CASE("backward plan: the options as kernels see them") {
   CHECK(params.window_right >= 1 << 29);
   CHECK(params.alibi.slopes == slopes);
   const KernelSpec spec = plan(r)[kDkDv].spec;
-  CHECK(spec.softcap == Softcap::kOn);
-  CHECK(spec.alibi == Alibi::kOn);
+  CHECK(spec.has(Feature::kSoftcap));
+  CHECK(spec.has(Feature::kAlibi));
   for (const float bad : {-1.0f, 1e-7f, 1e18f, std::nanf(""), INFINITY}) {
     r.options.softcap = bad;
     CHECK(refusal<ArgumentError>(r) == Containing{"softcap is"});
@@ -153,5 +153,5 @@ TEST_CASE("backward plan: a window over more rows than 32 bits can add") {
   BackwardRequest r = request(1, 1 << 30, 8, 1, 1, 64);
   r.options.mask = Mask::kWindow;
   r.options.window = {5, 5};
-  CHECK(refusal<UnsupportedError>(r) == Containing{"window_size with a sequence of 1073741824 rows"});
+  CHECK(refusal<UnsupportedError>(r) == Containing{"window_size comes with a sequence of 1073741824 rows"});
 }

@@ -12,9 +12,9 @@
 #include <functional>
 #include <thread>
 
-#include "runtime/interrupt.h"
-#include "runtime/pack.h"
-#include "runtime/subprocess.h"
+#include "runtime/library/pack.h"
+#include "runtime/system/interrupt.h"
+#include "runtime/system/subprocess.h"
 #include "tests/cpp/cache_fixture.h"
 #include "tests/cpp/captured_log.h"
 #include "tests/cpp/containing.h"

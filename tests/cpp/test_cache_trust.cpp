@@ -4,7 +4,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "runtime/pack.h"
+#include "runtime/library/pack.h"
 #include "tests/cpp/cache_fixture.h"
 #include "tests/cpp/captured_log.h"
 #include "tests/cpp/containing.h"

@@ -6,7 +6,8 @@
 #include <map>
 
 #include "generator/render.h"
-#include "runtime/config.h"
+#include "runtime/launch/process.h"
+#include "runtime/system/config.h"
 #include "tests/cpp/containing.h"
 #include "tests/cpp/processes.h"
 #include "tests/cpp/temporary_folder.h"

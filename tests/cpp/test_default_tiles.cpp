@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "generator/default_tiles.h"
+#include "generator/tile_chooser.h"
 #include "generator/errors.h"
 
 using namespace flash_attn_jit;
@@ -11,6 +11,10 @@ using namespace flash_attn_jit;
 namespace {
 
 constexpr int kT4Multiprocessors = 40;
+
+TileConfig chosen(const KernelSpec& spec, const Problem& problem) {
+  return default_tile_chooser().choose(spec, problem);
+}
 
 template <class Body>
 void for_every_problem(Body body) {
@@ -33,7 +37,7 @@ TEST_CASE("every default tile and every tile of the space is legal on a T4, and 
   for (const KernelKind kind : kKernelKinds)
     for_every_problem([&](KernelSpec spec) {
       spec.kind = kind;
-      const auto defaults = default_tiles(spec, t4);
+      const auto defaults = default_tiles(spec);
       const auto space = tile_space(spec, t4);
       CHECK(defaults.size() >= (kind == KernelKind::kBackwardPreprocess ? 1 : 2));
       for (const TileConfig& tile : defaults) CHECK(std::binary_search(space.begin(), space.end(), tile));
@@ -46,18 +50,37 @@ TEST_CASE("every default tile and every tile of the space is legal on a T4, and 
 }
 
 TEST_CASE("a problem that fills the device gets the large tile, a small one the small tile") {
-  const ArchLimits t4 = arch_limits(75);
   for_every_problem([&](const KernelSpec& spec) {
-    const auto tiles = default_tiles(spec, t4);
+    const auto tiles = default_tiles(spec);
     CHECK(tiles.front().block_m > tiles.back().block_m);
-    CHECK(choose_tile(spec, t4, {4096, 64, kT4Multiprocessors}) == tiles.front());
-    CHECK(choose_tile(spec, t4, {128, 12, kT4Multiprocessors}) == tiles.back());
-    CHECK(choose_tile(spec, t4, {1, 1, kT4Multiprocessors}) == tiles.back());
+    CHECK(chosen(spec, {4096, 4096, 64, kT4Multiprocessors}) == tiles.front());
+    CHECK(chosen(spec, {128, 128, 12, kT4Multiprocessors}) == tiles.back());
+    CHECK(chosen(spec, {1, 1, 1, kT4Multiprocessors}) == tiles.back());
   });
+}
+
+TEST_CASE("rows that a tile computes for nothing count: where the large tile would stand half empty, another is chosen") {
+  for (const KernelKind kind : {KernelKind::kForward, KernelKind::kBackwardDkDv, KernelKind::kBackwardDq}) {
+    KernelSpec spec;
+    spec.kind = kind;
+    spec.head_dim = 64;
+    const TileConfig large = default_tiles(spec).front();
+    REQUIRE(large.block_m == 256);
+    for (const int multiprocessors : {kT4Multiprocessors, 132}) {
+      CHECK(chosen(spec, {128, 128, 384, multiprocessors}).block_m <= 128);
+      CHECK(chosen(spec, {256, 256, 3960, multiprocessors}) == large);
+    }
+    // The rows are keys where dK and dV are made, and there is a block for each key head.
+    const bool owns_keys = kind == KernelKind::kBackwardDkDv;
+    CHECK((chosen(spec, {4096, 128, 384, kT4Multiprocessors}) == large) == !owns_keys);
+    CHECK((chosen(spec, {128, 4096, 384, kT4Multiprocessors}) == large) == owns_keys);
+    spec.group_size = 8;
+    CHECK((chosen(spec, {256, 256, 40, kT4Multiprocessors}) == large) == !owns_keys);
+  }
 }
 
 TEST_CASE("there is no tile above head dim 256") {
   KernelSpec spec;
   spec.head_dim = 257;
-  CHECK_THROWS_AS(choose_tile(spec, arch_limits(75), {4096, 64, kT4Multiprocessors}), UnsupportedError);
+  CHECK_THROWS_AS(chosen(spec, {4096, 4096, 64, kT4Multiprocessors}), UnsupportedError);
 }

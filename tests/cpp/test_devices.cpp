@@ -10,10 +10,14 @@
 #include <set>
 #include <thread>
 
-#include "runtime/cache_folder.h"
-#include "runtime/loaded_kernels.h"
+#include "runtime/cache/cache_folder.h"
+#include "runtime/launch/backward_launch.h"
+#include "runtime/launch/forward_launch.h"
+#include "runtime/launch/loaded_kernels.h"
+#include "runtime/system/errors.h"
 #include "tests/cpp/captured_log.h"
 #include "tests/cpp/containing.h"
+#include "tests/cpp/counted_allocations.h"
 #include "tests/cpp/stub_libcuda/stub_control.h"
 #include "tests/cpp/stub_nvrtc.h"
 #include "tests/cpp/tiny_templates.h"
@@ -78,7 +82,7 @@ struct Process {
           TargetChoice target = TargetChoice::kNative)
       : driver(started(driver_version, devices)),
         library(setting.settings(driver_version)),
-        runtime(driver, library, target) {}
+        runtime(driver, library, target, default_tile_chooser()) {}
 
   static std::filesystem::path started(int driver_version, const std::vector<StubDevice>& devices) {
     stub().reset(driver_version, devices);
@@ -132,10 +136,10 @@ TEST_CASE("a launch: arguments as planned, on the caller's stream" * doctest::sk
   Process process(12040, {kT4});
   stub().make_current(0);
   const ForwardRequest r = request();
-  process.runtime.forward(r, 0, stream(77));
+  launch_forward(process.runtime.device(0), r, stream(77));
   const auto launches = stub().launches();
   REQUIRE(launches.size() == 1);
-  const LaunchPlan plan = plan_forward(r, arch_limits(75), kT4.multiprocessors);
+  const LaunchPlan plan = plan_forward(r, {arch_limits(75), kT4.multiprocessors});
   CHECK(launches[0].device == 0);
   CHECK(launches[0].function == plan.spec.name());
   CHECK(launches[0].blocks == plan.blocks);
@@ -160,7 +164,7 @@ TEST_CASE("a kernel beyond 48 KiB of shared memory is allowed it" * doctest::ski
     if (render(spec, embedded_templates()).dynamic_smem > 48 * 1024) r.tile = tile;
   }
   REQUIRE(r.tile);
-  process.runtime.forward(r, 0, nullptr);
+  launch_forward(process.runtime.device(0), r, nullptr);
   REQUIRE(stub().launches().size() == 1);
   const StubLaunch launch = stub().launches()[0];
   REQUIRE(launch.dynamic_smem > 48 * 1024);
@@ -170,7 +174,7 @@ TEST_CASE("a kernel beyond 48 KiB of shared memory is allowed it" * doctest::ski
 TEST_CASE("nothing to do launches nothing and compiles nothing") {
   Process process(12040, {kT4});
   ForwardRequest r = request(64, 0);
-  process.runtime.forward(r, 0, nullptr);
+  launch_forward(process.runtime.device(0), r, nullptr);
   CHECK(stub().launches().empty());
   CHECK(process.library.nvrtc_opened() == 0);
 }
@@ -178,9 +182,9 @@ TEST_CASE("nothing to do launches nothing and compiles nothing") {
 TEST_CASE("the hot path calls the driver once" * doctest::skip(!have_nvrtc())) {
   Process process(12040, {kT4});
   stub().make_current(0);
-  process.runtime.forward(request(), 0, nullptr);
+  launch_forward(process.runtime.device(0), request(), nullptr);
   const int before = stub().calls("");
-  for (int i = 0; i < 10; ++i) process.runtime.forward(request(), 0, nullptr);
+  for (int i = 0; i < 10; ++i) launch_forward(process.runtime.device(0), request(), nullptr);
   CHECK(stub().calls("") - before == 10);
   CHECK(stub().calls("cuModuleLoadData") == 1);
   CHECK(stub().launches().size() == 11);
@@ -190,14 +194,14 @@ TEST_CASE("the hot path takes less than 3 microseconds" * doctest::skip(!have_nv
   Process process(12040, {kT4});
   stub().make_current(0);
   const ForwardRequest r = request(128, 4096);
-  process.runtime.forward(r, 0, nullptr);
+  launch_forward(process.runtime.device(0), r, nullptr);
   stub().record_launches(false);
   using Clock = std::chrono::steady_clock;
   double best = 1e9;  // of several rounds: this machine may have other work
   for (int round = 0; round < 20; ++round) {
     constexpr int kCalls = 2000;
     const auto start = Clock::now();
-    for (int i = 0; i < kCalls; ++i) process.runtime.forward(r, 0, nullptr);
+    for (int i = 0; i < kCalls; ++i) launch_forward(process.runtime.device(0), r, nullptr);
     best = std::min(best, std::chrono::duration<double, std::micro>(Clock::now() - start).count() / kCalls);
   }
   MESSAGE("hot path: " << best << " us");
@@ -210,9 +214,9 @@ TEST_CASE("the hot path takes less than 3 microseconds" * doctest::skip(!have_nv
 TEST_CASE("the machine code suits the driver: NVRTC 12 below CUDA 13" * doctest::skip(!have_nvrtc())) {
   for (const auto& [driver_version, compiler] : {std::pair{12040, "nvrtc 12."}, {13000, "nvrtc 13."}}) {
     Process process(driver_version, {kT4});
-    process.runtime.forward(request(), 0, nullptr);
+    launch_forward(process.runtime.device(0), request(), nullptr);
     CHECK(stub().launches().size() == 1);
-    const LaunchPlan plan = plan_forward(request(), arch_limits(75), kT4.multiprocessors);
+    const LaunchPlan plan = plan_forward(request(), {arch_limits(75), kT4.multiprocessors});
     const FoundKernel found = process.runtime.device(0).find_or_compile(plan.spec);
     CHECK(found.kernel.built_by == Containing{compiler});
     CHECK(found.origin == KernelOrigin::kDiskCache);
@@ -224,7 +228,7 @@ TEST_CASE("two devices: each loads its own" * doctest::skip(!have_nvrtc())) {
   for (int round = 0; round < 2; ++round)
     for (const int device : {0, 1}) {
       stub().make_current(device);
-      process.runtime.forward(request(), device, nullptr);
+      launch_forward(process.runtime.device(device), request(), nullptr);
     }
   const auto launches = stub().launches();
   REQUIRE(launches.size() == 4);
@@ -235,7 +239,7 @@ TEST_CASE("two devices: each loads its own" * doctest::skip(!have_nvrtc())) {
 
 TEST_CASE("two devices of one kind: one compile, two loads" * doctest::skip(!have_nvrtc())) {
   Process process(12040, {kT4, kT4});
-  for (const int device : {0, 1}) process.runtime.forward(request(), device, nullptr);
+  for (const int device : {0, 1}) launch_forward(process.runtime.device(device), request(), nullptr);
   CHECK(stub().calls("cuModuleLoadData") == 2);
   CHECK(list_cache(process.setting.config.cache_dir).size() == 1);
   CHECK(stub().launches()[1].device == 1);
@@ -244,10 +248,10 @@ TEST_CASE("two devices of one kind: one compile, two loads" * doctest::skip(!hav
 TEST_CASE("another device is current, or none, and stays so" * doctest::skip(!have_nvrtc())) {
   Process process(13000, {kT4, kA100});
   stub().make_current(1);
-  for (int i = 0; i < 2; ++i) process.runtime.forward(request(), 0, nullptr);
+  for (int i = 0; i < 2; ++i) launch_forward(process.runtime.device(0), request(), nullptr);
   CHECK(stub().current() == 1);
   std::thread([&] {
-    process.runtime.forward(request(), 0, nullptr);
+    launch_forward(process.runtime.device(0), request(), nullptr);
     CHECK(stub().current() == -1);
   }).join();
   const auto launches = stub().launches();
@@ -258,7 +262,7 @@ TEST_CASE("another device is current, or none, and stays so" * doctest::skip(!ha
 TEST_CASE("threads that make the same first call compile and load once" * doctest::skip(!have_nvrtc())) {
   Process process(12040, {kT4});
   std::vector<std::thread> threads;
-  for (int i = 0; i < 8; ++i) threads.emplace_back([&] { process.runtime.forward(request(), 0, nullptr); });
+  for (int i = 0; i < 8; ++i) threads.emplace_back([&] { launch_forward(process.runtime.device(0), request(), nullptr); });
   for (std::thread& thread : threads) thread.join();
   CHECK(stub().launches().size() == 8);
   CHECK(stub().calls("cuModuleLoadData") == 1);
@@ -269,13 +273,13 @@ TEST_CASE("a load that fails is an error that names the kernel and the device, a
           doctest::skip(!have_nvrtc())) {
   Process process(12040, {kT4});
   stub().fail("cuModuleLoadData", kInvalidImage);
-  const std::string message = refusal<DriverError>([&] { process.runtime.forward(request(), 0, nullptr); });
+  const std::string message = refusal<DriverError>([&] { launch_forward(process.runtime.device(0), request(), nullptr); });
   for (const char* part :
        {"fwd hdim64", "nvrtc 12.", "Tesla T4", "CUDA 12.4", "cuModuleLoadData", "CUDA_ERROR_INVALID_IMAGE"})
     CHECK(message == Containing{part});
   CHECK(stub().launches().empty());
   CHECK(stub().current() == -1);
-  process.runtime.forward(request(), 0, nullptr);
+  launch_forward(process.runtime.device(0), request(), nullptr);
   CHECK(stub().launches().size() == 1);
 }
 
@@ -283,9 +287,9 @@ TEST_CASE("a launch that fails is an error that names the kernel and the device"
           doctest::skip(!have_nvrtc())) {
   Process process(12040, {kT4});
   stub().make_current(0);
-  process.runtime.forward(request(), 0, nullptr);
+  launch_forward(process.runtime.device(0), request(), nullptr);
   stub().fail("cuLaunchKernel", 719);
-  const std::string message = refusal<DriverError>([&] { process.runtime.forward(request(), 0, nullptr); });
+  const std::string message = refusal<DriverError>([&] { launch_forward(process.runtime.device(0), request(), nullptr); });
   for (const char* part : {"launch", "fwd hdim64", "Tesla T4", "719"}) CHECK(message == Containing{part});
 }
 
@@ -293,7 +297,7 @@ TEST_CASE("compute_75: PTX that the driver links, and the linked code is what is
           doctest::skip(!have_nvrtc())) {
   for (const int driver_version : {12090, 99000}) {
     Process process(driver_version, {kA100}, TargetChoice::kCompute75);
-    process.runtime.forward(request(), 0, nullptr);
+    launch_forward(process.runtime.device(0), request(), nullptr);
     CHECK(stub().launches().size() == 1);
     CHECK(stub().calls("cuLinkComplete") == 1);
     const auto entries = list_cache(process.setting.config.cache_dir);
@@ -304,22 +308,22 @@ TEST_CASE("compute_75: PTX that the driver links, and the linked code is what is
     CHECK_FALSE(entries[0].file->kernel.resources.spill_stores.has_value());
 
     KernelLibrary next(process.setting.settings(driver_version));
-    DeviceRuntime next_process(process.driver, next, TargetChoice::kCompute75);
-    next_process.forward(request(), 0, nullptr);
+    DeviceRuntime next_process(process.driver, next, TargetChoice::kCompute75, default_tile_chooser());
+    launch_forward(next_process.device(0), request(), nullptr);
     CHECK(stub().calls("cuLinkComplete") == 1);
     CHECK(next.nvrtc_opened() == 0);
 
     KernelLibrary newer(process.setting.settings(driver_version + 10));
-    DeviceRuntime newer_driver(process.driver, newer, TargetChoice::kCompute75);
-    newer_driver.forward(request(), 0, nullptr);
+    DeviceRuntime newer_driver(process.driver, newer, TargetChoice::kCompute75, default_tile_chooser());
+    launch_forward(newer_driver.device(0), request(), nullptr);
     CHECK(stub().calls("cuLinkComplete") == 2);
   }
 }
 
 TEST_CASE("compute_75: the specs are those of a T4" * doctest::skip(!have_nvrtc())) {
   Process process(12090, {kA100}, TargetChoice::kCompute75);
-  CHECK(process.runtime.device(0).limits().sm == 75);
-  CHECK(process.runtime.device(0).limits().max_shared_bytes_per_block == 65536);
+  CHECK(process.runtime.device(0).plan_target().arch.sm == 75);
+  CHECK(process.runtime.device(0).plan_target().arch.max_shared_bytes_per_block == 65536);
 }
 
 TEST_CASE("a device newer than the NVRTC runs the Turing code, said once; a hit opens no NVRTC" *
@@ -327,16 +331,16 @@ TEST_CASE("a device newer than the NVRTC runs the Turing code, said once; a hit 
   const StubDevice future{"A GPU of the future", 199, 200};
   Process process(99000, {future});
   const CapturedLog log;
-  process.runtime.forward(request(), 0, nullptr);
-  process.runtime.forward(request(128), 0, nullptr);
+  launch_forward(process.runtime.device(0), request(), nullptr);
+  launch_forward(process.runtime.device(0), request(128), nullptr);
   CHECK(stub().launches().size() == 2);
   REQUIRE(log.warnings().size() == 1);
   CHECK(log.warnings()[0] == Containing{"A GPU of the future"});
   CHECK(log.warnings()[0] == Containing{"compute_75"});
 
   KernelLibrary next(process.setting.settings(99000));
-  DeviceRuntime next_process(process.driver, next, TargetChoice::kNative);
-  next_process.forward(request(), 0, nullptr);
+  DeviceRuntime next_process(process.driver, next, TargetChoice::kNative, default_tile_chooser());
+  launch_forward(next_process.device(0), request(), nullptr);
   CHECK(stub().calls("cuLinkComplete") == 2);
   CHECK(next.nvrtc_opened() == 0);
 }
@@ -354,7 +358,8 @@ TEST_CASE("Turing code stands in for what no NVRTC can make until a newer one is
     KernelLibrary library(process.setting.settings(99000));
     stub().reset(99000, {device});
     Driver driver(kStub);
-    DeviceRuntime(driver, library, TargetChoice::kNative).forward(request(), 0, nullptr);
+    DeviceRuntime devices(driver, library, TargetChoice::kNative, default_tile_chooser());
+    launch_forward(devices.device(0), request(), nullptr);
     CHECK(stub().launches().size() == 1);
     return library.nvrtc_opened();
   };
@@ -396,6 +401,29 @@ TEST_CASE("Turing code stands in for what no NVRTC can make until a newer one is
   CHECK(log.warnings().empty());
 }
 
+TEST_CASE("a hot launch allocates nothing, forward and backward" * doctest::skip(!have_nvrtc())) {
+  TinySetting setting;
+  setting.config.templates.reset();
+  stub().reset(12040, {kT4});
+  Driver driver(kStub);
+  KernelLibrary library(setting.settings(12040));
+  DeviceRuntime devices(driver, library, TargetChoice::kNative, default_tile_chooser());
+  stub().make_current(0);
+  stub().record_launches(false);
+  const ForwardRequest forward = request();
+  const BackwardRequest backward = backward_request();
+  const auto launch_both = [&] {
+    launch_forward(devices.device(0), forward, nullptr);
+    launch_backward(devices.device(0), backward, nullptr);
+  };
+  const std::size_t at_first = testing::allocations_of_this_thread();
+  launch_both();
+  const std::size_t when_loaded = testing::allocations_of_this_thread();
+  CHECK(when_loaded > at_first);
+  for (int i = 0; i < 10; ++i) launch_both();
+  CHECK(testing::allocations_of_this_thread() == when_loaded);
+}
+
 TEST_CASE("backward's kernels are compiled side by side, and none is launched where one cannot be") {
   TinySetting setting;
   setting.config.templates.reset();
@@ -405,7 +433,8 @@ TEST_CASE("backward's kernels are compiled side by side, and none is launched wh
     settings.config.nvrtc = nvrtc;
     Driver driver(kStub);
     KernelLibrary library(settings);
-    DeviceRuntime(driver, library, TargetChoice::kNative).backward(backward_request(), 0, nullptr);
+    DeviceRuntime devices(driver, library, TargetChoice::kNative, default_tile_chooser());
+    launch_backward(devices.device(0), backward_request(), nullptr);
   };
   const TemporaryFolder folder;
   const StubNvrtc stub_nvrtc{.major = "12", .meet = 3};
@@ -441,11 +470,11 @@ TEST_CASE("a module whose kernel cannot be had is unloaded") {
       stub().reset(12040, {kT4});
       Driver driver(kStub);
       KernelLibrary library(setting.settings(12040));
-      DeviceRuntime runtime(driver, library, target);
+      DeviceRuntime runtime(driver, library, target, default_tile_chooser());
       stub().fail(call, kInvalidImage);
-      CHECK(refusal<DriverError>([&] { runtime.forward(r, 0, nullptr); }) == Containing{"CUDA_ERROR_INVALID_IMAGE"});
+      CHECK(refusal<DriverError>([&] { launch_forward(runtime.device(0), r, nullptr); }) == Containing{"CUDA_ERROR_INVALID_IMAGE"});
       CHECK(stub().calls("cuModuleLoadData") == stub().calls("cuModuleUnload"));
-      runtime.forward(r, 0, nullptr);
+      launch_forward(runtime.device(0), r, nullptr);
       CHECK(stub().launches().size() == 1);
       CHECK(stub().calls("cuModuleLoadData") == stub().calls("cuModuleUnload") + 1);
     }
@@ -454,7 +483,7 @@ TEST_CASE("a module whose kernel cannot be had is unloaded") {
 TEST_CASE("a device below sm_75 is refused by name") {
   Process process(12040, {{"Tesla V100", 70, 80}});
   const std::string message =
-      refusal<UnsupportedError>([&] { process.runtime.forward(request(), 0, nullptr); });
+      refusal<UnsupportedError>([&] { launch_forward(process.runtime.device(0), request(), nullptr); });
   CHECK(message == Containing{"Tesla V100"});
   CHECK(message == Containing{"sm_70"});
   CHECK(message == Containing{"accepted: sm_75"});
@@ -463,7 +492,7 @@ TEST_CASE("a device below sm_75 is refused by name") {
 TEST_CASE("a device that is not there") {
   Process process(12040, {kT4});
   for (const int ordinal : {-1, 1})
-    CHECK(refusal<DriverError>([&] { process.runtime.forward(request(), ordinal, nullptr); }) ==
+    CHECK(refusal<DriverError>([&] { launch_forward(process.runtime.device(ordinal), request(), nullptr); }) ==
           Containing{"no CUDA device " + std::to_string(ordinal)});
 }
 

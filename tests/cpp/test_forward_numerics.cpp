@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "case_grid.h"
-#include "generator/default_tiles.h"
+#include "generator/tile_chooser.h"
 #include "generator/legality.h"
 #include "runtime/interpreter/interpreter.h"
 
@@ -42,7 +42,7 @@ void add_default_tiles(int head_dim, PairwiseChoices& choices, std::vector<Forwa
       spec.mask = visible == 0 ? Mask::kNone : Mask::kCausal;
       spec.access =
           layout == 0 && spec.head_dim % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
-      for (const TileConfig& tile : default_tiles(spec, arch_limits(75))) {
+      for (const TileConfig& tile : default_tiles(spec)) {
         Choice fixed = only(head_dim);
         fixed[kVisible] = visible;
         fixed[kLayout] = layout;

@@ -11,9 +11,10 @@
 #include "containing.h"
 #include "forward_case.h"
 #include "fp16.h"
-#include "generator/default_tiles.h"
+#include "generator/tile_chooser.h"
 #include "generator/legality.h"
 #include "runtime/interpreter/interpreter.h"
+#include "runtime/launch/forward_launch.h"
 
 using namespace flash_attn_jit;
 using namespace flash_attn_jit::testing;

@@ -12,13 +12,13 @@
 #include <thread>
 
 #include "containing.h"
-#include "generator/default_tiles.h"
+#include "generator/tile_chooser.h"
 #include "generator/legality.h"
-#include "runtime/host_compiler.h"
+#include "runtime/compile/host_compiler.h"
 #include "runtime/interpreter/interpreter.h"
-#include "runtime/interrupt.h"
-#include "runtime/kernel_library.h"
-#include "runtime/subprocess.h"
+#include "runtime/launch/process.h"
+#include "runtime/system/interrupt.h"
+#include "runtime/system/subprocess.h"
 #include "temporary_folder.h"
 
 using namespace flash_attn_jit;
@@ -70,7 +70,7 @@ std::string message_of(const auto& action) {
 KernelSpec some_spec() {
   KernelSpec spec;
   spec.head_dim = 16;
-  spec.tile = default_tiles(spec, arch_limits(75)).back();
+  spec.tile = default_tiles(spec).back();
   return spec;
 }
 
@@ -197,12 +197,12 @@ TEST_CASE(
   const std::vector<std::string> flags = host_compiler_flags(host_compiler());
   CHECK(std::any_of(flags.begin(), flags.end(),
                     [](const std::string& f) { return f.starts_with("-fsanitize=shift"); }));
-  const FoundKernel first = find_or_compile_for_host(some_spec());
+  const FoundKernel first = process_host_kernels().find_or_compile(some_spec());
   CHECK(first.kernel.entry == some_spec().name());
   CHECK(first.kernel.threads == some_spec().tile.threads());
   CHECK(first.kernel.built_by == host_compiler().version);
   CHECK(first.kernel.min_driver == 0);
-  const FoundKernel second = find_or_compile_for_host(some_spec());
+  const FoundKernel second = process_host_kernels().find_or_compile(some_spec());
   CHECK(second.origin == KernelOrigin::kDiskCache);
   CHECK(second.kernel.image == first.kernel.image);
   CHECK(second.kernel.entry == first.kernel.entry);
@@ -212,5 +212,5 @@ TEST_CASE(
 TEST_CASE("a spec that is not legal on a T4 is refused before it is compiled") {
   KernelSpec spec = some_spec();
   spec.dtype = DType::kBFloat16;
-  CHECK_THROWS_AS(find_or_compile_for_host(spec), UnsupportedError);
+  CHECK_THROWS_AS(process_host_kernels().find_or_compile(spec), UnsupportedError);
 }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "containing.h"
+#include "runtime/system/errors.h"
 #include "small_kernel.h"
 
 using namespace flash_attn_jit;

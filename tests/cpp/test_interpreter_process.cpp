@@ -9,8 +9,9 @@
 #include <utility>
 
 #include "containing.h"
+#include "generator/errors.h"
 #include "runtime/interpreter/fiber.h"
-#include "runtime/interrupt.h"
+#include "runtime/system/interrupt.h"
 #include "small_kernel.h"
 
 using namespace flash_attn_jit;

@@ -5,7 +5,7 @@
 #include <chrono>
 #include <thread>
 
-#include "runtime/interrupt.h"
+#include "runtime/system/interrupt.h"
 
 using namespace flash_attn_jit;
 

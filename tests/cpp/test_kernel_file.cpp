@@ -1,6 +1,6 @@
 #include <doctest/doctest.h>
 
-#include "runtime/kernel_file.h"
+#include "runtime/cache/kernel_file.h"
 #include "tests/cpp/containing.h"
 
 using namespace flash_attn_jit;

@@ -5,10 +5,12 @@
 #include <atomic>
 #include <thread>
 
-#include "runtime/cache_folder.h"
-#include "runtime/compiler.h"
-#include "runtime/kernel_selection.h"
-#include "runtime/pack.h"
+#include "generator/kernel_selection.h"
+#include "runtime/cache/cache_folder.h"
+#include "runtime/compile/compiler.h"
+#include "runtime/library/pack.h"
+#include "runtime/library/templates_folder.h"
+#include "runtime/system/errors.h"
 #include "tests/cpp/captured_log.h"
 #include "tests/cpp/containing.h"
 #include "tests/cpp/stub_nvrtc.h"
@@ -220,9 +222,7 @@ TEST_CASE("without a compiler and without the kernel, the error names the comman
   CHECK(missing);
 
   spec.mask = Mask::kWindow;
-  spec.softcap = Softcap::kOn;
-  spec.alibi = Alibi::kOn;
-  spec.lengths = Lengths::kVarlen;
+  for (const FeatureInfo& info : kFeatures) spec.features.set(info.feature);
   CHECK_THROWS_WITH_AS(KernelLibrary(setting.settings(12040)).find_or_compile(spec, kCubin),
                        doctest::Contains("--head-dims 128 --causal no --window --softcap yes --alibi yes "
                                          "--varlen yes --gqa 4"),
@@ -347,7 +347,7 @@ TEST_CASE("the selection of a pack: every default tile, 16-byte and element-wise
     spec.mask = Mask::kCausal;
     spec.group_size = 2;
     spec.access = access;
-    for (const TileConfig& tile : default_tiles(spec, arch)) {
+    for (const TileConfig& tile : default_tiles(spec)) {
       spec.tile = tile;
       CHECK(std::find(specs.begin(), specs.end(), spec) != specs.end());
       ++expected;

@@ -18,9 +18,7 @@ KernelSpec random_spec(std::mt19937& random) {
   spec.dtype = below(2) ? DType::kFloat16 : DType::kBFloat16;
   spec.head_dim = below(1000);
   spec.mask = kAllMasks[static_cast<std::size_t>(below(3))];
-  spec.softcap = below(2) ? Softcap::kOn : Softcap::kOff;
-  spec.alibi = below(2) ? Alibi::kOn : Alibi::kOff;
-  spec.lengths = below(2) ? Lengths::kVarlen : Lengths::kFixed;
+  for (const FeatureInfo& info : kFeatures) spec.features.set(info.feature, below(2) == 1);
   spec.group_size = below(200);
   spec.access = below(2) ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
   spec.tile = {below(600), below(200), below(40), below(300), {below(9), below(9), below(9)}};
@@ -81,9 +79,7 @@ TEST_CASE("every field of a spec changes its text and its name") {
   CHECK(differs([](KernelSpec& s) { s.head_dim = 120; }));
   CHECK(differs([](KernelSpec& s) { s.mask = Mask::kNone; }));
   CHECK(differs([](KernelSpec& s) { s.mask = Mask::kWindow; }));
-  CHECK(differs([](KernelSpec& s) { s.softcap = Softcap::kOn; }));
-  CHECK(differs([](KernelSpec& s) { s.alibi = Alibi::kOn; }));
-  CHECK(differs([](KernelSpec& s) { s.lengths = Lengths::kVarlen; }));
+  for (const FeatureInfo& info : kFeatures) CHECK(differs([&](KernelSpec& s) { s.features.set(info.feature); }));
   CHECK(differs([](KernelSpec& s) { s.group_size = 1; }));
   CHECK(differs([](KernelSpec& s) { s.access = GlobalAccess::kElement2B; }));
   CHECK(differs([](KernelSpec& s) { s.tile.block_m = 128; }));

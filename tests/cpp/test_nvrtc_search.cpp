@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "runtime/nvrtc.h"
+#include "runtime/cuda/nvrtc_search.h"
 #include "tests/cpp/containing.h"
 #include "tests/cpp/temporary_folder.h"
 

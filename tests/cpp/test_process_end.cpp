@@ -9,9 +9,9 @@
 #include <string>
 #include <vector>
 
-#include "runtime/host_compiler.h"
+#include "runtime/cuda/nvrtc_search.h"
 #include "runtime/interpreter/interpreter.h"
-#include "runtime/nvrtc.h"
+#include "runtime/launch/process.h"
 #include "small_kernel.h"
 
 using namespace flash_attn_jit;

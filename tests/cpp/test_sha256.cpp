@@ -1,6 +1,6 @@
 #include <doctest/doctest.h>
 
-#include "runtime/sha256.h"
+#include "runtime/system/sha256.h"
 
 using namespace flash_attn_jit;
 

@@ -12,8 +12,8 @@
 #include <thread>
 #include <vector>
 
-#include "runtime/interrupt.h"
-#include "runtime/side_by_side.h"
+#include "runtime/system/interrupt.h"
+#include "runtime/system/side_by_side.h"
 
 using namespace flash_attn_jit;
 

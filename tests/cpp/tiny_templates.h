@@ -7,8 +7,8 @@
 #include <string>
 
 #include "generator/render.h"
-#include "runtime/kernel_library.h"
-#include "runtime/nvrtc.h"
+#include "runtime/cuda/nvrtc_search.h"
+#include "runtime/library/kernel_library.h"
 #include "tests/cpp/temporary_folder.h"
 
 namespace flash_attn_jit::testing {
@@ -59,7 +59,7 @@ struct TinySetting {
 inline KernelSpec tiny_spec(int head_dim = 64) {
   KernelSpec spec;
   spec.head_dim = head_dim;
-  spec.tile = default_tiles(spec, arch_limits(75)).front();
+  spec.tile = default_tiles(spec).front();
   return spec;
 }
 

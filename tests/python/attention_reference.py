@@ -5,10 +5,10 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
+from flash_attn_jit._options import Options
 
-# softmax_scale, causal, window_left, window_right, softcap, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-# max_seqlen_k: what the operators take after the tensors, where nothing is asked for.
-NO_OPTIONS = (None, False, -1, -1, 0.0, None, None, None, 0, 0)
+
+NO_OPTIONS = Options()
 
 
 def _visible(seqlen_q: int, seqlen_k: int, causal: bool, window_size: Sequence[int]) -> torch.Tensor:

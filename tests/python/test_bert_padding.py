@@ -140,5 +140,5 @@ def test_concatenated_sequences_of_nothing():
     ids=["shape", "bool", "float", "too long", "negative"],
 )
 def test_concatenated_sequences_refused(lengths, words):
-    with pytest.raises(ValueError, match=f"^attention_mask_in_length {words}.*Accepted"):
+    with pytest.raises(ValueError, match=f"^attention_mask_in_length {words}.*accepted"):
         unpad_input_for_concatenated_sequences(torch.ones(4, 6, 5), lengths)

@@ -15,6 +15,7 @@ from attention_reference import (
 )
 
 from flash_attn_jit import _core
+from flash_attn_jit._options import Options
 
 pytestmark = [
     pytest.mark.gpu,
@@ -88,13 +89,13 @@ def test_random_problem(number):
             for side in zip(*p["lengths"])
         )
         longest = tuple(max(side) for side in zip(*p["lengths"]))
-    options = (p["softmax_scale"], p["causal"], left, right, p["softcap"], slopes, *cu_seqlens, *longest)
+    options = Options(p["softmax_scale"], p["causal"], left, right, p["softcap"], slopes, *cu_seqlens, *longest)
 
     lse_shape = (heads, rows_q[0]) if p["varlen"] else (rows_q[0], heads, rows_q[1])
     softmax_lse = torch.full(lse_shape, float("nan"), device="cuda")
-    _core.forward(q, k, v, out.tensor, softmax_lse, *options)
+    _core.forward(q, k, v, out.tensor, softmax_lse, options)
     delta = torch.full_like(softmax_lse, float("nan"))
-    _core.backward(dout, q, k, v, out.tensor, softmax_lse, dq.tensor, dk.tensor, dv.tensor, delta, *options)
+    _core.backward(dout, q, k, v, out.tensor, softmax_lse, dq.tensor, dk.tensor, dv.tensor, delta, options)
 
     named = {name: p[name] for name in ("softmax_scale", "causal", "window_size", "softcap")}
     named["alibi_slopes"] = slopes

@@ -400,7 +400,7 @@ def test_a_gpu_is_asked_once_when_a_tensor_is_on_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", get_device_capability)
     monkeypatch.setattr(_sdpa, "_capabilities", {})
-    assert "sm_70" in _sdpa._device_refusal(torch.device("cuda", 3)).message()
+    assert "sm_70" in _sdpa._device_refusal(torch.device("cuda", 3)).reason()
     assert _sdpa._device_refusal(torch.device("cuda", 4)) is None
     assert _sdpa._device_refusal(torch.device("cuda", 3)) and asked == [3, 4]
 

@@ -65,14 +65,14 @@ refused(ValueError, ["q has strides", "contiguous"], normal(1, 8, 2, 128)[..., :
 with FakeTensorMode():
     fake = torch.empty(1, 8, 2, 64, dtype=torch.float16)
 try:
-    _core.forward(fake, fake, fake, good, torch.empty(1, 2, 8), *NO_OPTIONS)
+    _core.forward(fake, fake, fake, good, torch.empty(1, 2, 8), NO_OPTIONS)
 except ValueError as error:
     assert str(error).startswith("q"), error
 else:
     raise AssertionError("a fake tensor ran")
 meta = good.to("meta")
 try:
-    _core.forward(meta, meta, meta, good, torch.empty(1, 2, 8), *NO_OPTIONS)
+    _core.forward(meta, meta, meta, good, torch.empty(1, 2, 8), NO_OPTIONS)
 except ValueError as error:
     assert str(error).startswith("q"), error
 else:

@@ -37,7 +37,7 @@ def _read_record(path: Path) -> Dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise SystemExit(
-            f"--plot is {path}: {error}. Accepted: the JSON that a timing run has written."
+            f"--plot is {path}: {error}; accepted: the JSON that a timing run has written"
         ) from None
 
 

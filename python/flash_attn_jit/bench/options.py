@@ -240,16 +240,16 @@ def _with(kind: str) -> str:
 def _check_sizes(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.heads_k and options.heads % options.heads_k:
         parser.error(
-            f"--heads is {options.heads}, and --heads-k {options.heads_k}. Accepted: a multiple of --heads-k"
+            f"--heads is {options.heads}, and --heads-k {options.heads_k}; accepted: a multiple of --heads-k"
         )
     if options.kind != MODEL:
         return
     if len(options.head_dims) > 1 or options.head_dims[0] % 2:
         parser.error(
-            f"--head-dims is {options.head_dims}. Accepted with --model: one, and even, for its rotary turns"
+            f"--head-dims is {options.head_dims}; accepted with --model: one, and even, for its rotary turns"
         )
     for seqlen in options.seqlens:
         if options.tokens % seqlen:
             parser.error(
-                f"--seqlens has {seqlen}, and --tokens is {options.tokens}. Accepted: what divides --tokens"
+                f"--seqlens has {seqlen}, and --tokens is {options.tokens}; accepted: what divides --tokens"
             )

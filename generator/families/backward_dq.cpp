@@ -1,0 +1,85 @@
+// Backward: dQ of a block's queries; S = Q K^T, dP = dO V^T, dQ += dS K.
+#include "generator/families/backward_gradients.h"
+#include "generator/families/families.h"
+
+namespace flash_attn_jit {
+namespace {
+
+// Chosen like forward's. 32 rows a warp halve the reads of shared memory, which bind it, as far as the registers hold
+// its gradients and operands: to head dim 96.
+constexpr std::array kLargeFull = {
+    TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {0, 6, 8}}},
+    TileRow{64, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 64, .schedule = {0, 7, 8}}},
+    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 7, 8}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {4, 8, 8}}},
+    TileRow{112, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 112, .schedule = {0, 6, 8}}},
+    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {2, 5, 8}}},
+    TileRow{160, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {0, 6, 8}}},
+    TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 192, .schedule = {0, 8, 8}}},
+    TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 112, .schedule = {0, 8, 8}}},
+};
+constexpr std::array kLargeCausal = {
+    TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {0, 6, 8}}},
+    TileRow{64, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 64, .schedule = {3, 6, 8}}},
+    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {1, 7, 8}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {3, 8, 8}}},
+    TileRow{112, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 112, .schedule = {2, 5, 8}}},
+    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {2, 5, 8}}},
+    TileRow{160, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {0, 6, 8}}},
+    TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 192, .schedule = {0, 8, 8}}},
+    TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
+};
+
+// Half the rows a block, as many a warp.
+constexpr std::array kMedium = {
+    TileRow{64, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 64, .schedule = {3, 6, 8}}},
+};
+
+// Windows, softcap, ALiBi and cu_seqlens take registers too. Rows for what would spill with the tiles above.
+constexpr std::array kLargeWindow = {
+    TileRow{64, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {4, 8, 8}}},
+};
+constexpr std::array kLargeVarlen = {
+    TileRow{64, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {3, 7, 8}}},
+};
+constexpr std::array kLargeSoftcapAlibi = {
+    TileRow{64, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
+    TileRow{96, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 96, .schedule = {0, 6, 8}}},
+};
+
+TileTables tiles(const KernelSpec& spec) {
+  return {TileTableList{only_if(spec.access == GlobalAccess::kElement2B, kElementGradients),
+                    only_if(spec.has(Feature::kSoftcap) || spec.has(Feature::kAlibi), kLargeSoftcapAlibi),
+                    only_if(spec.mask == Mask::kWindow, kLargeWindow),
+                    only_if(spec.has(Feature::kVarlen), kLargeVarlen),
+                    spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
+          TileTableList{only_if(is_plain(spec), kMedium)}, TileTableList{kSmallGradients}};
+}
+
+constexpr GradientLayout kLayout = {
+    .gradients = 1, .statistics_bytes = 0, .output_splits = [](const KernelSpec&) { return 1; }};
+
+int shared_bytes(const KernelSpec& spec) { return shared_bytes_of(kLayout, spec); }
+int registers(const KernelSpec& spec) { return registers_of(kLayout, spec); }
+
+}  // namespace
+
+const KernelFamily kBackwardDqFamily = {.pack_group = "bwd",
+  .template_file = "flash_bwd.cuh",
+  .function = "flash_bwd",
+  .params = "FlashBwdParams",
+  .tile = "FlashBwdTile",
+  .trait = "  static constexpr RowSide kRowSide = RowSide::kQueries;\n",
+  .rows = RowSide::kQueries,
+  .reads_mask = true,
+  .products = 3,
+  .output_splits = kLayout.output_splits,
+  .shared_bytes = shared_bytes,
+  .registers = registers,
+  .check_tile = check_gradient_tile,
+  .default_tiles = tiles,
+  .schedules = kGradientSchedules};
+
+}  // namespace flash_attn_jit

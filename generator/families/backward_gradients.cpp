@@ -1,0 +1,45 @@
+#include "generator/families/backward_gradients.h"
+
+#include <algorithm>
+
+#include "generator/tile_layout.h"
+#include "generator/tile_rules.h"
+
+namespace flash_attn_jit {
+namespace {
+
+int output_dims(const GradientLayout& layout, const KernelSpec& spec) {
+  return kernel_dims(spec) / layout.output_splits(spec);
+}
+
+}  // namespace
+
+int shared_bytes_of(const GradientLayout& layout, const KernelSpec& spec) {
+  const TileConfig& tile = spec.tile;
+  const int slot = tile.block_n * (2 * row_pitch(kernel_dims(spec)) + layout.statistics_bytes);
+  const int staging = tile.block_m * row_pitch(std::max(staging_dims(output_dims(layout, spec)), 16));
+  return std::max(3 * slot, staging) + 2 * shared_row_bytes(spec);
+}
+
+int registers_of(const GradientLayout& layout, const KernelSpec& spec) {
+  const int m_tiles = spec.tile.rows_per_warp() / 16;
+  const int gradients = layout.gradients * m_tiles * output_dims(layout, spec) / 2;
+  const int scores = 2 * m_tiles * 4;  // S and dP of a step of 8 columns
+  return gradients + 2 * row_registers(spec) + scores + kFragmentAndAddressRegisters;
+}
+
+std::optional<std::string> check_gradient_tile(const KernelSpec& spec) {
+  const TileConfig& tile = spec.tile;
+  if (tile.block_n < 8 || tile.block_n > 64 || tile.block_n % 8 != 0)
+    return tile_name(spec) + " has " + std::to_string(tile.block_n) +
+           " columns a turn; accepted: multiples of 8 up to 64";
+  // The turn's first step still reads the slot that the tile stored before the barrier goes into: see FlashBwdTile.
+  const LoopSchedule& at = tile.schedule;
+  const int first_step_end = (64 + tile.block_n - 1) / tile.block_n;
+  if (at.load < 0 || at.load >= at.barrier || at.barrier < first_step_end || at.barrier > 8 || at.first_keys != 8)
+    return schedule_name(spec) + "loads before the barrier, the barrier at " + std::to_string(first_step_end) +
+           " to 8, K fragments at 8";
+  return check_register_dims(spec);
+}
+
+}  // namespace flash_attn_jit

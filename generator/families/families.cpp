@@ -1,0 +1,52 @@
+#include "generator/families/families.h"
+
+namespace flash_attn_jit {
+
+const KernelFamily& family_of(KernelKind kind) {
+  switch (kind) {
+    case KernelKind::kForward:
+      return kForwardFamily;
+    case KernelKind::kBackwardPreprocess:
+      return kBackwardPreprocessFamily;
+    case KernelKind::kBackwardDkDv:
+      return kBackwardDkDvFamily;
+    case KernelKind::kBackwardDq:
+      return kBackwardDqFamily;
+  }
+  return kForwardFamily;
+}
+
+namespace {
+
+// Each word once; those of a group stand together.
+template <class WordOf>
+std::string words(WordOf word_of) {
+  std::string text;
+  std::string_view last;
+  for (const KernelKind kind : kKernelKinds) {
+    const std::string_view next = word_of(kind);
+    if (next != last) text += (text.empty() ? "" : ", ") + std::string(next);
+    last = next;
+  }
+  return text;
+}
+
+}  // namespace
+
+std::string kind_words() {
+  return words([](KernelKind kind) { return to_text(kind); });
+}
+
+std::string pack_group_words() {
+  return words([](KernelKind kind) { return family_of(kind).pack_group; });
+}
+
+KernelSpec normalized(KernelSpec spec) {
+  if (family_of(spec.kind).reads_mask) return spec;
+  spec.mask = Mask::kNone;
+  spec.features = {};
+  spec.group_size = 1;
+  return spec;
+}
+
+}  // namespace flash_attn_jit

@@ -1,0 +1,23 @@
+// The table of families. Their descriptors stand in a file each.
+#pragma once
+
+#include <string>
+
+#include "generator/kernel_family.h"
+
+namespace flash_attn_jit {
+
+extern const KernelFamily kForwardFamily;
+extern const KernelFamily kBackwardPreprocessFamily;
+extern const KernelFamily kBackwardDkDvFamily;
+extern const KernelFamily kBackwardDqFamily;
+
+const KernelFamily& family_of(KernelKind kind);
+
+std::string kind_words();        // "fwd, bwd_preprocess, ..."
+std::string pack_group_words();  // "fwd, bwd"
+
+// The spec with what its family does not read at its plainest value, so that problems which can share a kernel do.
+KernelSpec normalized(KernelSpec spec);
+
+}  // namespace flash_attn_jit

@@ -1,0 +1,104 @@
+// Forward: S = Q K^T, O += P V.
+#include <algorithm>
+
+#include "generator/families/families.h"
+#include "generator/tile_layout.h"
+#include "generator/tile_rules.h"
+
+namespace flash_attn_jit {
+namespace {
+
+// Forward, sm_75 and above. The rows for large problems come from a search over schedules, with a cycle model of the T4
+// as the first judge and times on a newer GPU that runs the same instructions as the second. Above 128 a warp has 16
+// rows: 32 rows of O alone would take more registers than there are.
+constexpr std::array kLargeFull = {
+    TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {2, 6, 8}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 5, 7}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 5, 7}}},
+    TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {1, 6, 8}}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 7, 7}}},
+    TileRow{160, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {0, 8, 8}}},
+    TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 192, .schedule = {2, 4, 4}}},
+    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {0, 8, 8}}},
+};
+
+// The causal kernel is a different program to ptxas, with winners of its own.
+constexpr std::array kLargeCausal = {
+    TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {0, 4, 7}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 4, 4}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 5, 7}}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {5, 8, 8}}},
+    TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 192, .schedule = {2, 4, 4}}},
+    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 208, .schedule = {3, 7, 7}}},
+};
+
+// Loads of one element at a time take registers for addresses, so that a warp has 16 rows at every head dim.
+constexpr std::array kLargeElement = {
+    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {2, 4, 7}}},
+    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 208, .schedule = {2, 8, 8}}},
+};
+
+// Half the rows a block, as many a warp: where 256 rows would stand half empty.
+constexpr std::array kMedium = {
+    TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {2, 4, 4}}},
+    TileRow{64, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 64, .schedule = {2, 7, 8}}},
+    TileRow{80, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 80, .schedule = {2, 5, 8}}},
+};
+
+constexpr std::array kSmall = {
+    TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 128, .schedule = {2, 4, 7}}},
+    TileRow{256, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 192, .schedule = {2, 8, 8}}},
+};
+
+TileTables tiles(const KernelSpec& spec) {
+  if (spec.access == GlobalAccess::kElement2B) return {TileTableList{kLargeElement}, TileTableList{kSmall}};
+  return {TileTableList{spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal}, TileTableList{only_if(is_plain(spec), kMedium)},
+          TileTableList{kSmall}};
+}
+
+std::optional<std::string> check_tile(const KernelSpec& spec) {
+  const TileConfig& tile = spec.tile;
+  if (tile.block_n < 16 || tile.block_n > 64 || tile.block_n % 16 != 0)
+    return tile_name(spec) + " has " + std::to_string(tile.block_n) + " keys a turn; accepted: 16, 32, 48 or 64";
+  const LoopSchedule& at = tile.schedule;
+  if (at.load < 0 || at.load >= at.barrier || at.barrier > at.first_keys || at.first_keys > 8)
+    return schedule_name(spec) + "0 to 8, loads before the barrier, K fragments at it or after";
+  return check_register_dims(spec);
+}
+
+// Slots for tiles of K and V, through which Q and out pass too, then the rows of Q that registers do not hold.
+int shared_bytes(const KernelSpec& spec) {
+  const int dims = kernel_dims(spec);
+  const int staging = spec.tile.block_m * row_pitch(staging_dims(dims));
+  const int slots = spec.tile.schedule.barrier == 8 ? 4 : 5;
+  return std::max(slots * spec.tile.block_n * row_pitch(dims), staging) + shared_row_bytes(spec);
+}
+
+int registers(const KernelSpec& spec) {
+  const int m_tiles = spec.tile.rows_per_warp() / 16;
+  const int acc_o = m_tiles * spec.padded_head_dim() / 2;
+  const int scores = m_tiles * spec.tile.block_n / 2;
+  return acc_o + row_registers(spec) + 2 * scores + kFragmentAndAddressRegisters;
+}
+
+constexpr std::array kSchedules = {LoopSchedule{2, 4, 4}, LoopSchedule{2, 4, 7}, LoopSchedule{2, 8, 8}};
+
+}  // namespace
+
+const KernelFamily kForwardFamily = {.pack_group = "fwd",
+                                     .template_file = "flash_fwd.cuh",
+                                     .function = "flash_fwd",
+                                     .params = "FlashFwdParams",
+                                     .tile = "FlashFwdTile",
+                                     .trait = "",
+                                     .rows = RowSide::kQueries,
+                                     .reads_mask = true,
+                                     .products = 2,
+                                     .output_splits = [](const KernelSpec&) { return 1; },
+                                     .shared_bytes = shared_bytes,
+                                     .registers = registers,
+                                     .check_tile = check_tile,
+                                     .default_tiles = tiles,
+                                     .schedules = kSchedules};
+
+}  // namespace flash_attn_jit

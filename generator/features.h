@@ -1,0 +1,58 @@
+// The features that a kernel has compiled in only where they are on; their values are arguments of the launch. Whatever
+// deals with features (a spec's text, the rendered traits, the program's flags, the command in an error, the hash of a
+// loaded kernel) walks this table, so that a new one is a row here.
+#pragma once
+
+#include <array>
+#include <compare>
+#include <cstdint>
+#include <initializer_list>
+#include <string_view>
+
+namespace flash_attn_jit {
+
+enum class Feature : std::uint8_t { kSoftcap, kAlibi, kVarlen };
+
+struct FeatureInfo {
+  Feature feature;
+  std::string_view word;    // in a spec's text; "--" and it are the program's flag
+  std::string_view trait;   // of the rendered Traits
+  std::string_view phrase;  // for the program's help: "kernels ..."
+};
+
+// In the order of the words in a spec's text.
+inline constexpr std::array kFeatures = {
+    FeatureInfo{Feature::kSoftcap, "softcap", "kIsSoftcap", "with softcap"},
+    FeatureInfo{Feature::kAlibi, "alibi", "kHasAlibi", "with ALiBi slopes"},
+    FeatureInfo{Feature::kVarlen, "varlen", "kIsVarlen", "for cu_seqlens"},
+};
+
+// Those that are on. Off is the default of each.
+class FeatureSet {
+ public:
+  constexpr FeatureSet() = default;
+  constexpr FeatureSet(std::initializer_list<Feature> on) {
+    for (Feature feature : on) set(feature);
+  }
+
+  constexpr bool has(Feature feature) const { return (bits_ & bit(feature)) != 0; }
+  constexpr void set(Feature feature, bool on = true) { bits_ = on ? bits_ | bit(feature) : bits_ & ~bit(feature); }
+  constexpr std::uint32_t bits() const { return bits_; }
+
+  friend auto operator<=>(const FeatureSet&, const FeatureSet&) = default;
+
+ private:
+  static constexpr std::uint32_t bit(Feature feature) { return std::uint32_t{1} << static_cast<unsigned>(feature); }
+
+  std::uint32_t bits_ = 0;
+};
+
+// Every set that there is.
+constexpr auto all_feature_sets() {
+  std::array<FeatureSet, std::size_t{1} << kFeatures.size()> sets;
+  for (std::size_t i = 0; i < sets.size(); ++i)
+    for (std::size_t f = 0; f < kFeatures.size(); ++f) sets[i].set(kFeatures[f].feature, (i >> f & 1) != 0);
+  return sets;
+}
+
+}  // namespace flash_attn_jit

@@ -1,0 +1,68 @@
+#include "generator/families/families.h"
+#include "generator/kernel_selection.h"
+
+#include <algorithm>
+
+#include "generator/errors.h"
+#include "generator/legality.h"
+
+namespace flash_attn_jit {
+namespace {
+
+std::vector<GlobalAccess> accesses_of(int head_dim) {
+  if (head_dim % 8 == 0) return {GlobalAccess::kVector16B, GlobalAccess::kElement2B};
+  return {GlobalAccess::kElement2B};
+}
+
+// Every spec of `specs` with every value in `field`.
+template <class Value>
+void cross(std::vector<KernelSpec>& specs, const std::vector<Value>& values, Value KernelSpec::*field) {
+  std::vector<KernelSpec> product;
+  for (const KernelSpec& spec : specs)
+    for (const Value value : values) {
+      product.push_back(spec);
+      product.back().*field = value;
+    }
+  specs = std::move(product);
+}
+
+std::vector<FeatureSet> feature_sets(const KernelSelection& selection) {
+  std::vector<FeatureSet> sets;
+  for (const FeatureSet set : all_feature_sets()) {
+    bool wanted = true;
+    for (std::size_t i = 0; i < kFeatures.size(); ++i)
+      wanted &= set.has(kFeatures[i].feature) ? selection.features[i].on : selection.features[i].off;
+    if (wanted) sets.push_back(set);
+  }
+  return sets;
+}
+
+void append_tiles(KernelSpec spec, const ArchLimits& arch, std::vector<KernelSpec>& specs) {
+  require_head_dim(spec.head_dim);
+  for (const TileConfig& tile : default_tiles(spec)) {
+    spec.tile = tile;
+    if (const auto reason = check(spec, arch)) throw UnsupportedError(*reason);
+    if (const KernelSpec plain = normalized(spec); std::find(specs.begin(), specs.end(), plain) == specs.end())
+      specs.push_back(plain);
+  }
+}
+
+}  // namespace
+
+std::vector<KernelSpec> select_kernels(const KernelSelection& selection, const ArchLimits& arch) {
+  std::vector<KernelSpec> problems{KernelSpec{}};
+  cross(problems, selection.kinds, &KernelSpec::kind);
+  cross(problems, selection.head_dims, &KernelSpec::head_dim);
+  cross(problems, selection.masks, &KernelSpec::mask);
+  cross(problems, feature_sets(selection), &KernelSpec::features);
+  cross(problems, selection.group_sizes, &KernelSpec::group_size);
+  std::vector<KernelSpec> specs;
+  for (KernelSpec spec : problems)
+    for (const GlobalAccess access : accesses_of(spec.head_dim)) {
+      spec.access = access;
+      append_tiles(spec, arch, specs);
+    }
+  return specs;
+}
+
+}  // namespace flash_attn_jit

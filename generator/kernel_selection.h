@@ -1,0 +1,29 @@
+// Which kernels the runtime may choose for given problems: what a pack must hold.
+#pragma once
+
+#include <array>
+#include <vector>
+
+#include "generator/tile_chooser.h"
+#include "generator/kernel_spec.h"
+
+namespace flash_attn_jit {
+
+// Kernels without something, with it, or both.
+struct Switch {
+  bool off = true, on = false;
+};
+
+struct KernelSelection {
+  std::vector<KernelKind> kinds{KernelKind::kForward};
+  std::vector<int> head_dims;
+  std::vector<Mask> masks;
+  std::vector<int> group_sizes;
+  std::array<Switch, kFeatures.size()> features;  // as in kFeatures
+};
+
+// Every default tile, with 16-byte accesses (where the head dim is a multiple of 8) and with element-wise
+// ones. Throws UnsupportedError where one of them is not legal on `arch`.
+std::vector<KernelSpec> select_kernels(const KernelSelection& selection, const ArchLimits& arch);
+
+}  // namespace flash_attn_jit

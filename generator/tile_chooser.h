@@ -1,0 +1,38 @@
+// Which tile for a spec and a problem: one question, whoever answers it. The default tables, which the families hold, do;
+// measured records can stand before them.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "generator/kernel_spec.h"
+#include "generator/legality.h"
+
+namespace flash_attn_jit {
+
+// What decides among the tiles of a spec. Of a batch of different lengths the lengths are the greatest.
+struct Problem {
+  std::int64_t seqlen_q = 0, seqlen_k = 0;
+  std::int64_t batch_heads = 0;  // batch x num_heads
+  int multiprocessors = 0;       // of the device
+};
+
+class TileChooser {
+ public:
+  virtual ~TileChooser() = default;
+
+  // A tile for `spec`, whose own is not read. Asked at every launch: allocates nothing and waits for nobody. Throws
+  // UnsupportedError where there is none (head dims above 256).
+  virtual TileConfig choose(const KernelSpec& spec, const Problem& problem) const = 0;
+};
+
+// Of the default tiles, the one that would be done first on a T4-like device.
+const TileChooser& default_tile_chooser();
+
+// Every default tile for `spec`'s kind, head dim, access, mask and features, the one for large problems first.
+std::vector<TileConfig> default_tiles(const KernelSpec& spec);
+
+// The tile space: every tile that the tuner may try and the tests execute.
+std::vector<TileConfig> tile_space(const KernelSpec& spec, const ArchLimits& arch);
+
+}  // namespace flash_attn_jit

@@ -1,0 +1,22 @@
+#include "generator/tile_rules.h"
+
+namespace flash_attn_jit {
+
+std::string quoted(const std::string& text) { return "'" + text + "'"; }
+
+std::string tile_name(const KernelSpec& spec) { return "tile " + quoted(spec.tile.text()); }
+
+std::string schedule_name(const KernelSpec& spec) {
+  const LoopSchedule& at = spec.tile.schedule;
+  return tile_name(spec) + " has its loads, barrier and first K fragments at " + std::to_string(at.load) + ", " +
+         std::to_string(at.barrier) + " and " + std::to_string(at.first_keys) + " eighths; accepted: ";
+}
+
+std::optional<std::string> check_register_dims(const KernelSpec& spec) {
+  const int dims = spec.tile.register_dims;
+  if (dims >= 0 && dims <= spec.padded_head_dim() && dims % 16 == 0) return std::nullopt;
+  return tile_name(spec) + " keeps " + std::to_string(dims) +
+         " head dims in registers; accepted: multiples of 16 up to " + std::to_string(spec.padded_head_dim());
+}
+
+}  // namespace flash_attn_jit

@@ -1,0 +1,17 @@
+// Rules of tiles that several families share, with the words of their reasons.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "generator/kernel_spec.h"
+
+namespace flash_attn_jit {
+
+std::string quoted(const std::string& text);        // 'text'
+std::string tile_name(const KernelSpec& spec);      // "tile 'm256...'"
+std::string schedule_name(const KernelSpec& spec);  // "tile '...' has its loads, ... at 2, 4 and 7 eighths; accepted: "
+
+std::optional<std::string> check_register_dims(const KernelSpec& spec);
+
+}  // namespace flash_attn_jit

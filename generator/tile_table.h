@@ -1,0 +1,36 @@
+// Tables of default tiles: data, in the families' files.
+#pragma once
+
+#include <array>
+#include <optional>
+#include <span>
+
+#include "generator/kernel_spec.h"
+
+namespace flash_attn_jit {
+
+// One row: for head dims up to max_head_dim, padded to 16.
+struct TileRow {
+  int max_head_dim;
+  TileConfig tile;  // register_dims is an upper bound: smaller head dims keep all of their rows in registers
+};
+
+using TileTable = std::span<const TileRow>;
+
+// Nothing in the kernel takes registers but attention itself.
+inline bool is_plain(const KernelSpec& spec) {
+  return spec.features == FeatureSet{} && spec.mask != Mask::kWindow && spec.access == GlobalAccess::kVector16B;
+}
+
+inline TileTable only_if(bool applies, TileTable table) { return applies ? table : TileTable{}; }
+
+// Looked in one after the other; some may be empty. They are read at every launch, so nothing is allocated.
+using TileTableList = std::array<TileTable, 5>;
+
+// Tables of a family, from those for large problems to those for problems that do not fill the device.
+using TileTables = std::array<TileTableList, 3>;
+
+// The first row that the spec's head dim fits, if there is one.
+std::optional<TileConfig> find_tile(const TileTableList& tables, const KernelSpec& spec);
+
+}  // namespace flash_attn_jit

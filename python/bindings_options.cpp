@@ -1,0 +1,130 @@
+#include "python/bindings_options.h"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "generator/errors.h"
+
+namespace py = pybind11;
+
+namespace flash_attn_jit::bindings {
+namespace {
+
+py::type* options_type = nullptr;  // leaked, because it must outlive the interpreter's own teardown
+
+struct AnyField {
+  const char* name;
+  py::ssize_t place = -1;  // in the tuple, once connect_options() has looked
+  AnyField* next;          // all that there are
+  static inline AnyField* first = nullptr;
+
+  explicit AnyField(const char* name) : name(name), next(first) { first = this; }
+  AnyField(const AnyField&) = delete;
+};
+
+// One field of Options: a number, converted, or a tensor as it is.
+template <typename T>
+struct Field : AnyField {
+  using AnyField::AnyField;
+
+  T operator()(py::handle options) const {
+    const py::handle object = PyTuple_GET_ITEM(options.ptr(), place);
+    if constexpr (std::is_same_v<T, py::handle>) {
+      return object;
+    } else {
+      py::detail::make_caster<T> value;
+      if (value.load(object, true)) return py::detail::cast_op<T>(value);
+      throw ArgumentError({name, "is a " + type_text(object), "its type in Options"});
+    }
+  }
+};
+
+// By the names that they have in Python.
+struct Fields {
+  Field<std::optional<double>> softmax_scale{"softmax_scale"};
+  Field<bool> causal{"causal"};
+  Field<std::int64_t> window_left{"window_left"}, window_right{"window_right"};
+  Field<double> softcap{"softcap"};
+  Field<py::handle> alibi_slopes{"alibi_slopes"};
+  Field<py::handle> cu_seqlens_q{"cu_seqlens_q"}, cu_seqlens_k{"cu_seqlens_k"};
+  Field<std::int64_t> max_seqlen_q{"max_seqlen_q"}, max_seqlen_k{"max_seqlen_k"};
+} field;
+
+// A contiguous tensor of numbers on q's device.
+void check_small_tensor(const Argument& argument, const Argument& q, ElementType dtype, bool shape_fits,
+                        const std::string& accepted) {
+  check_same_device(argument, q);
+  const TensorInfo& info = argument.info;
+  const int last = info.rank - 1;  // shape_fits: there is one
+  if (info.dtype == dtype && shape_fits && (info.strides[last] == 1 || info.shape[last] <= 1)) return;
+  throw ArgumentError({argument.name,
+                       "has shape " + shape_text(argument.object) + ", strides " + strides_text(argument.object) +
+                           " and dtype " + dtype_text(argument.object),
+                       accepted});
+}
+
+// One length for the whole batch, or cu_seqlens.
+std::optional<Varlen> read_varlen(py::handle options, const Argument& q) {
+  if (lengths_of(options) == Lengths::kFixed) return std::nullopt;
+  const Argument cu_seqlens_q("cu_seqlens_q", field.cu_seqlens_q(options));
+  const Argument cu_seqlens_k("cu_seqlens_k", field.cu_seqlens_k(options));
+  for (const Argument* each : {&cu_seqlens_q, &cu_seqlens_k})
+    check_small_tensor(*each, q, ElementType::kInt32, each->info.rank == 1 && each->info.shape[0] >= 1,
+                       "(batch + 1), torch.int32, contiguous: where each sequence begins, and where the last ends");
+  if (cu_seqlens_q.info.shape[0] != cu_seqlens_k.info.shape[0])
+    throw ArgumentError({"cu_seqlens_k", "has shape " + shape_text(cu_seqlens_k.object),
+                         "cu_seqlens_q's, " + shape_text(cu_seqlens_q.object)});
+  return Varlen{static_cast<const int*>(cu_seqlens_q.info.data), static_cast<const int*>(cu_seqlens_k.info.data),
+                cu_seqlens_q.info.shape[0] - 1, field.max_seqlen_q(options), field.max_seqlen_k(options)};
+}
+
+std::optional<AlibiSlopes> read_alibi(py::handle options, const Argument& q, const std::optional<Varlen>& varlen) {
+  if (field.alibi_slopes(options).is_none()) return std::nullopt;
+  const Argument slopes("alibi_slopes", field.alibi_slopes(options));
+  const std::int64_t batch = varlen ? varlen->batch : q.info.shape[0], heads = q.info.shape[q.info.rank - 2];
+  const auto& shape = slopes.info.shape;
+  const bool of_heads = slopes.info.rank == 1 && shape[0] == heads;
+  const bool of_batch = slopes.info.rank == 2 && shape[0] == batch && shape[1] == heads;
+  check_small_tensor(slopes, q, ElementType::kFloat32, of_heads || of_batch, kAcceptedSlopes);
+  return AlibiSlopes{static_cast<const float*>(slopes.info.data), of_batch ? slopes.info.strides[0] : 0};
+}
+
+}  // namespace
+
+void connect_options(py::type type) {
+  auto names = type.attr("_fields").cast<std::vector<std::string>>();
+  for (AnyField* each = AnyField::first; each; each = each->next) {
+    const auto found = std::find(names.begin(), names.end(), each->name);
+    if (found == names.end()) throw Error(std::string("Options has no field ") + each->name);
+    each->place = found - names.begin();
+    found->clear();
+  }
+  for (const std::string& name : names)
+    if (!name.empty()) throw Error("the compiled module does not read the field " + name + " of Options");
+  options_type = new py::type(type);
+}
+
+Lengths lengths_of(py::handle options) {
+  if (!options_type) throw Error("connect_options() was not called");
+  if (!PyObject_TypeCheck(options.ptr(), reinterpret_cast<PyTypeObject*>(options_type->ptr())))
+    throw ArgumentError({"options", "is a " + type_text(options), "an Options"});
+  const bool varlen = !field.cu_seqlens_q(options).is_none() || !field.cu_seqlens_k(options).is_none();
+  return varlen ? Lengths::kVarlen : Lengths::kFixed;
+}
+
+AttentionOptions read_options(py::handle options, const Argument& q) {
+  AttentionOptions read;
+  read.softmax_scale =
+      field.softmax_scale(options).value_or(default_softmax_scale(q.info.shape[q.info.rank - 1]));
+  set_mask(read, field.causal(options), {field.window_left(options), field.window_right(options)});
+  read.softcap = field.softcap(options);
+  read.varlen = read_varlen(options, q);
+  read.alibi = read_alibi(options, q, read.varlen);
+  return read;
+}
+
+}  // namespace flash_attn_jit::bindings

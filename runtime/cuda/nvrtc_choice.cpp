@@ -1,0 +1,108 @@
+#include "runtime/cuda/nvrtc_choice.h"
+
+#include <algorithm>
+
+#include "runtime/system/log.h"
+
+namespace flash_attn_jit {
+namespace {
+
+constexpr const char* kHowToGetOne =
+    "Install one: pip install 'flash-attn-jit[cu12]' (for CUDA 12 drivers and newer) or "
+    "'flash-attn-jit[cu13]', or set "
+    "FLASH_ATTN_JIT_NVRTC to a libnvrtc.";
+
+}  // namespace
+
+std::string driver_version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+const Nvrtc* NvrtcChoice::best(CodeKind code, std::string& reason) {
+  const std::lock_guard lock(mutex_);
+  if (const auto known = chosen_.find(code); known != chosen_.end()) return known->second;
+  // Not remembered where it fails: an NVRTC may be installed while the process lives.
+  NvrtcSearch search = search_nvrtc(config_, python_search_path());
+  const NvrtcNeed need{code, driver_version_};
+  const Nvrtc* nvrtc = open_best(search, need);
+  if (nvrtc == nullptr) {
+    learn_versions(search);
+    nvrtc = open_best(search, need);
+  }
+  if (nvrtc == nullptr) {
+    reason = why_none(search, code);
+    return nullptr;
+  }
+  warn_about_old_drivers(*nvrtc);
+  chosen_[code] = nvrtc;
+  return nvrtc;
+}
+
+std::optional<NvrtcVersion> NvrtcChoice::foresee(CodeKind code) {
+  const std::lock_guard lock(mutex_);
+  if (const auto known = chosen_.find(code); known != chosen_.end()) return known->second->version();
+  if (const auto known = foreseen_.find(code); known != foreseen_.end()) return known->second;
+  const auto candidate = choose_nvrtc(search_nvrtc(config_, python_search_path()).candidates, {code, driver_version_});
+  if (!candidate) return std::nullopt;
+  return foreseen_[code] = *candidate->version;
+}
+
+const Nvrtc* NvrtcChoice::open_best(NvrtcSearch& search, const NvrtcNeed& need) {
+  while (const auto candidate = choose_nvrtc(search.candidates, need))
+    if (const Nvrtc* nvrtc = open(*candidate, search)) return nvrtc;
+  return nullptr;
+}
+
+int NvrtcChoice::opened() const {
+  const std::lock_guard lock(mutex_);
+  return static_cast<int>(open_.size());
+}
+
+// Null where it cannot be opened; then `search` no longer has it.
+const Nvrtc* NvrtcChoice::open(const NvrtcCandidate& candidate, NvrtcSearch& search) {
+  std::unique_ptr<Nvrtc>& nvrtc = open_[candidate.library];
+  if (nvrtc != nullptr) return nvrtc.get();
+  try {
+    nvrtc = std::make_unique<Nvrtc>(candidate);
+    return nvrtc.get();
+  } catch (const Error& error) {
+    open_.erase(candidate.library);
+    search.places.push_back({candidate.place, candidate.library, error.what()});
+    std::erase_if(search.candidates, [&](const NvrtcCandidate& c) { return c.library == candidate.library; });
+    warn_once("NVRTC is passed over: " + std::string(error.what()));
+    return nullptr;
+  }
+}
+
+// Asks the libraries whose file names do not tell.
+void NvrtcChoice::learn_versions(NvrtcSearch& search) {
+  const std::vector<NvrtcCandidate> candidates = search.candidates;
+  for (const NvrtcCandidate& candidate : candidates) {
+    if (candidate.version) continue;
+    const Nvrtc* nvrtc = open(candidate, search);
+    if (nvrtc == nullptr) continue;
+    for (NvrtcCandidate& known : search.candidates)
+      if (known.library == candidate.library) known.version = nvrtc->version();
+  }
+}
+
+void NvrtcChoice::warn_about_old_drivers(const Nvrtc& chosen) const {
+  if (driver_version_ || config_.nvrtc || chosen.version().major <= 12) return;
+  warn_once("only NVRTC " + chosen.version().text() +
+            " was found: CUDA 12 drivers will not load what it makes. pip install 'flash-attn-jit[cu12]' "
+            "brings NVRTC 12");
+}
+
+std::string NvrtcChoice::why_none(const NvrtcSearch& search, CodeKind code) const {
+  const std::string looked = "\nLooked for NVRTC in:\n" + search.text();
+  if (search.candidates.empty()) return std::string("no NVRTC was found. ") + kHowToGetOne + looked;
+  std::string found;
+  for (const NvrtcCandidate& candidate : search.candidates)
+    found +=
+        (found.empty() ? "" : ", ") + candidate.version->text() + " (" + candidate.library.string() + ")";
+  return "this driver, CUDA " + driver_version_text(driver_version_.value_or(0)) + ", cannot load the " +
+         (code == CodeKind::kPtx ? "PTX" : "machine code") + " of the NVRTC found: " + found + ". " +
+         kHowToGetOne + looked;
+}
+
+}  // namespace flash_attn_jit

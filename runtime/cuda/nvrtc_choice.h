@@ -1,0 +1,47 @@
+// The NVRTCs of one library: looked for at the first need, opened only when chosen.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+
+#include "runtime/cuda/nvrtc.h"
+
+namespace flash_attn_jit {
+
+// "12.4" of 12040.
+std::string driver_version_text(int version);
+
+class NvrtcChoice {
+ public:
+  NvrtcChoice(const Config& config, std::optional<int> driver_version)
+      : config_(config), driver_version_(driver_version) {}
+
+  // The NVRTC for `code` that suits the driver, null where there is none; then `reason` says what was found,
+  // where was looked, and what to do. Thread-safe.
+  const Nvrtc* best(CodeKind code, std::string& reason);
+
+  // The version that best() would take, as file names tell, so that none is opened; nothing where there is none, or
+  // where they do not tell. Thread-safe.
+  std::optional<NvrtcVersion> foresee(CodeKind code);
+
+  int opened() const;
+
+ private:
+  const Nvrtc* open_best(NvrtcSearch& search, const NvrtcNeed& need);
+  const Nvrtc* open(const NvrtcCandidate& candidate, NvrtcSearch& search);
+  void learn_versions(NvrtcSearch& search);
+  void warn_about_old_drivers(const Nvrtc& chosen) const;
+  std::string why_none(const NvrtcSearch& search, CodeKind code) const;
+
+  Config config_;
+  std::optional<int> driver_version_;
+  mutable std::mutex mutex_;
+  std::map<std::filesystem::path, std::unique_ptr<Nvrtc>> open_;
+  std::map<CodeKind, const Nvrtc*> chosen_;
+  std::map<CodeKind, NvrtcVersion> foreseen_;
+};
+
+}  // namespace flash_attn_jit

@@ -1,0 +1,74 @@
+#include "runtime/launch/process.h"
+
+#include <memory>
+#include <optional>
+
+#include "runtime/cache/kernel_cache.h"
+#include "runtime/library/templates_folder.h"
+#include "runtime/system/errors.h"
+#include "runtime/system/fork.h"
+
+namespace flash_attn_jit {
+namespace {
+
+struct ProcessDriver {
+  std::unique_ptr<Driver> driver;
+  std::string absence;
+
+  ProcessDriver() {
+    try {
+      driver = std::make_unique<Driver>();
+    } catch (const DriverError& error) {
+      absence = error.what();
+    }
+  }
+};
+
+const ProcessDriver& the_driver() {
+  static const ProcessDriver& driver = *new ProcessDriver;
+  return driver;
+}
+
+const std::shared_ptr<KernelCache>& shared_cache() {
+  static constinit ProcessOwn<const std::shared_ptr<KernelCache>> cache;
+  return cache.get([] { return std::make_shared<KernelCache>(cache_settings(config())); });
+}
+
+}  // namespace
+
+const Config& config() {
+  static constinit ProcessOwn<const Config> process_config;
+  return process_config.get([] { return read_config(); });
+}
+
+Driver* process_driver() { return the_driver().driver.get(); }
+
+const std::string& process_driver_absence() { return the_driver().absence; }
+
+const HostCompiler& host_compiler() {
+  static constinit ProcessOwn<const HostCompiler> compiler;
+  return compiler.get([] { return find_host_compiler(config().cxx); });
+}
+
+KernelLibrary& process_library() {
+  static constinit ProcessOwn<KernelLibrary> library;
+  return library.get([] {
+    const Driver* driver = process_driver();
+    return KernelLibrary(config(), shared_cache(), driver ? std::optional(driver->version()) : std::nullopt);
+  });
+}
+
+HostKernels& process_host_kernels() {
+  static constinit ProcessOwn<HostKernels> kernels;
+  return kernels.get([] { return HostKernels(shared_cache(), load_templates(config()), host_compiler()); });
+}
+
+DeviceRuntime& process_devices() {
+  static DeviceRuntime& devices = *[] {
+    if (process_driver() == nullptr) throw DriverError(process_driver_absence());
+    return new DeviceRuntime(*process_driver(), process_library(), config().target, default_tile_chooser());
+  }();
+  return devices;
+}
+
+}  // namespace flash_attn_jit

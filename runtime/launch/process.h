@@ -1,0 +1,33 @@
+// The process's own objects, each made of the others at the first call and never destroyed: threads may still use them
+// while the process ends. Nothing below this folder knows of them.
+#pragma once
+
+#include <string>
+
+#include "runtime/compile/host_compiler.h"
+#include "runtime/cuda/driver.h"
+#include "runtime/launch/loaded_kernels.h"
+#include "runtime/library/host_kernels.h"
+#include "runtime/library/kernel_library.h"
+#include "runtime/system/config.h"
+
+namespace flash_attn_jit {
+
+// Read from the environment at the first call and kept. Throws ConfigError.
+const Config& config();
+
+// Null where the machine has none; then `process_driver_absence()` says why.
+Driver* process_driver();
+const std::string& process_driver_absence();
+
+// The C++ compiler, looked for once. Throws ConfigError.
+const HostCompiler& host_compiler();
+
+// For GPUs and for the interpreter, in one cache, as config() and the driver at hand say.
+KernelLibrary& process_library();
+HostKernels& process_host_kernels();
+
+// Throws DriverError where there is no driver.
+DeviceRuntime& process_devices();
+
+}  // namespace flash_attn_jit

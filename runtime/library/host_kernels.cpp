@@ -1,0 +1,57 @@
+#include "runtime/library/host_kernels.h"
+
+#include "generator/legality.h"
+#include "runtime/compile/compiler.h"
+#include "runtime/compile/slow_compile.h"
+#include "runtime/system/errors.h"
+
+namespace flash_attn_jit {
+namespace {
+
+#if defined(__x86_64__)
+constexpr const char* kMachine = "x86_64";
+#elif defined(__aarch64__)
+constexpr const char* kMachine = "aarch64";
+#else
+constexpr const char* kMachine = "other";
+#endif
+
+KernelId id_for_host(const KernelSpec& spec, const RenderedKernel& rendered, const HostCompiler& compiler) {
+  const std::string target = std::string("host_") + kMachine;
+  KernelId id;
+  id.key = make_key({{"source", rendered.source},
+                     {"target", target},
+                     {"compiler", compiler.version},
+                     {"flags", joined(host_compiler_flags(compiler))}});
+  id.name = spec.name() + "_" + target;
+  id.spec = spec.text();
+  id.target = target;
+  id.is_host_code = true;
+  return id;
+}
+
+}  // namespace
+
+CompiledKernel HostKernels::compile(const KernelSpec& spec, const KernelId& id, const RenderedKernel& rendered) {
+  try {
+    return tell_if_slow(id.name, compile_for_host(rendered, compiler_));
+  } catch (const HostCompileFailure& failure) {
+    const std::string kept = cache_->keep_refused_source(id, rendered.source);
+    throw CompileError(spec.text() + ": " + failure.what() + "\nsource: " + kept + "\n" + failure.log,
+                       failure.log, joined(host_compiler_flags(compiler_)), kept);
+  }
+}
+
+FoundKernel HostKernels::find_or_compile(const KernelSpec& spec) {
+  if (const auto reason = check(spec, arch_limits(75))) throw UnsupportedError(spec.text() + ": " + *reason);
+  const RenderedKernel rendered = render(spec, templates_);
+  const KernelId id = id_for_host(spec, rendered, compiler_);
+  FoundKernel found = cache_->get_or_build(id, [&] { return compile(spec, id, rendered); });
+  // How a kernel is launched is the generator's knowledge, not the file's.
+  found.kernel.entry = rendered.entry;
+  found.kernel.threads = rendered.threads;
+  found.kernel.dynamic_smem = rendered.dynamic_smem;
+  return found;
+}
+
+}  // namespace flash_attn_jit

@@ -1,0 +1,124 @@
+#include "runtime/request/attention_options.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <string>
+
+#include "generator/errors.h"
+#include "generator/legality.h"
+
+namespace flash_attn_jit {
+namespace {
+
+constexpr float kLeastScale = 0x1p-100f;  // see softmax_scale_log2 in templates/attention_params.cuh
+constexpr unsigned kFlipBothSigns = 0x80008000u;
+
+// Kernels add a row and a window's width in 32 bits.
+constexpr std::int64_t kMostWindow = 1 << 30;
+constexpr std::int64_t kMostSeqlenWithWindow = 1 << 29;
+
+std::string number_text(double x) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", x);
+  return text;
+}
+
+std::string range_text(double least, double most) {
+  return "a number from " + number_text(least) + " to " + number_text(most);
+}
+
+void require_varlen(const Varlen& varlen) {
+  require_memory("cu_seqlens_q", varlen.cu_seqlens_q, true);
+  require_memory("cu_seqlens_k", varlen.cu_seqlens_k, true);
+  for (const auto& [name, seqlen] :
+       {std::pair{"max_seqlen_q", varlen.max_seqlen_q}, {"max_seqlen_k", varlen.max_seqlen_k}})
+    if (seqlen < 0)
+      throw ArgumentError({name, "is " + std::to_string(seqlen), "the length of the longest sequence, 0 or more"});
+}
+
+int window_width(std::int64_t width) {
+  return static_cast<int>(width < 0 ? kMostWindow : std::min(width, kMostWindow));
+}
+
+}  // namespace
+
+ProblemShape problem_shape(const TensorView& q, const TensorView& k, const AttentionOptions& options) {
+  const std::int64_t rows_q = q.shape[kSeqlen], rows_k = k.shape[kSeqlen];
+  if (!options.varlen) return {q.shape[kBatch], rows_q, rows_k};
+  const Varlen& varlen = *options.varlen;
+  return {varlen.batch, std::min(varlen.max_seqlen_q, rows_q), std::min(varlen.max_seqlen_k, rows_k)};
+}
+
+std::string accepted_scales() { return range_text(-kMostScale, kMostScale) + ", or None for 1/sqrt(head_dim)"; }
+
+double default_softmax_scale(std::int64_t head_dim) {
+  return head_dim > 0 ? 1.0 / std::sqrt(double(head_dim)) : 1.0;  // head dim 0 is refused by the legality rules
+}
+
+void set_mask(AttentionOptions& options, bool causal, Window window) {
+  if (causal) window.right = 0;
+  options.window = window;
+  if (window.left >= 0)
+    options.mask = Mask::kWindow;
+  else  // a window without a left end that ends at the diagonal is the causal mask
+    options.mask = window.right < 0 ? Mask::kNone : window.right == 0 ? Mask::kCausal : Mask::kWindow;
+}
+
+void require_options(const AttentionOptions& options, const ProblemShape& shape, std::int64_t num_heads) {
+  if (!(std::fabs(options.softmax_scale) <= kMostScale))
+    throw ArgumentError({"softmax_scale", "is " + number_text(options.softmax_scale), accepted_scales()});
+  if (options.softcap != 0 && !(options.softcap >= kLeastSoftcap && options.softcap <= kMostScale))
+    throw ArgumentError({"softcap", "is " + number_text(options.softcap),
+                         "0.0 for none, or " + range_text(kLeastSoftcap, kMostScale)});
+  if (options.varlen) require_varlen(*options.varlen);
+  if (options.alibi) require_memory("alibi_slopes", options.alibi->data, shape.batch > 0 && num_heads > 0);
+  const std::int64_t longest = std::max(shape.seqlen_q, shape.seqlen_k);
+  if (options.mask == Mask::kWindow && longest > kMostSeqlenWithWindow)
+    throw UnsupportedError({"window_size", "comes with a sequence of " + std::to_string(longest) + " rows",
+                            "at most " + std::to_string(kMostSeqlenWithWindow) + " rows with a window"});
+}
+
+KernelSpec problem_spec(const TensorView& q, const TensorView& k, const AttentionOptions& options,
+                        GlobalAccess access) {
+  require_head_dim(q.shape[kHeadDim]);
+  const std::int64_t num_heads_k = k.shape[kHeads];
+  KernelSpec spec;
+  spec.head_dim = static_cast<int>(q.shape[kHeadDim]);
+  spec.mask = options.mask;
+  spec.features.set(Feature::kSoftcap, options.softcap > 0);
+  spec.features.set(Feature::kAlibi, options.alibi.has_value());
+  spec.features.set(Feature::kVarlen, options.varlen.has_value());
+  spec.group_size = num_heads_k > 0 ? static_cast<int>(q.shape[kHeads] / num_heads_k) : 1;
+  spec.access = access;
+  return spec;
+}
+
+AttentionParams attention_params(const TensorView& q, const TensorView& k, const AttentionOptions& options) {
+  const ProblemShape shape = problem_shape(q, k, options);
+  AttentionParams params{};
+  params.seqlen_q = static_cast<int>(shape.seqlen_q);
+  params.seqlen_k = static_cast<int>(shape.seqlen_k);
+  params.num_heads = static_cast<int>(q.shape[kHeads]);
+  params.num_heads_k = static_cast<int>(k.shape[kHeads]);
+  if (options.varlen) {
+    params.cu_seqlens_q = options.varlen->cu_seqlens_q;
+    params.cu_seqlens_k = options.varlen->cu_seqlens_k;
+    params.total_q = static_cast<int>(q.shape[kSeqlen]);
+  }
+  params.window_left = window_width(options.window.left);
+  params.window_right = window_width(options.window.right);
+  const float scale = static_cast<float>(std::fabs(options.softmax_scale));
+  const float softcap = static_cast<float>(options.softcap);
+  params.softmax_scale_log2 = std::max((softcap > 0 ? softcap : scale) * kLog2E, kLeastScale);
+  params.sign = options.softmax_scale < 0 ? kFlipBothSigns : 0;
+  if (softcap > 0) params.softcap.product_scale = scale / softcap;
+  if (options.alibi) params.alibi = {options.alibi->data, options.alibi->batch_stride};
+  return params;
+}
+
+TensorStrides strides_of(const TensorView& view) {
+  return {stride_of(view, kBatch), stride_of(view, kSeqlen), stride_of(view, kHeads)};
+}
+
+}  // namespace flash_attn_jit

@@ -1,0 +1,75 @@
+// What a call asks of attention, whichever pass it is: scale, mask, softcap, ALiBi, lengths. And how kernels are told.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "generator/kernel_spec.h"
+#include "runtime/request/tensor_view.h"
+#include "templates/attention_params.cuh"
+
+namespace flash_attn_jit {
+
+// Query i sees the keys from i + seqlen_k - seqlen_q - left to i + seqlen_k - seqlen_q + right; negative: without end.
+struct Window {
+  std::int64_t left = -1, right = -1;
+};
+
+// (batch, num_heads) float32, or (num_heads) with a batch stride of 0.
+struct AlibiSlopes {
+  const float* data = nullptr;
+  std::int64_t batch_stride = 0;
+};
+
+// Sequences that lie one behind the other in tensors of shape (1, total, heads, head_dim). Sequence b has the rows
+// [cu_seqlens[b], cu_seqlens[b + 1]).
+struct Varlen {
+  const int* cu_seqlens_q = nullptr;  // (batch + 1), in the memory of the tensors' device
+  const int* cu_seqlens_k = nullptr;
+  std::int64_t batch = 0;
+  std::int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // no sequence is longer
+};
+
+// A score, at most 256 x 65504^2 before it is scaled, stays above kNoMaximum of templates/softmax.cuh, and finite once it
+// is divided by a softcap. ALiBi's slopes lie on the device and are not checked: what they add rounds as a score does, and
+// with |slope| x distance beyond 1e7 by more than the exponents of float32 take.
+inline constexpr double kMostScale = 1e17;
+inline constexpr float kLeastSoftcap = 1e-6f;
+
+struct AttentionOptions {
+  double softmax_scale = 0;
+  Mask mask = Mask::kNone;
+  Window window;       // where mask is kWindow
+  double softcap = 0;  // softcap * tanh(score / softcap); 0: none
+  std::optional<AlibiSlopes> alibi;
+  std::optional<Varlen> varlen;
+};
+
+// What `softmax_scale` accepts, in words.
+std::string accepted_scales();
+
+// The scale of a call that names none: 1/sqrt(head_dim).
+double default_softmax_scale(std::int64_t head_dim);
+
+// causal forces a window's right half to 0.
+void set_mask(AttentionOptions& options, bool causal, Window window);
+
+// The sizes that a grid follows from; varlen: the longest sequences'.
+struct ProblemShape {
+  std::int64_t batch, seqlen_q, seqlen_k;
+};
+ProblemShape problem_shape(const TensorView& q, const TensorView& k, const AttentionOptions& options);
+
+// Throws ArgumentError or UnsupportedError, which names the option. `num_heads` are q's.
+void require_options(const AttentionOptions& options, const ProblemShape& shape, std::int64_t num_heads);
+
+// The spec of a problem, but for its kind and tile. Throws UnsupportedError where no tile can make it legal.
+KernelSpec problem_spec(const TensorView& q, const TensorView& k, const AttentionOptions& options, GlobalAccess access);
+
+// Of the same problem.
+AttentionParams attention_params(const TensorView& q, const TensorView& k, const AttentionOptions& options);
+
+TensorStrides strides_of(const TensorView& view);
+
+}  // namespace flash_attn_jit

@@ -1,0 +1,124 @@
+#include "runtime/request/backward.h"
+
+#include "generator/errors.h"
+#include "generator/legality.h"
+#include "generator/families/families.h"
+
+namespace flash_attn_jit {
+namespace {
+
+void require_gradients(const BackwardRequest& request) {
+  if (request.dq) {
+    require_readable({"dq", *request.dq});
+    require_shape({"dq", *request.dq}, request.q.shape, "q's");
+  }
+  if (!request.dkdv) return;
+  for (const NamedTensor& tensor : {NamedTensor{"dk", request.dkdv->dk}, {"dv", request.dkdv->dv}}) {
+    require_readable(tensor);
+    require_shape(tensor, request.k.shape, "k's");
+  }
+}
+
+void require_arguments(const BackwardRequest& request) {
+  const TensorView &q = request.q, &k = request.k;
+  require_inputs(q, k, request.v, request.out);
+  require_readable_by_elements({"dout", request.dout});
+  require_shape({"dout", request.dout}, q.shape, "q's");
+  require_gradients(request);
+  require_row_memory("softmax_lse", request.softmax_lse, q);
+  require_row_memory("delta", request.delta, q);
+  require_options(request.options, problem_shape(q, k, request.options), q.shape[kHeads]);
+}
+
+GlobalAccess access_of(const BackwardRequest& request) {
+  const auto fits = [](const TensorView& tensor) { return is_aligned(tensor) && tiles_fit_offsets(tensor); };
+  bool all_fit = true;
+  for (const TensorView* tensor : {&request.q, &request.k, &request.v, &request.out, &request.dout})
+    all_fit = all_fit && fits(*tensor);
+  if (request.dq) all_fit = all_fit && fits(*request.dq);
+  if (request.dkdv) all_fit = all_fit && fits(request.dkdv->dk) && fits(request.dkdv->dv);
+  return all_fit ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
+}
+
+FlashBwdParams params_of(const BackwardRequest& request) {
+  FlashBwdParams params{};
+  static_cast<AttentionParams&>(params) = attention_params(request.q, request.k, request.options);
+  params.q = request.q.data;
+  params.k = request.k.data;
+  params.v = request.v.data;
+  params.out = request.out.data;
+  params.dout = request.dout.data;
+  params.softmax_lse = request.softmax_lse;
+  params.delta = request.delta;
+  params.q_strides = strides_of(request.q);
+  params.k_strides = strides_of(request.k);
+  params.v_strides = strides_of(request.v);
+  params.out_strides = strides_of(request.out);
+  params.dout_strides = strides_of(request.dout);
+  params.dout_dim_stride = stride_of(request.dout, kHeadDim);
+  if (request.dq) {
+    params.dq = request.dq->data;
+    params.dq_strides = strides_of(*request.dq);
+  }
+  if (request.dkdv) {
+    params.dk = request.dkdv->dk.data;
+    params.dv = request.dkdv->dv.data;
+    params.dk_strides = strides_of(request.dkdv->dk);
+    params.dv_strides = strides_of(request.dkdv->dv);
+  }
+  params.softmax_scale = static_cast<float>(request.options.softmax_scale);
+  return params;
+}
+
+// One side of the problem: its rows, as the blocks of a kernel share them out.
+struct Side {
+  NamedTensor tensor;
+  std::int64_t batch, seqlen;
+};
+
+// One kernel, whose blocks own rows of `rows`.
+BackwardLaunch lay_out(KernelSpec spec, KernelKind kind, const std::optional<TileConfig>& tile, const Side& rows,
+                       const FlashBwdParams& params, const PlanTarget& target, const Problem& problem) {
+  spec.kind = kind;
+  spec = normalized(spec);
+  spec.tile = tile ? *tile : target.tiles.choose(spec, problem);
+  if (spec.tile.block_m < 1) throw UnsupportedError(check(spec, target.arch).value());
+  BackwardLaunch launch{spec, params};
+  const std::int64_t row_blocks = (rows.seqlen + spec.tile.block_m - 1) / spec.tile.block_m;
+  launch.params.num_row_blocks = static_cast<int>(row_blocks);
+  launch.blocks = grid_blocks(rows.tensor, rows.batch, row_blocks * family_of(spec.kind).output_splits(spec));
+  return launch;
+}
+
+}  // namespace
+
+BackwardPlan lay_out_backward(const BackwardRequest& request, const PlanTarget& target) {
+  require_arguments(request);
+  const KernelSpec spec = problem_spec(request.q, request.k, request.options, access_of(request));
+  const FlashBwdParams params = params_of(request);
+  const ProblemShape shape = problem_shape(request.q, request.k, request.options);
+  const NamedTensor q{"q", request.q}, k{"k", request.k};
+
+  FlashBwdParams all_rows = params;  // the preprocess kernel asks of no row which sequence it belongs to
+  all_rows.seqlen_q = static_cast<int>(request.q.shape[kSeqlen]);
+  const Side rows{q, request.q.shape[kBatch], request.q.shape[kSeqlen]}, queries{q, shape.batch, shape.seqlen_q},
+      keys{k, shape.batch, shape.seqlen_k};
+  const Problem problem{shape.seqlen_q, shape.seqlen_k, shape.batch * request.q.shape[kHeads], target.multiprocessors};
+  BackwardPlan plan = {
+      lay_out(spec, KernelKind::kBackwardPreprocess, request.preprocess_tile, rows, all_rows, target, problem),
+      lay_out(spec, KernelKind::kBackwardDkDv, request.dkdv_tile, keys, params, target, problem),
+      lay_out(spec, KernelKind::kBackwardDq, request.dq_tile, queries, params, target, problem)};
+  if (!request.dkdv) plan[1].blocks = 0;
+  if (!request.dq) plan[2].blocks = 0;
+  if (!request.dkdv && !request.dq) plan[0].blocks = 0;
+  return plan;
+}
+
+BackwardPlan plan_backward(const BackwardRequest& request, const PlanTarget& target) {
+  const BackwardPlan plan = lay_out_backward(request, target);
+  for (const BackwardLaunch& launch : plan)
+    if (const auto reason = check(launch.spec, target.arch)) throw UnsupportedError(*reason);
+  return plan;
+}
+
+}  // namespace flash_attn_jit

@@ -1,0 +1,110 @@
+#include "runtime/request/tensor_view.h"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+
+#include "generator/errors.h"
+
+namespace flash_attn_jit {
+namespace {
+
+constexpr std::int64_t kMostInt = std::numeric_limits<int>::max();
+// Kernels count rows in ints, and round them up to whole blocks on the way.
+constexpr std::int64_t kMostExtent = kMostInt - 65535;
+constexpr std::int64_t kVectorElements = 8;  // fp16 elements in 16 bytes
+
+// As the caller of a tensor of `rank` dimensions counts.
+std::string text_of(const std::array<std::int64_t, 4>& numbers, int rank) {
+  std::string text;
+  for (std::size_t i = numbers.size() - rank; i < numbers.size(); ++i)
+    text += (text.empty() ? "(" : ", ") + std::to_string(numbers[i]);
+  return text + ")";
+}
+
+std::string shape_came(const TensorView& view) { return "has shape " + text_of(view.shape, view.rank); }
+
+bool has_elements(const TensorView& view) {
+  return std::all_of(view.shape.begin(), view.shape.end(), [](std::int64_t extent) { return extent > 0; });
+}
+
+void require_heads(std::int64_t num_heads, std::int64_t num_heads_k) {
+  if (num_heads == 0 && num_heads_k == 0) return;
+  if (num_heads_k > 0 && num_heads > 0 && num_heads % num_heads_k == 0) return;
+  throw ArgumentError({"q", "has " + std::to_string(num_heads) + " heads and k " + std::to_string(num_heads_k),
+                       "a number of heads of q that is a multiple of k's"});
+}
+
+}  // namespace
+
+void require_shape(const NamedTensor& tensor, const std::array<std::int64_t, 4>& expected, const char* why) {
+  if (tensor.view.shape == expected) return;
+  throw ArgumentError({tensor.name, shape_came(tensor.view), text_of(expected, tensor.view.rank) + ", " + why});
+}
+
+void require_readable_by_elements(const NamedTensor& tensor) {
+  const TensorView& view = tensor.view;
+  for (const std::int64_t extent : view.shape)
+    if (extent < 0 || extent > kMostExtent)
+      throw UnsupportedError(
+          {tensor.name, shape_came(view), "0 to " + std::to_string(kMostExtent) + " in each dimension"});
+  require_memory(tensor.name, view.data, has_elements(view));
+}
+
+void require_readable(const NamedTensor& tensor) {
+  require_readable_by_elements(tensor);
+  const TensorView& view = tensor.view;
+  if (has_elements(view) && view.shape[kHeadDim] > 1 && view.strides[kHeadDim] != 1)
+    throw ArgumentError({tensor.name, "has strides " + text_of(view.strides, view.rank), kAcceptedLastDim,
+                         "Use " + std::string(tensor.name) + ".contiguous()"});
+}
+
+void require_inputs(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out) {
+  for (const NamedTensor& tensor : {NamedTensor{"q", q}, {"k", k}, {"v", v}, {"out", out}}) require_readable(tensor);
+  require_shape({"k", k}, {q.shape[kBatch], k.shape[kSeqlen], k.shape[kHeads], q.shape[kHeadDim]},
+                "with q's batch and head dim");
+  require_shape({"v", v}, k.shape, "k's");
+  require_shape({"out", out}, q.shape, "q's");
+  require_heads(q.shape[kHeads], k.shape[kHeads]);
+}
+
+void require_memory(const char* name, const void* memory, bool is_needed) {
+  if (memory == nullptr && is_needed)
+    throw ArgumentError({name, "has elements but no memory (a null pointer, as a fake tensor's)",
+                         "a tensor with its data"});
+}
+
+void require_row_memory(const char* name, const float* rows, const TensorView& q) {
+  require_memory(name, rows, q.shape[kBatch] > 0 && q.shape[kSeqlen] > 0 && q.shape[kHeads] > 0);
+}
+
+std::int64_t stride_of(const TensorView& view, Dim dim) {
+  return view.shape[dim] > 1 ? view.strides[dim] : 0;
+}
+
+bool is_aligned(const TensorView& view) {
+  if (view.shape[kHeadDim] % kVectorElements != 0) return false;
+  return !has_elements(view) ||
+         (view.strides[kHeadDim] == 1 && reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 &&
+          stride_of(view, kBatch) % kVectorElements == 0 && stride_of(view, kSeqlen) % kVectorElements == 0 &&
+          stride_of(view, kHeads) % kVectorElements == 0);
+}
+
+bool tiles_fit_offsets(const TensorView& view) {
+  constexpr std::int64_t kMostRowsOfTile = 64;
+  return stride_of(view, kSeqlen) < kMostInt / (2 * kMostRowsOfTile);
+}
+
+// batch x heads x row_blocks, each below 2^31.
+std::int64_t grid_blocks(const NamedTensor& tensor, std::int64_t batch, std::int64_t row_blocks) {
+  const std::int64_t heads = tensor.view.shape[kHeads], batch_heads = batch * heads;
+  if (batch_heads == 0 || row_blocks == 0) return 0;
+  if (batch_heads > kMostInt / row_blocks)
+    throw UnsupportedError({tensor.name,
+                            shape_came(tensor.view) + ", which takes " + std::to_string(batch) + " x " +
+                                std::to_string(heads) + " x " + std::to_string(row_blocks) + " thread blocks",
+                            "at most " + std::to_string(kMostInt), "Split the batch"});
+  return batch_heads * row_blocks;
+}
+
+}  // namespace flash_attn_jit

@@ -1,0 +1,54 @@
+#include "runtime/system/log.h"
+
+#include <iostream>
+#include <memory>
+#include <mutex>
+#include <set>
+
+#include "runtime/system/fork.h"
+
+namespace flash_attn_jit {
+namespace {
+
+void write_to_stderr(LogLevel level, const std::string& message) {
+  const char* prefix = level == LogLevel::kWarning ? "flash_attn_jit: warning: " : "flash_attn_jit: ";
+  std::cerr << prefix + message + "\n";
+}
+
+struct State {
+  ForkSafeMutex mutex;
+  std::shared_ptr<const LogSink> sink = std::make_shared<const LogSink>(write_to_stderr);
+  std::set<std::string> warned;
+};
+
+State& state() {
+  static constinit ProcessOwn<State> process_state;
+  return process_state.get([] { return State(); });
+}
+
+}  // namespace
+
+void set_log_sink(LogSink sink) {
+  auto shared = std::make_shared<const LogSink>(sink ? std::move(sink) : LogSink(write_to_stderr));
+  const std::lock_guard lock(state().mutex);
+  state().sink.swap(shared);
+}
+
+void log(LogLevel level, const std::string& message) {
+  std::shared_ptr<const LogSink> sink;
+  {
+    const std::lock_guard lock(state().mutex);
+    sink = state().sink;
+  }
+  (*sink)(level, message);
+}
+
+void warn_once(const std::string& message) {
+  {
+    const std::lock_guard lock(state().mutex);
+    if (!state().warned.insert(message).second) return;
+  }
+  log(LogLevel::kWarning, message);
+}
+
+}  // namespace flash_attn_jit
