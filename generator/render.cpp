@@ -52,7 +52,8 @@ std::string traits(const KernelSpec& spec) {
   std::string features;
   for (const FeatureInfo& info : kFeatures) features += flag(info.trait, spec.has(info.feature));
   return "// " + spec.text() + "\nstruct Traits {\n" + type("Element", "Fp16") + type("Copy", "RegisterStagedCopy") +
-         number("kHeadDim", spec.head_dim) + number("kTileDims", kernel_dims(spec)) + number("kGroupSize", spec.group_size) + flag("kIsCausal", spec.mask == Mask::kCausal) +
+         number("kHeadDim", spec.head_dim) + number("kTileDims", kernel_dims(spec)) +
+         number("kGroupSize", spec.group_size) + flag("kIsCausal", spec.mask == Mask::kCausal) +
          flag("kIsLocal", spec.mask == Mask::kWindow) + features +
          flag("kVectorAccess", spec.access == GlobalAccess::kVector16B) + number("kBlockM", tile.block_m) +
          number("kBlockN", tile.block_n) + number("kNWarps", tile.warps) +

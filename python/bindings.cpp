@@ -154,8 +154,8 @@ void bind_interpreter_report(py::module_& module) {
       .def("__repr__", &InterpreterReport::text);
 }
 
-// Limits, and what is accepted in the words of the checks, for those calls of which Python must know before it makes them
-// whether they will be refused.
+// Limits, and what is accepted in the words of the checks: Python must know of some calls whether they will be refused
+// before it makes them.
 void bind_limits(py::module_& module) {
   module.attr("most_head_dim") = kMostHeadDim;
   module.attr("oldest_sm") = kOldestSm;

@@ -22,8 +22,8 @@ enum class Lengths { kFixed, kVarlen };  // one for the whole batch, or cu_seqle
 
 void check_same_device(const Argument& argument, const Argument& q);
 
-// A tensor of fp16 on q's device, (batch, seqlen, heads, head_dim) or, varlen, (total, heads, head_dim). A CPU tensor is
-// accepted where the interpreter is on. Shapes and strides are checked where a launch is laid out.
+// A tensor of fp16 on q's device, (batch, seqlen, heads, head_dim) or, varlen, (total, heads, head_dim). A CPU tensor
+// is accepted where the interpreter is on. Shapes and strides are checked where a launch is laid out.
 void check_input(const Argument& argument, const Argument& q, bool varlen);
 
 // What check_input() says of a tensor's number of dimensions.

@@ -50,7 +50,8 @@ bool uses_exchange_api();
 // What is accepted, in words.
 inline constexpr const char* kAcceptedDtype = "torch.float16";
 inline constexpr const char* kAcceptedDevice =
-    "a CUDA device, or the CPU in the interpreter, slow and checked: set FLASH_ATTN_JIT_INTERPRET=1 before Python starts";
+    "a CUDA device, or the CPU in the interpreter, slow and checked: set FLASH_ATTN_JIT_INTERPRET=1 before Python "
+    "starts";
 inline constexpr const char* kAcceptedDevices = "all on one device";
 
 // As Python prints them: "torch.float16", "cuda:1", "(2, 128, 8, 64)"; and the name of an object's type.

@@ -30,3 +30,23 @@ __device__ __forceinline__ void for_each_in_row(Float (&acc)[kMTiles][kNTiles][4
 #pragma unroll
     for (int c = 0; c < 2; ++c) visit(acc[r / 2][n][r % 2 * 2 + c], 8 * n + c);
 }
+
+// Element i in the order in which the next product needs them as its A operand: all of 8 columns first. A flat loop
+// over these is what the compiler keeps in order; nested loops come out in another, which moves a kernel's registers.
+template <int kMTiles>
+struct OperandOrder {
+  int m, n, c;  // acc[m][n][c]
+  int row;
+
+  __device__ __forceinline__ constexpr explicit OperandOrder(int i)
+      : m(i / 4 % kMTiles), n(i / 4 / kMTiles), c(i % 4), row(2 * m + c / 2) {}
+};
+
+template <int kMTiles, int kNTiles>
+__device__ __forceinline__ void copy(const Accumulator<kMTiles, kNTiles>& from, Accumulator<kMTiles, kNTiles>& to) {
+#pragma unroll
+  for (int i = 0; i < kMTiles * kNTiles * 4; ++i) {
+    const OperandOrder<kMTiles> at(i);
+    to[at.m][at.n][at.c] = from[at.m][at.n][at.c];
+  }
+}

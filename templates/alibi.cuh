@@ -1,5 +1,5 @@
-// ALiBi: a score is lowered by the head's slope times the key's distance from the query's place on the diagonal, on either
-// side of it.
+// ALiBi: a score is lowered by the head's slope times the key's distance from the query's place on the diagonal, on
+// either side of it.
 #pragma once
 
 #include "attention_params.cuh"

@@ -5,10 +5,10 @@
 //
 // Score features change S and with it dS: see score_feature.cuh.
 //
-// A block owns kBlockM rows of one side: queries for dQ, keys for dK and dV. A warp has 16 or 32 of them, and their two
-// matrices (Q and dO, or K and V) at hand as A operands. The other side comes in tiles of kBlockN columns, last tile
-// first, through a ring of three slots in shared memory. With rows as the M side, P and dS leave their products in the
-// layout that the next ones take as A operand (see primitives.cuh): they stay in registers.
+// A block owns kBlockM rows of one side: queries for dQ, keys for dK and dV (see flash_bwd_side.cuh). A warp has 16 or
+// 32 of them, and keeps their two matrices (Q and dO, or K and V) as A operands. The other side comes in tiles of
+// kBlockN columns, last tile first, through a ring of three slots in shared memory. With rows as the M side, P and dS
+// leave their products in the layout that the next ones take as A operand (see primitives.cuh): they stay in registers.
 //
 //   step j (8 columns):  S(j), dP(j)                          meanwhile   P(j-1), dS(j-1)
 //                        gradients += dS(j-1), P(j-1) times columns of step j-1
@@ -42,8 +42,8 @@ struct FlashBwdTile {
   using Output = RowOutput<Traits, kRowsPerWarp, kOutputDims>;
 
   // Shared memory: three slots of (tile of S's columns, tile of dP's columns, statistics), then each warp's rows beyond
-  // kRegisterDims. Turn n reads tiles n+1 (for its first step) and n, and stores tile n-1 before its barrier, which
-  // stands behind that first step.
+  // kRegisterDims. Iteration n reads tiles n+1 (for its first step) and n, and commits tile n-1 before its barrier,
+  // which stands behind that first step.
   static constexpr int kSlots = 3;
   static constexpr int kTileBytes = Traits::kBlockN * row_pitch(kDims);
   static constexpr int kStatisticsBytes = Side::kColumnsAreQueries ? Traits::kBlockN * 8 : 0;
@@ -67,7 +67,7 @@ class FlashBwd {
   static constexpr int kOutputDTiles = Tile::kOutputDims / 8;
   static constexpr int kPitch = row_pitch(Tile::kDims);
   static constexpr int kGradients = Side::kMakesDv ? 2 : 1;
-  static constexpr int kProducts = kSteps * kGradients * kMTiles * kOutputDTiles;  // of a turn's gradients
+  static constexpr int kProducts = kSteps * kGradients * kMTiles * kOutputDTiles;  // of an iteration's gradients
 
   using Products = Accumulator<kMTiles, 1>;  // S or dP of a step
   using Operands = unsigned[kMTiles][2];     // P or dS of a step, rounded to elements
@@ -80,8 +80,8 @@ class FlashBwd {
     float lse[2], delta[2];
   };
 
-  // What a thread brings of a tile, as it lies in memory: nothing waits for it before it is stored.
-  struct Incoming {
+  // What a thread has of a tile between prefetch and commit, as it lies in memory: nothing waits for it in between.
+  struct InFlight {
     typename Stream::InFlight s_columns, dp_columns;
     float lse, delta;
   };
@@ -108,16 +108,16 @@ class FlashBwd {
 
  private:
   // Which rows of which head are this warp's. Called again, with indices read anew, wherever they are needed after
-  // turns: keeping them would take registers from the loop. As `thread` is unsigned, what divides a lane is a mask.
+  // the main loop: keeping them would take registers from it. As `thread` is unsigned, what divides a lane is a mask.
   __device__ __forceinline__ void locate(unsigned thread, int block) {
     lane_ = thread % 32;
     warp_ = thread / 32;
     const int split_block = block / Tile::kOutputSplits;
-    const int turn = split_block % params_.num_row_blocks;
+    const int order = split_block % params_.num_row_blocks;
     const int batch_head = split_block / params_.num_row_blocks;
     first_output_dim_ = block % Tile::kOutputSplits * Tile::kOutputDims;
     const int heads = Side::heads(params_);
-    row_begin_ = (Side::kLastRowsFirst ? params_.num_row_blocks - 1 - turn : turn) * Traits::kBlockM;
+    row_begin_ = (Side::kLastRowsFirst ? params_.num_row_blocks - 1 - order : order) * Traits::kBlockM;
     head_ = batch_head % heads;
     sequence_ = Sequence<Traits>(params_, batch_head / heads);
   }
@@ -143,7 +143,8 @@ class FlashBwd {
 #pragma unroll
       for (int r = 0; r < 2 * kMTiles; ++r) {
         float lse, delta;
-        load_statistics(sequence_.statistics_offset(head_, lane_row(r)), lane_row(r) < sequence_.seqlen_q(), lse, delta);
+        const int row = lane_row(r);
+        load_statistics(sequence_.statistics_offset(head_, row), row < sequence_.seqlen_q(), lse, delta);
         row_statistics_[r / 2].lse[r % 2] = scaled_lse(lse);
         row_statistics_[r / 2].delta[r % 2] = scaled_delta(delta);
       }
@@ -164,8 +165,9 @@ class FlashBwd {
   __device__ __forceinline__ float scaled_lse(float lse) const { return lse * kLog2E; }
   __device__ __forceinline__ float scaled_delta(float delta) const { return delta * params_.softmax_scale; }
 
-  // The turn to tile n brings tile n - 1. Turn 0 brings tile 0 again, which nobody uses: that costs less than a branch.
-  __device__ __forceinline__ int incoming_tile() const { return n_block_ > 1 ? n_block_ - 2 : 0; }
+  // Iteration n prefetches tile n - 1. Iteration 0 prefetches tile 0 once more and does not use it: that costs less
+  // than a branch.
+  __device__ __forceinline__ int prefetched_tile() const { return n_block_ > 1 ? n_block_ - 2 : 0; }
 
   __device__ __forceinline__ void advance() {
     if (n_block_ > 1) {
@@ -177,8 +179,8 @@ class FlashBwd {
 
   static __device__ __forceinline__ bool has_column() { return thread_in_block() < Traits::kBlockN; }
 
-  // Brings a tile that is whole.
-  __device__ __forceinline__ void prefetch(Incoming& in, SharedAddress slot) {
+  // A tile that is whole.
+  __device__ __forceinline__ void prefetch(InFlight& in, SharedAddress slot) {
     advance();
     s_columns_.prefetch(in.s_columns, slot);
     dp_columns_.prefetch(in.dp_columns, slot + Tile::kTileBytes);
@@ -186,7 +188,7 @@ class FlashBwd {
   }
 
   // The same where it may be the last tile, which need not be whole.
-  __device__ __forceinline__ void prefetch_bounded(Incoming& in, SharedAddress slot, int tile) {
+  __device__ __forceinline__ void prefetch_bounded(InFlight& in, SharedAddress slot, int tile) {
     const int columns = seqlen_columns() - tile * Traits::kBlockN;
     s_columns_.prefetch_bounded(in.s_columns, slot, columns);
     dp_columns_.prefetch_bounded(in.dp_columns, slot + Tile::kTileBytes, columns);
@@ -195,7 +197,7 @@ class FlashBwd {
   }
 
   // Two columns' statistics lie together, the lse of both first: one 16-byte read fetches what a lane needs.
-  __device__ __forceinline__ void commit(const Incoming& in, SharedAddress slot) const {
+  __device__ __forceinline__ void commit(const InFlight& in, SharedAddress slot) const {
     Stream::commit(in.s_columns, slot);
     Stream::commit(in.dp_columns, slot + Tile::kTileBytes);
     if (Side::kColumnsAreQueries && has_column()) {
@@ -272,8 +274,8 @@ class FlashBwd {
   }
 
   // P and dS of a step of tile n, which lies in `slot`, from its S and dP.
-  __device__ __forceinline__ void differentiate(const Products& s, const Products& dp, int n, SharedAddress slot, int step,
-                                                Operands& p, Operands& ds) const {
+  __device__ __forceinline__ void differentiate(const Products& s, const Products& dp, int n, SharedAddress slot,
+                                                int step, Operands& p, Operands& ds) const {
     Statistics columns;
     if (Side::kColumnsAreQueries) {
       Vec16 four;
@@ -319,7 +321,7 @@ class FlashBwd {
     }
   }
 
-  // dQ or dK from dS and the first tile, dV from P and the second.
+  // dQ or dK from dS and the columns of S, dV from P and the columns of dP.
   template <class Meanwhile>
   __device__ __forceinline__ void accumulate_step(const Operands& p, const Operands& ds, SharedAddress slot, int step,
                                                   Meanwhile meanwhile) {
@@ -327,24 +329,24 @@ class FlashBwd {
     accumulate(ds_gradient_, ds, slot, step, meanwhile);
   }
 
-  // ---- the turns ----
+  // ---- the iterations, n = n_block_ - 1 ----
 
   // All columns of one query head, last tile first. The last one need not be whole, so that it counts as masked.
   __device__ __forceinline__ void attend(int head_q) {
     head_q_ = head_q;
     variant_.prepare(params_, sequence_, head_q, 1.0f);
     const TileRange columns = column_tiles();
-    start_head(columns.end);
+    prologue(columns.end);
     const int whole_end = Sequence<Traits>::minimum(columns.whole_end, columns.end - 1);
-    masked_turns(Sequence<Traits>::maximum(whole_end, columns.begin));
-    unmasked_turns(Sequence<Traits>::maximum(columns.whole_begin, columns.begin));
-    if (Side::kHasFirstColumn) masked_turns(columns.begin);
-    finish_step();
+    masked_iterations(Sequence<Traits>::maximum(whole_end, columns.begin));
+    unmasked_iterations(Sequence<Traits>::maximum(columns.whole_begin, columns.begin));
+    if (Side::kHasFirstColumn) masked_iterations(columns.begin);
+    use_step(n_block_, slot_, kSteps - 1);  // the epilogue
     block_barrier();  // the slots' memory is free
   }
 
-  // Brings the last tile.
-  __device__ __forceinline__ void start_head(int tiles) {
+  // Before a head's first iteration: fetches the last tile.
+  __device__ __forceinline__ void prologue(int tiles) {
     s_columns_ = Stream(Side::s_columns(tensors(), head_q_));
     dp_columns_ = Stream(Side::dp_columns(tensors(), head_q_));
     n_block_ = tiles;
@@ -353,19 +355,19 @@ class FlashBwd {
     s_columns_.go_to(n_block_ - 1);
     dp_columns_.go_to(n_block_ - 1);
     column_offset_ = sequence_.statistics_offset(head_q_, (n_block_ - 1) * Traits::kBlockN + thread_in_block());
-    Incoming in;
+    InFlight in;
     prefetch_bounded(in, next_slot(slot_), n_block_ - 1);
     commit(in, next_slot(slot_));
   }
 
-  // Turns to the tiles down to n_end, some of whose columns some rows do not meet. One thing comes after the other here:
-  // these turns are few.
-  __device__ __forceinline__ void masked_turns(int n_end) {
+  // Down to tile n_end, where some rows do not see some columns. One thing comes after the other here: these iterations
+  // are few.
+  __device__ __forceinline__ void masked_iterations(int n_end) {
     while (n_block_ > n_end) {
       const SharedAddress slot = next_slot(slot_);
-      Incoming in;
+      InFlight in;
       advance();
-      prefetch_bounded(in, next_slot(slot), incoming_tile());
+      prefetch_bounded(in, next_slot(slot), prefetched_tile());
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         if (step > 0)
@@ -383,23 +385,22 @@ class FlashBwd {
     }
   }
 
-  __device__ __forceinline__ void unmasked_turns(int n_end) {
-    while (n_block_ > n_end) turn();
+  __device__ __forceinline__ void unmasked_iterations(int n_end) {
+    while (n_block_ > n_end) iterate();
   }
 
-  // Uses up the step whose S and dP are at hand.
+  // Adds the gradients of the step whose S and dP wait.
   __device__ __forceinline__ void use_step(int n, SharedAddress slot, int step) {
     Operands p, ds;
     differentiate(acc_s_, acc_dp_, n, slot, step, p, ds);
     accumulate_step(p, ds, slot, step, [] {});
   }
 
-  __device__ __forceinline__ void finish_step() { use_step(n_block_, slot_, kSteps - 1); }
-
-  // Turns to the next tile n. Its barrier stands among the products, so that warps leave it with work at hand.
-  __device__ __forceinline__ void turn() {
+  // The barrier stands among the products, so that warps leave it with work to do. Which product does what is settled
+  // when the loop is unrolled.
+  __device__ __forceinline__ void iterate() {
     const SharedAddress slot = next_slot(slot_), free = next_slot(slot);
-    Incoming in;
+    InFlight in;
     int product = 0;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -477,9 +478,9 @@ class FlashBwd {
   typename Tile::Fragments s_rows_, dp_rows_;
   Statistics row_statistics_[kMTiles];
   Stream s_columns_, dp_columns_;
-  long long column_offset_;  // of the statistics of the column that this thread brings next
-  int n_block_;         // the tile whose last step is at hand; the turn goes to the one before it
-  bool has_step_;       // false before a head's first turn
+  long long column_offset_;  // of the statistics of the column that this thread prefetches next
+  int n_block_;         // the tile whose last step waits; the next iteration is that of tile n_block_ - 1
+  bool has_step_;       // false before a head's first iteration
   SharedAddress slot_;  // where that tile lies; the next one is in the slot behind it
   Products acc_s_, acc_dp_;
   Gradient ds_gradient_, p_gradient_;

@@ -12,8 +12,10 @@ __device__ __forceinline__ void apply_mask(Accumulator<kMTiles, kNTiles>& acc_s,
 #pragma unroll
   for (int r = 0; r < 2 * kMTiles; ++r) {
     const int first = sequence.first_key(query + 8 * r) - key, end = sequence.end_key(query + 8 * r) - key;
-    for_each_in_row(acc_s, r, [&](float& s, int column) {
-      if (column >= end || (Traits::kIsLocal && column < first)) s = -infinity();
-    });
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n)
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+        if (8 * n + c >= end || (Traits::kIsLocal && 8 * n + c < first)) acc_s[r / 2][n][r % 2 * 2 + c] = -infinity();
   }
 }

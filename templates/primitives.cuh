@@ -31,6 +31,7 @@
 // Warp and block
 //   shuffle_xor(float, lane_mask) -> float
 //   any_in_warp(bool) -> bool
+//   reconverge_warp()                             tells ptxas that all lanes came the same way; orders nothing
 //   warp_barrier()                                orders this warp's shared-memory accesses
 //   block_barrier()                               the same for the whole block
 //
@@ -42,8 +43,8 @@
 //   infinity()                                    +inf
 //   float_of_bits(unsigned) -> float
 //
-// Elements: what q, k, v, out and their gradients are made of, 16 bits each, two in a register. A struct for every type;
-// the kernels know it as Traits::Element. There is Fp16.
+// Elements: what q, k, v, out and their gradients are made of, 16 bits each, two in a register. A struct for every
+// type; the kernels know it as Traits::Element. There is Fp16.
 //   Element::Bits                                 one as it lies in memory
 //   Element::pack(lo, hi) -> unsigned             two floats rounded to nearest even, lo in the low half
 //   Element::low(unsigned), high(unsigned) -> float  the halves of a pair, exact

@@ -141,6 +141,7 @@ __device__ __forceinline__ bool any_in_warp(bool p) {
   return r != 0;
 }
 
+__device__ __forceinline__ void reconverge_warp() { asm volatile("bar.warp.sync 0xffffffff;"); }
 __device__ __forceinline__ void warp_barrier() { asm volatile("bar.warp.sync 0xffffffff;" ::: "memory"); }
 __device__ __forceinline__ void block_barrier() { asm volatile("bar.sync 0;" ::: "memory"); }
 

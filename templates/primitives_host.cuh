@@ -114,6 +114,7 @@ inline float shuffle_xor(float v, int lane_mask, FLASH_ATTN_JIT_SITE) {
 
 inline bool any_in_warp(bool p, FLASH_ATTN_JIT_SITE) { return flash_attn_jit_engine.any_in_warp(p, file, line) != 0; }
 
+inline void reconverge_warp() {}
 inline void warp_barrier(FLASH_ATTN_JIT_SITE) { flash_attn_jit_engine.warp_barrier(file, line); }
 inline void block_barrier(FLASH_ATTN_JIT_SITE) { flash_attn_jit_engine.block_barrier(file, line); }
 

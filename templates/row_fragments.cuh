@@ -1,4 +1,4 @@
-// One warp's rows as A operands of products, at hand for the whole kernel: the first kRegisterDims dims in registers,
+// One warp's rows as A operands of products, kept for the whole kernel: the first kRegisterDims dims in registers,
 // the others read from shared memory at each use. Registers are what runs out first: 32 rows of head dim 128 alone
 // would take 64 of them.
 #pragma once
@@ -39,7 +39,8 @@ class RowFragments {
     }
 #pragma unroll
     for (int step = kRegisterSteps; step < kDims / 16; ++step)
-      Staged::store_shared(shared + (step - kRegisterSteps) * 16 * kElementBytes, row_pitch(kSharedDims), chunks[step], lane, sign);
+      Staged::store_shared(shared + (step - kRegisterSteps) * 16 * kElementBytes, row_pitch(kSharedDims),
+                           chunks[step], lane, sign);
     shared_ = shared + fragment_offset(0, row_pitch(kSharedDims), lane);
   }
 
@@ -50,7 +51,8 @@ class RowFragments {
 #pragma unroll
         for (int i = 0; i < 4; ++i) fragment[m][i] = registers_[step][m][i];
       } else {
-        ldmatrix_x4(fragment[m], shared_ + m * 16 * row_pitch(kSharedDims) + (step - kRegisterSteps) * 16 * kElementBytes);
+        ldmatrix_x4(fragment[m], shared_ + m * 16 * row_pitch(kSharedDims) +
+                                     (step - kRegisterSteps) * 16 * kElementBytes);
       }
   }
 

@@ -1,5 +1,5 @@
-// The way out of one warp's accumulators: rounded to elements and written through shared memory, a few dims at a time, so
-// that whole 32-byte sectors of global memory are written.
+// The way out of one warp's accumulators: rounded to elements and written through shared memory, a few dims at a time,
+// so that whole 32-byte sectors of global memory are written.
 #pragma once
 
 #include "accumulator.cuh"
@@ -16,9 +16,10 @@ struct RowOutput {
   // rows from `base` on. A lane's row r is multiplied by factor[r].
   static __device__ __forceinline__ void write(const Accumulator<kMTiles, kDims / 8>& acc,
                                                const float (&factor)[2 * kMTiles],
-                                               typename Traits::Element::Bits* base, long long row_stride, int rows, int first_dim, SharedAddress staging,
-                                               int lane) {
-    const SharedAddress lane_staging = staging + lane_row(lane) * row_pitch(kStagingDims) + lane_column(lane) * kElementBytes;
+                                               typename Traits::Element::Bits* base, long long row_stride,
+                                               int rows, int first_dim, SharedAddress staging, int lane) {
+    const SharedAddress lane_staging =
+        staging + lane_row(lane) * row_pitch(kStagingDims) + lane_column(lane) * kElementBytes;
 #pragma unroll
     for (int dim = 0; dim < kDims; dim += kStagingDims) {
 #pragma unroll

@@ -1,6 +1,6 @@
-// What a score feature may do, and how features are put together. A feature is a class in a header of its own that derives
-// from ScoreFeature and redefines the hooks it needs; score_variant.cuh lists it; its parameters are a struct in
-// attention_params.cuh.
+// What a score feature may do, and how features are put together. A feature is a class in a header of its own that
+// derives from ScoreFeature and redefines the hooks it needs; score_variant.cuh lists it; its parameters are a struct
+// in attention_params.cuh.
 //
 // On the way from a product q k to the exponent of its probability p, in both passes:
 //
@@ -12,6 +12,7 @@
 // A feature hides a pair with a score of -inf, anywhere; what is hidden by rows' bounds is mask.cuh's.
 #pragma once
 
+#include "accumulator.cuh"
 #include "attention_params.cuh"
 #include "primitives.cuh"
 
@@ -75,3 +76,17 @@ struct OptionalFeature<false, Feature> {
 };
 template <bool kIsOn, class Feature>
 using FeatureIf = typename OptionalFeature<kIsOn, Feature>::Type;
+
+// Forward: products become scores, biases and all. `query` and `key` are the lane's first row and column.
+template <int kMTiles, int kNTiles, class Features, class Sequence>
+__device__ __forceinline__ void to_scores(Accumulator<kMTiles, kNTiles>& acc, const Features& features,
+                                          const Sequence& sequence, int query, int key) {
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+    for (int n = 0; n < kNTiles; ++n)
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        acc[m][n][c] = features.bias(features.score(acc[m][n][c]), sequence, query + 16 * m + c / 2 * 8,
+                                     key + 8 * n + c % 2);
+}

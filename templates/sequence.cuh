@@ -16,8 +16,8 @@
 #include "attention_params.cuh"
 #include "primitives.cuh"
 
-// The tiles of columns that a run of rows meets are [begin, end). Every row of it sees those in [whole_begin, whole_end)
-// whole; there may be none.
+// The tiles of columns that some row of a run sees are [begin, end). Every row of it sees those in [whole_begin,
+// whole_end) whole; there may be none.
 struct TileRange {
   int begin, whole_begin, whole_end, end;
 };

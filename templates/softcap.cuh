@@ -1,5 +1,5 @@
-// Softcap: a score is softcap x tanh(softmax_scale q k / softcap). Kernels keep the tanh alone; softmax_scale_log2 carries
-// the cap.
+// Softcap: a score is softcap x tanh(softmax_scale q k / softcap). Kernels keep the tanh alone; softmax_scale_log2
+// carries the cap.
 #pragma once
 
 #include "attention_params.cuh"

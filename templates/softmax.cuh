@@ -1,12 +1,12 @@
 // The online softmax of one warp's rows, in base 2: p = 2^(s * scale - row_max).
 //
 // row_max is allowed to lag behind: p may reach 2^kMaxRise before the maximum is corrected. The division by row_sum
-// cancels that, and nearly every turn does without touching the accumulator. A small kMaxRise costs corrections.
+// cancels that, and nearly every iteration does without touching the accumulator. A small kMaxRise costs corrections.
 //
-// row_sum takes p as it is, V is multiplied by p rounded to fp16. Where one key dominates a row, out must be its v all the
-// same, or the backward pass finds dP and delta different. So that key's p is 1, which fp16 holds: a correction leaves the
-// maximum's exponent at 0 without any rounding. Nor does a lag matter there: row_max is the score of a key, at most
-// kMaxRise below the greatest, so that a row whose row_max lags is not one key's.
+// row_sum takes p as it is, V is multiplied by p rounded to fp16. Where one key dominates a row, out must be its v all
+// the same, or the backward pass finds dP and delta different. So that key's p is 1, which fp16 holds: a correction
+// leaves the maximum's exponent at 0 without any rounding. Nor does a lag matter there: row_max is the score of a key,
+// at most kMaxRise below the greatest, so that a row whose row_max lags is not one key's.
 #pragma once
 
 #include "accumulator.cuh"
@@ -15,10 +15,26 @@
 constexpr float kMaxRise = 2.0f;       // in log2 units
 constexpr float kNoMaximum = -1e30f;   // before a row has seen a key; finite, so that -inf - row_max stays -inf
 
+// The phases of a tile. Products q k become scores (see score_feature.cuh), those exponents, those probabilities.
 template <int kMTiles, int kNTiles>
+struct Scores {
+  Accumulator<kMTiles, kNTiles> s;
+};
+template <int kMTiles, int kNTiles>
+struct Exponents {
+  Accumulator<kMTiles, kNTiles> t;  // s * scale - row_max
+};
+// Packed pairs: the A operands of the next product.
+template <int kMTiles, int kNTiles>
+using Probabilities = unsigned[kMTiles][kNTiles][2];
+
+template <class Element, int kMTiles, int kNTiles>
 struct Softmax {
   static constexpr int kRows = 2 * kMTiles;
-  using Scores = Accumulator<kMTiles, kNTiles>;
+  static constexpr int kElements = kMTiles * kNTiles * 4;
+  using Scores = ::Scores<kMTiles, kNTiles>;
+  using Exponents = ::Exponents<kMTiles, kNTiles>;
+  using Probabilities = ::Probabilities<kMTiles, kNTiles>;
 
   float row_max[kRows];  // of s * scale, as far as corrected; the same in the 4 lanes that share a row
   float row_sum[kRows];  // of this lane's p
@@ -34,10 +50,45 @@ struct Softmax {
 
   __device__ __forceinline__ float exponent(float s, int row) const { return fma_rounded(s, scale, -row_max[row]); }
 
-  // The largest raw score of this lane's part of a row.
-  __device__ __forceinline__ static float lane_max(const Scores& acc_s, int row) {
+  // Returns the lane's largest exponent.
+  __device__ __forceinline__ float to_exponents(const Scores& scores, Exponents& exponents) const {
     float largest = -infinity();
-    for_each_in_row(acc_s, row, [&](float s, int) { largest = max_ignoring_nan(largest, s); });
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const OperandOrder<kMTiles> at(i);
+      float& t = exponents.t[at.m][at.n][at.c];
+      t = exponent(scores.s[at.m][at.n][at.c], at.row);
+      largest = max_ignoring_nan(largest, t);
+    }
+    return largest;
+  }
+
+  // After correct(): less the remainders.
+  __device__ __forceinline__ void to_exponents(const Scores& scores, const float (&remainder)[kRows],
+                                               Exponents& exponents) const {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const OperandOrder<kMTiles> at(i);
+      exponents.t[at.m][at.n][at.c] = exponent(scores.s[at.m][at.n][at.c], at.row) - remainder[at.row];
+    }
+  }
+
+  // In the order in which the next product needs them: all of 8 keys first. Uses the exponents up.
+  __device__ __forceinline__ void to_probabilities(Exponents& exponents, Probabilities& p) {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const OperandOrder<kMTiles> at(i);
+      float(&t)[4] = exponents.t[at.m][at.n];
+      t[at.c] = exp2_approx(t[at.c]);
+      row_sum[at.row] += t[at.c];
+      if (at.c % 2 == 1) p[at.m][at.n][at.c / 2] = Element::pack(t[at.c - 1], t[at.c]);
+    }
+  }
+
+  // The largest score or exponent of this lane's part of a row.
+  __device__ __forceinline__ static float lane_max(const Accumulator<kMTiles, kNTiles>& acc, int row) {
+    float largest = -infinity();
+    for_each_in_row(acc, row, [&](float s, int) { largest = max_ignoring_nan(largest, s); });
     return largest;
   }
 
@@ -50,21 +101,21 @@ struct Softmax {
   }
 
   // Has some row of the warp risen so far that its maximum must be corrected before these scores are used?
-  __device__ __forceinline__ bool must_correct(const Scores& acc_s) const {
+  __device__ __forceinline__ bool must_correct(const Scores& scores) const {
     bool rises = false;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) rises |= exponent(lane_max(acc_s, r), r) > kMaxRise;
+    for (int r = 0; r < kRows; ++r) rises |= exponent(lane_max(scores.s, r), r) > kMaxRise;
     return any_in_warp(rises);
   }
 
-  // Raises the maxima to those of the scores acc_s and rescales what was accumulated under the old ones. `remainder` is
-  // s * scale - row_max of a maximum, which the product of the two rounded off, to be taken off all exponents of its row.
+  // Raises the maxima to those of the scores and rescales what was accumulated under the old ones. `remainder` is s *
+  // scale - row_max of a maximum, which the product of the two rounded off, to be taken off all exponents of its row.
   template <int kDTiles>
-  __device__ __forceinline__ void correct(const Scores& acc_s, Accumulator<kMTiles, kDTiles>& acc_o,
+  __device__ __forceinline__ void correct(const Scores& scores, Accumulator<kMTiles, kDTiles>& acc_o,
                                           float (&remainder)[kRows]) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const float largest = across_row(lane_max(acc_s, r));
+      const float largest = across_row(lane_max(scores.s, r));
       const float raised = max_ignoring_nan(row_max[r], largest * scale);
       remainder[r] = raised == largest * scale ? fma_rounded(largest, scale, -raised) : 0.0f;
       rescale(r, exp2_approx(row_max[r] - raised), acc_o);
@@ -72,16 +123,16 @@ struct Softmax {
     }
   }
 
-  // The same where the scores have become exponents t = s * scale - row_max already. Only for rows that have seen a key,
+  // The same where the scores have become exponents already. Only for rows that have seen a key,
   // because kNoMaximum swallows the score.
   template <int kDTiles>
-  __device__ __forceinline__ void correct_exponents(Scores& t, Accumulator<kMTiles, kDTiles>& acc_o) {
+  __device__ __forceinline__ void correct_exponents(Exponents& exponents, Accumulator<kMTiles, kDTiles>& acc_o) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const float rise = max_ignoring_nan(across_row(lane_max(t, r)), 0.0f);
+      const float rise = max_ignoring_nan(across_row(lane_max(exponents.t, r)), 0.0f);
       rescale(r, exp2_approx(-rise), acc_o);
       row_max[r] += rise;
-      for_each_in_row(t, r, [&](float& exponent, int) { exponent -= rise; });
+      for_each_in_row(exponents.t, r, [&](float& t, int) { t -= rise; });
     }
   }
 

@@ -74,7 +74,8 @@ struct TileOffset<false> {
 // A copy policy's Stream moves the tiles of a matrix, kRows x kDims, from global to shared memory, last tile first:
 // prefetch() begins with a tile for a slot, behind products, and commit() ends; a block barrier has to follow.
 //
-// Here a tile waits in registers until commit(), because sm_75 has no cp.async. Every thread moves kPasses chunks of it.
+// Here a tile waits in registers until commit(), because sm_75 has no cp.async. Every thread moves kPasses chunks of
+// it.
 template <class Traits, int kRows, int kDims, int kThreads>
 class RegisterStagedStream {
   static constexpr int kChunksPerRow = kDims / kChunkDims;

@@ -37,8 +37,8 @@ def read_options(
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
 ) -> Options:
-    """The arguments of a public function, their types checked; lengths as they are. Defaults pass with one comparison
-    each."""
+    """The arguments of a public function, their types checked; lengths as they are. Defaults pass with one
+    comparison each."""
     if (type(dropout_p) is not float or dropout_p != 0.0) and number("dropout_p", dropout_p) != 0.0:
         raise dropout_refusal(dropout_p).exception()
     if softmax_scale is not None and type(softmax_scale) is not float:
@@ -53,7 +53,16 @@ def read_options(
     if deterministic is not True and deterministic is not False:
         truth("deterministic", deterministic)
     return Options(
-        softmax_scale, causal, left, right, softcap, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        softmax_scale,
+        causal,
+        left,
+        right,
+        softcap,
+        alibi_slopes,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
     )
 
 
@@ -197,19 +206,18 @@ def check_packed(name: str, tensor: torch.Tensor, layout: Tuple[str, ...]) -> No
     """The rank of a packed tensor and its dimension of 2 or 3, both as in `layout`."""
     if tensor.is_nested:
         reject_nested((name,), (tensor,))
-    shape = tuple(tensor.shape)
-    if len(shape) != len(layout):
-        accepted = f"{len(layout)}, ({', '.join(layout)})"
-        raise Refusal(name, f"has {len(shape)} dimensions, shape {shape}", accepted).exception()
-    reject_sparse(name, tensor)
-    if shape[-3] != int(layout[-3]):
-        came = f"has size {shape[-3]} in dimension {len(layout) - 3}, shape {shape}"
+    if tensor.dim() != len(layout):
+        came = f"has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}"
+        raise Refusal(name, came, f"{len(layout)}, ({', '.join(layout)})").exception()
+    if tensor.layout is not torch.strided:
+        raise layout_refusal(name, tensor).exception()
+    if tensor.shape[-3] != int(layout[-3]):
+        came = f"has size {tensor.shape[-3]} in dimension {len(layout) - 3}, shape {tuple(tensor.shape)}"
         raise Refusal(name, came, f"{layout[-3]}, ({', '.join(layout)})").exception()
 
 
-def reject_sparse(name: str, tensor: torch.Tensor) -> None:
-    if tensor.layout is not torch.strided:
-        raise Refusal(name, f"has layout {tensor.layout}", "torch.strided", f"Use {name}.to_dense()").exception()
+def layout_refusal(name: str, tensor: torch.Tensor) -> Refusal:
+    return Refusal(name, f"has layout {tensor.layout}", "torch.strided", f"Use {name}.to_dense()")
 
 
 def device_refusal(name: str, device: torch.device, first: str, of_first: torch.device) -> Optional[Refusal]:

@@ -16,7 +16,7 @@ from ._arguments import (
     reject_nested,
     reject_what_is_no_tensor,
 )
-from ._options import NO_TENSORS, Options, has_tensors
+from ._options import NO_TENSORS, Options, are_none, tensors_of, with_tensors
 from ._torch_internals import forward_mode_is_on, transforms_are_active
 from .ops import KVPACKED, QKVPACKED, SEPARATE, Form, are_plain, forward_plainly, is_plain
 
@@ -33,11 +33,12 @@ _Call = Tuple[Options, bool]
 
 def _save(ctx: Any, options: Options, *tensors: torch.Tensor) -> None:
     """Keeps for backward a call's inputs, its out and its softmax_lse."""
-    if has_tensors(options):
-        ctx.save_for_backward(*tensors, *options.tensors())
-        options = options.with_tensors(NO_TENSORS)
-    else:
+    of_options = tensors_of(options)
+    if are_none(of_options):
         ctx.save_for_backward(*tensors)
+    else:
+        ctx.save_for_backward(*tensors, *of_options)
+        options = with_tensors(options, NO_TENSORS)
     ctx.options = options
 
 
@@ -61,7 +62,7 @@ def _gradients(ctx: Any, form: Form, dout: _Gradient, was_plain: bool) -> Tuple[
     inputs, out, softmax_lse = saved[:count], saved[count], saved[count + 1]
     tensors = saved[count + 2 :]
     if tensors:
-        options = options.with_tensors(tensors)
+        options = with_tensors(options, tensors)
     wanted = ctx.needs_input_grad[:count]
     if was_plain and is_plain(dout, inputs[0], inputs[-1]) and are_plain((*inputs[1:-1], *tensors)):
         try:
@@ -212,7 +213,7 @@ _qkvpacked = super(Function, _QkvpackedAttention).apply
 
 
 def _are_plain(options: Options) -> bool:
-    return not has_tensors(options) or are_plain(options.tensors())
+    return are_plain(tensors_of(options))
 
 
 def _cast_for_autocast(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The options of a call: one value from the public functions to the launch."""
 
 from operator import itemgetter
-from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, get_type_hints
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple, get_type_hints
 
 import torch
 
@@ -21,14 +21,8 @@ class Options(NamedTuple):
     max_seqlen_q: int = 0  # read with cu_seqlens only
     max_seqlen_k: int = 0
 
-    def tensors(self) -> Tuple[Optional[torch.Tensor], ...]:
-        """The fields that may be tensors."""
-        return _tensors_of(self)
 
-    def with_tensors(self, tensors: Sequence[Optional[torch.Tensor]]) -> "Options":
-        """The same with others in their place."""
-        return Options._make(_in_order((*_numbers_of(self), *tensors)))
-
+Tensors = Tuple[Optional[torch.Tensor], ...]
 
 _TYPES = get_type_hints(Options)
 _IN_SCHEMA: Dict[Any, str] = {
@@ -43,13 +37,14 @@ SCHEMA = ", ".join(f"{_IN_SCHEMA[_TYPES[name]]} {name}" for name in Options._fie
 
 _TENSORS = [i for i, name in enumerate(Options._fields) if _TYPES[name] == Optional[torch.Tensor]]
 _NUMBERS = [i for i in range(len(Options._fields)) if i not in _TENSORS]
-_tensors_of, _numbers_of = itemgetter(*_TENSORS), itemgetter(*_NUMBERS)
-_PLACES = _NUMBERS + _TENSORS
-_in_order = itemgetter(*(_PLACES.index(i) for i in range(len(_PLACES))))
+_numbers_of = itemgetter(*_NUMBERS)
+_in_order = itemgetter(*((_NUMBERS + _TENSORS).index(i) for i in range(len(Options._fields))))
 
-_ONLY_NONE = frozenset((None,))
-NO_TENSORS = (None,) * len(_TENSORS)
+tensors_of: Callable[[Options], Tensors] = itemgetter(*_TENSORS)  # the fields that may be tensors
+NO_TENSORS: Tensors = (None,) * len(_TENSORS)
+are_none: Callable[[Tensors], bool] = frozenset((None,)).issuperset
 
 
-def has_tensors(options: Options) -> bool:
-    return not _ONLY_NONE.issuperset(_tensors_of(options))
+def with_tensors(options: Options, tensors: Tensors) -> Options:
+    """The same with others in the place of tensors_of(options)."""
+    return Options._make(_in_order((*_numbers_of(options), *tensors)))

@@ -265,7 +265,7 @@ def attention(
         elif seqlen_q < seqlen_k:
             # No query sees a key past the last query's. Among the others the two alignments are one.
             key, value = key[..., :seqlen_q, :], value[..., :seqlen_q, :]
-    options = Options(scale, is_causal, window_right=right)
+    options = Options(softmax_scale=scale, causal=is_causal, window_right=right)
     if query.dim() == 4:
         return attention_heads_first(query, key, value, options)
     out = attention_heads_first(_of_rank_4(query), _of_rank_4(key), _of_rank_4(value), options)

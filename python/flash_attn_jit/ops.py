@@ -12,7 +12,7 @@ from typing import Any, Callable, Optional, Sequence, Tuple
 import torch
 
 from . import _core
-from ._arguments import KV_LAYOUTS, QKV_LAYOUTS, check_packed, device_refusal, reject_nested, reject_sparse
+from ._arguments import KV_LAYOUTS, QKV_LAYOUTS, check_packed, device_refusal, layout_refusal, reject_nested
 from ._options import SCHEMA, Options
 from ._torch_internals import (
     dispatch_modes_are_on,
@@ -38,7 +38,8 @@ def _allocate(q: torch.Tensor, options: Options) -> Tuple[torch.Tensor, torch.Te
     shape, varlen = q.shape, options.cu_seqlens_q is not None
     if len(shape) != (3 if varlen else 4):
         _core.refuse_rank("q", q, varlen)
-    reject_sparse("q", q)
+    if q.layout is not torch.strided:
+        raise layout_refusal("q", q).exception()
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if varlen:
         return out, torch.empty(shape[1], shape[0], dtype=torch.float32, device=q.device)

@@ -102,7 +102,8 @@ std::vector<BackwardCase> with_default_tiles(const ForwardCase& c) {
   spec.kind = KernelKind::kBackwardDq;
   const auto dq = default_tiles(spec);
   std::vector<BackwardCase> cases;
-  for (std::size_t i = 0; i < dq.size(); ++i) cases.push_back({c, std::nullopt, dkdv[i], dq[i]});
+  for (std::size_t i = 0; i < std::max(dkdv.size(), dq.size()); ++i)
+    cases.push_back({c, std::nullopt, dkdv[std::min(i, dkdv.size() - 1)], dq[std::min(i, dq.size() - 1)]});
   return cases;
 }
 

@@ -20,6 +20,8 @@ inline void write_tiny_templates(const std::filesystem::path& folder, const std:
     write_all(folder / name, embedded_templates().at(name));
   write_all(folder / "flash_fwd.cuh", R"(
 #include "flash_fwd_params.cuh"
+struct Fp16 {};
+struct RegisterStagedCopy {};
 struct AnySize { __device__ constexpr bool operator==(int) const { return true; } };
 template <typename Traits> struct FlashFwdTile { static constexpr AnySize kSharedBytes{}; };
 template <typename Traits> __device__ void flash_fwd(const FlashFwdParams& params) {
