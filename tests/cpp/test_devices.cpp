@@ -423,6 +423,7 @@ TEST_CASE("a cold kernel is rendered once, and hashed and looked for once by eac
     fs::create_directories(*setting.config.prebuilt);
     for (const bool is_cold : {true, false}) {
       CAPTURE(is_cold);
+      const CapturedLog log;
       stub().reset(12090, {c.device});
       Driver driver(kStub);
       KernelLibrary library(setting.settings(12090));
