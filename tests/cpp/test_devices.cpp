@@ -403,7 +403,7 @@ TEST_CASE("Turing code stands in for what no NVRTC can make until a newer one is
 
 TEST_CASE("a cold kernel is rendered once, and hashed and looked for once by each key") {
   struct Case {
-    const char* what;
+    std::string what;
     StubDevice device;
     TargetChoice target;
     int keys;      // of a cold launch

@@ -405,7 +405,7 @@ std::string refusal_of_edit(const std::string& file, const std::string& from, co
 
 TEST_CASE("templates that lay out what the host shares in another way are refused") {
   CHECK(refusal_of_edit("attention_params.cuh", "int num_heads, num_heads_k;", "int num_heads, num_heads_k, one_more;") ==
-        Containing{"differs at line 10"});
+        Containing{"differs at line 23"});
   CHECK(refusal_of_edit("attention_params.cuh", "int seqlen_q, seqlen_k;", "int seqlen_k, seqlen_q;") != "");
   CHECK(refusal_of_edit("attention_params.cuh", "unsigned sign;", "float sign;") != "");  // of the same size
   CHECK(refusal_of_edit("flash_fwd_params.cuh", "int num_m_blocks;", "int num_m_blocks; int more;") != "");
