@@ -32,7 +32,8 @@ constexpr std::array kLargeCausal = {
 
 // Half the rows a block, as many a warp.
 constexpr std::array kMedium = {
-    TileRow{64, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 64, .schedule = {3, 6, 8}}},
+    TileRow{48, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 48, .schedule = {3, 6, 8}}},
+    TileRow{64, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 64, .schedule = {0, 5, 8}}},
 };
 
 // Windows, softcap, ALiBi and cu_seqlens take registers too. Rows for what would spill with the tiles above.
