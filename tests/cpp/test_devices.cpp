@@ -441,7 +441,8 @@ TEST_CASE("a cold kernel is rendered once, and hashed and looked for once by eac
   }
 }
 
-TEST_CASE("a hot launch allocates nothing, forward and backward" * doctest::skip(!have_nvrtc())) {
+TEST_CASE("a hot launch allocates nothing, forward and backward" *
+          doctest::skip(!have_nvrtc() || !testing::kCountsAllocations)) {
   TinySetting setting;
   setting.config.templates.reset();
   stub().reset(12040, {kT4});
