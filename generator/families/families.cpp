@@ -1,21 +1,6 @@
 #include "generator/families/families.h"
 
 namespace flash_attn_jit {
-
-const KernelFamily& family_of(KernelKind kind) {
-  switch (kind) {
-    case KernelKind::kForward:
-      return kForwardFamily;
-    case KernelKind::kBackwardPreprocess:
-      return kBackwardPreprocessFamily;
-    case KernelKind::kBackwardDkDv:
-      return kBackwardDkDvFamily;
-    case KernelKind::kBackwardDq:
-      return kBackwardDqFamily;
-  }
-  return kForwardFamily;
-}
-
 namespace {
 
 // Each word once; those of a group stand together.
@@ -32,6 +17,20 @@ std::string words(WordOf word_of) {
 }
 
 }  // namespace
+
+const KernelFamily& family_of(KernelKind kind) {
+  switch (kind) {
+    case KernelKind::kForward:
+      return kForwardFamily;
+    case KernelKind::kBackwardPreprocess:
+      return kBackwardPreprocessFamily;
+    case KernelKind::kBackwardDkDv:
+      return kBackwardDkDvFamily;
+    case KernelKind::kBackwardDq:
+      return kBackwardDqFamily;
+  }
+  return kForwardFamily;
+}
 
 std::string kind_words() {
   return words([](KernelKind kind) { return to_text(kind); });

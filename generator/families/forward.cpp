@@ -52,8 +52,8 @@ constexpr std::array kSmall = {
 
 TileTables tiles(const KernelSpec& spec) {
   if (spec.access == GlobalAccess::kElement2B) return {TileTableList{kLargeElement}, TileTableList{kSmall}};
-  return {TileTableList{spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal}, TileTableList{only_if(is_plain(spec), kMedium)},
-          TileTableList{kSmall}};
+  return {TileTableList{spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
+          TileTableList{only_if(is_plain(spec), kMedium)}, TileTableList{kSmall}};
 }
 
 std::optional<std::string> check_tile(const KernelSpec& spec) {

@@ -11,36 +11,11 @@
 #include <sstream>
 
 #include "runtime/system/files.h"
+#include "runtime/system/sanitizers.h"
 #include "runtime/system/subprocess.h"
-
-#if defined(__SANITIZE_ADDRESS__)
-#define FLASH_ATTN_JIT_ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define FLASH_ATTN_JIT_ASAN 1
-#endif
-#endif
 
 namespace flash_attn_jit {
 namespace {
-
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    path_ = make_temporary_folder("flash-attn-jit");
-  }
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-
-  const std::filesystem::path& path() const { return path_; }
-
- private:
-  std::filesystem::path path_;
-};
 
 void write_file(const std::filesystem::path& path, const std::string& text) {
   std::ofstream file(path, std::ios::binary);
@@ -135,7 +110,7 @@ std::vector<std::string> host_compiler_flags(const HostCompiler& compiler) {
 }
 
 CompiledKernel compile_for_host(const RenderedKernel& kernel, const HostCompiler& compiler) {
-  const TemporaryFolder folder;
+  const ScratchFolder folder("flash-attn-jit");
   const std::filesystem::path source = folder.path() / "kernel.cpp", object = folder.path() / "kernel.so";
   write_file(source, kernel.source);
   std::vector<std::string> command{compiler.path.string()};

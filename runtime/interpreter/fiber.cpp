@@ -10,14 +10,7 @@
 #include <string>
 
 #include "generator/errors.h"
-
-#if defined(__SANITIZE_ADDRESS__)
-#define FLASH_ATTN_JIT_ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define FLASH_ATTN_JIT_ASAN 1
-#endif
-#endif
+#include "runtime/system/sanitizers.h"
 
 #ifdef FLASH_ATTN_JIT_ASAN
 #include <sanitizer/asan_interface.h>

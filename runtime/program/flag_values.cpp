@@ -4,9 +4,9 @@
 #include <charconv>
 #include <limits>
 
-#include "generator/tile_chooser.h"
 #include "generator/errors.h"
 #include "generator/families/families.h"
+#include "generator/tile_chooser.h"
 #include "runtime/launch/process.h"
 #include "runtime/program/command.h"
 

@@ -48,26 +48,6 @@ Emit parse_emit(const std::string& text) {
   throw UsageError("--emit is '" + text + "'; accepted: spec, source, ptx, cubin, resources");
 }
 
-// A folder for the compiler's output, removed with its content unless a source was kept in it.
-class ScratchFolder {
- public:
-  ScratchFolder() {
-    path_ = make_temporary_folder("flash-attn-jit-inspect");
-  }
-  ~ScratchFolder() {
-    std::error_code ignored;
-    if (!kept_) std::filesystem::remove_all(path_, ignored);
-  }
-  ScratchFolder(const ScratchFolder&) = delete;
-  ScratchFolder& operator=(const ScratchFolder&) = delete;
-  const std::filesystem::path& path() const { return path_; }
-  void keep() { kept_ = true; }
-
- private:
-  std::filesystem::path path_;
-  bool kept_ = false;
-};
-
 struct Compiled {
   RenderedKernel rendered;
   CompiledKernel kernel;
@@ -76,7 +56,7 @@ struct Compiled {
 // Compiles afresh, a spec that is legal: what a cache holds may come from another NVRTC than the one that the flags or
 // variables name.
 Compiled compile(const KernelSpec& spec, const CompileTarget& target, const Config& settings) {
-  ScratchFolder scratch;
+  ScratchFolder scratch("flash-attn-jit-inspect");
   KernelLibrary library(
       {.config = settings, .cache = {.dir = scratch.path(), .prebuilt = {}}, .driver_version = {}});
   KernelRequest kernel = library.request(spec);

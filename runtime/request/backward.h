@@ -4,8 +4,8 @@
 #include <array>
 #include <optional>
 
-#include "generator/tile_chooser.h"
 #include "generator/kernel_spec.h"
+#include "generator/tile_chooser.h"
 #include "runtime/request/attention_options.h"
 #include "runtime/request/kernel_launch.h"
 #include "runtime/request/tensor_view.h"

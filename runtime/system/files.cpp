@@ -251,7 +251,7 @@ FileLock::~FileLock() {
   ::close(fd_);
 }
 
-fs::path make_temporary_folder(const std::string& name) {
+ScratchFolder::ScratchFolder(const std::string& name) {
   std::error_code error;
   fs::path parent = fs::temp_directory_path(error);
   if (error) parent = std::getenv("TMPDIR") ? std::getenv("TMPDIR") : "/tmp";
@@ -259,7 +259,12 @@ fs::path make_temporary_folder(const std::string& name) {
   if (error || ::mkdtemp(pattern.data()) == nullptr)
     throw Error("no temporary folder can be made in " + parent.string() +
                 "; set TMPDIR to a folder that can be written");
-  return pattern;
+  path_ = pattern;
+}
+
+ScratchFolder::~ScratchFolder() {
+  std::error_code ignored;
+  if (!kept_) fs::remove_all(path_, ignored);
 }
 
 }  // namespace flash_attn_jit

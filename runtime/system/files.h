@@ -85,8 +85,22 @@ class FileLock {
   pid_t process_ = ::getpid();
 };
 
-// A new folder of a unique name that begins with `name`, in $TMPDIR or /tmp. Throws Error, which says to set TMPDIR,
-// where none can be made.
-std::filesystem::path make_temporary_folder(const std::string& name);
+// A new folder of a unique name that begins with `name`, in $TMPDIR or /tmp, removed with its content at the end unless it
+// is kept.
+class ScratchFolder {
+ public:
+  // Throws Error, which says to set TMPDIR, where none can be made.
+  explicit ScratchFolder(const std::string& name);
+  ~ScratchFolder();
+  ScratchFolder(const ScratchFolder&) = delete;
+  ScratchFolder& operator=(const ScratchFolder&) = delete;
+
+  const std::filesystem::path& path() const { return path_; }
+  void keep() { kept_ = true; }
+
+ private:
+  std::filesystem::path path_;
+  bool kept_ = false;
+};
 
 }  // namespace flash_attn_jit

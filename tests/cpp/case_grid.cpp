@@ -7,6 +7,7 @@
 
 #include "generator/tile_chooser.h"
 #include "generator/legality.h"
+#include "runtime/system/sanitizers.h"
 
 namespace flash_attn_jit::testing {
 
@@ -141,19 +142,13 @@ bool tests_all() {
   return variable != nullptr && std::string(variable) == "1";
 }
 
-#if defined(__SANITIZE_ADDRESS__)
-constexpr bool kSanitized = true;
-#else
-constexpr bool kSanitized = false;
-#endif
-
 Share share_of_grid() {
   if (tests_all()) return {0, 1};
-  return kSanitized ? Share{1, 8} : Share{0, 2};
+  return kAddressSanitizer ? Share{1, 8} : Share{0, 2};
 }
 
 Share share_of_drawn() {
-  if (tests_all() || !kSanitized) return {0, 1};
+  if (tests_all() || !kAddressSanitizer) return {0, 1};
   return {0, 5};
 }
 

@@ -11,7 +11,7 @@ thread_local std::size_t allocations = 0;
 }  // namespace
 
 // The array and nothrow forms of the library call these.
-#if !defined(__SANITIZE_ADDRESS__)
+#ifndef FLASH_ATTN_JIT_ASAN
 void* operator new(std::size_t bytes) {
   ++allocations;
   if (void* memory = std::malloc(bytes > 0 ? bytes : 1)) return memory;

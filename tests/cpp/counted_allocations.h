@@ -4,13 +4,11 @@
 
 #include <cstddef>
 
+#include "runtime/system/sanitizers.h"
+
 namespace flash_attn_jit::testing {
 
-#if defined(__SANITIZE_ADDRESS__)
-inline constexpr bool kCountsAllocations = false;
-#else
-inline constexpr bool kCountsAllocations = true;
-#endif
+inline constexpr bool kCountsAllocations = !kAddressSanitizer;
 
 std::size_t allocations_of_this_thread();
 
