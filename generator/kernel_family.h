@@ -29,7 +29,7 @@ struct KernelFamily {
   bool reads_mask;  // false: mask, features and group size say nothing about the kernel
 
   // What a tile occupies. None of these reads more of a spec than its head dim and tile.
-  int products;  // of a turn of the main loop: forward S and O, dQ also dP
+  int products;  // of an iteration of the main loop: forward S and O, dQ also dP
   int (*output_splits)(const KernelSpec&);
   int (*shared_bytes)(const KernelSpec&);
   int (*registers)(const KernelSpec&);  // a thread's, at the least

@@ -133,7 +133,7 @@ TileConfig TileConfig::parse(std::string_view text) {
       field("k", tile.schedule.first_keys) && reader.at_end())
     return tile;
   throw SpecError("tile is '" + std::string(text) +
-                  "'; accepted: a text like 'm256n16w8q96l2b4k7' (rows, columns a turn, warps, head dims "
+                  "'; accepted: a text like 'm256n16w8q96l2b4k7' (rows, columns an iteration, warps, head dims "
                   "in registers, then where in eighths of the loop's accumulating products the next tile is loaded, stored "
                   "and first read)");
 }

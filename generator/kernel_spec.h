@@ -35,7 +35,7 @@ enum class GlobalAccess : std::uint8_t {
 struct LoopSchedule {
   int load = 2;        // the next tile is loaded from global memory
   int barrier = 4;     // it is stored to shared memory, then the barrier
-  int first_keys = 7;  // forward: the next turn's first K fragments are read; backward: 8
+  int first_keys = 7;  // forward: the next iteration's first K fragments are read; backward: 8
 
   friend auto operator<=>(const LoopSchedule&, const LoopSchedule&) = default;
 };
@@ -43,7 +43,7 @@ struct LoopSchedule {
 // How one thread block covers its part of the problem. Text: "m256n16w8q96l2b4k7".
 struct TileConfig {
   int block_m = 0;        // rows of a block, queries or (dK and dV) keys; a warp owns block_m / warps of them (16 or 32)
-  int block_n = 0;        // keys, or (dK and dV) queries, of one turn of the main loop
+  int block_n = 0;        // keys, or (dK and dV) queries, of one iteration of the main loop
   int warps = 0;          // warps of a block
   int register_dims = 0;  // head dims of the rows' matrices held in registers; the rest stays in shared memory
   LoopSchedule schedule;

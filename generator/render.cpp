@@ -70,7 +70,7 @@ RenderedKernel render(const KernelSpec& spec, const TemplateSet& templates) {
   kernel.entry = spec.name();
   kernel.threads = spec.tile.threads();
   kernel.dynamic_smem = family.shared_bytes(spec);
-  kernel.useful_mma = useful_mma_per_turn(spec);
+  kernel.useful_mma = useful_mma_per_iteration(spec);
   std::set<std::string, std::less<>> seen;
   const std::string params(family.params);
   inline_template(family.template_file, templates, seen, kernel.source);

@@ -18,7 +18,7 @@ constexpr double kCostOf16Rows = 1.3;
 // they make up for it.
 constexpr double kCostOfMissingBlock = 1.0 / 3;
 
-// What each block beside another costs, because each brings the same columns to shared memory for itself. It decides where
+// What each block beside another costs, because each copies the same columns to shared memory for itself. It decides where
 // nothing else does.
 constexpr double kCostOfOwnColumns = 0.05;
 

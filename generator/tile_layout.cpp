@@ -13,7 +13,7 @@ int kernel_dims(const KernelSpec& spec) {
 
 int blocks_per_multiprocessor(const TileConfig& tile) { return std::max(1, 8 / tile.warps); }
 
-int useful_mma_per_turn(const KernelSpec& spec) {
+int useful_mma_per_iteration(const KernelSpec& spec) {
   const KernelFamily& family = family_of(spec.kind);
   const int m_tiles = spec.tile.rows_per_warp() / 16;
   const int steps_of_8_dims = (spec.head_dim + 7) / 8;

@@ -162,7 +162,7 @@ class FlashBwd {
     }
   }
 
-  __device__ __forceinline__ float scaled_lse(float lse) const { return lse * kLog2E; }
+  static __device__ __forceinline__ float scaled_lse(float lse) { return lse * kLog2E; }
   __device__ __forceinline__ float scaled_delta(float delta) const { return delta * params_.softmax_scale; }
 
   // Iteration n prefetches tile n - 1. Iteration 0 prefetches tile 0 once more and does not use it: that costs less
@@ -295,6 +295,7 @@ class FlashBwd {
         const float exponent = variant_.bias(fma_rounded(score, params_.softmax_scale_log2, -lse), sequence_,
                                              Side::query(row, column), Side::key(row, column));
         row_p[c] = exp2_approx(exponent);
+        if (Side::kMakesDv) row_p[c] = saturate(row_p[c]);  // see Softmax::log_sum_exp()
         row_ds[c] = variant_.gradient(
             row_p[c] * fma_rounded(dp[r / 2][0][r % 2 * 2 + c], params_.softmax_scale, -delta), score);
       }
@@ -457,16 +458,35 @@ class FlashBwd {
 
   __device__ __forceinline__ void write_out() {
     locate(reread_thread_in_block(), reread_block_in_grid());
-    write_gradient(ds_gradient_, Side::ds_gradient(tensors(), head_));
-    if constexpr (Side::kMakesDv) write_gradient(p_gradient_, tensors().dv(head_));
+    write_gradient(ds_gradient_, Side::ds_gradient(tensors(), head_), 1.0f);
+    if constexpr (Side::kMakesDv) {
+      const float factor = has_nan_probabilities() ? not_a_number() : 1.0f;
+      write_gradient(p_gradient_, tensors().dv(head_), factor);
+    }
   }
 
-  __device__ __forceinline__ void write_gradient(const Gradient& gradient, const Matrix& matrix) {
-    float ones[2 * kMTiles];
+  // Of a p of NaN saturate() has made 0. All of a query's p are NaN where its lse is, and then its delta and dK are, too.
+  __device__ __forceinline__ bool has_nan_probabilities() const {
+    bool has_nan = false;
 #pragma unroll
-    for (int r = 0; r < 2 * kMTiles; ++r) ones[r] = 1.0f;
+    for (int r = 0; r < 2 * kMTiles; ++r) has_nan |= is_nan(ds_gradient_[r / 2][0][r % 2 * 2]);
+    if (!any_in_block(has_nan)) return false;
+    const TileRange tiles = column_tiles();
+    const int end = Sequence<Traits>::minimum(tiles.end * Traits::kBlockN, seqlen_columns());
+    has_nan = false;
+    for (int i = 0; i < Side::kQueryHeads; ++i)
+      for (int column = tiles.begin * Traits::kBlockN + thread_in_block(); column < end; column += Tile::kThreads)
+        has_nan |= is_nan(load_global_f32(params_.softmax_lse +
+                                          sequence_.statistics_offset(head_ * Side::kQueryHeads + i, column)));
+    return any_in_block(has_nan);
+  }
+
+  __device__ __forceinline__ void write_gradient(const Gradient& gradient, const Matrix& matrix, float factor) {
+    float factors[2 * kMTiles];
+#pragma unroll
+    for (int r = 0; r < 2 * kMTiles; ++r) factors[r] = factor;
     Bits* rows = const_cast<Bits*>(matrix.base) + first_row() * matrix.row_stride;
-    Tile::Output::write(gradient, ones, rows, matrix.row_stride, seqlen_rows() - first_row(), first_output_dim_,
+    Tile::Output::write(gradient, factors, rows, matrix.row_stride, seqlen_rows() - first_row(), first_output_dim_,
                         warp_ * Tile::kStagingWarpBytes, lane_);
   }
 

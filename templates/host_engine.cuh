@@ -38,6 +38,7 @@ struct HostEngine {
   void (*mma)(int accumulate, float* c, unsigned a0, unsigned a1, unsigned b, const char* file, int line);
   float (*shuffle_xor)(float, int lane_mask, const char* file, int line);
   int (*any_in_warp)(int, const char* file, int line);
+  int (*any_in_block)(int, const char* file, int line);
   void (*warp_barrier)(const char* file, int line);
   void (*block_barrier)(const char* file, int line);
   // The undefined-behaviour sanitizer found `what`.

@@ -31,7 +31,7 @@
 // Warp and block
 //   shuffle_xor(float, lane_mask) -> float
 //   any_in_warp(bool) -> bool
-//   reconverge_warp()                             tells ptxas that all lanes came the same way; orders nothing
+//   any_in_block(bool) -> bool                    a barrier of the block, too
 //   warp_barrier()                                orders this warp's shared-memory accesses
 //   block_barrier()                               the same for the whole block
 //
@@ -39,8 +39,9 @@
 //   exp2_approx(float), log2_approx(float)        ex2.approx.ftz, lg2.approx
 //   reciprocal(float)                             rcp.approx.ftz: 1/x to 1 ulp; 1/0 is inf
 //   max_ignoring_nan(float, float)
+//   saturate(float)                               to 0 ... 1; NaN to 0
 //   fma_rounded(a, b, c)                          one rounding
-//   infinity()                                    +inf
+//   infinity(), not_a_number(), is_nan(float)
 //   float_of_bits(unsigned) -> float
 //
 // Elements: what q, k, v, out and their gradients are made of, 16 bits each, two in a register. A struct for every

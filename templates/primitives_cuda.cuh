@@ -141,7 +141,15 @@ __device__ __forceinline__ bool any_in_warp(bool p) {
   return r != 0;
 }
 
-__device__ __forceinline__ void reconverge_warp() { asm volatile("bar.warp.sync 0xffffffff;"); }
+__device__ __forceinline__ bool any_in_block(bool p) {
+  int r;
+  asm volatile("{ .reg .pred p, q;\n setp.ne.s32 p, %1, 0;\n bar.red.or.pred q, 0, p;\n selp.s32 %0, 1, 0, q; }"
+               : "=r"(r)
+               : "r"(static_cast<int>(p))
+               : "memory");
+  return r != 0;
+}
+
 __device__ __forceinline__ void warp_barrier() { asm volatile("bar.warp.sync 0xffffffff;" ::: "memory"); }
 __device__ __forceinline__ void block_barrier() { asm volatile("bar.sync 0;" ::: "memory"); }
 
@@ -171,6 +179,12 @@ __device__ __forceinline__ float max_ignoring_nan(float a, float b) {
   return r;
 }
 
+__device__ __forceinline__ float saturate(float x) {
+  float r;
+  asm("mul.sat.f32 %0, %1, 0f3F800000;" : "=f"(r) : "f"(x));
+  return r;
+}
+
 __device__ __forceinline__ float fma_rounded(float a, float b, float c) {
   float r;
   asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(r) : "f"(a), "f"(b), "f"(c));
@@ -178,6 +192,8 @@ __device__ __forceinline__ float fma_rounded(float a, float b, float c) {
 }
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
+__device__ __forceinline__ bool is_nan(float x) { return x != x; }
 
 __device__ __forceinline__ float float_of_bits(unsigned u) { return __uint_as_float(u); }
 

@@ -114,7 +114,8 @@ inline float shuffle_xor(float v, int lane_mask, FLASH_ATTN_JIT_SITE) {
 
 inline bool any_in_warp(bool p, FLASH_ATTN_JIT_SITE) { return flash_attn_jit_engine.any_in_warp(p, file, line) != 0; }
 
-inline void reconverge_warp() {}
+inline bool any_in_block(bool p, FLASH_ATTN_JIT_SITE) { return flash_attn_jit_engine.any_in_block(p, file, line) != 0; }
+
 inline void warp_barrier(FLASH_ATTN_JIT_SITE) { flash_attn_jit_engine.warp_barrier(file, line); }
 inline void block_barrier(FLASH_ATTN_JIT_SITE) { flash_attn_jit_engine.block_barrier(file, line); }
 
@@ -138,8 +139,11 @@ inline float flush_subnormal(float x) { return __builtin_fabsf(x) < 0x1p-126f ? 
 inline float exp2_approx(float x) { return flush_subnormal(__builtin_exp2f(flush_subnormal(x))); }
 inline float log2_approx(float x) { return __builtin_log2f(x); }
 inline float reciprocal(float x) { return flush_subnormal(1.0f / flush_subnormal(x)); }
+inline float saturate(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
 inline float fma_rounded(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float infinity() { return __builtin_inff(); }
+inline float not_a_number() { return __builtin_nanf(""); }
+inline bool is_nan(float x) { return x != x; }
 
 // As max.f32: the other one where one is NaN, and +0 above -0.
 inline float max_ignoring_nan(float a, float b) {

@@ -6,7 +6,7 @@
 // row_sum takes p as it is, V is multiplied by p rounded to fp16. Where one key dominates a row, out must be its v all
 // the same, or the backward pass finds dP and delta different. So that key's p is 1, which fp16 holds: a correction
 // leaves the maximum's exponent at 0 without any rounding. Nor does a lag matter there: row_max is the score of a key,
-// at most kMaxRise below the greatest, so that a row whose row_max lags is not one key's.
+// at most kMaxRise below the greatest, so that a row whose row_max lags is not one key's. See log_sum_exp(), too.
 #pragma once
 
 #include "accumulator.cuh"
@@ -142,6 +142,21 @@ struct Softmax {
     sum += shuffle_xor(sum, 1);
     sum += shuffle_xor(sum, 2);
     return sum;
+  }
+
+  // The natural logarithm of the row's sum of exponentials, of its total().
+  //
+  // The backward pass makes 2^(s * scale - lse) of it, whose exponent is wrong by what float32 rounds at the size of lse,
+  // while that of a key that has the row to itself has to come out at 0. Where that would tell in fp16, the lse of such a
+  // row is rounded down by more than all that: its p is then above 1, and saturate() makes it 1.
+  __device__ __forceinline__ float log_sum_exp(int row, float sum) const {
+    constexpr float kLn2 = 0.693147180559945309f;
+    constexpr float kTells = 1024.0f;     // in log2 units: kRounded of it changes p by 2^-12, half of fp16's last bit
+    constexpr float kRounded = 0x3p-23f;  // of row_max (4 half bits), of the product with kLn2 and of that with kLog2E
+    const float lse = fma_rounded(row_max[row], kLn2, log2_approx(sum) * kLn2);
+    const float magnitude = max_ignoring_nan(row_max[row], -row_max[row]);
+    const bool is_one_keys = sum <= 1.0f + 0x1p-12f && magnitude > kTells;
+    return is_one_keys ? lse - kLn2 * kRounded * magnitude : lse;
   }
 
  private:

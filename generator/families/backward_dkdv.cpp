@@ -67,10 +67,10 @@ int registers(const KernelSpec& spec) { return registers_of(kLayout, spec); }
 
 std::optional<std::string> check_tile(const KernelSpec& spec) {
   if (auto reason = check_gradient_tile(spec)) return reason;
-  // A block's threads bring the statistics of a tile's queries, one each.
+  // A block's threads fetch the statistics of a tile's queries, one each.
   const TileConfig& tile = spec.tile;
   if (tile.block_n <= tile.threads()) return std::nullopt;
-  return tile_name(spec) + " has " + std::to_string(tile.block_n) + " queries a turn for " +
+  return tile_name(spec) + " has " + std::to_string(tile.block_n) + " queries an iteration for " +
          std::to_string(tile.threads()) + " threads; accepted: at most one a thread";
 }
 

@@ -59,7 +59,7 @@ TileTables tiles(const KernelSpec& spec) {
 std::optional<std::string> check_tile(const KernelSpec& spec) {
   const TileConfig& tile = spec.tile;
   if (tile.block_n < 16 || tile.block_n > 64 || tile.block_n % 16 != 0)
-    return tile_name(spec) + " has " + std::to_string(tile.block_n) + " keys a turn; accepted: 16, 32, 48 or 64";
+    return tile_name(spec) + " has " + std::to_string(tile.block_n) + " keys an iteration; accepted: 16, 32, 48 or 64";
   const LoopSchedule& at = tile.schedule;
   if (at.load < 0 || at.load >= at.barrier || at.barrier > at.first_keys || at.first_keys > 8)
     return schedule_name(spec) + "0 to 8, loads before the barrier, K fragments at it or after";

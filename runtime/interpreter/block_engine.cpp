@@ -23,6 +23,7 @@ class RunningEngine {
 
 // Variants of Meeting::kMma.
 constexpr int kMmaAccumulate = 1;
+constexpr int kAnyInBlock = 1;
 
 }  // namespace
 
@@ -42,6 +43,7 @@ void BlockEngine::run_block(std::int64_t block, ThreadFunction thread, const voi
   finished_warps_ = 0;
   warps_at_barrier_ = 0;
   shared_.begin_block(++block_barriers_);
+  any_in_block_ = {};
   for (Warp& warp : warps_) {
     warp.waiting = warp.exited = warp.next_lane = 0;
     warp.at_block_barrier = false;
@@ -239,11 +241,18 @@ void BlockEngine::warp_barrier(SiteId site) {
   if (meet(Meeting::kWarpBarrier, 0, site)) ++warps_[warp()].barriers;
 }
 
-void BlockEngine::block_barrier(SiteId site) {
-  if (!meet(Meeting::kBlockBarrier, 0, site)) return;
+bool BlockEngine::any_in_block(bool predicate, SiteId site) {
+  bool& any = any_in_block_[block_barriers_ % 2];
+  any |= predicate;
+  block_barrier(site, kAnyInBlock);
+  return any;
+}
+
+void BlockEngine::block_barrier(SiteId site, int variant) {
+  if (!meet(Meeting::kBlockBarrier, variant, site)) return;
   if (finished_warps_ == 0 && ++warps_at_barrier_ == static_cast<int>(warps_.size())) {
     warps_at_barrier_ = 0;
-    ++block_barriers_;
+    any_in_block_[++block_barriers_ % 2] = false;
     for (Warp& each : warps_) {
       each.at_block_barrier = false;
       ++each.barriers;
@@ -286,7 +295,7 @@ const char* BlockEngine::meeting_name(Meeting meeting, int variant) {
     case Meeting::kWarpBarrier:
       return "warp_barrier";
     case Meeting::kBlockBarrier:
-      return "block_barrier";
+      return variant == kAnyInBlock ? "any_in_block" : "block_barrier";
   }
   return "";
 }
@@ -364,6 +373,9 @@ HostEngine BlockEngine::primitives() {
           },
       .any_in_warp = [](int predicate, const char* file, int line) -> int {
         return running->any_in_warp(predicate != 0, running->sites_.id(file, line));
+      },
+      .any_in_block = [](int predicate, const char* file, int line) -> int {
+        return running->any_in_block(predicate != 0, running->sites_.id(file, line));
       },
       .warp_barrier = [](const char* file,
                          int line) { running->warp_barrier(running->sites_.id(file, line)); },

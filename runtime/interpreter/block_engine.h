@@ -74,7 +74,8 @@ class BlockEngine {
   float shuffle_xor(float value, int lane_mask, SiteId site);
   bool any_in_warp(bool predicate, SiteId site);
   void warp_barrier(SiteId site);
-  void block_barrier(SiteId site);
+  bool any_in_block(bool predicate, SiteId site);
+  void block_barrier(SiteId site, int variant = 0);
 
   // True for the last lane to arrive, which has to compute the result before it returns to the kernel. The
   // others return false once that is done.
@@ -122,6 +123,7 @@ class BlockEngine {
   int finished_warps_ = 0;
   int warps_at_barrier_ = 0;
   std::uint32_t block_barriers_ = 0;
+  std::array<bool, 2> any_in_block_{};  // of the barriers of even and odd numbers: a fast warp may be one ahead
   std::int64_t block_ = 0;
   ThreadFunction thread_function_ = nullptr;
   const void* params_ = nullptr;

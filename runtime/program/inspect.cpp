@@ -39,6 +39,7 @@ struct InspectFlags {
   std::string arch = "sm_75";
   std::string emit;
   std::string output;
+  std::string resources_output;
   std::string nvrtc;
 };
 
@@ -87,27 +88,30 @@ Json resources_json(const KernelSpec& spec, const Compiled& compiled) {
           {"built_by", kernel.built_by}};
 }
 
+void write_file(const std::string& flag, const std::string& path, const std::string& bytes) {
+  std::ofstream file(path, std::ios::binary | std::ios::trunc);
+  file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  file.close();
+  if (!file)
+    throw Error(flag + " " + path + " could not be written; name a file in a folder that is there and can be written");
+}
+
 std::string content(const InspectFlags& flags) {
   const ArchLimits arch = parse_arch_flag("--arch", flags.arch);
   const Emit emit = parse_emit(flags.emit);
   const KernelSpec spec = parse_kernel(flags.kernel, arch);
   const Config settings = config_with_nvrtc("--nvrtc", flags.nvrtc);
+  if (!flags.resources_output.empty() && (emit == Emit::kSpec || emit == Emit::kSource))
+    throw UsageError("--resources is given with --emit " + flags.emit + ", which compiles nothing; accepted: ptx, cubin");
   if (emit == Emit::kSpec) return spec.text() + "\n";
 
   if (emit == Emit::kSource) return render(spec, load_templates(settings)).source;
   const CodeKind code = emit == Emit::kPtx ? CodeKind::kPtx : CodeKind::kCubin;
   const Compiled compiled = compile(spec, {.sm = arch.sm, .code = code}, settings);
-  if (emit == Emit::kResources) return json_text(resources_json(spec, compiled)) + "\n";
+  const std::string resources = json_text(resources_json(spec, compiled)) + "\n";
+  if (emit == Emit::kResources) return resources;
+  if (!flags.resources_output.empty()) write_file("--resources", flags.resources_output, resources);
   return compiled.kernel.image;
-}
-
-void write_file(const std::string& path, const std::string& bytes) {
-  std::ofstream file(path, std::ios::binary | std::ios::trunc);
-  file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-  file.close();
-  if (!file)
-    throw Error("-o " + path +
-                " could not be written; name a file in a folder that is there and can be written");
 }
 
 int run_inspect(const InspectFlags& flags) {
@@ -118,7 +122,7 @@ int run_inspect(const InspectFlags& flags) {
         "pipe");
   const std::string bytes = content(flags);
   if (to_file)
-    write_file(flags.output, bytes);
+    write_file("-o", flags.output, bytes);
   else
     std::cout << bytes;
   return kSuccess;
@@ -147,6 +151,8 @@ void add_inspect(CLI::App& app, Action& chosen) {
   command->add_option("--emit", flags->emit, "spec, source, ptx, cubin (raw ELF) or resources (JSON)")
       ->required();
   command->add_option("-o", flags->output, "Write to this file instead of standard output");
+  command->add_option("--resources", flags->resources_output,
+                      "Beside ptx or cubin: write the resources (JSON) to this file");
   command->add_option("--nvrtc", flags->nvrtc, "The libnvrtc to compile with, or the folder that has it");
   command->callback([&chosen, flags] { chosen = [flags] { return run_inspect(*flags); }; });
 }

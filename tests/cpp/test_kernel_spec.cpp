@@ -118,9 +118,9 @@ TEST_CASE("what is not legal is refused with its reason") {
     KernelSpec spec{.kind = kind, .head_dim = 64, .tile = TileConfig::parse(tile)};
     return reason(spec);
   };
-  CHECK(contains(of_one_warp(KernelKind::kBackwardDkDv, "m32n40w1q64l0b8k8"), "40 queries a turn for 32 threads"));
+  CHECK(contains(of_one_warp(KernelKind::kBackwardDkDv, "m32n40w1q64l0b8k8"), "40 queries an iteration for 32 threads"));
   CHECK(of_one_warp(KernelKind::kBackwardDkDv, "m32n32w1q64l0b8k8") == "legal");
-  CHECK(of_one_warp(KernelKind::kBackwardDq, "m32n40w1q64l0b8k8") == "legal");  // brings no statistics
+  CHECK(of_one_warp(KernelKind::kBackwardDq, "m32n40w1q64l0b8k8") == "legal");  // fetches no statistics
 }
 
 TEST_CASE("architectures") {

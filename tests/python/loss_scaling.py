@@ -62,6 +62,24 @@ def check_that_it_reaches_the_gradients(
         assert untouched.isfinite().all() and torch.equal(untouched, before.transpose(1, 2)[others])
 
 
+def check_that_nan_of_an_input_reaches_the_gradients(
+    which: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
+) -> None:
+    """One element of q, k or v is NaN: so are the gradients that depend on it. dV is the weights times dout, so that it
+    does not depend on v; other heads' groups keep finite gradients."""
+    inputs = [q, k, v]
+    i = inputs[which].shape[1] - 1  # the last query sees every key, the last query alone sees the last key
+    inputs[which][0, i, -1, 3] = float("nan")
+    dout = normal(*q.shape, seed=4, device=str(q.device))
+    dq, dk, dv = gradients_of(*inputs, dout, causal)
+    query = q.shape[1] - 1
+    assert dq[0, query, -1].isnan().all()
+    assert dk[0, :, -1].isnan().all()
+    assert dv[0, :, -1].isfinite().all() if which == 2 else dv[0, :, -1].isnan().all()
+    others = slice(0, k.shape[2] - 1)
+    assert all(x[:, :, others].isfinite().all() for x in (dk, dv))
+
+
 def check_that_a_scaler_skips_the_step(device: str) -> None:
     """GradScaler sees a loss scale that is too high, changes no weight and halves it; with a fitting one it steps."""
     q, k, v = (normal(1, 40, 2, 64, seed=seed, device=device) for seed in range(3))

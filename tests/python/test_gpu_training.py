@@ -17,6 +17,7 @@ from loss_scaling import (
     check_scaled_gradients,
     check_that_a_scaler_skips_the_step,
     check_that_it_reaches_the_gradients,
+    check_that_nan_of_an_input_reaches_the_gradients,
     gradients_of,
 )
 from torch import nn
@@ -157,6 +158,13 @@ def test_largest_gradient_at_other_head_dims(head_dim):
 @pytest.mark.parametrize("seqlens", [(500, 500), (200, 700), (700, 200)], ids=str)
 def test_no_number_in_dout_reaches_the_gradients(seqlens, head_dim, causal, value):
     check_that_it_reaches_the_gradients(value, *qkv(2, *seqlens, 4, 2, head_dim), causal)
+
+
+@pytest.mark.parametrize("which", range(3), ids=["q", "k", "v"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_nan_of_an_input_reaches_the_gradients(head_dim, causal, which):
+    check_that_nan_of_an_input_reaches_the_gradients(which, *qkv(2, 500, 500, 4, 2, head_dim), causal)
 
 
 def test_a_scaler_skips_the_step():

@@ -6,6 +6,7 @@ from loss_scaling import (
     check_scaled_gradients,
     check_that_a_scaler_skips_the_step,
     check_that_it_reaches_the_gradients,
+    check_that_nan_of_an_input_reaches_the_gradients,
 )
 
 
@@ -42,6 +43,16 @@ def test_largest_gradient_of_2_to_the_15(shape, causal):
 )
 def test_no_number_in_dout_reaches_the_gradients(value, shape, causal):
     check_that_it_reaches_the_gradients(value, *normal_qkv(*shape), causal)
+
+
+@pytest.mark.parametrize("which", range(3), ids=["q", "k", "v"])
+@pytest.mark.parametrize(
+    "shape, causal",
+    [((1, 70, 100, 4, 2, 64), False), ((1, 300, 300, 2, 1, 64), True), ((1, 20, 33, 4, 2, 130), False)],
+    ids=str,
+)
+def test_nan_of_an_input_reaches_the_gradients(which, shape, causal):
+    check_that_nan_of_an_input_reaches_the_gradients(which, *normal_qkv(*shape), causal)
 
 
 def test_a_scaler_skips_the_step():

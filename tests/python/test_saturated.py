@@ -1,7 +1,6 @@
 """Scores so large that one key takes nearly all of a row: as exact as PyTorch's flash kernel, forward and backward,
-whatever their size. One exception: where softmax_scale is a power of 2 (head dims 16, 64, 256), that kernel's log-sum-exp
-is the greatest score without rounding, and its dv as exact as fp16; here, as with any other scale there, the weights of
-the backward pass carry the rounding of a float32 log-sum-exp."""
+whatever their size. A softmax_scale that is a power of 2 is a case of its own: that kernel's log-sum-exp is then the
+greatest score without rounding, and its dv as exact as fp16."""
 
 import math
 from typing import Any, Dict, Sequence
@@ -16,11 +15,11 @@ NAMES = ("out", "dq", "dk", "dv")
 BATCH = 16  # in a single sequence either error may be small by luck
 
 
-def problem(amplitude: float, device: str = "cpu") -> Sequence[torch.Tensor]:
-    """(q, k, v, dout): q and k of N(0, 1) times `amplitude`, 64 tokens of one head of 64."""
+def problem(amplitude: float, device: str = "cpu", seqlen: int = 64) -> Sequence[torch.Tensor]:
+    """(q, k, v, dout): q and k of N(0, 1) times `amplitude`, one head of 64."""
     factors = (amplitude, amplitude, 1, 1)
     return [
-        (torch.randn(BATCH, 64, 1, 64, generator=torch.Generator().manual_seed(i)) * factor).to(
+        (torch.randn(BATCH, seqlen, 1, 64, generator=torch.Generator().manual_seed(i)) * factor).to(
             device, torch.float16
         )
         for i, factor in enumerate(factors)
@@ -41,7 +40,7 @@ def flash(
     """What PyTorch's flash kernel rounds, in float32: the maximum is subtracted from the product with the scale, both
     rounded, so that its p is 1; p and dS are rounded to fp16, the log-sum-exp to float32."""
     q, k, v, dout = (t[:, :, 0].float() for t in (q, k, v, dout))
-    scores = q @ k.mT
+    scores = sum(q[..., d : d + 1] * k[..., d : d + 1].mT for d in range(64))  # in the interpreter's order
     scaled = scores * torch.tensor(scale * math.log2(math.e), dtype=torch.float32)
     row_max = scaled.amax(-1, keepdim=True)
     p = torch.exp2(scaled - row_max)
@@ -63,15 +62,13 @@ def errors(results: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> Di
     }
 
 
-def check(amplitude: float, scale: float, theirs: Any, device: str = "cpu") -> None:
+def check(amplitude: float, scale: float, theirs: Any, device: str = "cpu", seqlen: int = 64) -> None:
     """The greatest errors here, against twice those of `theirs`."""
-    q, k, v, dout = problem(amplitude, device)
-    out, lse = attention(q, k, v, softmax_scale=scale)
+    q, k, v, dout = problem(amplitude, device, seqlen)
+    out, _ = attention(q, k, v, softmax_scale=scale)
     exact = [out, *exact_gradients(q, k, v, dout, softmax_scale=scale)]
     got, bound = (errors(run(q, k, v, dout, scale), exact) for run in (ours, theirs))
     print(f"amplitude {amplitude}, scale {scale}:", {name: (got[name], bound[name]) for name in NAMES})
-    if math.frexp(scale)[0] == 0.5:
-        bound["dv"] += lse.abs().max().item() * 2**-23
     for name in NAMES:
         assert got[name] <= 2 * bound[name], (name, got[name], bound[name])
 
@@ -98,7 +95,8 @@ def test_equal_scores(value):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU")
 @pytest.mark.parametrize("scale", [0.125, 0.11])
 @pytest.mark.parametrize("amplitude", AMPLITUDES)
-def test_as_exact_as_pytorchs_flash_kernel(amplitude, scale):
+@pytest.mark.parametrize("seqlen", [64, 500])
+def test_as_exact_as_pytorchs_flash_kernel(amplitude, scale, seqlen):
     def theirs(q, k, v, dout, scale):
         inputs = [t.detach().requires_grad_() for t in (q, k, v)]
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
@@ -108,4 +106,4 @@ def test_as_exact_as_pytorchs_flash_kernel(amplitude, scale):
         out = out.transpose(1, 2)
         return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
 
-    check(amplitude, scale, theirs, "cuda")
+    check(amplitude, scale, theirs, "cuda", seqlen)
