@@ -1,6 +1,7 @@
 """Attention with its derivative, for separate and for packed tensors."""
 
-from typing import Any, Callable, Optional, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.amp import is_autocast_available
@@ -22,10 +23,10 @@ from .ops import KVPACKED, QKVPACKED, SEPARATE, Form, are_plain, forward_plainly
 
 _float32, _is_grad_enabled = torch.float32, torch.is_grad_enabled
 # out, softmax_lse; softmax_lse may be None where the call did not want it
-Result = Tuple[torch.Tensor, Any]
-_Gradient = Optional[torch.Tensor]
+Result = tuple[torch.Tensor, Any]
+_Gradient = torch.Tensor | None
 # All that is no input: the options, whether softmax_lse is wanted.
-_Call = Tuple[Options, bool]
+_Call = tuple[Options, bool]
 
 
 # ---- the derivative, which operators and plain calls share ----
@@ -46,11 +47,11 @@ def _is_transformed() -> bool:
     return not torch.compiler.is_compiling() and bool(transforms_are_active())  # a compiler sees to its own transforms
 
 
-def _forward_operator(form: Form) -> Callable[..., Tuple[torch.Tensor, torch.Tensor]]:
+def _forward_operator(form: Form) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     return form.transformed_forward if _is_transformed() else form.forward
 
 
-def _gradients(ctx: Any, form: Form, dout: _Gradient, was_plain: bool) -> Tuple[_Gradient, ...]:
+def _gradients(ctx: Any, form: Form, dout: _Gradient, was_plain: bool) -> tuple[_Gradient, ...]:
     """Of the inputs; None for those that need none."""
     count = len(form.names)
     if dout is None:
@@ -101,12 +102,12 @@ def _register_derivative(form: Form) -> None:
     count, no_options = len(form.names), (None,) * len(Options._fields)
     slopes = count + Options._fields.index("alibi_slopes")
 
-    def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[torch.Tensor, torch.Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         _save(ctx, Options._make(inputs[count:]), *inputs[:count], *output)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
 
-    def backward(ctx: Any, dout: _Gradient, _: None) -> Tuple[_Gradient, ...]:
+    def backward(ctx: Any, dout: _Gradient, _: None) -> tuple[_Gradient, ...]:
         if ctx.needs_input_grad[slopes]:
             refuse_gradient_of_slopes()
         return _gradients(ctx, form, dout, False) + no_options
@@ -150,7 +151,7 @@ class _Attention(Function):
         return _returned(ctx, wants_lse, out, softmax_lse)
 
     @staticmethod
-    def backward(ctx: Any, dout: _Gradient, *_: None) -> Tuple[_Gradient, ...]:
+    def backward(ctx: Any, dout: _Gradient, *_: None) -> tuple[_Gradient, ...]:
         return (*_gradients(ctx, SEPARATE, dout, True), None)
 
 
@@ -170,7 +171,7 @@ class _HeadsFirstAttention(Function):
         return out.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, dout: _Gradient) -> Tuple[_Gradient, ...]:
+    def backward(ctx: Any, dout: _Gradient) -> tuple[_Gradient, ...]:
         dout = None if dout is None else dout.transpose(1, 2)
         gradients = _gradients(ctx, SEPARATE, dout, True)
         return (*(None if gradient is None else gradient.transpose(1, 2) for gradient in gradients), None)
@@ -185,7 +186,7 @@ class _KvpackedAttention(Function):
         return _returned(ctx, wants_lse, out, softmax_lse)
 
     @staticmethod
-    def backward(ctx: Any, dout: _Gradient, *_: None) -> Tuple[_Gradient, ...]:
+    def backward(ctx: Any, dout: _Gradient, *_: None) -> tuple[_Gradient, ...]:
         return (*_gradients(ctx, KVPACKED, dout, True), None)
 
 
@@ -198,7 +199,7 @@ class _QkvpackedAttention(Function):
         return _returned(ctx, wants_lse, out, softmax_lse)
 
     @staticmethod
-    def backward(ctx: Any, dout: _Gradient, *_: None) -> Tuple[_Gradient, ...]:
+    def backward(ctx: Any, dout: _Gradient, *_: None) -> tuple[_Gradient, ...]:
         return (*_gradients(ctx, QKVPACKED, dout, True), None)
 
 
@@ -252,9 +253,7 @@ def attention(q: Any, k: Any, v: Any, options: Options, wants_lse: bool) -> Resu
         raise
 
 
-def attention_heads_first(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
-) -> torch.Tensor:
+def attention_heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> torch.Tensor:
     """out of (batch, heads, seqlen, head_dim), float16, in that order too."""
     if forward_mode_is_on():
         _reject_tangents(query=q, key=k, value=v)
@@ -315,7 +314,7 @@ def attention_qkvpacked(qkv: Any, options: Options, wants_lse: bool) -> Result:
         raise
 
 
-def _of_packed(error: ValueError, packed: str, layout: Tuple[str, ...]) -> ValueError:
+def _of_packed(error: ValueError, packed: str, layout: tuple[str, ...]) -> ValueError:
     """The error with what the names in it are slices of."""
     before = ":, " * (len(layout) - 3)
     slices = ", ".join(f"{name} is {packed}[{before}{i}]" for i, name in enumerate(packed))

@@ -3,7 +3,8 @@
 The questions of ops.is_plain() fall back to "yes": every call then goes by the operators, which is slower and as right.
 """
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.utils.checkpoint

@@ -18,9 +18,7 @@ def refused(error, *words, q=None, k=None, v=None, **arguments):
     good = normal_qkv(1, 8, 8, 2, 2, 64)
     before = flash_attn_jit.interpreter_report()
     with pytest.raises(error) as raised:
-        flash_attn_func(
-            *(good[i] if given is None else given for i, given in enumerate((q, k, v))), **arguments
-        )
+        flash_attn_func(*(good[i] if given is None else given for i, given in enumerate((q, k, v))), **arguments)
     after = flash_attn_jit.interpreter_report()
     assert (before is None and after is None) or before.json() == after.json()
     for word in words:
@@ -161,9 +159,7 @@ def test_meta_device_beside_the_cpu(name):
     with pytest.raises(ValueError, match=r"on device meta|no memory|cannot be read"):
         tensors = dict(zip("qkv", normal_qkv(1, 8, 8, 2, 2, 64)))
         tensors[name] = tensors[name].to("meta")
-        flash_attn_jit._core.forward(
-            *tensors.values(), normal(1, 8, 2, 64), torch.empty(1, 2, 8), NO_OPTIONS
-        )
+        flash_attn_jit._core.forward(*tensors.values(), normal(1, 8, 2, 64), torch.empty(1, 2, 8), NO_OPTIONS)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])

@@ -25,9 +25,7 @@ print(json.dumps({"origins": origins, "missing": missing, "not_there": not_there
 def test_no_kernel_spills(major, request):
     pack = request.getfixturevalue(f"pack_{major}")
     kernels = pack.kernels()
-    assert (
-        len(kernels) >= 16 * 2
-    )  # head dims x masks x groups, each with aligned and unaligned loads at least
+    assert len(kernels) >= 16 * 2  # head dims x masks x groups, each with aligned and unaligned loads at least
     assert {kernel["origin"] for kernel in kernels} == {"cache"}
     assert all(0 < kernel["registers"] <= 255 and f"{major}." in kernel["built_by"] for kernel in kernels)
     spills = {kernel["name"]: (kernel["spill_stores"], kernel["spill_loads"]) for kernel in kernels}

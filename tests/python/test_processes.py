@@ -50,7 +50,7 @@ def test_a_process_forked_while_a_thread_compiles_can_call_too(tmp_path):
 def test_a_process_forked_while_a_thread_looks_for_the_compiler_can_call_too(tmp_path):
     compiler = tmp_path / "slow-to-tell-its-version"
     compiler.write_text(
-        f"#!/bin/sh\nif [ $1 = --version ]; then touch {tmp_path}/started; sleep 1; fi\nexec c++ \"$@\"\n"
+        f'#!/bin/sh\nif [ $1 = --version ]; then touch {tmp_path}/started; sleep 1; fi\nexec c++ "$@"\n'
     )
     compiler.chmod(0o755)
     status = child_status_of(

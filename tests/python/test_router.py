@@ -369,9 +369,7 @@ def of_parameters(q, k, v):
     return attend(*(torch.nn.Parameter(t) for t in (q, k, v)))
 
 
-@pytest.mark.parametrize(
-    "call", [scripted_call, under_autocast, in_inference_mode, without_gradients, of_parameters]
-)
+@pytest.mark.parametrize("call", [scripted_call, under_autocast, in_inference_mode, without_gradients, of_parameters])
 def test_routed_calls(call):
     expected = attend(Q, K, V)
     with route_sdpa() as router:

@@ -41,9 +41,7 @@ class CountingBackend:
         return graph.forward
 
     def operators(self):
-        return [
-            node.target for graph in self.graphs for node in graph.graph.nodes if node.op == "call_function"
-        ]
+        return [node.target for graph in self.graphs for node in graph.graph.nodes if node.op == "call_function"]
 
 
 def test_one_operator_and_no_graph_break():
@@ -101,9 +99,7 @@ def test_opcheck_of_forward_with_inputs_that_need_gradients():
     q, k, v = (t.requires_grad_() for t in normal_qkv(2, 20, 30, 2, 1, 64))
     torch.library.opcheck(OP, (q, k, v, *CAUSAL))
     kv, qkv = (normal(20, parts, 2, 64).requires_grad_() for parts in (2, 3))
-    torch.library.opcheck(
-        torch.ops.flash_attn_jit.forward_kvpacked.default, (q[0].detach(), kv, *ALL_OPTIONS)
-    )
+    torch.library.opcheck(torch.ops.flash_attn_jit.forward_kvpacked.default, (q[0].detach(), kv, *ALL_OPTIONS))
     torch.library.opcheck(torch.ops.flash_attn_jit.forward_qkvpacked.default, (qkv, *ALL_OPTIONS))
 
 
@@ -180,9 +176,7 @@ def test_a_compiled_training_step(name, options):
 
     def run(function):
         arguments = FORMS[name]()
-        inputs = [
-            t.requires_grad_() for t in arguments if isinstance(t, torch.Tensor) and t.is_floating_point()
-        ]
+        inputs = [t.requires_grad_() for t in arguments if isinstance(t, torch.Tensor) and t.is_floating_point()]
         total, softmax_lse = function(*arguments)
         return [softmax_lse, *torch.autograd.grad(total, inputs)]
 
@@ -370,9 +364,7 @@ RECORDERS = {
 }
 
 
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "error:.*autograd kernel"
-)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "error:.*autograd kernel")
 @pytest.mark.parametrize("record", RECORDERS)
 @pytest.mark.parametrize("attend", ATTENDS)
 def test_a_recorded_graph_keeps_the_gradient(attend, record):
@@ -407,8 +399,7 @@ def test_one_tensor_given_twice_in_a_compiled_call(attend, backend):
     flash_attn_jit.sdpa(x, x, x)
     compiled = torch.compile(attend, fullgraph=True, backend=backend)
     results = [
-        torch.autograd.grad(f(x, y).float().square().sum(), (x, y), allow_unused=True)
-        for f in (compiled, attend)
+        torch.autograd.grad(f(x, y).float().square().sum(), (x, y), allow_unused=True) for f in (compiled, attend)
     ]
     for got, expected in zip(*results):
         assert (got is None) == (expected is None)
@@ -643,9 +634,7 @@ def test_floating_point_operations_of_sequences():
     assert counted(training_step(attend), q.detach().requires_grad_(), k, v) == flops
     meta = [t.detach().to("meta") for t in (q, k, v)]
     cu_seqlens = CU_SEQLENS.to("meta")
-    longest = counted(
-        lambda *t: flash_attn_jit.flash_attn_varlen_func(*t, cu_seqlens, cu_seqlens, 15, 15), *meta
-    )
+    longest = counted(lambda *t: flash_attn_jit.flash_attn_varlen_func(*t, cu_seqlens, cu_seqlens, 15, 15), *meta)
     assert longest == 4 * 2 * 16 * 3 * 15 * 15  # no lengths to read: each sequence may be the longest
 
 

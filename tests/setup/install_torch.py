@@ -36,8 +36,9 @@ def machine_has_nvidia_gpu() -> bool:
 
 def default_is_cpu_build(requirement: str) -> bool:
     """Whether the torch that pip finds by itself is a CPU build: one that asks for no CUDA library."""
-    answer = pip("install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--report", "-", requirement,
-                 quiet=True)
+    answer = pip(
+        "install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--report", "-", requirement, quiet=True
+    )
     if answer.returncode != 0:
         return False
     metadata = json.loads(answer.stdout)["install"][0]["metadata"]
