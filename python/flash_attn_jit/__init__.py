@@ -18,7 +18,7 @@ from ._torch_check import require_torch as _require_torch
 
 _require_torch()
 
-from . import _flop_formulas, bert_padding
+from . import _flop_formulas, bert_padding  # noqa: F401  _flop_formulas registers them with torch
 from ._core import InterpreterReport
 from ._router import SdpaRouter, route_sdpa
 from ._sdpa import sdpa

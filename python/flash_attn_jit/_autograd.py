@@ -160,8 +160,8 @@ def _heads_second(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
 
 
 class _HeadsFirstAttention(Function):
-    """For (batch, heads, seqlen, head_dim): four nodes of the graph fewer than with transposes outside. What is saved is
-    what the operator saves: one of a checkpoint's two passes may be plain and the other not."""
+    """For (batch, heads, seqlen, head_dim): four nodes of the graph fewer than with transposes outside. What is saved
+    is what the operator saves: one of a checkpoint's two passes may be plain and the other not."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> torch.Tensor:

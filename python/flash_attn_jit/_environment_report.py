@@ -237,9 +237,11 @@ def text(report: dict[str, Any]) -> str:
         f"import flash_attn_jit: {package['import_error'] or 'works'}",
         f"program: {package['program'] or 'not found'}",
     ]
-    for what in ("compiled_module_error", "configuration_error"):
-        if report[what]:
-            lines.append(f"{what.replace('_', ' ')}: {report[what]}")
+    lines += [
+        f"{what.replace('_', ' ')}: {report[what]}"
+        for what in ("compiled_module_error", "configuration_error")
+        if report[what]
+    ]
     lines += [
         f"Python: {python['version']}, {python['executable']}",
         f"system: {system['os']}, {system['libc'] or 'no glibc'}, {system['machine']}, Linux {system['kernel']}",

@@ -98,8 +98,8 @@ def route_sdpa() -> SdpaRouter:
 
     The backward pass need not run inside it. What ``torch.utils.checkpoint`` recomputes runs where the forward pass
     ran: here and counted where that was inside the router, in PyTorch where it was not. For that, what it replaces in
-    torch stays until the graphs of such checkpoints are gone, and passes all other calls on to PyTorch. Other implementations of
-    checkpointing recompute as their backward pass finds it: run that inside as well.
+    torch stays until the graphs of such checkpoints are gone, and passes all other calls on to PyTorch. Other
+    implementations of checkpointing recompute as their backward pass finds it: run that inside as well.
 
     A call that torch.compile traces is routed as well in the thread that entered the router, with no graph break, and
     the compiled form is used inside a router alone; calls inside ``multi_head_attention_forward`` and inside a
@@ -438,9 +438,9 @@ class _Recomputation:
             _Override.release()
 
 
-# With use_reentrant=False a recomputation must save what the forward pass saved. So all of a forward pass belongs to the
-# router that it began in, which another thread may leave meanwhile; and a recomputation whose forward pass ran outside of
-# every router is PyTorch's, as that was. One that is a _Recomputation says otherwise when it is called.
+# With use_reentrant=False a recomputation must save what the forward pass saved. So all of a forward pass belongs to
+# the router that it began in, which another thread may leave meanwhile; and a recomputation whose forward pass ran
+# outside of every router is PyTorch's, as that was. One that is a _Recomputation says otherwise when it is called.
 
 
 def _backward_for_nobody(theirs: Callable[..., Any]) -> Callable[..., Any]:

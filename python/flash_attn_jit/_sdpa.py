@@ -206,8 +206,9 @@ def _interprets() -> bool:
 
 # What torch.compiler.assume_constant_result() does, which imports the compiler: torch.compile runs these two when it
 # traces, and goes by their results.
+_function: Any
 for _function in (_capability, _interprets):
-    setattr(_function, "_dynamo_marked_constant", True)
+    _function._dynamo_marked_constant = True
 
 
 def _device_refusal(device: torch.device) -> Refusal | None:

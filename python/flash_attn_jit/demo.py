@@ -143,7 +143,7 @@ def errors_of(model: Attention, kernels: dict[str, dict[str, Any]], device: str)
     of these: None."""
     problem = _Problem(model, device)
     of_kind = {kind: [spec for spec in kernels if spec.split()[0] == kind] for kind in _KINDS}
-    errors: dict[str, float | None] = {spec: None for spec in kernels}
+    errors: dict[str, float | None] = dict.fromkeys(kernels)
     for specs in zip_longest(of_kind["fwd"], of_kind["bwd_dkdv"], of_kind["bwd_dq"]):
         found = problem.errors(*(kernels[spec]["tile"] if spec else None for spec in specs))
         for spec, written in zip(specs, (["out"], ["dk", "dv"], ["dq"])):

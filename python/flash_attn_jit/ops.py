@@ -252,7 +252,7 @@ def is_plain(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> bool:
 
 def are_plain(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Of further tensors what is_plain() asks of three."""
-    for tensor in tensors:
+    for tensor in tensors:  # noqa: SIM110  all() of a generator takes longer
         if tensor is not None and (type(tensor) not in _PLAIN_TYPES or tensor.is_neg()):
             return False
     return True

@@ -166,7 +166,7 @@ def test_meta_device_beside_the_cpu(name):
 def test_one_tensor_on_the_meta_device(name):
     tensors = dict(zip("qkv", normal_qkv(1, 8, 8, 2, 2, 64)))
     tensors[name] = tensors[name].to("meta")
-    with pytest.raises(ValueError, match="is on device .*accepted: all on one device"):
+    with pytest.raises(ValueError, match=r"is on device .*accepted: all on one device"):
         flash_attn_jit.flash_attn_func(*tensors.values())
 
 
@@ -207,7 +207,7 @@ def test_a_refusal_carries_its_parts():
 
 def test_options_of_another_type():
     q = normal(1, 8, 2, 64)
-    with pytest.raises(ValueError, match="^options is a tuple; accepted: an Options"):
+    with pytest.raises(ValueError, match=r"^options is a tuple; accepted: an Options"):
         flash_attn_jit._core.forward(q, q, q, torch.empty_like(q), torch.empty(1, 2, 8), tuple(NO_OPTIONS))
 
 

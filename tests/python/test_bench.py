@@ -117,8 +117,7 @@ def test_rows_of_a_timing_run(which, on_cpu, monkeypatch):
 @pytest.mark.parametrize("when", ["before", "making the graphs", "warming up", "in a round"])
 def test_out_of_memory_is_a_row_and_the_others_are_timed(when, on_cpu, monkeypatch):
     without_clocks(monkeypatch)
-    why_not, calls = Backend.why_not, Backend.calls
-
+    calls = Backend.calls
     bursts = iter([0, 0] if when == "in a round" else [])
 
     def exhausted(*arguments):

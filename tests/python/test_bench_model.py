@@ -206,5 +206,5 @@ def test_sizes_that_do_not_fit(arguments, words, capsys):
 
 def test_a_torch_without_enable_gqa(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "KNOWS_ENABLE_GQA", False)
-    with pytest.raises(SystemExit, match="--model needs torch 2.5"):
+    with pytest.raises(SystemExit, match=r"--model needs torch 2.5"):
         bench.main([*map(str, ARGUMENTS), "--seqlens", "16", "--output", str(tmp_path / "model.json")])

@@ -70,7 +70,7 @@ def test_a_wait_for_another_process_is_told_and_ends_on_ctrl_c(tmp_path):
         fcntl.flock(holder, fcntl.LOCK_EX)
         waiting = subprocess.Popen(
             [sys.executable, "-c", CALL],
-            preexec_fn=hear_ctrl_c,
+            preexec_fn=hear_ctrl_c,  # noqa: PLW1509  it takes no lock
             env=environment(FLASH_ATTN_JIT_CACHE_DIR=cache),
             cwd=tmp_path,
             stdout=subprocess.PIPE,

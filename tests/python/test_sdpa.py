@@ -219,9 +219,11 @@ def test_under_autocast():
     query, key, value = (t.float() for t in (Q, K, V))
     with torch.autocast("cpu", dtype=torch.float16):
         assert torch.equal(sdpa(query, key.bfloat16().float(), value), sdpa(Q, K.bfloat16(), V))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        with pytest.raises(UnsupportedError, match="query has dtype torch.float16, torch.bfloat16 under autocast"):
-            sdpa(Q, K, V)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(UnsupportedError, match=r"query has dtype torch.float16, torch.bfloat16 under autocast"),
+    ):
+        sdpa(Q, K, V)
 
 
 @pytest.mark.parametrize("function", [F.scaled_dot_product_attention, imported_before], ids=["F", "imported"])

@@ -1,5 +1,7 @@
 """The torch operators with their fake implementations and derivatives: compilers, tracers, modes, transforms."""
 
+from typing import Any, ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -136,9 +138,9 @@ def test_backward_gives_what_is_wanted():
 
 def test_operators_of_packed_tensors_refuse_other_shapes():
     q, qkv = normal(1, 8, 2, 64), normal(1, 8, 3, 2, 64)
-    with pytest.raises(ValueError, match="^kv has size 3 in dimension 2"):
+    with pytest.raises(ValueError, match=r"^kv has size 3 in dimension 2"):
         torch.ops.flash_attn_jit.forward_kvpacked(q, qkv, *NO_OPTIONS)
-    with pytest.raises(ValueError, match="^qkv has 4 dimensions"):
+    with pytest.raises(ValueError, match=r"^qkv has 4 dimensions"):
         torch.ops.flash_attn_jit.forward_qkvpacked(q, *NO_OPTIONS)
 
 
@@ -146,7 +148,7 @@ def test_operators_of_packed_tensors_refuse_other_shapes():
 def test_one_argument_of_backward_on_the_meta_device(which):
     arguments = list(backward_arguments(*normal_qkv(1, 8, 8, 1, 1, 64), NO_OPTIONS))
     arguments[which] = arguments[which].to("meta")
-    with pytest.raises(ValueError, match="is on device .*accepted: all on one device"):
+    with pytest.raises(ValueError, match=r"is on device .*accepted: all on one device"):
         BACKWARD(*arguments)
 
 
@@ -269,7 +271,7 @@ def test_a_backward_alone_under_a_mode_goes_by_the_operator():
 
 
 class Subclass(torch.Tensor):
-    seen = []
+    seen: ClassVar[list[Any]] = []
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -432,11 +434,15 @@ def count_graphs(function, calls):
     return counter.frame_count
 
 
+def attending_to(window):
+    return lambda q, k, v, w: flash_attn_func(q, k, v, window_size=window(w))
+
+
 def test_another_window_compiles_no_further_graph():
     q, k, v = normal_qkv(1, 20, 20, 1, 1, 16)
     calls = [(q, k, v, width) for width in (*range(3, 14), 2**40, 7)]
     for window in (lambda w: (w, 0), lambda w: (0, w), lambda w: [w, w]):
-        graphs = count_graphs(lambda q, k, v, w: flash_attn_func(q, k, v, window_size=window(w)), calls)
+        graphs = count_graphs(attending_to(window), calls)
         assert graphs <= 2, graphs  # the first value is taken for a constant, the others for a variable
 
 
@@ -469,7 +475,7 @@ def of_unpadded(qkv, cu_seqlens):
 def of_concatenated(qkv, cu_seqlens):
     lengths = torch.nn.functional.pad(cu_seqlens[1:3, None] - cu_seqlens[:2, None] + 1, (0, 9))
     unpad = flash_attn_jit.bert_padding.unpad_input_for_concatenated_sequences
-    rows, indices, starts, longest = unpad(qkv, lengths)
+    rows, _, starts, longest = unpad(qkv, lengths)
     return flash_attn_jit.flash_attn_varlen_qkvpacked_func(rows, starts, longest)
 
 
@@ -568,7 +574,7 @@ def test_what_transforms_are_refused():
 
     with pytest.raises(NotImplementedError, match="gradients of gradients"):
         torch.func.grad(lambda q: torch.func.grad(loss)(q).float().sum())(q)
-    with pytest.raises(NotImplementedError, match="forward-mode .*jvp.*accepted: reverse mode"):
+    with pytest.raises(NotImplementedError, match=r"forward-mode .*jvp.*accepted: reverse mode"):
         torch.func.hessian(loss)(q)
     with pytest.raises(NotImplementedError, match="q carries a forward-mode tangent"):
         torch.func.jvp(loss, (q,), (q,))

@@ -149,7 +149,7 @@ def test_cu_seqlens_that_do_not_fit(name, value):
 
 
 def test_block_table():
-    with pytest.raises(NotImplementedError, match="^block_table"):
+    with pytest.raises(NotImplementedError, match=r"^block_table"):
         varlen(block_table=torch.zeros(1, dtype=torch.int32))
 
 
