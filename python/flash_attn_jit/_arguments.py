@@ -4,7 +4,7 @@ import logging
 import operator
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -87,13 +87,13 @@ def _window(window_size: Any) -> tuple[int, int]:
 
 def _window_side(width: Any) -> int:
     if _is_symbolic(width):
-        return width  # type: ignore[no-any-return]
+        return width
     width = operator.index(width)
     # No sequence is longer than _LONGEST, so that a wider window hides nothing either.
     return width if 0 <= width <= _LONGEST else -1
 
 
-def _is_symbolic(value: Any) -> bool:
+def _is_symbolic(value: Any) -> TypeGuard[int]:
     """Whether a tracer may keep this integer as a variable of its graph. A question about it, or a conversion, would
     make the graph hold for some values alone, and has no answer where the value comes out of a tensor. The compiled
     module asks when the graph runs."""
@@ -157,7 +157,7 @@ def max_seqlen(name: str, value: Any) -> int:
     if type(value) is int and not _is_compiling():
         return min(value, _LONGEST) if value >= 0 else -1
     if _is_symbolic(value):
-        return value  # type: ignore[no-any-return]
+        return value
     try:
         if not isinstance(value, torch.Tensor):
             return operator.index(value)

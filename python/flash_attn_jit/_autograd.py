@@ -1,6 +1,6 @@
 """Attention with its derivative, for separate and for packed tensors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,7 +95,8 @@ def _for_transforms(operator: Any, setup_context: Callable[..., None], backward:
     """The operator and its derivative in the form that the transforms of torch.func ask for."""
     parts = {"forward": operator, "setup_context": setup_context, "backward": backward, "jvp": _refuse_forward_mode}
     methods = {name: staticmethod(part) for name, part in parts.items()}
-    return type("Transformed", (Function,), {"generate_vmap_rule": True, **methods}).apply
+    transformed: Any = type("Transformed", (Function,), {"generate_vmap_rule": True, **methods})
+    return transformed.apply
 
 
 def _register_derivative(form: Form) -> None:
@@ -155,8 +156,8 @@ class _Attention(Function):
         return (*_gradients(ctx, SEPARATE, dout, True), None)
 
 
-def _heads_second(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-    return [tensor.transpose(1, 2) for tensor in tensors]
+def _heads_second(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 class _HeadsFirstAttention(Function):
@@ -181,7 +182,8 @@ class _KvpackedAttention(Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, kv: torch.Tensor, call: _Call) -> Any:
         options, wants_lse = call
-        out, softmax_lse = forward_plainly(q, *kv.unbind(-3), options)
+        k, v = kv.unbind(-3)
+        out, softmax_lse = forward_plainly(q, k, v, options)
         _save(ctx, options, q, kv, out, softmax_lse)
         return _returned(ctx, wants_lse, out, softmax_lse)
 
@@ -194,7 +196,8 @@ class _QkvpackedAttention(Function):
     @staticmethod
     def forward(ctx: Any, qkv: torch.Tensor, call: _Call) -> Any:
         options, wants_lse = call
-        out, softmax_lse = forward_plainly(*qkv.unbind(-3), options)
+        q, k, v = qkv.unbind(-3)
+        out, softmax_lse = forward_plainly(q, k, v, options)
         _save(ctx, options, qkv, out, softmax_lse)
         return _returned(ctx, wants_lse, out, softmax_lse)
 
@@ -204,10 +207,10 @@ class _QkvpackedAttention(Function):
 
 
 # What Function.apply calls when it has done its Python part.
-_attention = super(Function, _Attention).apply
-_heads_first = super(Function, _HeadsFirstAttention).apply
-_kvpacked = super(Function, _KvpackedAttention).apply
-_qkvpacked = super(Function, _QkvpackedAttention).apply
+_attention: Callable[..., Any] = super(Function, _Attention).apply
+_heads_first: Callable[..., torch.Tensor] = super(Function, _HeadsFirstAttention).apply
+_kvpacked: Callable[..., Any] = super(Function, _KvpackedAttention).apply
+_qkvpacked: Callable[..., Any] = super(Function, _QkvpackedAttention).apply
 
 
 # ---- calls ----
@@ -282,7 +285,8 @@ def attention_kvpacked(q: Any, kv: Any, options: Options, wants_lse: bool) -> Re
         if _is_grad_enabled() and (q.requires_grad or kv.requires_grad):
             result = _kvpacked(q, kv, (options, wants_lse))
             return result if wants_lse else (result, None)
-        return forward_plainly(q, *kv.unbind(-3), options)
+        k, v = kv.unbind(-3)
+        return forward_plainly(q, k, v, options)
     except ValueError as error:
         raise _of_packed(error, "kv", layout) from None
     except RuntimeError:
@@ -306,7 +310,8 @@ def attention_qkvpacked(qkv: Any, options: Options, wants_lse: bool) -> Result:
         if _is_grad_enabled() and qkv.requires_grad:
             result = _qkvpacked(qkv, (options, wants_lse))
             return result if wants_lse else (result, None)
-        return forward_plainly(*qkv.unbind(-3), options)
+        q, k, v = qkv.unbind(-3)
+        return forward_plainly(q, k, v, options)
     except ValueError as error:
         raise _of_packed(error, "qkv", layout) from None
     except RuntimeError:

@@ -20,7 +20,7 @@ _FORWARD, _BACKWARD = 2 * 2, 2 * 5
 def _lengths(cu_seqlens: torch.Tensor, max_seqlen: int) -> list[int]:
     """Of the sequences; the longest of all where cu_seqlens has no values, as while a compiler traces."""
     if type(cu_seqlens) is torch.Tensor and cu_seqlens.device.type != "meta":
-        return cu_seqlens.diff().tolist()  # type: ignore[no-any-return]
+        return cu_seqlens.diff().tolist()
     return [max_seqlen] * (cu_seqlens.shape[0] - 1)
 
 

@@ -191,7 +191,7 @@ def _enter(router: SdpaRouter) -> None:
         _entered = (*_entered, (threading.get_ident(), router))
         _is_on = True
     if not _thread.has_mode:
-        _mode.__enter__()
+        TorchFunctionMode.__enter__(_mode)
         _thread.has_mode = True
 
 

@@ -30,6 +30,7 @@ _core.set_python_search_path([folder for folder in sys.path if folder])
 
 
 _Tensors = Sequence[torch.Tensor]
+_Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _Gradients = tuple[torch.Tensor | None, ...]
 
 
@@ -75,7 +76,7 @@ def compute_gradients(
     if options.cu_seqlens_q is not None:  # see compute()
         if dq is not None and not options.max_seqlen_q:
             dq.zero_()
-        if dk is not None and not options.max_seqlen_k:
+        if dk is not None and dv is not None and not options.max_seqlen_k:
             dk.zero_()
             dv.zero_()
     return gradients
@@ -138,14 +139,14 @@ class Form:
     def __init__(
         self,
         names: tuple[str, ...],
-        split: Callable[..., _Tensors],
+        split: Callable[..., _Qkv],
         room: Callable[..., _Room],
         layouts: Sequence[tuple[str, ...]] | None = None,
     ) -> None:
         self.names, self.split, self.room = names, split, room
         self.layouts = layouts  # of the packed tensor, the last one: with a batch, with cu_seqlens
 
-    def split_checked(self, tensors: _Tensors, options: Options) -> _Tensors:
+    def split_checked(self, tensors: _Tensors, options: Options) -> _Qkv:
         reject_nested(self.names, tensors)
         if self.layouts is not None:
             check_packed(self.names[-1], tensors[-1], self.layouts[0 if options.cu_seqlens_q is None else 1])
@@ -168,7 +169,8 @@ def _define(name: str, signature: str, function: Callable[..., Any], fake: Calla
     # For every backend: which devices are accepted is the compiled module's to say.
     _library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flash_attn_jit::{name}", fake, lib=_library)
-    return getattr(torch.ops.flash_attn_jit, name).default
+    operator: Callable[..., Any] = getattr(torch.ops.flash_attn_jit, name).default
+    return operator
 
 
 def _define_forward(form: Form, name: str) -> None:

@@ -135,9 +135,9 @@ def exact_gradients(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, **arguments: Any
 ) -> Sequence[torch.Tensor]:
     """(dq, dk, dv) in float64, by autograd through attention()."""
-    inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    out, _ = attention(*inputs, **arguments)
-    return torch.autograd.grad(out, inputs, dout.double())
+    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    out, _ = attention(q, k, v, **arguments)
+    return torch.autograd.grad(out, (q, k, v), dout.double())
 
 
 def sequences(

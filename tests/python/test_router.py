@@ -342,7 +342,7 @@ def test_a_recomputation_that_fails():
 # ---- Callers and tensors of every kind, met by the operator's kernel alone: in a thread that has no function mode
 
 
-def to_script(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+def to_script(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -500,7 +500,7 @@ def targets_of(graph):
     return [str(node.target) for node in graph.nodes if node.op == "call_function"]
 
 
-def attend_all(q, k, v):  # make_fx() sees to parameters without defaults
+def attend_all(q, k, v):  # make_fx() wants a function without defaults and keywords
     return attend(q, k, v)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_reference import NO_OPTIONS, check_attention, normal, normal_qkv
-from functorch.compile import make_boxed_compiler
+from functorch.compile import make_boxed_compiler  # type: ignore[import-untyped]
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -330,6 +330,14 @@ class Layer(torch.nn.Module):
         return self.attend(self.project(x).unflatten(-1, (3, 2, 16))).flatten(-2)
 
 
+def of_separate(qkv):
+    return flash_attn_func(*qkv.unbind(2), causal=True)
+
+
+def of_alibi(qkv):
+    return flash_attn_func(*qkv.unbind(2), alibi_slopes=torch.tensor([0.5, 0.25]))
+
+
 def of_sdpa(qkv):
     return flash_attn_jit.sdpa(*(t.transpose(1, 2) for t in qkv.unbind(2))).transpose(1, 2)
 
@@ -339,11 +347,11 @@ def of_varlen(qkv):
 
 
 ATTENDS = {
-    "separate": lambda qkv: flash_attn_func(*qkv.unbind(2), causal=True),
+    "separate": of_separate,
     "kvpacked": lambda qkv: flash_attn_jit.flash_attn_kvpacked_func(qkv[:, :, 0], qkv[:, :, 1:]),
     "qkvpacked": lambda qkv: flash_attn_jit.flash_attn_qkvpacked_func(qkv, window_size=(5, 2)),
     "varlen": of_varlen,
-    "alibi": lambda qkv: flash_attn_func(*qkv.unbind(2), alibi_slopes=torch.tensor([0.5, 0.25])),
+    "alibi": of_alibi,
     "sdpa": of_sdpa,
 }
 
@@ -495,7 +503,7 @@ def test_lengths_that_a_graph_reads_out_of_a_tensor(attend, backend):
 # ---- transforms ----
 
 LOSSES = {
-    "separate": (lambda *t: flash_attn_func(*t, causal=True), lambda q, k, v: (q, k, v)),
+    "separate": (lambda q, k, v: flash_attn_func(q, k, v, causal=True), lambda q, k, v: (q, k, v)),
     "kvpacked": (flash_attn_jit.flash_attn_kvpacked_func, lambda q, k, v: (q, torch.stack((k, v), 2))),
     "qkvpacked": (flash_attn_jit.flash_attn_qkvpacked_func, lambda q, k, v: (torch.stack((q, k, v), 2),)),
     "sdpa": (flash_attn_jit.sdpa, lambda q, k, v: (q, k, v)),

@@ -26,8 +26,7 @@ def pinned_torch(pyproject: Path) -> str:
 
 def pip(*arguments: str, quiet: bool = False) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pip", *arguments]
-    streams = {"capture_output": True} if quiet else {}
-    return subprocess.run(command, text=True, check=False, **streams)
+    return subprocess.run(command, text=True, check=False, capture_output=quiet)
 
 
 def machine_has_nvidia_gpu() -> bool:

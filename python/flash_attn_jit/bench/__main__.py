@@ -35,9 +35,10 @@ def _require_folder(output: Path | None) -> None:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        record: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise SystemExit(f"--plot is {path}: {error}; accepted: the JSON that a timing run has written") from None
+    return record
 
 
 def machine() -> dict[str, Any]:

@@ -42,7 +42,8 @@ def _burst_ms(calls: Sequence[Callable[[], object]], count: int) -> float:
         calls[i % len(calls)]()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / count
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / count
 
 
 def _sample(candidate: Candidate, count: int) -> float | None:
