@@ -1,10 +1,11 @@
 """Scores so large that one key takes nearly all of a row: as exact as PyTorch's flash kernel, forward and backward,
-whatever their size. One exception: where softmax_scale is a power of 2 (head dims 16, 64, 256), that kernel's log-sum-exp
-is the greatest score without rounding, and its dv as exact as fp16; here, as with any other scale there, the weights of
-the backward pass carry the rounding of a float32 log-sum-exp."""
+whatever their size. One exception: where softmax_scale is a power of 2 (head dims 16, 64, 256), that kernel's
+log-sum-exp is the greatest score without rounding, and its dv as exact as fp16; here, as with any other scale there,
+the weights of the backward pass carry the rounding of a float32 log-sum-exp."""
 
 import math
-from typing import Any, Dict, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -20,19 +21,16 @@ def problem(amplitude: float, device: str = "cpu") -> Sequence[torch.Tensor]:
     """(q, k, v, dout): q and k of N(0, 1) times `amplitude`, 64 tokens of one head of 64."""
     factors = (amplitude, amplitude, 1, 1)
     return [
-        (torch.randn(BATCH, 64, 1, 64, generator=torch.Generator().manual_seed(i)) * factor).to(
-            device, torch.float16
-        )
+        (torch.randn(BATCH, 64, 1, 64, generator=torch.Generator().manual_seed(i)) * factor).to(device, torch.float16)
         for i, factor in enumerate(factors)
     ]
 
 
-def ours(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, scale: float
-) -> Sequence[torch.Tensor]:
-    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-    out = flash_attn_func(*inputs, softmax_scale=scale)
-    return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
+def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, scale: float) -> Sequence[torch.Tensor]:
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    out = flash_attn_func(q, k, v, softmax_scale=scale)
+    assert isinstance(out, torch.Tensor)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
 
 def flash(
@@ -55,7 +53,7 @@ def flash(
     return [t.half()[:, :, None] for t in (out, *gradients)]
 
 
-def errors(results: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> Dict[str, float]:
+def errors(results: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> dict[str, float]:
     """The greatest error of each over its greatest true value, or over 1 where that is less."""
     return {
         name: (got.double() - true).abs().max().item() / max(1.0, true.abs().max().item())
@@ -102,9 +100,7 @@ def test_as_exact_as_pytorchs_flash_kernel(amplitude, scale):
     def theirs(q, k, v, dout, scale):
         inputs = [t.detach().requires_grad_() for t in (q, k, v)]
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-            out = torch.nn.functional.scaled_dot_product_attention(
-                *(t.transpose(1, 2) for t in inputs), scale=scale
-            )
+            out = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in inputs), scale=scale)
         out = out.transpose(1, 2)
         return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
 
