@@ -1,4 +1,4 @@
-# make demo, make test and make test-all set up what they need on the first run and then do their job.
+# make demo, make lint, make test and make test-all set up what they need on the first run and then do their job.
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
@@ -18,10 +18,11 @@ sources := $(shell find generator templates runtime python -type f -not -path '*
            CMakeLists.txt pyproject.toml README.md LICENSE
 cpp_tests := $(shell find tests/cpp -type f)
 
-.PHONY: help setup demo test test-all clean
+.PHONY: help setup demo lint test test-all clean
 help:
 	@echo 'make demo      prebuild kernels for sm_75, run attention and a training step, compare them with float64'
-	@echo 'make test      build, C++ tests (plain and under sanitizers), Python tests'
+	@echo 'make lint      ruff and mypy: seconds'
+	@echo 'make test      lint, build, C++ tests (plain and under sanitizers), Python tests'
 	@echo 'make test-all  the same with the full grids'
 	@echo 'make setup     only install what those need; make clean removes every build and .venv'
 
@@ -42,6 +43,13 @@ $(stamps)/torch: $(stamps)/venv tests/setup/install_torch.py pyproject.toml
 	@$(python) tests/setup/install_torch.py pyproject.toml
 	@touch $@
 
+# pip knows --group since 25.1.
+$(stamps)/lint: $(stamps)/torch pyproject.toml
+	@echo '== what lint runs'
+	@$(python) -m pip install -q 'pip>=25.1'
+	@$(python) -m pip install -q --group lint
+	@touch $@
+
 # The wheel's build folder is kept, so that only what changed is compiled again; it holds the C++ tests too.
 $(stamps)/package: $(stamps)/torch $(sources) $(cpp_tests)
 	@echo '== build and install flash-attn-jit into $(venv) (log: $(build)/install.log)'
@@ -60,17 +68,23 @@ $(stamps)/sanitized: $(stamps)/package $(cpp_tests)
 	@PATH="$(abspath $(venv))/bin:$$PATH" cmake --build $(build_sanitized) -j $(JOBS)
 	@touch $@
 
-setup: $(stamps)/package
+setup: $(stamps)/lint $(stamps)/package
 
 demo: $(stamps)/package
 	@echo '== demo'
 	@$(python) -m flash_attn_jit.demo
 
+lint: $(stamps)/lint
+	@echo '== ruff and mypy'
+	@$(venv)/bin/ruff check --quiet
+	@$(venv)/bin/ruff format --check --quiet
+	@$(venv)/bin/mypy --python-executable $(python)
+
 test-all: export FLASH_ATTN_JIT_TEST_ALL = 1
 # Where the C++ tests find both NVRTCs.
 test test-all: export FLASH_ATTN_JIT_TEST_SITE_PACKAGES = $(shell $(python) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-test test-all: $(stamps)/package $(stamps)/sanitized
+test test-all: lint $(stamps)/package $(stamps)/sanitized
 	@echo '== C++ tests'
 	@ctest --test-dir $(build) --output-on-failure -j $(JOBS)
 	@echo '== C++ tests under AddressSanitizer and UBSan'

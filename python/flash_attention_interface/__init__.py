@@ -4,7 +4,7 @@ Programs written for it import this module and need no change. All return ``out`
 programs do better with ``flash_attn_jit``, whose functions take more: windows, softcap, ALiBi, softmax_lse.
 """
 
-from typing import Optional, Union, cast
+from typing import cast
 
 import torch
 
@@ -19,7 +19,7 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
 ]
 
-_Length = Union[int, torch.Tensor]
+_Length = int | torch.Tensor
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,7 @@ def flash_attn_func(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    softmax_scale: Optional[float] = None,
+    softmax_scale: float | None = None,
     causal: bool = False,
 ) -> torch.Tensor:
     """Attention of q (batch, seqlen_q, num_heads, head_dim) over k and v (batch, seqlen_k, num_heads_k, head_dim),
@@ -45,14 +45,12 @@ def flash_attn_func(
     """
     return cast(
         torch.Tensor,
-        flash_attn_jit.flash_attn_func(
-            _rows(q), _rows(k), _rows(v), softmax_scale=softmax_scale, causal=causal
-        ),
+        flash_attn_jit.flash_attn_func(_rows(q), _rows(k), _rows(v), softmax_scale=softmax_scale, causal=causal),
     )
 
 
 def flash_attn_kvpacked_func(
-    q: torch.Tensor, kv: torch.Tensor, softmax_scale: Optional[float] = None, causal: bool = False
+    q: torch.Tensor, kv: torch.Tensor, softmax_scale: float | None = None, causal: bool = False
 ) -> torch.Tensor:
     """``flash_attn_func`` for k and v in one kv (batch, seqlen_k, 2, num_heads_k, head_dim).
 
@@ -61,14 +59,12 @@ def flash_attn_kvpacked_func(
     """
     return cast(
         torch.Tensor,
-        flash_attn_jit.flash_attn_kvpacked_func(
-            _rows(q), _rows(kv), softmax_scale=softmax_scale, causal=causal
-        ),
+        flash_attn_jit.flash_attn_kvpacked_func(_rows(q), _rows(kv), softmax_scale=softmax_scale, causal=causal),
     )
 
 
 def flash_attn_qkvpacked_func(
-    qkv: torch.Tensor, softmax_scale: Optional[float] = None, causal: bool = False
+    qkv: torch.Tensor, softmax_scale: float | None = None, causal: bool = False
 ) -> torch.Tensor:
     """``flash_attn_func`` for q, k and v in one qkv (batch, seqlen, 3, num_heads, head_dim).
 
@@ -89,7 +85,7 @@ def flash_attn_varlen_func(
     cu_seqlens_k: torch.Tensor,
     max_seqlen_q: _Length,
     max_seqlen_k: _Length,
-    softmax_scale: Optional[float] = None,
+    softmax_scale: float | None = None,
     causal: bool = False,
 ) -> torch.Tensor:
     """``flash_attn_func`` for sequences one after the other: q (total_q, num_heads, head_dim), k and v (total_k,
@@ -121,7 +117,7 @@ def flash_attn_varlen_kvpacked_func(
     cu_seqlens_k: torch.Tensor,
     max_seqlen_q: _Length,
     max_seqlen_k: _Length,
-    softmax_scale: Optional[float] = None,
+    softmax_scale: float | None = None,
     causal: bool = False,
 ) -> torch.Tensor:
     """``flash_attn_varlen_func`` for k and v in one kv (total_k, 2, num_heads_k, head_dim).
@@ -148,7 +144,7 @@ def flash_attn_varlen_qkvpacked_func(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor,
     max_seqlen: _Length,
-    softmax_scale: Optional[float] = None,
+    softmax_scale: float | None = None,
     causal: bool = False,
 ) -> torch.Tensor:
     """``flash_attn_varlen_func`` for q, k and v in one qkv (total, 3, num_heads, head_dim).

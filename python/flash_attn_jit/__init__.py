@@ -18,7 +18,10 @@ from ._torch_check import require_torch as _require_torch
 
 _require_torch()
 
+from . import _flop_formulas, bert_padding  # noqa: F401  _flop_formulas registers them with torch
 from ._core import InterpreterReport
+from ._router import SdpaRouter, route_sdpa
+from ._sdpa import sdpa
 from .errors import (
     CompileError,
     ConfigError,
@@ -36,10 +39,6 @@ from .interface import (
     flash_attn_varlen_qkvpacked_func,
     interpreter_report,
 )
-
-from . import _flop_formulas, bert_padding
-from ._router import SdpaRouter, route_sdpa
-from ._sdpa import sdpa
 
 __version__: str = _version("flash-attn-jit")
 

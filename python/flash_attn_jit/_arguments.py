@@ -2,8 +2,9 @@
 
 import logging
 import operator
+from collections.abc import Sequence
 from numbers import Real
-from typing import Any, Optional, Sequence, Tuple, Union
+from typing import Any, TypeGuard
 
 import torch
 
@@ -13,7 +14,7 @@ from .errors import Refusal
 
 UNBOUNDED = (-1, -1)  # the default's identity lets a call skip the look at it
 
-Window = Union[Sequence[int], torch.Tensor]
+Window = Sequence[int] | torch.Tensor
 
 # Of packed tensors: with a batch, with cu_seqlens.
 KV_LAYOUTS = (("batch", "seqlen_k", "2", "num_heads_k", "head_dim"), ("total_k", "2", "num_heads_k", "head_dim"))
@@ -32,8 +33,8 @@ def read_options(
     softcap: Any,
     alibi_slopes: Any,
     deterministic: Any,
-    cu_seqlens_q: Optional[torch.Tensor] = None,
-    cu_seqlens_k: Optional[torch.Tensor] = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
 ) -> Options:
@@ -73,7 +74,7 @@ def _scale(softmax_scale: Any) -> float:
     return number("softmax_scale", softmax_scale)
 
 
-def _window(window_size: Any) -> Tuple[int, int]:
+def _window(window_size: Any) -> tuple[int, int]:
     """(left, right) from a sequence or a tensor of two; negative where a side is unbounded."""
     if isinstance(window_size, torch.Tensor):
         return _window_of_tensor(window_size)
@@ -86,20 +87,20 @@ def _window(window_size: Any) -> Tuple[int, int]:
 
 def _window_side(width: Any) -> int:
     if _is_symbolic(width):
-        return width  # type: ignore[no-any-return]
+        return width
     width = operator.index(width)
     # No sequence is longer than _LONGEST, so that a wider window hides nothing either.
     return width if 0 <= width <= _LONGEST else -1
 
 
-def _is_symbolic(value: Any) -> bool:
+def _is_symbolic(value: Any) -> TypeGuard[int]:
     """Whether a tracer may keep this integer as a variable of its graph. A question about it, or a conversion, would
     make the graph hold for some values alone, and has no answer where the value comes out of a tensor. The compiled
     module asks when the graph runs."""
     return type(value) is torch.SymInt or (type(value) is int and _is_compiling())
 
 
-def _window_of_tensor(window_size: torch.Tensor) -> Tuple[int, int]:
+def _window_of_tensor(window_size: torch.Tensor) -> tuple[int, int]:
     if window_size.shape != (2,) or window_size.is_floating_point():
         raise _window_error(f"a tensor of shape {tuple(window_size.shape)} and dtype {window_size.dtype}")
     _tell_of_synchronisation("window_size", window_size)
@@ -156,7 +157,7 @@ def max_seqlen(name: str, value: Any) -> int:
     if type(value) is int and not _is_compiling():
         return min(value, _LONGEST) if value >= 0 else -1
     if _is_symbolic(value):
-        return value  # type: ignore[no-any-return]
+        return value
     try:
         if not isinstance(value, torch.Tensor):
             return operator.index(value)
@@ -202,7 +203,7 @@ def reject_what_is_no_tensor(**arguments: Any) -> None:
             raise Refusal(name, f"is a {type(value).__name__}", "a torch.Tensor").exception()
 
 
-def check_packed(name: str, tensor: torch.Tensor, layout: Tuple[str, ...]) -> None:
+def check_packed(name: str, tensor: torch.Tensor, layout: tuple[str, ...]) -> None:
     """The rank of a packed tensor and its dimension of 2 or 3, both as in `layout`."""
     if tensor.is_nested:
         reject_nested((name,), (tensor,))
@@ -220,7 +221,7 @@ def layout_refusal(name: str, tensor: torch.Tensor) -> Refusal:
     return Refusal(name, f"has layout {tensor.layout}", "torch.strided", f"Use {name}.to_dense()")
 
 
-def device_refusal(name: str, device: torch.device, first: str, of_first: torch.device) -> Optional[Refusal]:
+def device_refusal(name: str, device: torch.device, first: str, of_first: torch.device) -> Refusal | None:
     """Why a tensor may not lie on another device than the first one of its call."""
     if device == of_first:
         return None

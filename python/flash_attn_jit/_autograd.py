@@ -1,6 +1,7 @@
 """Attention with its derivative, for separate and for packed tensors."""
 
-from typing import Any, Callable, Optional, Sequence, Tuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.amp import is_autocast_available
@@ -22,10 +23,10 @@ from .ops import KVPACKED, QKVPACKED, SEPARATE, Form, are_plain, forward_plainly
 
 _float32, _is_grad_enabled = torch.float32, torch.is_grad_enabled
 # out, softmax_lse; softmax_lse may be None where the call did not want it
-Result = Tuple[torch.Tensor, Any]
-_Gradient = Optional[torch.Tensor]
+Result = tuple[torch.Tensor, Any]
+_Gradient = torch.Tensor | None
 # All that is no input: the options, whether softmax_lse is wanted.
-_Call = Tuple[Options, bool]
+_Call = tuple[Options, bool]
 
 
 # ---- the derivative, which operators and plain calls share ----
@@ -46,11 +47,11 @@ def _is_transformed() -> bool:
     return not torch.compiler.is_compiling() and bool(transforms_are_active())  # a compiler sees to its own transforms
 
 
-def _forward_operator(form: Form) -> Callable[..., Tuple[torch.Tensor, torch.Tensor]]:
+def _forward_operator(form: Form) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     return form.transformed_forward if _is_transformed() else form.forward
 
 
-def _gradients(ctx: Any, form: Form, dout: _Gradient, was_plain: bool) -> Tuple[_Gradient, ...]:
+def _gradients(ctx: Any, form: Form, dout: _Gradient, was_plain: bool) -> tuple[_Gradient, ...]:
     """Of the inputs; None for those that need none."""
     count = len(form.names)
     if dout is None:
@@ -94,19 +95,20 @@ def _for_transforms(operator: Any, setup_context: Callable[..., None], backward:
     """The operator and its derivative in the form that the transforms of torch.func ask for."""
     parts = {"forward": operator, "setup_context": setup_context, "backward": backward, "jvp": _refuse_forward_mode}
     methods = {name: staticmethod(part) for name, part in parts.items()}
-    return type("Transformed", (Function,), {"generate_vmap_rule": True, **methods}).apply
+    transformed: Any = type("Transformed", (Function,), {"generate_vmap_rule": True, **methods})
+    return transformed.apply
 
 
 def _register_derivative(form: Form) -> None:
     count, no_options = len(form.names), (None,) * len(Options._fields)
     slopes = count + Options._fields.index("alibi_slopes")
 
-    def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[torch.Tensor, torch.Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         _save(ctx, Options._make(inputs[count:]), *inputs[:count], *output)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
 
-    def backward(ctx: Any, dout: _Gradient, _: None) -> Tuple[_Gradient, ...]:
+    def backward(ctx: Any, dout: _Gradient, _: None) -> tuple[_Gradient, ...]:
         if ctx.needs_input_grad[slopes]:
             refuse_gradient_of_slopes()
         return _gradients(ctx, form, dout, False) + no_options
@@ -150,17 +152,17 @@ class _Attention(Function):
         return _returned(ctx, wants_lse, out, softmax_lse)
 
     @staticmethod
-    def backward(ctx: Any, dout: _Gradient, *_: None) -> Tuple[_Gradient, ...]:
+    def backward(ctx: Any, dout: _Gradient, *_: None) -> tuple[_Gradient, ...]:
         return (*_gradients(ctx, SEPARATE, dout, True), None)
 
 
-def _heads_second(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-    return [tensor.transpose(1, 2) for tensor in tensors]
+def _heads_second(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 class _HeadsFirstAttention(Function):
-    """For (batch, heads, seqlen, head_dim): four nodes of the graph fewer than with transposes outside. What is saved is
-    what the operator saves: one of a checkpoint's two passes may be plain and the other not."""
+    """For (batch, heads, seqlen, head_dim): four nodes of the graph fewer than with transposes outside. What is saved
+    is what the operator saves: one of a checkpoint's two passes may be plain and the other not."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> torch.Tensor:
@@ -170,7 +172,7 @@ class _HeadsFirstAttention(Function):
         return out.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, dout: _Gradient) -> Tuple[_Gradient, ...]:
+    def backward(ctx: Any, dout: _Gradient) -> tuple[_Gradient, ...]:
         dout = None if dout is None else dout.transpose(1, 2)
         gradients = _gradients(ctx, SEPARATE, dout, True)
         return (*(None if gradient is None else gradient.transpose(1, 2) for gradient in gradients), None)
@@ -180,12 +182,13 @@ class _KvpackedAttention(Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, kv: torch.Tensor, call: _Call) -> Any:
         options, wants_lse = call
-        out, softmax_lse = forward_plainly(q, *kv.unbind(-3), options)
+        k, v = kv.unbind(-3)
+        out, softmax_lse = forward_plainly(q, k, v, options)
         _save(ctx, options, q, kv, out, softmax_lse)
         return _returned(ctx, wants_lse, out, softmax_lse)
 
     @staticmethod
-    def backward(ctx: Any, dout: _Gradient, *_: None) -> Tuple[_Gradient, ...]:
+    def backward(ctx: Any, dout: _Gradient, *_: None) -> tuple[_Gradient, ...]:
         return (*_gradients(ctx, KVPACKED, dout, True), None)
 
 
@@ -193,20 +196,21 @@ class _QkvpackedAttention(Function):
     @staticmethod
     def forward(ctx: Any, qkv: torch.Tensor, call: _Call) -> Any:
         options, wants_lse = call
-        out, softmax_lse = forward_plainly(*qkv.unbind(-3), options)
+        q, k, v = qkv.unbind(-3)
+        out, softmax_lse = forward_plainly(q, k, v, options)
         _save(ctx, options, qkv, out, softmax_lse)
         return _returned(ctx, wants_lse, out, softmax_lse)
 
     @staticmethod
-    def backward(ctx: Any, dout: _Gradient, *_: None) -> Tuple[_Gradient, ...]:
+    def backward(ctx: Any, dout: _Gradient, *_: None) -> tuple[_Gradient, ...]:
         return (*_gradients(ctx, QKVPACKED, dout, True), None)
 
 
 # What Function.apply calls when it has done its Python part.
-_attention = super(Function, _Attention).apply
-_heads_first = super(Function, _HeadsFirstAttention).apply
-_kvpacked = super(Function, _KvpackedAttention).apply
-_qkvpacked = super(Function, _QkvpackedAttention).apply
+_attention: Callable[..., Any] = super(Function, _Attention).apply
+_heads_first: Callable[..., torch.Tensor] = super(Function, _HeadsFirstAttention).apply
+_kvpacked: Callable[..., Any] = super(Function, _KvpackedAttention).apply
+_qkvpacked: Callable[..., Any] = super(Function, _QkvpackedAttention).apply
 
 
 # ---- calls ----
@@ -252,9 +256,7 @@ def attention(q: Any, k: Any, v: Any, options: Options, wants_lse: bool) -> Resu
         raise
 
 
-def attention_heads_first(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
-) -> torch.Tensor:
+def attention_heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> torch.Tensor:
     """out of (batch, heads, seqlen, head_dim), float16, in that order too."""
     if forward_mode_is_on():
         _reject_tangents(query=q, key=k, value=v)
@@ -283,7 +285,8 @@ def attention_kvpacked(q: Any, kv: Any, options: Options, wants_lse: bool) -> Re
         if _is_grad_enabled() and (q.requires_grad or kv.requires_grad):
             result = _kvpacked(q, kv, (options, wants_lse))
             return result if wants_lse else (result, None)
-        return forward_plainly(q, *kv.unbind(-3), options)
+        k, v = kv.unbind(-3)
+        return forward_plainly(q, k, v, options)
     except ValueError as error:
         raise _of_packed(error, "kv", layout) from None
     except RuntimeError:
@@ -307,7 +310,8 @@ def attention_qkvpacked(qkv: Any, options: Options, wants_lse: bool) -> Result:
         if _is_grad_enabled() and qkv.requires_grad:
             result = _qkvpacked(qkv, (options, wants_lse))
             return result if wants_lse else (result, None)
-        return forward_plainly(*qkv.unbind(-3), options)
+        q, k, v = qkv.unbind(-3)
+        return forward_plainly(q, k, v, options)
     except ValueError as error:
         raise _of_packed(error, "qkv", layout) from None
     except RuntimeError:
@@ -315,7 +319,7 @@ def attention_qkvpacked(qkv: Any, options: Options, wants_lse: bool) -> Result:
         raise
 
 
-def _of_packed(error: ValueError, packed: str, layout: Tuple[str, ...]) -> ValueError:
+def _of_packed(error: ValueError, packed: str, layout: tuple[str, ...]) -> ValueError:
     """The error with what the names in it are slices of."""
     before = ":, " * (len(layout) - 3)
     slices = ", ".join(f"{name} is {packed}[{before}{i}]" for i, name in enumerate(packed))

@@ -15,8 +15,9 @@ import re
 import shutil
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any
 
 _PACKAGE = "flash_attn_jit"
 _PROGRAM = "flash-attn-jit"
@@ -66,7 +67,7 @@ def _words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _version_of(distribution: str) -> Optional[str]:
+def _version_of(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -75,7 +76,7 @@ def _version_of(distribution: str) -> Optional[str]:
         return _words(error)
 
 
-def _import_error() -> Optional[str]:
+def _import_error() -> str | None:
     """What stands in the way of ``import flash_attn_jit``."""
     package = sys.modules[_PACKAGE]
     if hasattr(package, "__all__"):
@@ -89,7 +90,7 @@ def _import_error() -> Optional[str]:
     return None
 
 
-def _package() -> Dict[str, Any]:
+def _package() -> dict[str, Any]:
     beside_python = Path(sysconfig.get_path("scripts")) / _PROGRAM
     program = str(beside_python) if beside_python.exists() else shutil.which(_PROGRAM)
     return {
@@ -100,7 +101,7 @@ def _package() -> Dict[str, Any]:
     }
 
 
-def _system() -> Dict[str, Any]:
+def _system() -> dict[str, Any]:
     try:
         name = platform.freedesktop_os_release().get("PRETTY_NAME", "Linux")
     except OSError:
@@ -112,8 +113,8 @@ def _system() -> Dict[str, Any]:
     return {"os": name, "kernel": platform.release(), "machine": platform.machine(), "libc": libc}
 
 
-def _torch() -> Dict[str, Any]:
-    found: Dict[str, Any] = {"installed": _version_of("torch"), "version": None, "cuda": None, "file": None}
+def _torch() -> dict[str, Any]:
+    found: dict[str, Any] = {"installed": _version_of("torch"), "version": None, "cuda": None, "file": None}
     try:
         torch = importlib.import_module("torch")
     except Exception as error:
@@ -124,7 +125,7 @@ def _torch() -> Dict[str, Any]:
     return {**found, "error": None}
 
 
-def _kernel_module() -> Optional[str]:
+def _kernel_module() -> str | None:
     """The version of the driver's kernel module, such as 535.104.05, which is what NVIDIA's driver packages are named
     after."""
     try:
@@ -135,21 +136,21 @@ def _kernel_module() -> Optional[str]:
     return found.group(1) if found else None
 
 
-def _machine() -> Dict[str, Any]:
+def _machine() -> dict[str, Any]:
     """Of the compiled module: driver, GPUs, NVRTC and the cache's folder, or why they are not known."""
     try:
         core = importlib.import_module(f"{_PACKAGE}._core")
         core.set_python_search_path([folder for folder in sys.path if folder])
-        machine: Dict[str, Any] = json.loads(core.machine_report_json())
+        machine: dict[str, Any] = json.loads(core.machine_report_json())
     except Exception as error:
         return {"error": _words(error)}
     return machine
 
 
-def _cache(folder: Optional[str]) -> Optional[Dict[str, Any]]:
+def _cache(folder: str | None) -> dict[str, Any] | None:
     if folder is None:
         return None
-    found: Dict[str, Any] = {"folder": folder, "files": 0, "bytes": 0, "error": None}
+    found: dict[str, Any] = {"folder": folder, "files": 0, "bytes": 0, "error": None}
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -163,7 +164,7 @@ def _cache(folder: Optional[str]) -> Optional[Dict[str, Any]]:
     return found
 
 
-def collect() -> Dict[str, Any]:
+def collect() -> dict[str, Any]:
     package, torch = _package(), _torch()
     machine = _machine()
     return {
@@ -179,22 +180,20 @@ def collect() -> Dict[str, Any]:
         "nvrtc": machine.get("nvrtc"),
         "cache": _cache(machine.get("cache")),
         "variables": {
-            name: value
-            for name, value in sorted(os.environ.items())
-            if name.startswith(_PREFIX) or name == _HIDES_GPUS
+            name: value for name, value in sorted(os.environ.items()) if name.startswith(_PREFIX) or name == _HIDES_GPUS
         },
         "packages": {name: version for name in PACKAGES if (version := _version_of(name))},
     }
 
 
-def _torch_lines(torch: Dict[str, Any]) -> List[str]:
+def _torch_lines(torch: dict[str, Any]) -> list[str]:
     if torch["error"]:
         state = f"{torch['installed']}, which cannot be imported" if torch["installed"] else "not installed"
         return [f"torch: {state} ({torch['error']})"]
     return [f"torch: {torch['version']}, CUDA {torch['cuda'] or 'none'}, {torch['file']}"]
 
 
-def _driver_lines(report: Dict[str, Any]) -> List[str]:
+def _driver_lines(report: dict[str, Any]) -> list[str]:
     driver, gpus = report["driver"], report["gpus"]
     module = f", kernel module {driver['kernel_module']}" if driver["kernel_module"] else ""
     if gpus is None:
@@ -210,7 +209,7 @@ def _driver_lines(report: Dict[str, Any]) -> List[str]:
     return lines if gpus else [*lines, "GPUs: none"]
 
 
-def _nvrtc_lines(nvrtc: Optional[Dict[str, Any]]) -> List[str]:
+def _nvrtc_lines(nvrtc: dict[str, Any] | None) -> list[str]:
     if nvrtc is None:
         return ["NVRTC: not looked for"]
     lines = [
@@ -220,7 +219,7 @@ def _nvrtc_lines(nvrtc: Optional[Dict[str, Any]]) -> List[str]:
     return lines + [f"NVRTC for {use}: {path or 'none'}" for use, path in nvrtc["used_for"].items()]
 
 
-def _cache_lines(report: Dict[str, Any]) -> List[str]:
+def _cache_lines(report: dict[str, Any]) -> list[str]:
     cache = report["cache"]
     if cache is None:
         is_known = not (report["configuration_error"] or report["compiled_module_error"])
@@ -229,7 +228,7 @@ def _cache_lines(report: Dict[str, Any]) -> List[str]:
     return [f"cache: {cache['folder']}, {size}"]
 
 
-def text(report: Dict[str, Any]) -> str:
+def text(report: dict[str, Any]) -> str:
     package, python, system = report["package"], report["python"], report["system"]
     width = max(len(command) for command in report["run"])
     commands = [f"  {command.ljust(width)}   {what}" for command, what in report["run"].items()]
@@ -238,18 +237,18 @@ def text(report: Dict[str, Any]) -> str:
         f"import flash_attn_jit: {package['import_error'] or 'works'}",
         f"program: {package['program'] or 'not found'}",
     ]
-    for what in ("compiled_module_error", "configuration_error"):
-        if report[what]:
-            lines.append(f"{what.replace('_', ' ')}: {report[what]}")
+    lines += [
+        f"{what.replace('_', ' ')}: {report[what]}"
+        for what in ("compiled_module_error", "configuration_error")
+        if report[what]
+    ]
     lines += [
         f"Python: {python['version']}, {python['executable']}",
         f"system: {system['os']}, {system['libc'] or 'no glibc'}, {system['machine']}, Linux {system['kernel']}",
     ]
     lines += _torch_lines(report["torch"]) + _driver_lines(report) + _nvrtc_lines(report["nvrtc"])
     lines += _cache_lines(report)
-    lines += [f"variable: {name}={value}" for name, value in report["variables"].items()] or [
-        "variables: none"
-    ]
+    lines += [f"variable: {name}={value}" for name, value in report["variables"].items()] or ["variables: none"]
     packages = ", ".join(f"{name} {version}" for name, version in report["packages"].items())
     lines.append(f"other packages: {packages or 'none'}")
     return "\n".join(
@@ -257,7 +256,7 @@ def text(report: Dict[str, Any]) -> str:
     )
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog=f"python -m {_PACKAGE}",
         description="Prints what there is to run, and a report of the environment for bug reports. Nothing is timed, "

@@ -2,8 +2,9 @@
 sequence's queries times all of its keys, masked or not.
 """
 
+from collections.abc import Callable
 from math import prod
-from typing import Any, Callable, List
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -16,10 +17,10 @@ from .ops import KVPACKED, QKVPACKED, SEPARATE, Form
 _FORWARD, _BACKWARD = 2 * 2, 2 * 5
 
 
-def _lengths(cu_seqlens: torch.Tensor, max_seqlen: int) -> List[int]:
+def _lengths(cu_seqlens: torch.Tensor, max_seqlen: int) -> list[int]:
     """Of the sequences; the longest of all where cu_seqlens has no values, as while a compiler traces."""
     if type(cu_seqlens) is torch.Tensor and cu_seqlens.device.type != "meta":
-        return cu_seqlens.diff().tolist()  # type: ignore[no-any-return]
+        return cu_seqlens.diff().tolist()
     return [max_seqlen] * (cu_seqlens.shape[0] - 1)
 
 

@@ -1,7 +1,8 @@
 """The options of a call: one value from the public functions to the launch."""
 
+from collections.abc import Callable
 from operator import itemgetter
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
@@ -10,32 +11,32 @@ class Options(NamedTuple):
     """All that a call says beside q, k and v. The one list of them: the operators' signatures are made from it, and the
     compiled module reads its fields by name."""
 
-    softmax_scale: Optional[float] = None  # None: 1/sqrt(head_dim)
+    softmax_scale: float | None = None  # None: 1/sqrt(head_dim)
     causal: bool = False
     window_left: int = -1  # negative: without end
     window_right: int = -1
     softcap: float = 0.0  # 0.0: none
-    alibi_slopes: Optional[torch.Tensor] = None
-    cu_seqlens_q: Optional[torch.Tensor] = None  # both or neither
-    cu_seqlens_k: Optional[torch.Tensor] = None
+    alibi_slopes: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None  # both or neither
+    cu_seqlens_k: torch.Tensor | None = None
     max_seqlen_q: int = 0  # read with cu_seqlens only
     max_seqlen_k: int = 0
 
 
-Tensors = Tuple[Optional[torch.Tensor], ...]
+Tensors = tuple[torch.Tensor | None, ...]
 
 _TYPES = get_type_hints(Options)
-_IN_SCHEMA: Dict[Any, str] = {
+_IN_SCHEMA: dict[Any, str] = {
     bool: "bool",
     int: "SymInt",
     float: "float",
-    Optional[float]: "float?",
-    Optional[torch.Tensor]: "Tensor?",
+    float | None: "float?",
+    torch.Tensor | None: "Tensor?",
 }
 # As the operators take them, after the tensors.
 SCHEMA = ", ".join(f"{_IN_SCHEMA[_TYPES[name]]} {name}" for name in Options._fields)
 
-_TENSORS = [i for i, name in enumerate(Options._fields) if _TYPES[name] == Optional[torch.Tensor]]
+_TENSORS = [i for i, name in enumerate(Options._fields) if _TYPES[name] == (torch.Tensor | None)]
 _NUMBERS = [i for i in range(len(Options._fields)) if i not in _TENSORS]
 _numbers_of = itemgetter(*_NUMBERS)
 _in_order = itemgetter(*((_NUMBERS + _TENSORS).index(i) for i in range(len(Options._fields))))

@@ -1,7 +1,6 @@
 """Attention and its gradients in float64, the yardstick of the bench and the demo."""
 
 from math import sqrt
-from typing import Tuple
 
 import torch
 
@@ -10,9 +9,7 @@ def _probabilities(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tens
     scores = q.double() @ k.double().transpose(-1, -2) / sqrt(q.shape[-1])
     if causal:
         seqlen_q, seqlen_k = scores.shape[-2:]
-        hidden = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device).triu(
-            1 + seqlen_k - seqlen_q
-        )
+        hidden = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device).triu(1 + seqlen_k - seqlen_q)
         scores = scores.masked_fill(hidden, float("-inf"))
     return torch.softmax(scores, -1)
 
@@ -27,7 +24,7 @@ def reference_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: b
 
 def reference_gradients(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, causal: bool
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) of reference_heads() for the output's gradient `dout`, head by head."""
     q, k, v, dout = (tensor.double() for tensor in (q, k, v, dout))
     p = _probabilities(q, k, causal)

@@ -10,7 +10,8 @@ import functools
 import sys
 import threading
 from collections import Counter
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class SdpaRouter:
     def __init__(self) -> None:
         self._lock = threading.Lock()  # calls are counted in every thread
         self._routed = 0
-        self._reasons: "Counter[str]" = Counter()
+        self._reasons: Counter[str] = Counter()
 
     def __enter__(self) -> "SdpaRouter":
         _enter(self)
@@ -52,28 +53,24 @@ class SdpaRouter:
         _leave(self)
 
     @property
-    def counts(self) -> Dict[str, int]:
+    def counts(self) -> dict[str, int]:
         """How many calls ran where: ``{"flash_attn_jit": ..., "torch": ...}``."""
         with self._lock:
             return {"flash_attn_jit": self._routed, "torch": sum(self._reasons.values())}
 
     @property
-    def reasons(self) -> Dict[str, int]:
+    def reasons(self) -> dict[str, int]:
         """Why calls fell back to PyTorch's, and how many for each reason."""
         with self._lock:
             return dict(self._reasons)
 
     def __repr__(self) -> str:
         counts = self.counts
-        lines = [
-            f"route_sdpa: {counts['flash_attn_jit']} calls ran in flash_attn_jit, {counts['torch']} in PyTorch"
-        ]
-        lines += [
-            f"  {count} x {reason}" for reason, count in sorted(self.reasons.items(), key=lambda r: -r[1])
-        ]
+        lines = [f"route_sdpa: {counts['flash_attn_jit']} calls ran in flash_attn_jit, {counts['torch']} in PyTorch"]
+        lines += [f"  {count} x {reason}" for reason, count in sorted(self.reasons.items(), key=lambda r: -r[1])]
         return "\n".join(lines)
 
-    def _count(self, reason: Optional[str]) -> None:
+    def _count(self, reason: str | None) -> None:
         with self._lock:
             if reason is None:
                 self._routed += 1
@@ -101,8 +98,8 @@ def route_sdpa() -> SdpaRouter:
 
     The backward pass need not run inside it. What ``torch.utils.checkpoint`` recomputes runs where the forward pass
     ran: here and counted where that was inside the router, in PyTorch where it was not. For that, what it replaces in
-    torch stays until the graphs of such checkpoints are gone, and passes all other calls on to PyTorch. Other implementations of
-    checkpointing recompute as their backward pass finds it: run that inside as well.
+    torch stays until the graphs of such checkpoints are gone, and passes all other calls on to PyTorch. Other
+    implementations of checkpointing recompute as their backward pass finds it: run that inside as well.
 
     A call that torch.compile traces is routed as well in the thread that entered the router, with no graph break, and
     the compiled form is used inside a router alone; calls inside ``multi_head_attention_forward`` and inside a
@@ -126,28 +123,28 @@ def route_sdpa() -> SdpaRouter:
 # ---- Which router a call belongs to
 
 _lock = threading.RLock()  # a garbage collection inside of it may end a _Recomputation, which takes it too
-_entered: Tuple[Tuple[int, SdpaRouter], ...] = ()  # with the thread that entered it. Replaced, never changed
+_entered: tuple[tuple[int, SdpaRouter], ...] = ()  # with the thread that entered it. Replaced, never changed
 _is_on = False  # whether there are any: what torch.compile looks at
 
 
 # Whose calls they are until the thread enters a router anew: a router or nobody, and how many it had entered then.
-_Pin = Tuple[Optional[SdpaRouter], int]
+_Pin = tuple[SdpaRouter | None, int]
 
 
 class _Thread(threading.local):
-    pin: Optional[_Pin] = None
+    pin: _Pin | None = None
     has_mode = False
 
 
 _thread = _Thread()
 
 
-def _own_routers() -> List[SdpaRouter]:
+def _own_routers() -> list[SdpaRouter]:
     this_thread = threading.get_ident()
     return [router for thread, router in _entered if thread == this_thread]
 
 
-def _router_of_this_call() -> Optional[SdpaRouter]:
+def _router_of_this_call() -> SdpaRouter | None:
     pin, entered = _thread.pin, _entered
     if pin is None and not entered:
         return None
@@ -159,15 +156,13 @@ def _router_of_this_call() -> Optional[SdpaRouter]:
     return entered[-1][1] if entered else None
 
 
-def _pin_to(router: Optional[SdpaRouter]) -> Optional[_Pin]:
+def _pin_to(router: SdpaRouter | None) -> _Pin | None:
     """Gives what was there before, to be put back."""
     before, _thread.pin = _thread.pin, (router, len(_own_routers()))
     return before
 
 
-def _run_for(
-    router: Optional[SdpaRouter], function: Callable[..., Any], *arguments: Any, **options: Any
-) -> Any:
+def _run_for(router: SdpaRouter | None, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     before = _pin_to(router)
     try:
         return function(*arguments, **options)
@@ -196,7 +191,7 @@ def _enter(router: SdpaRouter) -> None:
         _entered = (*_entered, (threading.get_ident(), router))
         _is_on = True
     if not _thread.has_mode:
-        _mode.__enter__()
+        TorchFunctionMode.__enter__(_mode)
         _thread.has_mode = True
 
 
@@ -235,7 +230,7 @@ class _Call(NamedTuple):
     enable_gqa: Any = False
 
 
-def _why_not_routed(call: _Call) -> Optional[str]:
+def _why_not_routed(call: _Call) -> str | None:
     for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return f"{name} is a {type(tensor).__name__}"
@@ -255,7 +250,7 @@ def _run(call: _Call) -> torch.Tensor:
     return attention(call.query, call.key, call.value, call.attn_mask, bool(call.is_causal), call.scale)
 
 
-def _try(router: SdpaRouter, call: _Call) -> Optional[torch.Tensor]:
+def _try(router: SdpaRouter, call: _Call) -> torch.Tensor | None:
     """The result, counted; None where the call is PyTorch's."""
     reason = _why_not_routed(call)
     try:
@@ -315,8 +310,8 @@ class _TracedCalls(TorchFunctionMode):
         self,
         func: Callable[..., Any],
         types: Any,
-        args: Tuple[Any, ...] = (),
-        kwargs: Optional[Dict[str, Any]] = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is _TORCHS:
             if torch.compiler.is_compiling():
@@ -344,7 +339,7 @@ class _Override:
     entered or a checkpoint of which a backward pass may still come."""
 
     _holders = 0
-    _current: "Optional[_Override]" = None
+    _current: "_Override | None" = None
 
     @classmethod
     def hold(cls) -> None:
@@ -371,9 +366,9 @@ class _Override:
                     current._replace_causal_bias()
 
     def __init__(self) -> None:
-        self._replaced: List[Tuple[Any, str, Any, Any]] = []  # owner, name, what was there, what is there now
+        self._replaced: list[tuple[Any, str, Any, Any]] = []  # owner, name, what was there, what is there now
         self._knows_biases = False
-        self._library: Optional[Library] = _make_library()
+        self._library: Library | None = _make_library()
         self._replace_checkpointing()
         if _BIAS_MODULE in sys.modules:
             self._replace_causal_bias()
@@ -443,9 +438,9 @@ class _Recomputation:
             _Override.release()
 
 
-# With use_reentrant=False a recomputation must save what the forward pass saved. So all of a forward pass belongs to the
-# router that it began in, which another thread may leave meanwhile; and a recomputation whose forward pass ran outside of
-# every router is PyTorch's, as that was. One that is a _Recomputation says otherwise when it is called.
+# With use_reentrant=False a recomputation must save what the forward pass saved. So all of a forward pass belongs to
+# the router that it began in, which another thread may leave meanwhile; and a recomputation whose forward pass ran
+# outside of every router is PyTorch's, as that was. One that is a _Recomputation says otherwise when it is called.
 
 
 def _backward_for_nobody(theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -455,7 +450,7 @@ def _backward_for_nobody(theirs: Callable[..., Any]) -> Callable[..., Any]:
     return backward
 
 
-def _begin_pass(find_router: Callable[[], Optional[SdpaRouter]]) -> Callable[..., Any]:
+def _begin_pass(find_router: Callable[[], SdpaRouter | None]) -> Callable[..., Any]:
     def make(theirs: Callable[..., Any]) -> Callable[..., Any]:
         def __enter__(hook: Any) -> Any:
             result = theirs(hook)

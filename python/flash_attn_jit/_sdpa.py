@@ -1,6 +1,6 @@
 """``scaled_dot_product_attention`` on these kernels, and which of its calls they take."""
 
-from typing import Any, Dict, Optional, Tuple
+from typing import Any
 
 import torch
 
@@ -22,10 +22,10 @@ def sdpa(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attn_mask: Optional[torch.Tensor] = None,
+    attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    scale: Optional[float] = None,
+    scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """``torch.nn.functional.scaled_dot_product_attention`` on these kernels: its layout, its rules. Differentiable.
@@ -56,9 +56,7 @@ def sdpa(
         UnsupportedError: a ValueError for bfloat16, a head dim or a GPU that these kernels do not have.
         NotImplementedError: attn_mask or dropout_p; a backward pass with create_graph=True.
     """
-    if not (
-        isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)
-    ):
+    if not (isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)):
         reject_what_is_no_tensor(query=query, key=key, value=value)
     if is_causal is not True and is_causal is not False:
         is_causal = truth("is_causal", is_causal)
@@ -87,11 +85,11 @@ def find_refusal(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attn_mask: Optional[torch.Tensor],
+    attn_mask: torch.Tensor | None,
     dropout_p: float,
     is_causal: bool,
     enable_gqa: bool,
-) -> Optional[Refusal]:
+) -> Refusal | None:
     """Why these arguments cannot be taken; None where they can, but for what refusal_of() tells."""
     if attn_mask is not None and not is_causal_bias(attn_mask):
         accepted = "None, causal_lower_right() or causal_upper_left() of torch.nn.attention.bias"
@@ -112,14 +110,14 @@ def find_refusal(
 _NAMES = {"q": "query", "k": "key", "v": "value", "softmax_scale": "scale"}
 
 
-def refusal_of(error: ValueError) -> Optional[Refusal]:
+def refusal_of(error: ValueError) -> Refusal | None:
     """Why the compiled module refuses a call that find_refusal() has let through: its scale, or its size. Nothing has
     run then. None for an error that is no refusal."""
-    refusal: Optional[Refusal] = getattr(error, "refusal", None)
+    refusal: Refusal | None = getattr(error, "refusal", None)
     return refusal and refusal._replace(argument=_NAMES.get(refusal.argument, refusal.argument))
 
 
-def _bias_refusal(query: torch.Tensor, key: torch.Tensor, bias: Any, is_causal: bool) -> Optional[Refusal]:
+def _bias_refusal(query: torch.Tensor, key: torch.Tensor, bias: Any, is_causal: bool) -> Refusal | None:
     if is_causal:
         return Refusal("is_causal", "is True and attn_mask a causal mask", "one of the two")
     lengths = query.shape[-2], key.shape[-2]
@@ -134,8 +132,8 @@ def _bias_refusal(query: torch.Tensor, key: torch.Tensor, bias: Any, is_causal: 
 
 
 def _tensor_refusal(
-    name: str, tensor: torch.Tensor, rank: int, device: torch.device, cast: Optional[torch.dtype]
-) -> Optional[Refusal]:
+    name: str, tensor: torch.Tensor, rank: int, device: torch.device, cast: torch.dtype | None
+) -> Refusal | None:
     """Why a tensor cannot be taken beside a query of that rank and device, under autocast to `cast`."""
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"of layout {tensor.layout}"
@@ -160,9 +158,7 @@ def _tensor_refusal(
     return None
 
 
-def _shape_refusal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool
-) -> Optional[Refusal]:
+def _shape_refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> Refusal | None:
     *batch, _, head_dim = query.shape
     if not 1 <= head_dim <= _MOST_HEAD_DIM:
         return Refusal("query", f"has head_dim {head_dim}", _ACCEPTED["head_dim"], error=UnsupportedError)
@@ -191,10 +187,10 @@ def _shape_refusal(
     return None
 
 
-_capabilities: Dict[int, Tuple[int, int]] = {}  # of a GPU's ordinal
+_capabilities: dict[int, tuple[int, int]] = {}  # of a GPU's ordinal
 
 
-def _capability(ordinal: int) -> Optional[Tuple[int, int]]:
+def _capability(ordinal: int) -> tuple[int, int] | None:
     """Asked where a tensor is on that GPU, so that CUDA is up already: nothing here may start it. None without CUDA,
     where a tensor that says it is on a GPU is a tracer's."""
     if ordinal not in _capabilities:
@@ -210,11 +206,12 @@ def _interprets() -> bool:
 
 # What torch.compiler.assume_constant_result() does, which imports the compiler: torch.compile runs these two when it
 # traces, and goes by their results.
+_function: Any
 for _function in (_capability, _interprets):
-    setattr(_function, "_dynamo_marked_constant", True)
+    _function._dynamo_marked_constant = True
 
 
-def _device_refusal(device: torch.device) -> Optional[Refusal]:
+def _device_refusal(device: torch.device) -> Refusal | None:
     kind = device.type
     if kind == "cuda":
         capability = _capability(device.index)
@@ -228,7 +225,7 @@ def _device_refusal(device: torch.device) -> Optional[Refusal]:
     return Refusal("query", f"is on device {device}", _ACCEPTED["device"])
 
 
-def _autocast_dtype(tensor: torch.Tensor) -> Optional[torch.dtype]:
+def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     """What autocast casts to on the tensor's device; None where it is off."""
     device = tensor.device.type
     if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
@@ -236,7 +233,7 @@ def _autocast_dtype(tensor: torch.Tensor) -> Optional[torch.dtype]:
     return None
 
 
-def _dtype_of(tensor: torch.Tensor, cast: Optional[torch.dtype]) -> torch.dtype:
+def _dtype_of(tensor: torch.Tensor, cast: torch.dtype | None) -> torch.dtype:
     """The dtype that SDPA would see: autocast casts every floating dtype but float64."""
     if cast is None or not tensor.is_floating_point() or tensor.dtype is torch.float64:
         return tensor.dtype
@@ -249,7 +246,7 @@ def attention(
     value: torch.Tensor,
     attn_mask: Any,
     is_causal: bool,
-    scale: Optional[float],
+    scale: float | None,
 ) -> torch.Tensor:
     """What find_refusal() let through."""
     if query.dtype is not torch.float16 or key.dtype is not torch.float16 or value.dtype is not torch.float16:

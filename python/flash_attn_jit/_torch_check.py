@@ -14,6 +14,4 @@ def require_torch() -> None:
     version = torch.__version__
     major, minor = (int(part) for part in version.split(".")[:2])
     if (major, minor) < OLDEST_TORCH:
-        raise ImportError(
-            f"flash_attn_jit needs PyTorch 2.4 or newer; this is {version}: pip install --upgrade torch"
-        )
+        raise ImportError(f"flash_attn_jit needs PyTorch 2.4 or newer; this is {version}: pip install --upgrade torch")

@@ -3,7 +3,8 @@
 The questions of ops.is_plain() fall back to "yes": every call then goes by the operators, which is slower and as right.
 """
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -50,8 +51,8 @@ def take_function_mode_off(mode: Any) -> None:
         TorchFunctionMode.__enter__(each)
 
 
-# Of torch.utils.checkpoint with use_reentrant=False: what remembers a forward pass, what is on while that runs, and what is
-# on while it runs again. Without them such a recomputation runs as the backward pass finds it.
+# Of torch.utils.checkpoint with use_reentrant=False: what remembers a forward pass, what is on while that runs, and
+# what is on while it runs again. Without them such a recomputation runs as the backward pass finds it.
 CheckpointFrame: Any = getattr(torch.utils.checkpoint, "_CheckpointFrame", None)
 CheckpointForward: Any = getattr(torch.utils.checkpoint, "_checkpoint_hook", None)
 CheckpointRecomputation: Any = getattr(torch.utils.checkpoint, "_recomputation_hook", None)

@@ -2,8 +2,6 @@
 functions take. All of it is differentiable.
 """
 
-from typing import Optional, Tuple
-
 import torch
 
 from .errors import Refusal
@@ -73,8 +71,8 @@ def pad_input(hidden_states: torch.Tensor, indices: torch.Tensor, batch: int, se
 
 
 def unpad_input(
-    hidden_states: torch.Tensor, attention_mask: torch.Tensor, unused_mask: Optional[torch.Tensor] = None
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor]:
+    hidden_states: torch.Tensor, attention_mask: torch.Tensor, unused_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor]:
     """The rows of a padded batch that are no padding, one sequence after the other, and what the varlen functions need
     beside them. Reading the lengths waits for the device.
 
@@ -109,7 +107,7 @@ def unpad_input(
 
 def unpad_input_for_concatenated_sequences(
     hidden_states: torch.Tensor, attention_mask_in_length: torch.Tensor
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """unpad_input() for a batch whose rows each hold several sequences, one after the other, and then padding. Reading
     the lengths waits for the device.
 
@@ -146,9 +144,7 @@ def unpad_input_for_concatenated_sequences(
     return index_first_axis(hidden_states.flatten(0, 1), indices), indices, cu_seqlens, max_seqlen_in_batch
 
 
-def _put_rows(
-    name: str, rows: torch.Tensor, layout: str, indices: torch.Tensor, number_of_rows: int
-) -> torch.Tensor:
+def _put_rows(name: str, rows: torch.Tensor, layout: str, indices: torch.Tensor, number_of_rows: int) -> torch.Tensor:
     _check_rank("indices", indices, layout)
     if rows.dim() < 1 or rows.shape[0] != indices.shape[0]:
         came = f"has shape {tuple(rows.shape)} and indices {tuple(indices.shape)}"

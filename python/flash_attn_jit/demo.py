@@ -5,11 +5,12 @@ import argparse
 import copy
 import os
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ MODELS = (
 )
 
 
-def _specs(model: Attention) -> List[str]:
+def _specs(model: Attention) -> list[str]:
     """The kernels that the runtime may choose for the model's tensors, which are aligned."""
     specs = _core.select_kernels(_KINDS, [model.head_dim], [model.causal], [model.group_size], "sm_75")
     return [spec for spec in specs if " vec16 " in spec]
@@ -61,13 +62,13 @@ class _Progress:
             print(f"{bar} {what}", file=sys.stderr, flush=True)
 
 
-def prebuild(specs: Sequence[str], out: Path) -> Dict[str, Dict[str, Any]]:
+def prebuild(specs: Sequence[str], out: Path) -> dict[str, dict[str, Any]]:
     """Builds what is not there yet into the pack `out`; what is known of each kernel, by spec."""
     library = _core.open_pack_for_writing(str(out))
     progress = _Progress(len(specs))
-    kernels: Dict[str, Dict[str, Any]] = {}
+    kernels: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(os.cpu_count()) as workers:
-        jobs: Dict["Future[Dict[str, Any]]", str] = {
+        jobs: dict[Future[dict[str, Any]], str] = {
             workers.submit(library.find_or_compile, spec, "sm_75"): spec for spec in specs
         }
         for job in as_completed(jobs):
@@ -101,12 +102,12 @@ class _Problem:
             for name, gradient in (("dk", dk), ("dv", dv)):  # summed over the group
                 self.exact[name][b] = gradient.sum(0)[:, None]
 
-    def _outputs(self) -> Dict[str, torch.Tensor]:
+    def _outputs(self) -> dict[str, torch.Tensor]:
         return {"out": self.q, "dq": self.q, "dk": self.k, "dv": self.v}
 
     def errors(
-        self, tile: Optional[str] = None, dkdv_tile: Optional[str] = None, dq_tile: Optional[str] = None
-    ) -> Dict[str, float]:
+        self, tile: str | None = None, dkdv_tile: str | None = None, dq_tile: str | None = None
+    ) -> dict[str, float]:
         """The greatest difference from float64 of each tensor, with these tiles or the default ones."""
         results = {name: torch.empty_like(x) for name, x in self._outputs().items()}
         out, dq, dk, dv = results.values()
@@ -137,14 +138,12 @@ def _greatest(errors: Sequence[float]) -> float:
     return torch.tensor(errors, dtype=torch.float64).max().item()
 
 
-def errors_of(
-    model: Attention, kernels: Dict[str, Dict[str, Any]], device: str
-) -> Dict[str, Optional[float]]:
+def errors_of(model: Attention, kernels: dict[str, dict[str, Any]], device: str) -> dict[str, float | None]:
     """By spec, the greatest error of what its kernel writes: out, dk and dv, or dq. The preprocess kernel writes none
     of these: None."""
     problem = _Problem(model, device)
     of_kind = {kind: [spec for spec in kernels if spec.split()[0] == kind] for kind in _KINDS}
-    errors: Dict[str, Optional[float]] = {spec: None for spec in kernels}
+    errors: dict[str, float | None] = dict.fromkeys(kernels)
     for specs in zip_longest(of_kind["fwd"], of_kind["bwd_dkdv"], of_kind["bwd_dq"]):
         found = problem.errors(*(kernels[spec]["tile"] if spec else None for spec in specs))
         for spec, written in zip(specs, (["out"], ["dk", "dv"], ["dq"])):
@@ -235,7 +234,7 @@ def choose_device(pack: Path) -> str:
     return "cpu"
 
 
-def _row(model: Attention, kernel: Dict[str, Any], error: Optional[float]) -> List[str]:
+def _row(model: Attention, kernel: dict[str, Any], error: float | None) -> list[str]:
     spills = (kernel["spill_stores"], kernel["spill_loads"])
     family = kernel["name"].removesuffix("_" + kernel["tile"])
     return [
@@ -255,11 +254,9 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m flash_attn_jit.demo", description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo-pack"), help="the pack's folder (default: demo-pack)"
-    )
+    parser.add_argument("--out", type=Path, default=Path("demo-pack"), help="the pack's folder (default: demo-pack)")
     out: Path = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)
     device = choose_device(out)
@@ -267,9 +264,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     specs = {model: _specs(model) for model in MODELS}
     kernels = prebuild(list(dict.fromkeys(spec for of_model in specs.values() for spec in of_model)), out)
     where = torch.cuda.get_device_name() if device == "cuda" else "the interpreter"
-    print(
-        f"Kernels for sm_75 in {out}; FLASH_ATTN_JIT_PREBUILT={out} makes a T4 load them. Running each on {where}."
-    )
+    print(f"Kernels for sm_75 in {out}; FLASH_ATTN_JIT_PREBUILT={out} makes a T4 load them. Running each on {where}.")
     rows = [["model", "kernel", "tile", "registers", "spills", "compiled in", "max error vs float64"]]
     for model, of_model in specs.items():
         errors = errors_of(model, {spec: kernels[spec] for spec in of_model}, device)

@@ -1,6 +1,6 @@
 """What can go wrong. Bad arguments raise ``ValueError``, what is not built yet ``NotImplementedError``."""
 
-from typing import NamedTuple, Type
+from typing import NamedTuple
 
 __all__ = [
     "CompileError",
@@ -20,7 +20,7 @@ class Refusal(NamedTuple):
     came: str
     accepted: str
     advice: str = ""
-    error: Type[Exception] = ValueError
+    error: type[Exception] = ValueError
 
     def exception(self) -> Exception:
         advice = f". {self.advice}" if self.advice else ""

@@ -1,6 +1,7 @@
 """The public functions: flash-attn 2's Python interface."""
 
-from typing import Any, Callable, Dict, Optional, Tuple, TypeVar, Union
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,11 +16,11 @@ from ._arguments import (
 from ._autograd import Result, attention, attention_kvpacked, attention_qkvpacked
 
 # out, or (out, softmax_lse, S_dmask) with return_attn_probs
-Output = Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 # The parts of the functions' documentation that they share, by the name in {braces} that stands for each.
-_SHARED: Dict[str, str] = {
+_SHARED: dict[str, str] = {
     "running": """
     Work goes on the tensors' device and that device's current stream, and nothing waits for it. The first call that
     needs a kernel compiles it, unless the cache or a prebuilt pack has it. CPU tensors run in the interpreter where
@@ -81,11 +82,11 @@ def flash_attn_func(
     k: torch.Tensor,
     v: torch.Tensor,
     dropout_p: float = 0.0,
-    softmax_scale: Optional[float] = None,
+    softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Window = UNBOUNDED,
     softcap: float = 0.0,
-    alibi_slopes: Optional[torch.Tensor] = None,
+    alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Output:
@@ -110,9 +111,7 @@ def flash_attn_func(
     Raises:
         {raises}
     """
-    options = read_options(
-        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
-    )
+    options = read_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _output(attention(q, k, v, options, return_attn_probs), return_attn_probs)
 
 
@@ -121,11 +120,11 @@ def flash_attn_kvpacked_func(
     q: torch.Tensor,
     kv: torch.Tensor,
     dropout_p: float = 0.0,
-    softmax_scale: Optional[float] = None,
+    softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Window = UNBOUNDED,
     softcap: float = 0.0,
-    alibi_slopes: Optional[torch.Tensor] = None,
+    alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Output:
@@ -146,9 +145,7 @@ def flash_attn_kvpacked_func(
     Raises:
         {raises}
     """
-    options = read_options(
-        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
-    )
+    options = read_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _output(attention_kvpacked(q, kv, options, return_attn_probs), return_attn_probs)
 
 
@@ -156,11 +153,11 @@ def flash_attn_kvpacked_func(
 def flash_attn_qkvpacked_func(
     qkv: torch.Tensor,
     dropout_p: float = 0.0,
-    softmax_scale: Optional[float] = None,
+    softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Window = UNBOUNDED,
     softcap: float = 0.0,
-    alibi_slopes: Optional[torch.Tensor] = None,
+    alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Output:
@@ -181,15 +178,13 @@ def flash_attn_qkvpacked_func(
     Raises:
         {raises}
     """
-    options = read_options(
-        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic
-    )
+    options = read_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _output(attention_qkvpacked(qkv, options, return_attn_probs), return_attn_probs)
 
 
 def _lengths(
     cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any, max_seqlen_k: Any
-) -> Tuple[torch.Tensor, torch.Tensor, int, int]:
+) -> tuple[torch.Tensor, torch.Tensor, int, int]:
     reject_what_is_no_tensor(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     return (
         cu_seqlens_q,
@@ -206,17 +201,17 @@ def flash_attn_varlen_func(
     v: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: Union[int, torch.Tensor],
-    max_seqlen_k: Union[int, torch.Tensor],
+    max_seqlen_q: int | torch.Tensor,
+    max_seqlen_k: int | torch.Tensor,
     dropout_p: float = 0.0,
-    softmax_scale: Optional[float] = None,
+    softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Window = UNBOUNDED,
     softcap: float = 0.0,
-    alibi_slopes: Optional[torch.Tensor] = None,
+    alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-    block_table: Optional[torch.Tensor] = None,
+    block_table: torch.Tensor | None = None,
 ) -> Output:
     """``flash_attn_func`` for sequences of different lengths, one after the other without padding. Differentiable in q,
     k and v; the gradients are the same bits every time.
@@ -261,14 +256,14 @@ def flash_attn_varlen_kvpacked_func(
     kv: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: Union[int, torch.Tensor],
-    max_seqlen_k: Union[int, torch.Tensor],
+    max_seqlen_q: int | torch.Tensor,
+    max_seqlen_k: int | torch.Tensor,
     dropout_p: float = 0.0,
-    softmax_scale: Optional[float] = None,
+    softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Window = UNBOUNDED,
     softcap: float = 0.0,
-    alibi_slopes: Optional[torch.Tensor] = None,
+    alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Output:
@@ -306,13 +301,13 @@ def flash_attn_varlen_kvpacked_func(
 def flash_attn_varlen_qkvpacked_func(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    max_seqlen: Union[int, torch.Tensor],
+    max_seqlen: int | torch.Tensor,
     dropout_p: float = 0.0,
-    softmax_scale: Optional[float] = None,
+    softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Window = UNBOUNDED,
     softcap: float = 0.0,
-    alibi_slopes: Optional[torch.Tensor] = None,
+    alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Output:
@@ -346,7 +341,7 @@ def flash_attn_varlen_qkvpacked_func(
     return _output(attention_qkvpacked(qkv, options, return_attn_probs), return_attn_probs)
 
 
-def interpreter_report() -> Optional[_core.InterpreterReport]:
+def interpreter_report() -> _core.InterpreterReport | None:
     """The report of the interpreter's last run in this process: shared-memory traffic and bank conflicts per kind of
     access. None before the first run. A race, an out-of-bounds access or a read of memory never written does not get
     here: it raises InterpreterError.

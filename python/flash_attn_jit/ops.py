@@ -7,7 +7,8 @@ takes, and torch.compile sees one operator either way. _autograd.py registers th
 
 import logging
 import sys
-from typing import Any, Callable, Optional, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -29,10 +30,11 @@ _core.set_python_search_path([folder for folder in sys.path if folder])
 
 
 _Tensors = Sequence[torch.Tensor]
-_Gradients = Tuple[Optional[torch.Tensor], ...]
+_Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_Gradients = tuple[torch.Tensor | None, ...]
 
 
-def _allocate(q: torch.Tensor, options: Options) -> Tuple[torch.Tensor, torch.Tensor]:
+def _allocate(q: torch.Tensor, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     """out, contiguous in q's shape whatever q's strides are, and softmax_lse, (batch, num_heads, seqlen_q) or
     (num_heads, total_q)."""
     shape, varlen = q.shape, options.cu_seqlens_q is not None
@@ -47,7 +49,7 @@ def _allocate(q: torch.Tensor, options: Options) -> Tuple[torch.Tensor, torch.Te
     return out, torch.empty(batch, num_heads, seqlen_q, dtype=torch.float32, device=q.device)
 
 
-def compute(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> Tuple[torch.Tensor, torch.Tensor]:
+def compute(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, softmax_lse), past the operator."""
     out, softmax_lse = _allocate(q, options)
     _core.forward(q, k, v, out, softmax_lse, options)
@@ -74,7 +76,7 @@ def compute_gradients(
     if options.cu_seqlens_q is not None:  # see compute()
         if dq is not None and not options.max_seqlen_q:
             dq.zero_()
-        if dk is not None and not options.max_seqlen_k:
+        if dk is not None and dv is not None and not options.max_seqlen_k:
             dk.zero_()
             dv.zero_()
     return gradients
@@ -98,7 +100,7 @@ def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 # Memory for the gradients of a call's tensors, None for those not wanted, and (dq, dk, dv) as they lie in it.
-_Room = Tuple[_Gradients, Sequence[Optional[torch.Tensor]]]
+_Room = tuple[_Gradients, Sequence[torch.Tensor | None]]
 
 
 def _room(wanted: Sequence[bool], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Room:
@@ -128,23 +130,23 @@ class Form:
     """One way to give q, k and v. Gradients lie in the tensors' gradients alike: what is packed is never copied."""
 
     # The operators. A gradient that is not wanted comes from the operator as a tensor without elements.
-    forward: Callable[..., Tuple[torch.Tensor, torch.Tensor]]
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     backward: Callable[..., Any]
     # The same inside the transforms of torch.func.
-    transformed_forward: Callable[..., Tuple[torch.Tensor, torch.Tensor]]
+    transformed_forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     transformed_backward: Callable[..., Any]
 
     def __init__(
         self,
-        names: Tuple[str, ...],
-        split: Callable[..., _Tensors],
+        names: tuple[str, ...],
+        split: Callable[..., _Qkv],
         room: Callable[..., _Room],
-        layouts: Optional[Sequence[Tuple[str, ...]]] = None,
+        layouts: Sequence[tuple[str, ...]] | None = None,
     ) -> None:
         self.names, self.split, self.room = names, split, room
         self.layouts = layouts  # of the packed tensor, the last one: with a batch, with cu_seqlens
 
-    def split_checked(self, tensors: _Tensors, options: Options) -> _Tensors:
+    def split_checked(self, tensors: _Tensors, options: Options) -> _Qkv:
         reject_nested(self.names, tensors)
         if self.layouts is not None:
             check_packed(self.names[-1], tensors[-1], self.layouts[0 if options.cu_seqlens_q is None else 1])
@@ -167,17 +169,18 @@ def _define(name: str, signature: str, function: Callable[..., Any], fake: Calla
     # For every backend: which devices are accepted is the compiled module's to say.
     _library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flash_attn_jit::{name}", fake, lib=_library)
-    return getattr(torch.ops.flash_attn_jit, name).default
+    operator: Callable[..., Any] = getattr(torch.ops.flash_attn_jit, name).default
+    return operator
 
 
 def _define_forward(form: Form, name: str) -> None:
     count = len(form.names)
 
-    def forward(*arguments: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+    def forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         options = Options._make(arguments[count:])
         return compute(*form.split_checked(arguments[:count], options), options)
 
-    def fake(*arguments: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+    def fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         _check_devices((*form.names, *Options._fields), arguments)
         options = Options._make(arguments[count:])
         q, _, _ = form.split_checked(arguments[:count], options)
@@ -212,7 +215,7 @@ def _define_backward(form: Form, name: str) -> None:
 
 
 def register_derivative(
-    operator: Any, backward: Callable[..., Any], setup_context: Optional[Callable[..., None]] = None
+    operator: Any, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
 ) -> None:
     """Registered where torch looks for it: whatever records operators keeps the derivative."""
     torch.library.register_autograd(operator, backward, setup_context=setup_context, lib=_library)
@@ -249,9 +252,9 @@ def is_plain(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> bool:
     )
 
 
-def are_plain(tensors: Sequence[Optional[torch.Tensor]]) -> bool:
+def are_plain(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Of further tensors what is_plain() asks of three."""
-    for tensor in tensors:
+    for tensor in tensors:  # noqa: SIM110  all() of a generator takes longer
         if tensor is not None and (type(tensor) not in _PLAIN_TYPES or tensor.is_neg()):
             return False
     return True
@@ -259,7 +262,7 @@ def are_plain(tensors: Sequence[Optional[torch.Tensor]]) -> bool:
 
 def forward_plainly(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
-) -> Tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         return compute(q, k, v, options)
     except ValueError:

@@ -1,12 +1,12 @@
 """Attention in float64, and what float32 with fp16 probabilities would make of it: the bound of every numeric test."""
 
+from collections.abc import Iterator, Sequence
 from math import exp, isfinite
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any
 
 import torch
 
 from flash_attn_jit._options import Options
-
 
 NO_OPTIONS = Options()
 
@@ -34,11 +34,11 @@ def _probabilities(
     k: torch.Tensor,
     dtype: torch.dtype,
     causal: bool = False,
-    softmax_scale: Optional[float] = None,
+    softmax_scale: float | None = None,
     window_size: Sequence[int] = (-1, -1),
     softcap: float = 0.0,
-    alibi_slopes: Optional[torch.Tensor] = None,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    alibi_slopes: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(exp(s - max), its sum, log-sum-exp), each over (batch, num_heads, seqlen_q, ...)."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     group_size = q.shape[2] // k.shape[2]
@@ -50,9 +50,7 @@ def _probabilities(
     if alibi_slopes is not None:
         distance = _distance(seqlen_q, seqlen_k).to(q.device)
         scores = scores - alibi_slopes.to(dtype)[..., None, None] * distance.abs()
-    scores = scores.masked_fill(
-        ~_visible(seqlen_q, seqlen_k, causal, window_size).to(q.device), float("-inf")
-    )
+    scores = scores.masked_fill(~_visible(seqlen_q, seqlen_k, causal, window_size).to(q.device), float("-inf"))
     if seqlen_k == 0:
         return (
             scores,
@@ -80,7 +78,7 @@ def attention(
     v: torch.Tensor,
     causal: bool = False,
     **options: Any,
-) -> Tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, softmax_lse) in float64; q, k, v (batch, seqlen, heads, head_dim). Options: softmax_scale, window_size,
     softcap, alibi_slopes."""
     p, row_sum, lse = _probabilities(q, k, torch.float64, causal, **options)
@@ -113,7 +111,7 @@ def error_bound(
 
 def check_attention(
     out: torch.Tensor,
-    softmax_lse: Optional[torch.Tensor],
+    softmax_lse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -130,23 +128,21 @@ def check_attention(
     if softmax_lse is not None:
         assert softmax_lse.shape == (q.shape[0], q.shape[2], q.shape[1])
         assert softmax_lse.dtype == torch.float32
-        torch.testing.assert_close(
-            softmax_lse.double(), expected_lse.to(softmax_lse.device), atol=2e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(softmax_lse.double(), expected_lse.to(softmax_lse.device), atol=2e-5, rtol=1e-5)
 
 
 def exact_gradients(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, **arguments: Any
 ) -> Sequence[torch.Tensor]:
     """(dq, dk, dv) in float64, by autograd through attention()."""
-    inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    out, _ = attention(*inputs, **arguments)
-    return torch.autograd.grad(out, inputs, dout.double())
+    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    out, _ = attention(q, k, v, **arguments)
+    return torch.autograd.grad(out, (q, k, v), dout.double())
 
 
 def sequences(
     cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, **options: Any
-) -> Iterator[Tuple[slice, slice, Dict[str, Any]]]:
+) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
     """(rows of q, rows of k and v, options) of each sequence of a varlen batch."""
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for b in range(len(starts_q) - 1):
@@ -164,7 +160,7 @@ def varlen_attention(
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
     **options: Any,
-) -> Tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """attention() of each sequence: out (total_q, heads, head_dim), softmax_lse (heads, total_q)."""
     parts = [
         attention(q[rows][None], k[keys][None], v[keys][None], **own)
@@ -185,9 +181,7 @@ def check_varlen_attention(
 ) -> None:
     assert out.shape == q.shape and softmax_lse.shape == (q.shape[1], q.shape[0])
     for rows, keys, own in sequences(cu_seqlens_q, cu_seqlens_k, **options):
-        check_attention(
-            out[rows][None], softmax_lse[:, rows][None], q[rows][None], k[keys][None], v[keys][None], **own
-        )
+        check_attention(out[rows][None], softmax_lse[:, rows][None], q[rows][None], k[keys][None], v[keys][None], **own)
 
 
 def exact_varlen_gradients(
@@ -218,7 +212,7 @@ def head_dims() -> Sequence[int]:
     """The least and the greatest head dim of every class that the kernels tell apart: rows that can be read 16 bytes at
     a time (8), the instructions' 16 dims and the 32 of a fragment load full or not, in the tensor and in the padded
     tile, a last dim alone in its pair, and above 128, where gradients are split."""
-    classes: Dict[Tuple[bool, ...], List[int]] = {}
+    classes: dict[tuple[bool, ...], list[int]] = {}
     for d in range(1, 257):
         padded = -(-d // 16) * 16
         key = (d % 8 == 0, d % 16 == 0, d % 32 == 0, padded % 32 == 0, d % 2 == 0, d > 128)
@@ -239,7 +233,7 @@ def normal_qkv(
     num_heads_k: int,
     head_dim: int,
     device: str = "cpu",
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         normal(batch, seqlen_q, num_heads, head_dim, seed=1, device=device),
         normal(batch, seqlen_k, num_heads_k, head_dim, seed=2, device=device),

@@ -8,7 +8,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import pytest
 
@@ -19,7 +19,7 @@ for _variable in ("FLASH_ATTN_JIT_PREBUILT", "FLASH_ATTN_JIT_TEMPLATES"):
     os.environ.pop(_variable, None)
 
 
-def environment(**changes: Any) -> Dict[str, str]:
+def environment(**changes: Any) -> dict[str, str]:
     """This process's environment with some variables set, or unset where None."""
     values = {**os.environ, **{name: str(value) for name, value in changes.items() if value is not None}}
     return {name: value for name, value in values.items() if changes.get(name, "") is not None}
@@ -46,9 +46,7 @@ def run_python(code: str, **changes: Any) -> "subprocess.CompletedProcess[str]":
 def run_module(name: str, *arguments: Any, cwd: Path, **changes: Any) -> "subprocess.CompletedProcess[str]":
     """`python -m flash_attn_jit.NAME ...` in the folder `cwd`."""
     command = [sys.executable, "-m", f"flash_attn_jit.{name}", *(str(argument) for argument in arguments)]
-    return subprocess.run(
-        command, cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=900
-    )
+    return subprocess.run(command, cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=900)
 
 
 def program_path() -> Path:
@@ -61,9 +59,7 @@ def program_path() -> Path:
 
 def run_program(*arguments: Any, **changes: Any) -> "subprocess.CompletedProcess[bytes]":
     command = [str(program_path()), *(str(argument) for argument in arguments)]
-    return subprocess.run(
-        command, env=environment(**changes), cwd=_folder.name, capture_output=True, timeout=900
-    )
+    return subprocess.run(command, env=environment(**changes), cwd=_folder.name, capture_output=True, timeout=900)
 
 
 def find_nvrtc(major: int) -> Path:
@@ -86,7 +82,7 @@ class Pack:
         self.folder, self.nvrtc = folder, nvrtc
         self.result = self.build()
 
-    def build(self) -> Dict[str, Any]:
+    def build(self) -> dict[str, Any]:
         done = run_program(
             "prebuild",
             "--arch",
@@ -101,7 +97,7 @@ class Pack:
         assert done.returncode == 0, done.stderr.decode()
         return json.loads(done.stdout)
 
-    def kernels(self) -> List[Dict[str, Any]]:
+    def kernels(self) -> list[dict[str, Any]]:
         """What the verified files say of themselves."""
         done = run_python(
             "import json, sys; from flash_attn_jit import _core\n"

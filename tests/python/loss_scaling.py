@@ -1,6 +1,6 @@
 """Gradients as large as a loss scale may make them, and those that are not numbers: for the interpreter and the GPU."""
 
-from typing import Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 from attention_reference import check_gradients, exact_gradients, normal
@@ -15,13 +15,13 @@ def gradients_of(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, causal: bool
 ) -> Sequence[torch.Tensor]:
     """(dq, dk, dv)."""
-    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-    return torch.autograd.grad(flash_attn_func(*inputs, causal=causal), inputs, dout)
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    return torch.autograd.grad(flash_attn_func(q, k, v, causal=causal), (q, k, v), dout)
 
 
 def scaled_dout(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
-) -> Tuple[torch.Tensor, Sequence[torch.Tensor]]:
+) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """dout ~ N(0, 1) times the scale that makes the largest element of dq, dk and dv 2^15, with those in float64. Where
     dout itself, which is fp16, ends before that, the scale that makes its largest element 60000."""
     dout = normal(*q.shape, seed=4, device=str(q.device))
@@ -89,6 +89,7 @@ def check_that_a_scaler_skips_the_step(device: str) -> None:
         before = weight.detach().clone()
         scaler = torch.amp.GradScaler(device, init_scale=scale)
         out = flash_attn_func((q * weight).half(), k, v, causal=True)
+        assert isinstance(out, torch.Tensor)
         scaler.scale(out.float().square().mean()).backward()
         scaler.step(optimizer)
         scaler.update()

@@ -114,9 +114,7 @@ def test_deterministic_is_the_same_bits():
     assert torch.equal(flash_attn_func(q, k, v), flash_attn_func(q, k, v, deterministic=True))
 
 
-@pytest.mark.parametrize(
-    "window_size", [(-1, -1), [-1, -1], torch.tensor([-1, -1])], ids=["tuple", "list", "tensor"]
-)
+@pytest.mark.parametrize("window_size", [(-1, -1), [-1, -1], torch.tensor([-1, -1])], ids=["tuple", "list", "tensor"])
 def test_an_unbounded_window_in_every_form(window_size):
     q, k, v = normal_qkv(1, 20, 20, 1, 1, 64)
     assert torch.equal(flash_attn_func(q, k, v, window_size=window_size), flash_attn_func(q, k, v))

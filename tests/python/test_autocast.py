@@ -51,26 +51,30 @@ def test_without_autocast_float32_is_an_error():
     q, k, v = float32(*normal_qkv(1, 8, 8, 1, 1, 64))
     with pytest.raises(ValueError, match=r"^q has dtype torch.float32.*q.to\(torch.float16\)"):
         flash_attn_func(q, k, v)
-    with torch.autocast("cpu", dtype=torch.float16), torch.autocast("cpu", enabled=False):
-        with pytest.raises(ValueError, match="^q has dtype torch.float32"):
-            flash_attn_func(q, k, v)
+    with (
+        torch.autocast("cpu", dtype=torch.float16),
+        torch.autocast("cpu", enabled=False),
+        pytest.raises(ValueError, match=r"^q has dtype torch.float32"),
+    ):
+        flash_attn_func(q, k, v)
 
 
 def test_autocast_to_bfloat16_is_bfloat16s_error():
     q, k, v = float32(*normal_qkv(1, 8, 8, 1, 1, 64))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        with pytest.raises(UnsupportedError, match="^q has dtype torch.bfloat16.*sm_75"):
-            flash_attn_func(q, k, v)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(UnsupportedError, match=r"^q has dtype torch.bfloat16.*sm_75"),
+    ):
+        flash_attn_func(q, k, v)
 
 
 def test_autocast_of_another_device_is_not_ours():
     q, k, v = float32(*normal_qkv(1, 8, 8, 1, 1, 64))
-    with torch.autocast("cuda", dtype=torch.float16):
-        with pytest.raises(ValueError, match="^q has dtype torch.float32"):
-            flash_attn_func(q, k, v)
+    with torch.autocast("cuda", dtype=torch.float16), pytest.raises(ValueError, match=r"^q has dtype torch.float32"):
+        flash_attn_func(q, k, v)
 
 
 def test_float64_stays_an_error():
     q, k, v = (t.double() for t in normal_qkv(1, 8, 8, 1, 1, 64))
-    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ValueError, match="torch.float64"):
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ValueError, match=r"torch.float64"):
         flash_attn_func(q, k, v)

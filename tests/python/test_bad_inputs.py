@@ -18,9 +18,7 @@ def refused(error, *words, q=None, k=None, v=None, **arguments):
     good = normal_qkv(1, 8, 8, 2, 2, 64)
     before = flash_attn_jit.interpreter_report()
     with pytest.raises(error) as raised:
-        flash_attn_func(
-            *(good[i] if given is None else given for i, given in enumerate((q, k, v))), **arguments
-        )
+        flash_attn_func(*(good[i] if given is None else given for i, given in enumerate((q, k, v))), **arguments)
     after = flash_attn_jit.interpreter_report()
     assert (before is None and after is None) or before.json() == after.json()
     for word in words:
@@ -161,16 +159,14 @@ def test_meta_device_beside_the_cpu(name):
     with pytest.raises(ValueError, match=r"on device meta|no memory|cannot be read"):
         tensors = dict(zip("qkv", normal_qkv(1, 8, 8, 2, 2, 64)))
         tensors[name] = tensors[name].to("meta")
-        flash_attn_jit._core.forward(
-            *tensors.values(), normal(1, 8, 2, 64), torch.empty(1, 2, 8), NO_OPTIONS
-        )
+        flash_attn_jit._core.forward(*tensors.values(), normal(1, 8, 2, 64), torch.empty(1, 2, 8), NO_OPTIONS)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_one_tensor_on_the_meta_device(name):
     tensors = dict(zip("qkv", normal_qkv(1, 8, 8, 2, 2, 64)))
     tensors[name] = tensors[name].to("meta")
-    with pytest.raises(ValueError, match="is on device .*accepted: all on one device"):
+    with pytest.raises(ValueError, match=r"is on device .*accepted: all on one device"):
         flash_attn_jit.flash_attn_func(*tensors.values())
 
 
@@ -211,7 +207,7 @@ def test_a_refusal_carries_its_parts():
 
 def test_options_of_another_type():
     q = normal(1, 8, 2, 64)
-    with pytest.raises(ValueError, match="^options is a tuple; accepted: an Options"):
+    with pytest.raises(ValueError, match=r"^options is a tuple; accepted: an Options"):
         flash_attn_jit._core.forward(q, q, q, torch.empty_like(q), torch.empty(1, 2, 8), tuple(NO_OPTIONS))
 
 

@@ -10,8 +10,7 @@ from attention_reference import attention, exact_gradients, normal, normal_qkv
 from conftest import run_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_attn_jit.bench import accuracy, memory, problem, timing
-from flash_attn_jit.bench import backends, options
+from flash_attn_jit.bench import accuracy, backends, memory, options, problem, timing
 from flash_attn_jit.bench.backends import NAMES, OURS, SDPA_EFFICIENT, SDPA_FLASH, SDPA_MATH, Backend, default_names
 from flash_attn_jit.bench.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
 from flash_attn_jit.bench.problem import BACKWARD, BOTH, FORWARD, PASSES, Inputs, Problem, sweep
@@ -118,8 +117,7 @@ def test_rows_of_a_timing_run(which, on_cpu, monkeypatch):
 @pytest.mark.parametrize("when", ["before", "making the graphs", "warming up", "in a round"])
 def test_out_of_memory_is_a_row_and_the_others_are_timed(when, on_cpu, monkeypatch):
     without_clocks(monkeypatch)
-    why_not, calls = Backend.why_not, Backend.calls
-
+    calls = Backend.calls
     bursts = iter([0, 0] if when == "in a round" else [])
 
     def exhausted(*arguments):

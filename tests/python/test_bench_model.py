@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from conftest import run_module
 
-from flash_attn_jit.bench import __main__ as bench
-from flash_attn_jit.bench import model, options
+from flash_attn_jit.bench import __main__ as bench, model, options
 from flash_attn_jit.bench.model import (
-    FORWARD,
     ROUTED,
     SDPA,
     STEPS,
@@ -169,9 +167,7 @@ def test_the_command_end_to_end(tmp_path):
     assert all(" ms " in line and line.split()[2] in STEPS for line in table)
     assert "times as fast" in table[1] and table[0].split()[:2] == ["b2", "s16"]
     record = json.loads((tmp_path / "bench-model.json").read_text())
-    assert (
-        record["kind"] == "model" and record["machine"]["target"] == "compute_75" and len(record["rows"]) == 8
-    )
+    assert record["kind"] == "model" and record["machine"]["target"] == "compute_75" and len(record["rows"]) == 8
 
 
 def test_out_of_memory_in_the_table(monkeypatch, capsys):
@@ -210,5 +206,5 @@ def test_sizes_that_do_not_fit(arguments, words, capsys):
 
 def test_a_torch_without_enable_gqa(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "KNOWS_ENABLE_GQA", False)
-    with pytest.raises(SystemExit, match="--model needs torch 2.5"):
+    with pytest.raises(SystemExit, match=r"--model needs torch 2.5"):
         bench.main([*map(str, ARGUMENTS), "--seqlens", "16", "--output", str(tmp_path / "model.json")])

@@ -38,7 +38,7 @@ def test_rows_that_are_kept_but_not_used():
     unused = torch.zeros_like(MASK)
     unused[0, 3] = unused[2, 0] = 1
     states = hidden(5)
-    rows, indices, cu_seqlens, max_seqlen, seqused = unpad_input(states, MASK, unused)
+    rows, _, cu_seqlens, max_seqlen, seqused = unpad_input(states, MASK, unused)
     assert torch.equal(rows, states[(MASK + unused).bool()])
     assert cu_seqlens.tolist() == [0, 4, 5, 6, 8] and max_seqlen == 4
     assert seqused.tolist() == [3, 1, 0, 2]
@@ -80,9 +80,9 @@ def test_refusals():
         unpad_input(states, mask[:, :3])
     with pytest.raises(ValueError, match=r"^unused_mask has shape"):
         unpad_input(states, mask, mask[:1])
-    with pytest.raises(ValueError, match="^hidden_states has 1 dimension"):
+    with pytest.raises(ValueError, match=r"^hidden_states has 1 dimension"):
         unpad_input(states[0, 0], mask)
-    with pytest.raises(ValueError, match="^indices has 2 dimensions"):
+    with pytest.raises(ValueError, match=r"^indices has 2 dimensions"):
         index_first_axis(states, mask)
     with pytest.raises(ValueError, match=r"^hidden_states has shape \(4, 4, 5\) and indices \(3,\)"):
         pad_input(states, torch.arange(3), 4, 4)

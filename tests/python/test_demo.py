@@ -24,11 +24,11 @@ def test_a_nan_is_the_greatest_error():
 def test_demo(demo):
     folder, done = demo
     assert done.returncode == 0, done.stderr
-    heading, *rows = [line for line in done.stdout.splitlines() if re.search(r"registers| B  ", line)]
+    _, *rows = [line for line in done.stdout.splitlines() if re.search(r"registers| B  ", line)]
     assert {row.split()[0] for row in rows} == {"Llama-3-8B", "Qwen2.5-7B", "GPT-2", "SDXL"}
     for row in rows:
         _, kernel, _, registers, spills, _, seconds, _, error = row.split()
-        assert 0 < int(registers) <= 255 and 0 <= int(spills) and 0 < float(seconds)
+        assert 0 < int(registers) <= 255 and int(spills) >= 0 and float(seconds) > 0
         if kernel.startswith("flash_fwd_"):
             assert spills == "0" and 0 < float(error) < 4e-3
         elif kernel.startswith("flash_bwd_preprocess_"):

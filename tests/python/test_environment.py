@@ -52,9 +52,7 @@ def test_importing_reads_no_variable():
 
 
 def test_without_torch():
-    fails(
-        "import sys; sys.modules['torch'] = None; import flash_attn_jit", "ImportError", "pip install torch"
-    )
+    fails("import sys; sys.modules['torch'] = None; import flash_attn_jit", "ImportError", "pip install torch")
 
 
 def test_old_torch():

@@ -45,9 +45,7 @@ def test_report(tmp_path):
     (cache / "one.kernel").write_bytes(b"x" * 1000)
     (cache / "two.kernel").write_bytes(b"x" * 24)
     found = told(tmp_path, FLASH_ATTN_JIT_CACHE_DIR=cache, FLASH_ATTN_JIT_TARGET="compute_75")
-    assert (
-        found["package"]["version"] == flash_attn_jit.__version__ and found["package"]["import_error"] is None
-    )
+    assert found["package"]["version"] == flash_attn_jit.__version__ and found["package"]["import_error"] is None
     assert Path(found["package"]["program"]).name == "flash-attn-jit"
     assert found["python"]["version"] == sys.version.split()[0]
     assert found["torch"]["version"] == torch.__version__ and found["torch"]["error"] is None
@@ -119,10 +117,7 @@ def test_nothing_but_the_package(tmp_path):
     (tmp_path / "flash_attn_jit").symlink_to(PACKAGE)
     text = run("-S", *MODULE, cwd=tmp_path)
     assert "flash-attn-jit: of unknown version" in text
-    assert (
-        "import flash_attn_jit: ImportError: flash_attn_jit needs PyTorch 2.4 or newer: pip install torch"
-        in text
-    )
+    assert "import flash_attn_jit: ImportError: flash_attn_jit needs PyTorch 2.4 or newer: pip install torch" in text
     assert "torch: not installed" in text and "cache: /" in text
 
 

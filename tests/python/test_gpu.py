@@ -169,9 +169,7 @@ def heads_first(t):
 
 
 def part_of_a_wider_row(t, before=8, after=16):
-    wide = torch.full(
-        (*t.shape[:-1], before + t.shape[-1] + after), float("nan"), dtype=t.dtype, device=t.device
-    )
+    wide = torch.full((*t.shape[:-1], before + t.shape[-1] + after), float("nan"), dtype=t.dtype, device=t.device)
     wide[..., before : before + t.shape[-1]] = t
     return wide[..., before : before + t.shape[-1]]
 

@@ -16,9 +16,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU"),
 ]
-SMALL = Shape(
-    layers=2, num_heads=8, num_heads_k=2, head_dim=64, intermediate=1024, vocabulary=1000, tokens=2048
-)
+SMALL = Shape(layers=2, num_heads=8, num_heads_k=2, head_dim=64, intermediate=1024, vocabulary=1000, tokens=2048)
 
 
 def test_routed_the_model_computes_what_it_computes_in_pytorch():

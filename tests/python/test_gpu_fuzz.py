@@ -70,9 +70,7 @@ def test_random_problem(number):
     dice = random.Random(number)
     p = draw(dice)
     heads, heads_k, dim = p["heads_k"] * p["group"], p["heads_k"], p["head_dim"]
-    rows_q, rows_k = (
-        [sum(side)] if p["varlen"] else [len(side), side[0]] for side in zip(*p["lengths"])
-    )
+    rows_q, rows_k = ([sum(side)] if p["varlen"] else [len(side), side[0]] for side in zip(*p["lengths"]))
     shape_q, shape_k = (*rows_q, heads, dim), (*rows_k, heads_k, dim)
     out, dq, dk, dv = (Watched(shape, p["gap"]) for shape in (shape_q, shape_q, shape_k, shape_k))
     q, k, v, dout = (

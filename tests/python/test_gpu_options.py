@@ -70,9 +70,7 @@ def test_varlen(options, head_dim):
         for lengths in (lengths_q, lengths_k)
     )
     q = normal(sum(lengths_q), 4, head_dim, seed=1, device="cuda").requires_grad_()
-    k, v = (
-        normal(sum(lengths_k), 2, head_dim, seed=seed, device="cuda").requires_grad_() for seed in (2, 3)
-    )
+    k, v = (normal(sum(lengths_k), 2, head_dim, seed=seed, device="cuda").requires_grad_() for seed in (2, 3))
     out, softmax_lse, _ = flash_attn_varlen_func(
         q, k, v, cu_q, cu_k, max(lengths_q), max(lengths_k), return_attn_probs=True, **options
     )

@@ -1,6 +1,7 @@
 """Training on a GPU: `pytest -m gpu`. test_gpu_compute_75.py repeats it on the Turing code."""
 
-from typing import Callable, List, Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import pytest
 import torch
@@ -42,13 +43,14 @@ STEPS, SMOOTHED = 200, 10
 
 
 def separate(qkv: torch.Tensor) -> torch.Tensor:
-    return flash_attn_func(*qkv.unbind(2), causal=True)
+    q, k, v = qkv.unbind(2)
+    return cast(torch.Tensor, flash_attn_func(q, k, v, causal=True))
 
 
 def packed(qkv: torch.Tensor) -> torch.Tensor:
     from flash_attn_jit import flash_attn_qkvpacked_func
 
-    return flash_attn_qkvpacked_func(qkv, causal=True)
+    return cast(torch.Tensor, flash_attn_qkvpacked_func(qkv, causal=True))
 
 
 def sdpa(qkv: torch.Tensor) -> torch.Tensor:
@@ -104,7 +106,7 @@ def train(attend: Attend, device: str, steps: int = STEPS) -> torch.Tensor:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler(device)
     generator = torch.Generator().manual_seed(1)
-    losses: List[torch.Tensor] = []
+    losses: list[torch.Tensor] = []
     for _ in range(steps):
         tokens = sequences(generator).to(device)
         with torch.autocast(device, torch.float16):
@@ -291,9 +293,7 @@ def test_varlen_is_each_sequence_by_itself(heads, head_dim, causal):
     num_heads, num_heads_k = heads
     lengths_q, lengths_k = (300, 0, 1, 65, 129, 700), (300, 40, 64, 0, 257, 500)
     q = normal(sum(lengths_q), num_heads, head_dim, seed=1, device="cuda").requires_grad_()
-    k, v = (
-        normal(sum(lengths_k), num_heads_k, head_dim, seed=seed, device="cuda").requires_grad_() for seed in (2, 3)
-    )
+    k, v = (normal(sum(lengths_k), num_heads_k, head_dim, seed=seed, device="cuda").requires_grad_() for seed in (2, 3))
     dout = normal(*q.shape, seed=4, device="cuda")
     lengths = cumulative(lengths_q), cumulative(lengths_k), max(lengths_q), max(lengths_k)
     out, softmax_lse, _ = flash_attn_varlen_func(q, k, v, *lengths, causal=causal, return_attn_probs=True)

@@ -23,7 +23,7 @@ DT_NEEDED, DT_STRTAB, DT_RPATH, DT_RUNPATH = 1, 5, 15, 29
 def dynamic_entries(image):
     """(tag, value) of a 64-bit little-endian ELF file's dynamic section, and its string table's file offset."""
     assert image[:6] == b"\x7fELF\x02\x01"
-    offset, size, count = (*struct.unpack_from("<Q", image, 32), *struct.unpack_from("<HH", image, 54))
+    (offset,), (size, count) = struct.unpack_from("<Q", image, 32), struct.unpack_from("<HH", image, 54)
     headers = [struct.unpack_from("<IIQQQQQQ", image, offset + i * size) for i in range(count)]
     (dynamic,) = [header for header in headers if header[0] == PT_DYNAMIC]
     entries = list(struct.iter_unpack("<qQ", image[dynamic[2] : dynamic[2] + dynamic[5] // 16 * 16]))

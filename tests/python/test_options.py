@@ -38,9 +38,7 @@ def test_out_and_gradients(options, seqlens):
 @pytest.mark.parametrize("window_size", [[5, 2], torch.tensor([5, 2])], ids=["list", "tensor"])
 def test_a_window_in_every_form(window_size):
     q, k, v = normal_qkv(1, 30, 30, 1, 1, 64)
-    assert torch.equal(
-        flash_attn_func(q, k, v, window_size=window_size), flash_attn_func(q, k, v, window_size=(5, 2))
-    )
+    assert torch.equal(flash_attn_func(q, k, v, window_size=window_size), flash_attn_func(q, k, v, window_size=(5, 2)))
 
 
 @pytest.mark.parametrize("window_size", [(-7, -1), (2**40, 10**30)], ids=str)
@@ -52,7 +50,7 @@ def test_windows_that_hide_nothing(window_size):
 @pytest.mark.parametrize("window_size", [(5,), (5, 2.0), "ab", torch.tensor([5.0, 2.0]), torch.tensor([5])], ids=str)
 def test_windows_of_another_kind(window_size):
     q, k, v = normal_qkv(1, 8, 8, 1, 1, 64)
-    with pytest.raises(ValueError, match="^window_size is .*accepted: two integers"):
+    with pytest.raises(ValueError, match=r"^window_size is .*accepted: two integers"):
         flash_attn_func(q, k, v, window_size=window_size)
 
 
@@ -69,7 +67,7 @@ def test_a_window_in_a_tensor_compiles():
 @pytest.mark.parametrize("softcap", [-1.0, 1e-7, 1e18, 1e300, float("nan"), float("inf"), "5"], ids=str)
 def test_softcaps_out_of_range(softcap):
     q, k, v = normal_qkv(1, 8, 8, 1, 1, 64)
-    with pytest.raises(ValueError, match="^softcap is"):
+    with pytest.raises(ValueError, match=r"^softcap is"):
         flash_attn_func(q, k, v, softcap=softcap)
 
 
@@ -89,9 +87,7 @@ def test_causal_is_a_window():
     q, k, v = normal_qkv(1, 30, 50, 1, 1, 64)
     for window_size in ((-1, -1), (-1, 5)):
         causal = flash_attn_func(q, k, v, causal=True, window_size=window_size)
-        torch.testing.assert_close(
-            causal, flash_attn_func(q, k, v, window_size=(-1, 0)), atol=1e-3, rtol=1e-3
-        )
+        torch.testing.assert_close(causal, flash_attn_func(q, k, v, window_size=(-1, 0)), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("softmax_scale", [None, 1e-9])

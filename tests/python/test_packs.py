@@ -25,9 +25,7 @@ print(json.dumps({"origins": origins, "missing": missing, "not_there": not_there
 def test_no_kernel_spills(major, request):
     pack = request.getfixturevalue(f"pack_{major}")
     kernels = pack.kernels()
-    assert (
-        len(kernels) >= 16 * 2
-    )  # head dims x masks x groups, each with aligned and unaligned loads at least
+    assert len(kernels) >= 16 * 2  # head dims x masks x groups, each with aligned and unaligned loads at least
     assert {kernel["origin"] for kernel in kernels} == {"cache"}
     assert all(0 < kernel["registers"] <= 255 and f"{major}." in kernel["built_by"] for kernel in kernels)
     spills = {kernel["name"]: (kernel["spill_stores"], kernel["spill_loads"]) for kernel in kernels}
@@ -111,8 +109,8 @@ def test_no_backward_kernel_spills_up_to_head_dim_96(tmp_path):
         assert done.returncode == 0, done.stderr.decode()
     kernels = json.loads((tmp_path / "manifest.json").read_text())["kernels"]
     # The preprocess kernel, one for all masks, with 2 accesses; else kinds x groups x accesses x tiles for large and
-    # small problems, 16 for each of 3 masks, 2 with varlen, ALiBi, softcap. Plain ones with aligned loads have a tile between
-    # for dQ at 32 and 64 and for dK and dV at 32, with 2 masks and 2 groups.
+    # small problems, 16 for each of 3 masks, 2 with varlen, ALiBi, softcap. Plain ones with aligned loads have a tile
+    # between for dQ at 32 and 64 and for dK and dV at 32, with 2 masks and 2 groups.
     assert len(kernels) == 3 * (2 + 16 * (3 + 2 + 1 + 1)) + 3 * 2 * 2
     spills = {kernel["spec"]: (kernel["spill_stores"], kernel["spill_loads"]) for kernel in kernels}
     assert {spec: bytes for spec, bytes in spills.items() if bytes != (0, 0)} == {}

@@ -77,7 +77,9 @@ def test_a_signal_handler_runs_while_a_kernel_does_and_may_call_another():
 
 def test_ignored_children_do_not_hide_the_compiler(tmp_path):
     done = run_python(
-        "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n" + ATTENTION + "print(forward(128).isfinite().all())",
+        "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        + ATTENTION
+        + "print(forward(128).isfinite().all())",
         FLASH_ATTN_JIT_CACHE_DIR=tmp_path / "cache",
     )
     assert done.returncode == 0 and done.stdout == "tensor(True)\n", done.stderr
@@ -87,7 +89,9 @@ def test_a_compiler_that_writes_nothing(tmp_path):
     wrapper = tmp_path / "cxx"
     wrapper.write_text('#!/bin/sh\ncase "$*" in *--version*) echo a compiler;; esac\nexit 0\n')
     wrapper.chmod(0o755)
-    done = run_python(ATTENTION + "forward(128)", FLASH_ATTN_JIT_CXX=wrapper, FLASH_ATTN_JIT_CACHE_DIR=tmp_path / "cache")
+    done = run_python(
+        ATTENTION + "forward(128)", FLASH_ATTN_JIT_CXX=wrapper, FLASH_ATTN_JIT_CACHE_DIR=tmp_path / "cache"
+    )
     assert "flash_attn_jit.errors.CompileError" in done.stderr and "wrote no object" in done.stderr
     assert "source: " in done.stderr
 
@@ -124,7 +128,9 @@ def test_texts_that_are_no_utf8(tmp_path):
     os.mkdir(folder)
     wrapper = os.path.join(folder, b"cxx")
     with open(wrapper, "w") as file:
-        file.write("#!/bin/sh\ncase \"$*\" in *--version*) echo a compiler;; *) printf 'f\\374r nichts'; exit 1;; esac\n")
+        file.write(
+            "#!/bin/sh\ncase \"$*\" in *--version*) echo a compiler;; *) printf 'f\\374r nichts'; exit 1;; esac\n"
+        )
     os.chmod(wrapper, 0o755)
     code = textwrap.dedent(
         """
@@ -202,8 +208,6 @@ def test_other_threads_run_while_files_are_read(call, tmp_path):
     else:
         for i in range(20000):
             (pack / f"kernel.{i:064x}.kernel").write_bytes(b"no kernel")
-    done = run_python(
-        COUNT_TURNS.replace("CALL", f"{call}({str(pack)!r})"), FLASH_ATTN_JIT_TEMPLATES=templates
-    )
+    done = run_python(COUNT_TURNS.replace("CALL", f"{call}({str(pack)!r})"), FLASH_ATTN_JIT_TEMPLATES=templates)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 5

@@ -50,7 +50,7 @@ def test_a_process_forked_while_a_thread_compiles_can_call_too(tmp_path):
 def test_a_process_forked_while_a_thread_looks_for_the_compiler_can_call_too(tmp_path):
     compiler = tmp_path / "slow-to-tell-its-version"
     compiler.write_text(
-        f"#!/bin/sh\nif [ $1 = --version ]; then touch {tmp_path}/started; sleep 1; fi\nexec c++ \"$@\"\n"
+        f'#!/bin/sh\nif [ $1 = --version ]; then touch {tmp_path}/started; sleep 1; fi\nexec c++ "$@"\n'
     )
     compiler.chmod(0o755)
     status = child_status_of(
@@ -70,7 +70,7 @@ def test_a_wait_for_another_process_is_told_and_ends_on_ctrl_c(tmp_path):
         fcntl.flock(holder, fcntl.LOCK_EX)
         waiting = subprocess.Popen(
             [sys.executable, "-c", CALL],
-            preexec_fn=hear_ctrl_c,
+            preexec_fn=hear_ctrl_c,  # noqa: PLW1509  it takes no lock
             env=environment(FLASH_ATTN_JIT_CACHE_DIR=cache),
             cwd=tmp_path,
             stdout=subprocess.PIPE,

@@ -99,7 +99,7 @@ def test_prebuild_then_skip(tmp_path):
 
 def test_prebuild_builds_what_is_broken_again(tmp_path):
     assert prebuild(tmp_path / "pack").returncode == 0
-    kernel = sorted((tmp_path / "pack").glob("*.kernel"))[0]
+    kernel = min((tmp_path / "pack").glob("*.kernel"))
     whole = kernel.read_bytes()
     kernel.write_bytes(whole[: len(whole) // 2])
     again = prebuild(tmp_path / "pack", "--json")
@@ -135,7 +135,7 @@ def test_cache_list(cache):
 
 def test_cache_verify(cache):
     assert of_cache(cache, "verify")["broken"] == []
-    kernel = sorted(cache.glob("*.kernel"))[0]
+    kernel = min(cache.glob("*.kernel"))
     content = bytearray(kernel.read_bytes())
     content[-10] ^= 1
     kernel.write_bytes(content)

@@ -1,10 +1,10 @@
 """The reference project's module: its argument order on these kernels."""
 
-import flash_attention_interface as theirs
 import pytest
 import torch
 from attention_reference import normal, normal_qkv
 
+import flash_attention_interface as theirs
 import flash_attn_jit as ours
 
 CU_SEQLENS = torch.tensor([0, 7, 20], dtype=torch.int32)
@@ -34,17 +34,13 @@ def test_scale_and_causal_come_fourth_and_fifth(name, arguments):
 def test_gradients():
     inputs = [t.clone().requires_grad_() for t in (Q, K, V)]
     gradients = torch.autograd.grad(theirs.flash_attn_func(*inputs, causal=True).sum(), inputs)
-    for got, wanted in zip(
-        gradients, torch.autograd.grad(ours.flash_attn_func(*inputs, causal=True).sum(), inputs)
-    ):
+    for got, wanted in zip(gradients, torch.autograd.grad(ours.flash_attn_func(*inputs, causal=True).sum(), inputs)):
         assert torch.equal(got, wanted)
 
 
 def test_a_last_dimension_that_is_not_contiguous_is_copied():
     strided = normal(1, 20, 2, 128)[..., ::2]
-    assert torch.equal(
-        theirs.flash_attn_func(strided, K, V), ours.flash_attn_func(strided.contiguous(), K, V)
-    )
+    assert torch.equal(theirs.flash_attn_func(strided, K, V), ours.flash_attn_func(strided.contiguous(), K, V))
 
 
 def test_causal_in_the_scales_place_is_named():

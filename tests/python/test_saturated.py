@@ -3,7 +3,8 @@ whatever their size. A softmax_scale that is a power of 2 is a case of its own: 
 greatest score without rounding, and its dv as exact as fp16."""
 
 import math
-from typing import Any, Dict, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -26,12 +27,11 @@ def problem(amplitude: float, device: str = "cpu", seqlen: int = 64) -> Sequence
     ]
 
 
-def ours(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, scale: float
-) -> Sequence[torch.Tensor]:
-    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-    out = flash_attn_func(*inputs, softmax_scale=scale)
-    return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
+def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, scale: float) -> Sequence[torch.Tensor]:
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    out = flash_attn_func(q, k, v, softmax_scale=scale)
+    assert isinstance(out, torch.Tensor)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
 
 def flash(
@@ -54,7 +54,7 @@ def flash(
     return [t.half()[:, :, None] for t in (out, *gradients)]
 
 
-def errors(results: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> Dict[str, float]:
+def errors(results: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> dict[str, float]:
     """The greatest error of each over its greatest true value, or over 1 where that is less."""
     return {
         name: (got.double() - true).abs().max().item() / max(1.0, true.abs().max().item())
@@ -100,9 +100,7 @@ def test_as_exact_as_pytorchs_flash_kernel(amplitude, scale, seqlen):
     def theirs(q, k, v, dout, scale):
         inputs = [t.detach().requires_grad_() for t in (q, k, v)]
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-            out = torch.nn.functional.scaled_dot_product_attention(
-                *(t.transpose(1, 2) for t in inputs), scale=scale
-            )
+            out = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in inputs), scale=scale)
         out = out.transpose(1, 2)
         return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
 

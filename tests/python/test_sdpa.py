@@ -162,9 +162,7 @@ torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)
 def test_compiled_causal_biases():
     targets, bias = Targets(), causal_lower_right(8, 20)
     tensors = heads_first(1, 2, 8, 64, seqlen_k=20)
-    compiled = torch.compile(
-        lambda *t: F.scaled_dot_product_attention(*t, bias), backend=targets, fullgraph=True
-    )
+    compiled = torch.compile(lambda *t: F.scaled_dot_product_attention(*t, bias), backend=targets, fullgraph=True)
     with route_sdpa():
         out = compiled(*tensors)
     assert "flash_attn_jit.forward.default" in targets.graphs[0]
@@ -221,11 +219,11 @@ def test_under_autocast():
     query, key, value = (t.float() for t in (Q, K, V))
     with torch.autocast("cpu", dtype=torch.float16):
         assert torch.equal(sdpa(query, key.bfloat16().float(), value), sdpa(Q, K.bfloat16(), V))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        with pytest.raises(
-            UnsupportedError, match="query has dtype torch.float16, torch.bfloat16 under autocast"
-        ):
-            sdpa(Q, K, V)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(UnsupportedError, match=r"query has dtype torch.float16, torch.bfloat16 under autocast"),
+    ):
+        sdpa(Q, K, V)
 
 
 @pytest.mark.parametrize("function", [F.scaled_dot_product_attention, imported_before], ids=["F", "imported"])
@@ -358,9 +356,7 @@ def test_compiled_calls_are_routed_inside_a_router_alone():
 
 @pytest.mark.parametrize("seqlens", SEQLENS[:3], ids=str)
 def test_a_compiled_training_step(seqlens):
-    compiled = torch.compile(
-        F.scaled_dot_product_attention, backend="aot_eager", fullgraph=True, dynamic=True
-    )
+    compiled = torch.compile(F.scaled_dot_product_attention, backend="aot_eager", fullgraph=True, dynamic=True)
 
     def routed(*tensors, **arguments):
         with route_sdpa():

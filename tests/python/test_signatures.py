@@ -3,9 +3,9 @@
 import importlib.metadata
 import inspect
 
-import flash_attention_interface
 import pytest
 
+import flash_attention_interface
 import flash_attn_jit
 
 # Of flash-attn 2's interface, in its order and with its defaults.

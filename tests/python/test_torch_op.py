@@ -1,10 +1,12 @@
 """The torch operators with their fake implementations and derivatives: compilers, tracers, modes, transforms."""
 
+from typing import Any, ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
 from attention_reference import NO_OPTIONS, check_attention, normal, normal_qkv
-from functorch.compile import make_boxed_compiler
+from functorch.compile import make_boxed_compiler  # type: ignore[import-untyped]
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -41,9 +43,7 @@ class CountingBackend:
         return graph.forward
 
     def operators(self):
-        return [
-            node.target for graph in self.graphs for node in graph.graph.nodes if node.op == "call_function"
-        ]
+        return [node.target for graph in self.graphs for node in graph.graph.nodes if node.op == "call_function"]
 
 
 def test_one_operator_and_no_graph_break():
@@ -101,9 +101,7 @@ def test_opcheck_of_forward_with_inputs_that_need_gradients():
     q, k, v = (t.requires_grad_() for t in normal_qkv(2, 20, 30, 2, 1, 64))
     torch.library.opcheck(OP, (q, k, v, *CAUSAL))
     kv, qkv = (normal(20, parts, 2, 64).requires_grad_() for parts in (2, 3))
-    torch.library.opcheck(
-        torch.ops.flash_attn_jit.forward_kvpacked.default, (q[0].detach(), kv, *ALL_OPTIONS)
-    )
+    torch.library.opcheck(torch.ops.flash_attn_jit.forward_kvpacked.default, (q[0].detach(), kv, *ALL_OPTIONS))
     torch.library.opcheck(torch.ops.flash_attn_jit.forward_qkvpacked.default, (qkv, *ALL_OPTIONS))
 
 
@@ -140,9 +138,9 @@ def test_backward_gives_what_is_wanted():
 
 def test_operators_of_packed_tensors_refuse_other_shapes():
     q, qkv = normal(1, 8, 2, 64), normal(1, 8, 3, 2, 64)
-    with pytest.raises(ValueError, match="^kv has size 3 in dimension 2"):
+    with pytest.raises(ValueError, match=r"^kv has size 3 in dimension 2"):
         torch.ops.flash_attn_jit.forward_kvpacked(q, qkv, *NO_OPTIONS)
-    with pytest.raises(ValueError, match="^qkv has 4 dimensions"):
+    with pytest.raises(ValueError, match=r"^qkv has 4 dimensions"):
         torch.ops.flash_attn_jit.forward_qkvpacked(q, *NO_OPTIONS)
 
 
@@ -150,7 +148,7 @@ def test_operators_of_packed_tensors_refuse_other_shapes():
 def test_one_argument_of_backward_on_the_meta_device(which):
     arguments = list(backward_arguments(*normal_qkv(1, 8, 8, 1, 1, 64), NO_OPTIONS))
     arguments[which] = arguments[which].to("meta")
-    with pytest.raises(ValueError, match="is on device .*accepted: all on one device"):
+    with pytest.raises(ValueError, match=r"is on device .*accepted: all on one device"):
         BACKWARD(*arguments)
 
 
@@ -180,9 +178,7 @@ def test_a_compiled_training_step(name, options):
 
     def run(function):
         arguments = FORMS[name]()
-        inputs = [
-            t.requires_grad_() for t in arguments if isinstance(t, torch.Tensor) and t.is_floating_point()
-        ]
+        inputs = [t.requires_grad_() for t in arguments if isinstance(t, torch.Tensor) and t.is_floating_point()]
         total, softmax_lse = function(*arguments)
         return [softmax_lse, *torch.autograd.grad(total, inputs)]
 
@@ -275,7 +271,7 @@ def test_a_backward_alone_under_a_mode_goes_by_the_operator():
 
 
 class Subclass(torch.Tensor):
-    seen = []
+    seen: ClassVar[list[Any]] = []
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -334,6 +330,14 @@ class Layer(torch.nn.Module):
         return self.attend(self.project(x).unflatten(-1, (3, 2, 16))).flatten(-2)
 
 
+def of_separate(qkv):
+    return flash_attn_func(*qkv.unbind(2), causal=True)
+
+
+def of_alibi(qkv):
+    return flash_attn_func(*qkv.unbind(2), alibi_slopes=torch.tensor([0.5, 0.25]))
+
+
 def of_sdpa(qkv):
     return flash_attn_jit.sdpa(*(t.transpose(1, 2) for t in qkv.unbind(2))).transpose(1, 2)
 
@@ -343,11 +347,11 @@ def of_varlen(qkv):
 
 
 ATTENDS = {
-    "separate": lambda qkv: flash_attn_func(*qkv.unbind(2), causal=True),
+    "separate": of_separate,
     "kvpacked": lambda qkv: flash_attn_jit.flash_attn_kvpacked_func(qkv[:, :, 0], qkv[:, :, 1:]),
     "qkvpacked": lambda qkv: flash_attn_jit.flash_attn_qkvpacked_func(qkv, window_size=(5, 2)),
     "varlen": of_varlen,
-    "alibi": lambda qkv: flash_attn_func(*qkv.unbind(2), alibi_slopes=torch.tensor([0.5, 0.25])),
+    "alibi": of_alibi,
     "sdpa": of_sdpa,
 }
 
@@ -370,9 +374,7 @@ RECORDERS = {
 }
 
 
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "error:.*autograd kernel"
-)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "error:.*autograd kernel")
 @pytest.mark.parametrize("record", RECORDERS)
 @pytest.mark.parametrize("attend", ATTENDS)
 def test_a_recorded_graph_keeps_the_gradient(attend, record):
@@ -407,8 +409,7 @@ def test_one_tensor_given_twice_in_a_compiled_call(attend, backend):
     flash_attn_jit.sdpa(x, x, x)
     compiled = torch.compile(attend, fullgraph=True, backend=backend)
     results = [
-        torch.autograd.grad(f(x, y).float().square().sum(), (x, y), allow_unused=True)
-        for f in (compiled, attend)
+        torch.autograd.grad(f(x, y).float().square().sum(), (x, y), allow_unused=True) for f in (compiled, attend)
     ]
     for got, expected in zip(*results):
         assert (got is None) == (expected is None)
@@ -441,11 +442,15 @@ def count_graphs(function, calls):
     return counter.frame_count
 
 
+def attending_to(window):
+    return lambda q, k, v, w: flash_attn_func(q, k, v, window_size=window(w))
+
+
 def test_another_window_compiles_no_further_graph():
     q, k, v = normal_qkv(1, 20, 20, 1, 1, 16)
     calls = [(q, k, v, width) for width in (*range(3, 14), 2**40, 7)]
     for window in (lambda w: (w, 0), lambda w: (0, w), lambda w: [w, w]):
-        graphs = count_graphs(lambda q, k, v, w: flash_attn_func(q, k, v, window_size=window(w)), calls)
+        graphs = count_graphs(attending_to(window), calls)
         assert graphs <= 2, graphs  # the first value is taken for a constant, the others for a variable
 
 
@@ -478,7 +483,7 @@ def of_unpadded(qkv, cu_seqlens):
 def of_concatenated(qkv, cu_seqlens):
     lengths = torch.nn.functional.pad(cu_seqlens[1:3, None] - cu_seqlens[:2, None] + 1, (0, 9))
     unpad = flash_attn_jit.bert_padding.unpad_input_for_concatenated_sequences
-    rows, indices, starts, longest = unpad(qkv, lengths)
+    rows, _, starts, longest = unpad(qkv, lengths)
     return flash_attn_jit.flash_attn_varlen_qkvpacked_func(rows, starts, longest)
 
 
@@ -498,7 +503,7 @@ def test_lengths_that_a_graph_reads_out_of_a_tensor(attend, backend):
 # ---- transforms ----
 
 LOSSES = {
-    "separate": (lambda *t: flash_attn_func(*t, causal=True), lambda q, k, v: (q, k, v)),
+    "separate": (lambda q, k, v: flash_attn_func(q, k, v, causal=True), lambda q, k, v: (q, k, v)),
     "kvpacked": (flash_attn_jit.flash_attn_kvpacked_func, lambda q, k, v: (q, torch.stack((k, v), 2))),
     "qkvpacked": (flash_attn_jit.flash_attn_qkvpacked_func, lambda q, k, v: (torch.stack((q, k, v), 2),)),
     "sdpa": (flash_attn_jit.sdpa, lambda q, k, v: (q, k, v)),
@@ -577,7 +582,7 @@ def test_what_transforms_are_refused():
 
     with pytest.raises(NotImplementedError, match="gradients of gradients"):
         torch.func.grad(lambda q: torch.func.grad(loss)(q).float().sum())(q)
-    with pytest.raises(NotImplementedError, match="forward-mode .*jvp.*accepted: reverse mode"):
+    with pytest.raises(NotImplementedError, match=r"forward-mode .*jvp.*accepted: reverse mode"):
         torch.func.hessian(loss)(q)
     with pytest.raises(NotImplementedError, match="q carries a forward-mode tangent"):
         torch.func.jvp(loss, (q,), (q,))
@@ -643,9 +648,7 @@ def test_floating_point_operations_of_sequences():
     assert counted(training_step(attend), q.detach().requires_grad_(), k, v) == flops
     meta = [t.detach().to("meta") for t in (q, k, v)]
     cu_seqlens = CU_SEQLENS.to("meta")
-    longest = counted(
-        lambda *t: flash_attn_jit.flash_attn_varlen_func(*t, cu_seqlens, cu_seqlens, 15, 15), *meta
-    )
+    longest = counted(lambda *t: flash_attn_jit.flash_attn_varlen_func(*t, cu_seqlens, cu_seqlens, 15, 15), *meta)
     assert longest == 4 * 2 * 16 * 3 * 15 * 15  # no lengths to read: each sequence may be the longest
 
 

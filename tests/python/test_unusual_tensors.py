@@ -190,7 +190,7 @@ def test_a_graph_keeps_its_tensors_as_saved_ones_alone():
     """So that what frees saved tensors, or moves them away, reaches the options' as well."""
     leaves = [t[0].requires_grad_() for t in normal_qkv(1, 8, 8, 2, 2, 16)]
     packed = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t), lambda _: None):
+    with torch.autograd.graph.saved_tensors_hooks(packed.append, lambda _: None):
         out = flash_attn_varlen_func(*leaves, LENGTHS, LENGTHS, 5, 5, alibi_slopes=SLOPES)
     assert sum(t is LENGTHS or t.data_ptr() == LENGTHS.data_ptr() for t in packed) == 2
     assert not any(isinstance(value, torch.Tensor) for value in out.grad_fn.options)

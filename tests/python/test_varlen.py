@@ -56,9 +56,7 @@ def test_out_and_gradients(lengths_q, lengths_k, options):
     out, softmax_lse, s_dmask = flash_attn_varlen_func(
         q, k, v, cu_q, cu_k, max_q, max_k, return_attn_probs=True, **options
     )
-    check_varlen_attention(
-        out.detach(), softmax_lse, q.detach(), k.detach(), v.detach(), cu_q, cu_k, **options
-    )
+    check_varlen_attention(out.detach(), softmax_lse, q.detach(), k.detach(), v.detach(), cu_q, cu_k, **options)
     assert s_dmask.numel() == 0
     dout = normal(*out.shape, seed=9)
     gradients = torch.autograd.grad(out, (q, k, v), dout)
@@ -68,9 +66,7 @@ def test_out_and_gradients(lengths_q, lengths_k, options):
 def test_slopes_of_each_sequence():
     slopes = torch.tensor([[0.5, 0.25], [0.0, 1.0]])
     q, k, v, *lengths = batch([10, 30], [20, 25])
-    out, softmax_lse, _ = flash_attn_varlen_func(
-        q, k, v, *lengths, alibi_slopes=slopes, return_attn_probs=True
-    )
+    out, softmax_lse, _ = flash_attn_varlen_func(q, k, v, *lengths, alibi_slopes=slopes, return_attn_probs=True)
     check_varlen_attention(out, softmax_lse, q, k, v, *lengths[:2], alibi_slopes=slopes)
 
 
@@ -153,7 +149,7 @@ def test_cu_seqlens_that_do_not_fit(name, value):
 
 
 def test_block_table():
-    with pytest.raises(NotImplementedError, match="^block_table"):
+    with pytest.raises(NotImplementedError, match=r"^block_table"):
         varlen(block_table=torch.zeros(1, dtype=torch.int32))
 
 

@@ -26,8 +26,7 @@ def pinned_torch(pyproject: Path) -> str:
 
 def pip(*arguments: str, quiet: bool = False) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pip", *arguments]
-    streams = {"capture_output": True} if quiet else {}
-    return subprocess.run(command, text=True, check=False, **streams)
+    return subprocess.run(command, text=True, check=False, capture_output=quiet)
 
 
 def machine_has_nvidia_gpu() -> bool:
@@ -36,8 +35,9 @@ def machine_has_nvidia_gpu() -> bool:
 
 def default_is_cpu_build(requirement: str) -> bool:
     """Whether the torch that pip finds by itself is a CPU build: one that asks for no CUDA library."""
-    answer = pip("install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--report", "-", requirement,
-                 quiet=True)
+    answer = pip(
+        "install", "--dry-run", "--quiet", "--no-deps", "--ignore-installed", "--report", "-", requirement, quiet=True
+    )
     if answer.returncode != 0:
         return False
     metadata = json.loads(answer.stdout)["install"][0]["metadata"]

@@ -4,8 +4,9 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from .problem import Problem, sweep
 _INTERPRET_VARIABLE = "FLASH_ATTN_JIT_INTERPRET"
 
 
-def restart_with_target(target: Optional[str], arguments: Sequence[str]) -> None:
+def restart_with_target(target: str | None, arguments: Sequence[str]) -> None:
     """The configuration reads its variable once, so a process that lacks it is replaced by one that has it."""
     if target is None or os.environ.get(TARGET_VARIABLE) == target:
         return
@@ -26,22 +27,21 @@ def restart_with_target(target: Optional[str], arguments: Sequence[str]) -> None
     os.execve(sys.executable, [sys.executable, "-m", __package__, *arguments], environment)
 
 
-def _require_folder(output: Optional[Path]) -> None:
+def _require_folder(output: Path | None) -> None:
     """Before anything is measured: a figure that cannot be written is lost."""
     if output is not None and not output.parent.is_dir():
         raise SystemExit(f"--output is {output}: there is no folder {output.parent}.")
 
 
-def _read_record(path: Path) -> Dict[str, Any]:
+def _read_record(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        record: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise SystemExit(
-            f"--plot is {path}: {error}; accepted: the JSON that a timing run has written"
-        ) from None
+        raise SystemExit(f"--plot is {path}: {error}; accepted: the JSON that a timing run has written") from None
+    return record
 
 
-def machine() -> Dict[str, Any]:
+def machine() -> dict[str, Any]:
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "devices": _core.devices(),
@@ -61,12 +61,12 @@ def _problems(options: argparse.Namespace) -> Iterable[Problem]:
         yield from sweep(options.batch, (options.heads, each), options.head_dims, options.seqlens, causal)
 
 
-def _measure(options: argparse.Namespace) -> List[Dict[str, Any]]:
+def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.kind == HOST_COST:
         return _print_rows("", host_cost.run(options.rounds))
     if options.kind == MODEL:
         return _measure_model(options)
-    rows: List[Dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for problem in _problems(options):
         backends = options.backends or default_names(problem)
         if options.kind == MEMORY:
@@ -81,11 +81,9 @@ def _measure(options: argparse.Namespace) -> List[Dict[str, Any]]:
     return rows
 
 
-def _measure_model(options: argparse.Namespace) -> List[Dict[str, Any]]:
+def _measure_model(options: argparse.Namespace) -> list[dict[str, Any]]:
     if not KNOWS_ENABLE_GQA:
-        raise SystemExit(
-            f"--model needs torch 2.5, whose SDPA has enable_gqa, or newer; this is {torch.__version__}."
-        )
+        raise SystemExit(f"--model needs torch 2.5, whose SDPA has enable_gqa, or newer; this is {torch.__version__}.")
     shape = model.Shape(
         options.layers,
         options.heads,
@@ -95,16 +93,14 @@ def _measure_model(options: argparse.Namespace) -> List[Dict[str, Any]]:
         options.vocabulary,
         options.tokens,
     )
-    print(
-        f"{shape}; SDPA, left to the memory-efficient and the math backend, takes {model.sdpa_backend(shape)}"
-    )
-    rows: List[Dict[str, Any]] = []
+    print(f"{shape}; SDPA, left to the memory-efficient and the math backend, takes {model.sdpa_backend(shape)}")
+    rows: list[dict[str, Any]] = []
     for row in model.run(shape, options.seqlens, options.rounds, options.burst_ms):
         rows += _print_rows(f"b{row['batch']} s{row['seqlen']}", [row])
     return rows
 
 
-def _print_rows(problem: str, rows: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+def _print_rows(problem: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         what = row.get("tensor") or row["pass"]
         figures = f"does not run: {row['skipped']}" if "skipped" in row else _figures(row)
@@ -114,7 +110,7 @@ def _print_rows(problem: str, rows: List[Dict[str, Any]]) -> List[Dict[str, Any]
     return rows
 
 
-def _figures(row: Dict[str, Any]) -> str:
+def _figures(row: dict[str, Any]) -> str:
     if "us_median" in row:
         return (
             f"{row['device']:4} {row['mode']:30} {row['us_median']:8.2f} us a call"
@@ -131,7 +127,7 @@ def _figures(row: Dict[str, Any]) -> str:
     return text
 
 
-def _times(row: Dict[str, Any]) -> str:
+def _times(row: dict[str, Any]) -> str:
     text = f"{row['ms_median']:9.3f} ms"
     if "tflops" in row:
         text += f"  {row['tflops']:7.1f} TFLOP/s"

@@ -1,7 +1,8 @@
 """Errors against float64, beside SDPA's backends on the same inputs."""
 
+from collections.abc import Sequence
 from math import sqrt
-from typing import Any, Dict, List, Sequence
+from typing import Any
 
 import torch
 
@@ -15,13 +16,13 @@ OUT = "out"
 GRADIENTS = ("dq", "dk", "dv")
 
 
-def tensors_of(passes: Sequence[str]) -> List[str]:
+def tensors_of(passes: Sequence[str]) -> list[str]:
     """What a run that measures these passes compares."""
     names = [OUT] if any(which != BACKWARD for which in passes) else []
     return names + (list(GRADIENTS) if any(which != FORWARD for which in passes) else [])
 
 
-def references(inputs: Inputs, causal: bool) -> Dict[str, torch.Tensor]:
+def references(inputs: Inputs, causal: bool) -> dict[str, torch.Tensor]:
     """out and, where there is a dout, the gradients, in float64 and like q, k and v; some heads at a time."""
     q, k, v, dout = inputs
     group_size = q.shape[2] // k.shape[2]
@@ -45,13 +46,13 @@ def references(inputs: Inputs, causal: bool) -> Dict[str, torch.Tensor]:
     return exact
 
 
-def max_and_mean_square(got: torch.Tensor, exact: torch.Tensor) -> Dict[str, float]:
+def max_and_mean_square(got: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
     """The greatest error and the mean square of all."""
     error = got.double() - exact
     return {"max": error.abs().max().item(), "mean_square": error.square().mean().item()}
 
 
-def _results(backend: Backend, inputs: Inputs) -> Dict[str, torch.Tensor]:
+def _results(backend: Backend, inputs: Inputs) -> dict[str, torch.Tensor]:
     with backend.selected():
         out = backend.forward(inputs)
         if inputs.dout is None:
@@ -60,15 +61,13 @@ def _results(backend: Backend, inputs: Inputs) -> Dict[str, torch.Tensor]:
     return {OUT: out.detach(), **dict(zip(GRADIENTS, gradients))}
 
 
-def run(
-    problem: Problem, passes: Sequence[str], names: Sequence[str], seeds: Sequence[int]
-) -> List[Dict[str, Any]]:
+def run(problem: Problem, passes: Sequence[str], names: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
     """One row a tensor and backend: over all seeds the greatest error and the root mean square, and both beside SDPA
     flash's."""
     tensors = tensors_of(passes)
     which = FORWARD if tensors == [OUT] else BOTH
-    errors: Dict[str, Dict[str, List[Dict[str, float]]]] = {tensor: {} for tensor in tensors}
-    skipped: Dict[str, str] = {}
+    errors: dict[str, dict[str, list[dict[str, float]]]] = {tensor: {} for tensor in tensors}
+    skipped: dict[str, str] = {}
     for seed in seeds:
         inputs = problem.inputs(seed, which)
         with torch.no_grad():
@@ -83,9 +82,7 @@ def run(
                 errors[tensor].setdefault(name, []).append(max_and_mean_square(results[tensor], exact[tensor]))
     rows = []
     for tensor in tensors:
-        of_tensor = [
-            {**problem.record(), "tensor": tensor, "backend": name, "seeds": len(seeds)} for name in names
-        ]
+        of_tensor = [{**problem.record(), "tensor": tensor, "backend": name, "seeds": len(seeds)} for name in names]
         for row in of_tensor:
             name = row["backend"]
             row.update({"skipped": skipped[name]} if skipped[name] else _over_seeds(errors[tensor][name]))
@@ -94,7 +91,7 @@ def run(
     return rows
 
 
-def _over_seeds(errors: Sequence[Dict[str, float]]) -> Dict[str, float]:
+def _over_seeds(errors: Sequence[dict[str, float]]) -> dict[str, float]:
     return {
         # Not Python's max(), which may pass over a NaN.
         "max_error": torch.tensor([error["max"] for error in errors], dtype=torch.float64).max().item(),
@@ -102,7 +99,7 @@ def _over_seeds(errors: Sequence[Dict[str, float]]) -> Dict[str, float]:
     }
 
 
-def _add_ratios(rows: List[Dict[str, Any]]) -> None:
+def _add_ratios(rows: list[dict[str, Any]]) -> None:
     flash = next((row for row in rows if row["backend"] == SDPA_FLASH and "skipped" not in row), None)
     for row in rows:
         if flash is not None and "skipped" not in row:

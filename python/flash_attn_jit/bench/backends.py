@@ -1,9 +1,10 @@
 """This library and PyTorch's scaled_dot_product_attention, one backend at a time, behind one call."""
 
 import warnings
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Callable, ContextManager, Dict, List, Sequence, Tuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from .problem import BACKWARD, FORWARD, Inputs, Problem
 OURS = "flash_attn_jit"
 SDPA_EFFICIENT, SDPA_FLASH, SDPA_MATH = "sdpa_efficient", "sdpa_flash", "sdpa_math"
 # The last one takes the most memory: what is measured beside it is prepared before.
-_SDPA: Dict[str, SDPBackend] = {
+_SDPA: dict[str, SDPBackend] = {
     SDPA_EFFICIENT: SDPBackend.EFFICIENT_ATTENTION,
     SDPA_FLASH: SDPBackend.FLASH_ATTENTION,
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -26,7 +27,7 @@ NAMES = (OURS, *_SDPA)
 KNOWS_ENABLE_GQA = torch.__version__ >= "2.5"  # compared as a version
 
 
-def default_names(problem: Problem) -> List[str]:
+def default_names(problem: Problem) -> list[str]:
     """All, but PyTorch's math only where it is what PyTorch takes on a GPU without flash: for grouped heads."""
     grouped = problem.num_heads != problem.num_heads_k
     return [name for name in NAMES if grouped or name != SDPA_MATH]
@@ -41,18 +42,18 @@ class Backend:
         self._group_size = problem.num_heads // problem.num_heads_k
         self._takes_enable_gqa = self._group_size > 1 and name not in (OURS, SDPA_EFFICIENT)
 
-    def selected(self) -> ContextManager[None]:
+    def selected(self) -> AbstractContextManager[None]:
         return nullcontext() if self.name == OURS else sdpa_kernel(_SDPA[self.name])
 
     def forward(self, inputs: Inputs) -> torch.Tensor:
         """The output, (batch, seqlen, heads, head_dim)."""
         return self._ours(inputs) if self.name == OURS else self._sdpa(inputs)
 
-    def both(self, inputs: Inputs) -> Tuple[torch.Tensor, ...]:
+    def both(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:
         """dq, dk and dv, by the forward pass and the backward pass."""
         return torch.autograd.grad(self.forward(inputs), inputs.qkv, inputs.dout)
 
-    def calls(self, which: str, input_sets: Sequence[Inputs]) -> List[Callable[[], object]]:
+    def calls(self, which: str, input_sets: Sequence[Inputs]) -> list[Callable[[], object]]:
         """One call of the pass for each input set. For the backward pass alone the graphs are made here, once, and a
         call walks its own and keeps it."""
         if which == FORWARD:

@@ -1,8 +1,9 @@
 """What a Python call costs its thread: a problem too small to matter, and no waiting for the device inside."""
 
+from collections.abc import Callable
 from statistics import median
 from time import perf_counter
-from typing import Any, Callable, Dict, List, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ def _burst_us(call: Callable[[], object], wait: Callable[[], object]) -> float:
     return elapsed / _CALLS * 1e6
 
 
-def _calls(mode: Mode, device: str) -> Dict[str, Callable[[], object]]:
+def _calls(mode: Mode, device: str) -> dict[str, Callable[[], object]]:
     # On the CPU a query of length 0 makes the whole way to the launch, and launches nothing.
     seqlen = 16 if device == "cuda" else 0
     q, k, v, dout = torch.randn(4, 1, seqlen, 8, 64, dtype=torch.float16, device=device).unbind()
@@ -64,7 +65,7 @@ def _calls(mode: Mode, device: str) -> Dict[str, Callable[[], object]]:
     }
 
 
-def run(rounds: int) -> List[Dict[str, Any]]:
+def run(rounds: int) -> list[dict[str, Any]]:
     """Microseconds a call: forward with grad mode off and on, forward of inputs that need gradients, and forward and
     backward of them; bursts take turns."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,7 +74,7 @@ def run(rounds: int) -> List[Dict[str, Any]]:
     for mode in _MODES:
         calls = _calls(mode, device)
         with torch.set_grad_enabled(mode.grad_mode):
-            samples: Dict[str, List[float]] = {name: [] for name in calls}
+            samples: dict[str, list[float]] = {name: [] for name in calls}
             for call in calls.values():
                 _burst_us(call, wait)
             for _ in range(rounds):

@@ -1,6 +1,7 @@
 """The peak of a backward call's memory, beside what it cannot do without."""
 
-from typing import Any, Dict, List, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -37,11 +38,11 @@ def _peak_bytes(backend: Backend, problem: Problem) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def run(problem: Problem, names: Sequence[str]) -> List[Dict[str, Any]]:
+def run(problem: Problem, names: Sequence[str]) -> list[dict[str, Any]]:
     """One row a backend: the peak, what is needed, and what the peak is over it."""
     rows = []
     for name in names:
-        row: Dict[str, Any] = {**problem.record(), "pass": BACKWARD, "backend": name}
+        row: dict[str, Any] = {**problem.record(), "pass": BACKWARD, "backend": name}
         backend = Backend(name, problem)
         reason = backend.why_not(problem.inputs(0, BACKWARD))  # and so its kernels are loaded
         if reason:

@@ -1,21 +1,11 @@
 """A whole model, a Llama-like decoder, with PyTorch's own attention and with this library in its place."""
 
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import (
-    Any,
-    Callable,
-    ContextManager,
-    Dict,
-    Iterator,
-    List,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-    cast,
-)
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -93,13 +83,10 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
         q, k, v = (
-            project(x).unflatten(-1, (-1, self._head_dim)).transpose(1, 2)
-            for project in (self.q, self.k, self.v)
+            project(x).unflatten(-1, (-1, self._head_dim)).transpose(1, 2) for project in (self.q, self.k, self.v)
         )
         # As Hugging Face's models call it: grouped heads are SDPA's own business.
-        attended = F.scaled_dot_product_attention(
-            rotary.turn(q), rotary.turn(k), v, is_causal=True, enable_gqa=True
-        )
+        attended = F.scaled_dot_product_attention(rotary.turn(q), rotary.turn(k), v, is_causal=True, enable_gqa=True)
         return cast(torch.Tensor, self.out(attended.transpose(1, 2).flatten(-2)))
 
 
@@ -181,7 +168,7 @@ class Workload:
         return {FORWARD: self.forward, TRAINING: self.training}[name]
 
 
-def _selected(name: str) -> ContextManager[Any]:
+def _selected(name: str) -> AbstractContextManager[Any]:
     return sdpa_kernel(_TURINGS) if name == SDPA else route_sdpa()
 
 
@@ -208,13 +195,10 @@ def why_not_routed(shape: Shape, workload: Workload, step: str) -> str:
         workload.step(step)()
     if router.counts == {"flash_attn_jit": shape.layers, "torch": 0}:
         return ""
-    return (
-        "; ".join(router.reasons)
-        or f"route_sdpa() saw {router.counts}, and the model has {shape.layers} calls"
-    )
+    return "; ".join(router.reasons) or f"route_sdpa() saw {router.counts}, and the model has {shape.layers} calls"
 
 
-def _peak_bytes(call: Callable[[], object]) -> Optional[int]:
+def _peak_bytes(call: Callable[[], object]) -> int | None:
     """Of the GPU's memory in a call, the model's weights and all else included."""
     if not torch.cuda.is_available():
         return None
@@ -225,7 +209,7 @@ def _peak_bytes(call: Callable[[], object]) -> Optional[int]:
     return torch.cuda.max_memory_allocated()
 
 
-def _first_calls(shape: Shape, workload: Workload, name: str, step: str) -> Tuple[str, Optional[int]]:
+def _first_calls(shape: Shape, workload: Workload, name: str, step: str) -> tuple[str, int | None]:
     """Why the candidate cannot be timed, or nothing, and its peak memory. Kernels are compiled here."""
     reason, peak = "", None
     try:
@@ -245,17 +229,13 @@ def _first_calls(shape: Shape, workload: Workload, name: str, step: str) -> Tupl
     return reason, peak
 
 
-def _run_step(
-    shape: Shape, workload: Workload, step: str, rounds: int, burst_ms: float
-) -> List[Dict[str, Any]]:
+def _run_step(shape: Shape, workload: Workload, step: str, rounds: int, burst_ms: float) -> list[dict[str, Any]]:
     first = {name: _first_calls(shape, workload, name, step) for name in NAMES}
     running = [
-        timing.Candidate(name, partial(_selected, name), [workload.step(step)])
-        for name in NAMES
-        if not first[name][0]
+        timing.Candidate(name, partial(_selected, name), [workload.step(step)]) for name in NAMES if not first[name][0]
     ]
     samples = timing.time_interleaved(running, rounds, burst_ms)
-    rows: List[Dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for name, (reason, peak) in first.items():
         if reason or name not in samples:
             rows.append({"backend": name, "skipped": reason or OUT_OF_MEMORY})
@@ -267,7 +247,7 @@ def _run_step(
     return rows
 
 
-def run(shape: Shape, seqlens: Sequence[int], rounds: int, burst_ms: float) -> Iterator[Dict[str, Any]]:
+def run(shape: Shape, seqlens: Sequence[int], rounds: int, burst_ms: float) -> Iterator[dict[str, Any]]:
     """A row for each sequence length, step and candidate. Every length has a model of its own, the same one."""
     backend = sdpa_backend(shape)
     for seqlen in seqlens:

@@ -1,8 +1,9 @@
 """The command line of ``python -m flash_attn_jit.bench``, and which options each kind of run takes."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any
 
 from .backends import NAMES, SDPA_MATH
 from .problem import PASSES
@@ -17,7 +18,7 @@ TIMING, MODEL, ACCURACY, MEMORY, HOST_COST, PLOT = KINDS = (
     "host_cost",
     "plot",
 )
-_ONE_CALL: Dict[str, Any] = {
+_ONE_CALL: dict[str, Any] = {
     "batch": 4,
     "heads": 16,
     "heads_k": None,
@@ -25,7 +26,7 @@ _ONE_CALL: Dict[str, Any] = {
     "causal": "both",
 }
 # The options that each kind of run takes, with what they are where they are not given. `backends`: the problem's own.
-_DEFAULTS: Dict[str, Dict[str, Any]] = {
+_DEFAULTS: dict[str, dict[str, Any]] = {
     TIMING: {
         **_ONE_CALL,
         "seqlens": [512, 1024, 2048, 4096, 8192, 16384],
@@ -65,7 +66,7 @@ def _flag(name: str) -> str:
 
 def _defaults(name: str) -> str:
     """For --help: the option's default in each kind of run that has one of its own."""
-    values: Dict[str, List[str]] = {}
+    values: dict[str, list[str]] = {}
     for kind, options in _DEFAULTS.items():
         if options.get(name) is not None:
             value = options[name]
@@ -86,7 +87,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _positives(text: str) -> List[int]:
+def _positives(text: str) -> list[int]:
     return [_positive(part) for part in text.split(",")]
 
 
@@ -100,7 +101,7 @@ def _milliseconds(text: str) -> float:
     return value
 
 
-def _names(what: str, accepted: Sequence[str], text: str) -> List[str]:
+def _names(what: str, accepted: Sequence[str], text: str) -> list[str]:
     names = text.split(",")
     unknown = [name for name in names if name not in accepted]
     if unknown:
@@ -108,11 +109,11 @@ def _names(what: str, accepted: Sequence[str], text: str) -> List[str]:
     return names
 
 
-def _backends(text: str) -> List[str]:
+def _backends(text: str) -> list[str]:
     return _names("backend", NAMES, text)
 
 
-def _passes(text: str) -> List[str]:
+def _passes(text: str) -> list[str]:
     return _names("pass", PASSES, text)
 
 
@@ -139,9 +140,7 @@ def _add_kinds(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--host-cost", action="store_true", help="the cost of a Python call beside SDPA's instead of times"
     )
-    what.add_argument(
-        "--plot", type=Path, metavar="JSON", help="measure nothing: draw the PNG of this timing run"
-    )
+    what.add_argument("--plot", type=Path, metavar="JSON", help="measure nothing: draw the PNG of this timing run")
 
 
 def _add_problem(parser: argparse.ArgumentParser) -> None:
@@ -239,17 +238,11 @@ def _with(kind: str) -> str:
 
 def _check_sizes(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.heads_k and options.heads % options.heads_k:
-        parser.error(
-            f"--heads is {options.heads}, and --heads-k {options.heads_k}; accepted: a multiple of --heads-k"
-        )
+        parser.error(f"--heads is {options.heads}, and --heads-k {options.heads_k}; accepted: a multiple of --heads-k")
     if options.kind != MODEL:
         return
     if len(options.head_dims) > 1 or options.head_dims[0] % 2:
-        parser.error(
-            f"--head-dims is {options.head_dims}; accepted with --model: one, and even, for its rotary turns"
-        )
+        parser.error(f"--head-dims is {options.head_dims}; accepted with --model: one, and even, for its rotary turns")
     for seqlen in options.seqlens:
         if options.tokens % seqlen:
-            parser.error(
-                f"--seqlens has {seqlen}, and --tokens is {options.tokens}; accepted: what divides --tokens"
-            )
+            parser.error(f"--seqlens has {seqlen}, and --tokens is {options.tokens}; accepted: what divides --tokens")

@@ -2,7 +2,7 @@
 
 from itertools import product
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 from .backends import NAMES
 from .problem import BACKWARD, BOTH, FORWARD, PASSES
@@ -17,11 +17,11 @@ _LABELS = {
 _PASS_TITLES = {FORWARD: "forward", BACKWARD: "backward", BOTH: "forward and backward"}
 
 
-def _pass_of(row: Dict[str, Any]) -> str:
+def _pass_of(row: dict[str, Any]) -> str:
     return str(row.get("pass", FORWARD))  # a record from before there were others does not say it
 
 
-def _bars(axes: Any, rows: List[Dict[str, Any]]) -> None:
+def _bars(axes: Any, rows: list[dict[str, Any]]) -> None:
     """One group of bars a sequence length; whiskers from the slowest to the fastest sample."""
     seqlens = sorted({row["seqlen"] for row in rows})
     names = [name for name in NAMES if any(row["backend"] == name for row in rows)]
@@ -38,7 +38,7 @@ def _bars(axes: Any, rows: List[Dict[str, Any]]) -> None:
     axes.set_ylabel("TFLOP/s")
 
 
-def plot(record: Dict[str, Any], png: Path) -> None:
+def plot(record: dict[str, Any], png: Path) -> None:
     """Draws `record` (a timing run's JSON) into `png`: head dims and passes by rows, full and causal by columns."""
     try:
         import matplotlib
@@ -55,7 +55,7 @@ def plot(record: Dict[str, Any], png: Path) -> None:
     masks = sorted({row["causal"] for row in rows})
     passes = [which for which in PASSES if any(_pass_of(row) == which for row in rows)]
     panels = list(product(head_dims, passes))
-    size: Tuple[float, float] = (6.4 * len(masks), 3.6 * len(panels))
+    size: tuple[float, float] = (6.4 * len(masks), 3.6 * len(panels))
     figure, grid = pyplot.subplots(len(panels), len(masks), figsize=size, squeeze=False, layout="constrained")
     for (head_dim, which), line in zip(panels, grid):
         for causal, axes in zip(masks, line):

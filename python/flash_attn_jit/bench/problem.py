@@ -1,8 +1,9 @@
 """What is measured: one attention problem, its inputs and its cost."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,10 +20,10 @@ class Inputs(NamedTuple):
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    dout: Optional[torch.Tensor]  # the gradient of the output; None where only the forward pass is wanted
+    dout: torch.Tensor | None  # the gradient of the output; None where only the forward pass is wanted
 
     @property
-    def qkv(self) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def qkv(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.q, self.k, self.v
 
 
@@ -61,21 +62,17 @@ class Problem:
             return Inputs(q, k, v, None)
         return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), normal(self.num_heads))
 
-    def record(self) -> Dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
         mask = "causal" if self.causal else "full"
-        heads = (
-            f"{self.num_heads}"
-            if self.num_heads == self.num_heads_k
-            else f"{self.num_heads}/{self.num_heads_k}"
-        )
+        heads = f"{self.num_heads}" if self.num_heads == self.num_heads_k else f"{self.num_heads}/{self.num_heads_k}"
         return f"b{self.batch} h{heads} d{self.head_dim} s{self.seqlen} {mask}"
 
 
 def sweep(
-    batch: int, heads: Tuple[int, int], head_dims: Sequence[int], seqlens: Sequence[int], causal: List[bool]
+    batch: int, heads: tuple[int, int], head_dims: Sequence[int], seqlens: Sequence[int], causal: list[bool]
 ) -> Iterator[Problem]:
     for head_dim, is_causal, seqlen in product(head_dims, causal, seqlens):
         yield Problem(batch, heads[0], heads[1], head_dim, seqlen, is_causal)

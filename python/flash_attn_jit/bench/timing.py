@@ -1,8 +1,10 @@
 """CUDA-event timing: candidates take turns, so that a clock that sinks as the card warms hits all alike."""
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from statistics import median
 from time import perf_counter
-from typing import Any, Callable, ContextManager, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,11 +17,11 @@ class Candidate(NamedTuple):
     """``selected()`` is entered around its calls, outside of what is timed."""
 
     name: str
-    selected: Callable[[], ContextManager[Any]]
-    calls: List[Callable[[], object]]  # taken in turns
+    selected: Callable[[], AbstractContextManager[Any]]
+    calls: list[Callable[[], object]]  # taken in turns
 
 
-def rotating_inputs(problem: Problem, which: str, most_sets: int = 32) -> List[Inputs]:
+def rotating_inputs(problem: Problem, which: str, most_sets: int = 32) -> list[Inputs]:
     """Just enough input sets to pass the L2 cache twice over before one comes again. For the backward pass every
     backend keeps a graph for each."""
     l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
@@ -40,10 +42,11 @@ def _burst_ms(calls: Sequence[Callable[[], object]], count: int) -> float:
         calls[i % len(calls)]()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / count
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / count
 
 
-def _sample(candidate: Candidate, count: int) -> Optional[float]:
+def _sample(candidate: Candidate, count: int) -> float | None:
     """Milliseconds a call, or nothing where the candidate runs out of memory; it then forgets its calls, and with them
     the graphs that they keep."""
     try:
@@ -65,11 +68,11 @@ def _calls_in_a_burst(candidate: Candidate, burst_ms: float) -> int:
     return max(3, round(burst_ms / ms)) if ms else 0
 
 
-def time_interleaved(candidates: Sequence[Candidate], rounds: int, burst_ms: float) -> Dict[str, List[float]]:
+def time_interleaved(candidates: Sequence[Candidate], rounds: int, burst_ms: float) -> dict[str, list[float]]:
     """Milliseconds a call, by candidate: one sample a round, each over a burst of about `burst_ms`. A candidate that
     runs out of memory is not among them."""
     counts = {candidate.name: _calls_in_a_burst(candidate, burst_ms) for candidate in candidates}
-    samples: Dict[str, List[float]] = {name: [] for name, count in counts.items() if count}
+    samples: dict[str, list[float]] = {name: [] for name, count in counts.items() if count}
     for turn in range(rounds):
         for i in range(len(candidates)):
             candidate = candidates[(turn + i) % len(candidates)]
@@ -83,7 +86,7 @@ def time_interleaved(candidates: Sequence[Candidate], rounds: int, burst_ms: flo
     return samples
 
 
-def summary(samples: Sequence[float]) -> Dict[str, Any]:
+def summary(samples: Sequence[float]) -> dict[str, Any]:
     return {
         "ms_median": median(samples),
         "ms_min": min(samples),
@@ -92,14 +95,14 @@ def summary(samples: Sequence[float]) -> Dict[str, Any]:
     }
 
 
-def row_of(problem: Problem, which: str, samples: Sequence[float]) -> Dict[str, Any]:
+def row_of(problem: Problem, which: str, samples: Sequence[float]) -> dict[str, Any]:
     times = summary(samples)
     return {**times, "tflops": problem.flops(which) / times["ms_median"] * 1e-9}
 
 
 def _candidate(backend: Backend, which: str, input_sets: Sequence[Inputs]) -> Candidate:
     """Without calls where making their graphs takes more memory than there is."""
-    calls: List[Callable[[], object]] = []
+    calls: list[Callable[[], object]] = []
     try:
         with backend.selected():
             calls = backend.calls(which, input_sets)
@@ -111,9 +114,7 @@ def _candidate(backend: Backend, which: str, input_sets: Sequence[Inputs]) -> Ca
     return Candidate(backend.name, backend.selected, calls)
 
 
-def run(
-    problem: Problem, which: str, names: Sequence[str], rounds: int, burst_ms: float
-) -> List[Dict[str, Any]]:
+def run(problem: Problem, which: str, names: Sequence[str], rounds: int, burst_ms: float) -> list[dict[str, Any]]:
     """One row a backend: the times of the pass, or why the backend does not run it."""
     with torch.set_grad_enabled(which != FORWARD):
         input_sets = rotating_inputs(problem, which)
