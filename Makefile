@@ -17,11 +17,12 @@ build_sanitized := build-sanitized
 sources := $(shell find generator templates runtime python -type f -not -path '*/__pycache__/*') \
            CMakeLists.txt pyproject.toml README.md LICENSE
 cpp_tests := $(shell find tests/cpp -type f)
+formatted := $(filter %.cpp %.h %.cuh,$(sources) $(cpp_tests))
 
 .PHONY: help setup demo lint test test-all clean
 help:
 	@echo 'make demo      prebuild kernels for sm_75, run attention and a training step, compare them with float64'
-	@echo 'make lint      ruff and mypy: seconds'
+	@echo 'make lint      clang-format, ruff and mypy: seconds'
 	@echo 'make test      lint, build, C++ tests (plain and under sanitizers), Python tests'
 	@echo 'make test-all  the same with the full grids'
 	@echo 'make setup     only install what those need; make clean removes every build and .venv'
@@ -75,7 +76,8 @@ demo: $(stamps)/package
 	@$(python) -m flash_attn_jit.demo
 
 lint: $(stamps)/lint
-	@echo '== ruff and mypy'
+	@echo '== clang-format, ruff and mypy'
+	@$(venv)/bin/clang-format --dry-run --Werror $(formatted)
 	@$(venv)/bin/ruff check --quiet
 	@$(venv)/bin/ruff format --check --quiet
 	@$(venv)/bin/mypy --python-executable $(python)

@@ -1,8 +1,8 @@
 // The errors of the whole project. Every message names the argument, what came, what is accepted, what to do.
 #pragma once
 
-#include <stdexcept>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <utility>
 

@@ -1,5 +1,5 @@
-#include "generator/families/families.h"
 #include "generator/kernel_selection.h"
+#include "generator/families/families.h"
 
 #include <algorithm>
 
@@ -16,7 +16,7 @@ std::vector<GlobalAccess> accesses_of(int head_dim) {
 
 // Every spec of `specs` with every value in `field`.
 template <class Value>
-void cross(std::vector<KernelSpec>& specs, const std::vector<Value>& values, Value KernelSpec::*field) {
+void cross(std::vector<KernelSpec>& specs, const std::vector<Value>& values, Value KernelSpec::* field) {
   std::vector<KernelSpec> product;
   for (const KernelSpec& spec : specs)
     for (const Value value : values) {

@@ -4,8 +4,8 @@
 #include <array>
 #include <vector>
 
-#include "generator/tile_chooser.h"
 #include "generator/kernel_spec.h"
+#include "generator/tile_chooser.h"
 
 namespace flash_attn_jit {
 

@@ -115,8 +115,8 @@ std::string_view to_text(GlobalAccess access) { return access == GlobalAccess::k
 
 std::string TileConfig::text() const {
   return "m" + std::to_string(block_m) + "n" + std::to_string(block_n) + "w" + std::to_string(warps) + "q" +
-         std::to_string(register_dims) + "l" + std::to_string(schedule.load) + "b" +
-         std::to_string(schedule.barrier) + "k" + std::to_string(schedule.first_keys);
+         std::to_string(register_dims) + "l" + std::to_string(schedule.load) + "b" + std::to_string(schedule.barrier) +
+         "k" + std::to_string(schedule.first_keys);
 }
 
 TileConfig TileConfig::parse(std::string_view text) {
@@ -132,10 +132,11 @@ TileConfig TileConfig::parse(std::string_view text) {
       field("q", tile.register_dims) && field("l", tile.schedule.load) && field("b", tile.schedule.barrier) &&
       field("k", tile.schedule.first_keys) && reader.at_end())
     return tile;
-  throw SpecError("tile is '" + std::string(text) +
-                  "'; accepted: a text like 'm256n16w8q96l2b4k7' (rows, columns an iteration, warps, head dims "
-                  "in registers, then where in eighths of the loop's accumulating products the next tile is loaded, stored "
-                  "and first read)");
+  throw SpecError(
+      "tile is '" + std::string(text) +
+      "'; accepted: a text like 'm256n16w8q96l2b4k7' (rows, columns an iteration, warps, head dims "
+      "in registers, then where in eighths of the loop's accumulating products the next tile is loaded, stored "
+      "and first read)");
 }
 
 std::string KernelSpec::text() const {

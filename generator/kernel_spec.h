@@ -14,7 +14,7 @@ namespace flash_attn_jit {
 // The backward pass takes three kernels, one after the other.
 enum class KernelKind : std::uint8_t { kForward, kBackwardPreprocess, kBackwardDkDv, kBackwardDq };
 inline constexpr std::array kKernelKinds = {KernelKind::kForward, KernelKind::kBackwardPreprocess,
-                                           KernelKind::kBackwardDkDv, KernelKind::kBackwardDq};
+                                            KernelKind::kBackwardDkDv, KernelKind::kBackwardDq};
 
 enum class DType : std::uint8_t { kFloat16, kBFloat16 };
 
@@ -25,8 +25,8 @@ inline constexpr std::array kAllMasks = {Mask::kNone, Mask::kCausal, Mask::kWind
 
 // How q, k, v and out are read and written in global memory.
 enum class GlobalAccess : std::uint8_t {
-  kVector16B,   // 16-byte accesses: base pointers and all strides are multiples of 16 bytes, head_dim of 8
-  kElement2B,   // one element at a time: anything whose last dimension is contiguous
+  kVector16B,  // 16-byte accesses: base pointers and all strides are multiples of 16 bytes, head_dim of 8
+  kElement2B,  // one element at a time: anything whose last dimension is contiguous
 };
 
 // Where the main loop's memory work stands among the tensor instructions of what it accumulates (forward: O, backward:
@@ -42,9 +42,9 @@ struct LoopSchedule {
 
 // How one thread block covers its part of the problem. Text: "m256n16w8q96l2b4k7".
 struct TileConfig {
-  int block_m = 0;        // rows of a block, queries or (dK and dV) keys; a warp owns block_m / warps of them (16 or 32)
-  int block_n = 0;        // keys, or (dK and dV) queries, of one iteration of the main loop
-  int warps = 0;          // warps of a block
+  int block_m = 0;  // rows of a block, queries or (dK and dV) keys; a warp owns block_m / warps of them (16 or 32)
+  int block_n = 0;  // keys, or (dK and dV) queries, of one iteration of the main loop
+  int warps = 0;    // warps of a block
   int register_dims = 0;  // head dims of the rows' matrices held in registers; the rest stays in shared memory
   LoopSchedule schedule;
 
@@ -59,7 +59,7 @@ struct TileConfig {
 struct KernelSpec {
   KernelKind kind = KernelKind::kForward;
   DType dtype = DType::kFloat16;
-  int head_dim = 0;    // the caller's, 1 to 256; padded with zeros inside the kernel
+  int head_dim = 0;  // the caller's, 1 to 256; padded with zeros inside the kernel
   Mask mask = Mask::kNone;
   FeatureSet features = {};
   int group_size = 1;  // num_heads / num_heads_k
@@ -83,9 +83,9 @@ struct KernelSpec {
 };
 
 KernelKind parse_kind(std::string_view text);  // throws SpecError
-std::string_view to_text(KernelKind);    // "fwd", "bwd_preprocess", "bwd_dkdv", "bwd_dq"
-std::string_view to_text(DType);         // "fp16", "bf16"
-std::string_view to_text(Mask);          // "full", "causal", "window"
-std::string_view to_text(GlobalAccess);  // "vec16", "elem2"
+std::string_view to_text(KernelKind);          // "fwd", "bwd_preprocess", "bwd_dkdv", "bwd_dq"
+std::string_view to_text(DType);               // "fp16", "bf16"
+std::string_view to_text(Mask);                // "full", "causal", "window"
+std::string_view to_text(GlobalAccess);        // "vec16", "elem2"
 
 }  // namespace flash_attn_jit

@@ -56,10 +56,9 @@ std::string traits(const KernelSpec& spec) {
          number("kGroupSize", spec.group_size) + flag("kIsCausal", spec.mask == Mask::kCausal) +
          flag("kIsLocal", spec.mask == Mask::kWindow) + features +
          flag("kVectorAccess", spec.access == GlobalAccess::kVector16B) + number("kBlockM", tile.block_m) +
-         number("kBlockN", tile.block_n) + number("kNWarps", tile.warps) +
-         number("kRegisterDims", tile.register_dims) + number("kLoadEighth", tile.schedule.load) +
-         number("kBarrierEighth", tile.schedule.barrier) + number("kFirstKeysEighth", tile.schedule.first_keys) +
-         std::string(family_of(spec.kind).trait) + "};\n";
+         number("kBlockN", tile.block_n) + number("kNWarps", tile.warps) + number("kRegisterDims", tile.register_dims) +
+         number("kLoadEighth", tile.schedule.load) + number("kBarrierEighth", tile.schedule.barrier) +
+         number("kFirstKeysEighth", tile.schedule.first_keys) + std::string(family_of(spec.kind).trait) + "};\n";
 }
 
 }  // namespace
@@ -76,8 +75,8 @@ RenderedKernel render(const KernelSpec& spec, const TemplateSet& templates) {
   inline_template(family.template_file, templates, seen, kernel.source);
   kernel.source += "#line 1 \"" + kernel.entry + ".cu\"\n" + traits(spec) +
                    "extern \"C\" __global__ void __launch_bounds__(" + std::to_string(kernel.threads) + ", " +
-                   std::to_string(blocks_per_multiprocessor(spec.tile)) + ") " + kernel.entry +
-                   "(const " + params + " params) {\n  " + std::string(family.function) + "<Traits>(params);\n}\n";
+                   std::to_string(blocks_per_multiprocessor(spec.tile)) + ") " + kernel.entry + "(const " + params +
+                   " params) {\n  " + std::string(family.function) + "<Traits>(params);\n}\n";
   if (!family.tile.empty())
     kernel.source += "static_assert(" + std::string(family.tile) +
                      "<Traits>::kSharedBytes == " + std::to_string(kernel.dynamic_smem) +

@@ -13,12 +13,12 @@ namespace flash_attn_jit {
 using TemplateSet = std::map<std::string, std::string, std::less<>>;
 
 struct RenderedKernel {
-  std::string source;         // one self-contained translation unit, with #line directives to the template files
-  std::string entry;          // the kernel's extern "C" name
-  int threads = 0;            // per block
-  int dynamic_smem = 0;       // bytes per block
-  int useful_mma = 0;         // tensor instructions one warp's iteration of the unmasked main loop needs for the true head dim
-  int warp_roles = 1;         // how many different main loops the block's warps run
+  std::string source;    // one self-contained translation unit, with #line directives to the template files
+  std::string entry;     // the kernel's extern "C" name
+  int threads = 0;       // per block
+  int dynamic_smem = 0;  // bytes per block
+  int useful_mma = 0;  // tensor instructions one warp's iteration of the unmasked main loop needs for the true head dim
+  int warp_roles = 1;  // how many different main loops the block's warps run
 };
 
 // The templates embedded at build time.

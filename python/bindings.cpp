@@ -82,8 +82,7 @@ std::vector<std::string> select_kernel_texts(const std::vector<std::string>& kin
   for (const bool c : causal) selection.masks.push_back(c ? Mask::kCausal : Mask::kNone);
   selection.group_sizes = group_sizes;
   std::vector<std::string> texts;
-  for (const KernelSpec& spec : select_kernels(selection, arch_limits(parse_arch(arch))))
-    texts.push_back(spec.text());
+  for (const KernelSpec& spec : select_kernels(selection, arch_limits(parse_arch(arch)))) texts.push_back(spec.text());
   return texts;
 }
 
@@ -133,7 +132,8 @@ void bind_kernel_library(py::module_& module) {
   using WithoutGil = py::call_guard<py::gil_scoped_release>;
   using std::filesystem::path;
   module.def("process_library", &process_library, py::return_value_policy::reference, WithoutGil());
-  module.def("open_pack_for_writing", [](const path& dir) { return open_pack_for_writing(config(), dir); }, WithoutGil());
+  module.def(
+      "open_pack_for_writing", [](const path& dir) { return open_pack_for_writing(config(), dir); }, WithoutGil());
   module.def("write_manifest", [](const path& dir) { write_manifest(dir); }, WithoutGil());
 }
 
@@ -142,8 +142,7 @@ void bind_interpreter_report(py::module_& module) {
                           "Shared-memory traffic of one access kind; one count a warp-wide access.")
       .def_readonly("accesses", &AccessCount::accesses, "Warp-wide accesses.")
       .def_readonly("cycles", &AccessCount::cycles, "Cycles that the 32 banks need for them.")
-      .def_readonly("ideal_cycles", &AccessCount::ideal_cycles,
-                    "Cycles that they would need without conflicts.")
+      .def_readonly("ideal_cycles", &AccessCount::ideal_cycles, "Cycles that they would need without conflicts.")
       .def_property_readonly("factor", &AccessCount::factor, "cycles / ideal_cycles.");
   py::class_<InterpreterReport>(module, "InterpreterReport", "What the interpreter saw in one kernel's run.")
       .def_readonly("kernel", &InterpreterReport::kernel, "The kernel's name; empty before the first run.")
@@ -174,9 +173,9 @@ void bind_limits(py::module_& module) {
 void bind_attention(py::module_& module) {
   module.def("forward", &bindings::forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
              py::arg("softmax_lse"), py::arg("options"), py::arg("tile") = py::none());
-  module.def("backward", &bindings::backward, py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"),
-             py::arg("out"), py::arg("softmax_lse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("delta"),
-             py::arg("options"), py::arg("dkdv_tile") = py::none(), py::arg("dq_tile") = py::none());
+  module.def("backward", &bindings::backward, py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
+             py::arg("softmax_lse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("delta"), py::arg("options"),
+             py::arg("dkdv_tile") = py::none(), py::arg("dq_tile") = py::none());
   module.def("refuse_rank", &bindings::refuse_rank, py::arg("name"), py::arg("tensor"), py::arg("varlen"));
 }
 

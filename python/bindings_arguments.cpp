@@ -70,8 +70,7 @@ bool is_contiguous(const TensorInfo& tensor) {
 
 void check_same_device(const Argument& argument, const Argument& q) {
   if (argument.info.device == q.info.device) return;
-  throw ArgumentError(
-      {argument.name, device_came(argument) + " and q on " + device_text(q.object), kAcceptedDevices});
+  throw ArgumentError({argument.name, device_came(argument) + " and q on " + device_text(q.object), kAcceptedDevices});
 }
 
 void refuse_rank(const char* name, py::handle tensor, bool varlen) {

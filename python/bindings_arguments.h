@@ -14,8 +14,7 @@ struct Argument {
   pybind11::handle object;
   TensorInfo info;
 
-  Argument(const char* name, pybind11::handle object)
-      : name(name), object(object), info(read_tensor(object, name)) {}
+  Argument(const char* name, pybind11::handle object) : name(name), object(object), info(read_tensor(object, name)) {}
 };
 
 enum class Lengths { kFixed, kVarlen };  // one for the whole batch, or cu_seqlens

@@ -120,8 +120,7 @@ bool is_varlen(py::handle options) {
 
 AttentionOptions read_options(py::handle options, const Argument& q) {
   AttentionOptions read;
-  read.softmax_scale =
-      field.softmax_scale(options).value_or(default_softmax_scale(q.info.shape[q.info.rank - 1]));
+  read.softmax_scale = field.softmax_scale(options).value_or(default_softmax_scale(q.info.shape[q.info.rank - 1]));
   set_mask(read, field.causal(options), {field.window_left(options), field.window_right(options)});
   read.softcap = field.softcap(options);
   read.varlen = read_varlen(options, q);

@@ -22,8 +22,7 @@ const dlpack::ExchangeApi* find_exchange_api(const py::object& tensor_type) {
   if (!py::hasattr(tensor_type, dlpack::kExchangeAttribute)) return nullptr;
   const py::object capsule = tensor_type.attr(dlpack::kExchangeAttribute);
   if (!PyCapsule_IsValid(capsule.ptr(), dlpack::kCapsuleName)) return nullptr;
-  auto* header =
-      static_cast<dlpack::ExchangeHeader*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
+  auto* header = static_cast<dlpack::ExchangeHeader*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
   while (header && header->version.major != dlpack::kMajorVersion) header = header->previous;
   const auto* api = reinterpret_cast<const dlpack::ExchangeApi*>(header);
   return api && api->tensor_from_object && api->current_stream ? api : nullptr;
@@ -130,8 +129,7 @@ TensorInfo read_tensor(py::handle tensor, const char* argument) {
   if (!torch) throw Error("connect_torch() was not called");
   const int is_tensor = PyObject_IsInstance(tensor.ptr(), torch->tensor_type.ptr());
   if (is_tensor < 0) throw py::error_already_set();
-  if (!is_tensor)
-    throw ArgumentError({argument, "is a " + type_text(tensor), "a torch.Tensor"});
+  if (!is_tensor) throw ArgumentError({argument, "is a " + type_text(tensor), "a torch.Tensor"});
   return read(tensor, argument);
 }
 

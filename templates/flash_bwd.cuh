@@ -50,9 +50,8 @@ struct FlashBwdTile {
   static constexpr int kSlotBytes = 2 * kTileBytes + kStatisticsBytes;
   static constexpr int kStagingWarpBytes =
       Output::kStagingBytes > Fragments::kStagingBytes ? Output::kStagingBytes : Fragments::kStagingBytes;
-  static constexpr int kRowsBegin = kSlots * kSlotBytes > Traits::kNWarps * kStagingWarpBytes
-                                        ? kSlots * kSlotBytes
-                                        : Traits::kNWarps * kStagingWarpBytes;
+  static constexpr int kStagingBytes = Traits::kNWarps * kStagingWarpBytes;
+  static constexpr int kRowsBegin = kSlots * kSlotBytes > kStagingBytes ? kSlots * kSlotBytes : kStagingBytes;
   static constexpr int kSharedBytes = kRowsBegin + Traits::kNWarps * 2 * Fragments::kSharedBytes;
 };
 
@@ -68,6 +67,10 @@ class FlashBwd {
   static constexpr int kPitch = row_pitch(Tile::kDims);
   static constexpr int kGradients = Side::kMakesDv ? 2 : 1;
   static constexpr int kProducts = kSteps * kGradients * kMTiles * kOutputDTiles;  // of an iteration's gradients
+
+  // Does dS take P as dV does? No matter: where P is above 1 its row has dP = delta. But ptxas schedules as if it were:
+  // head dim 64 reaches 0.933 of a T4's peak so, and 0.883 otherwise; 128, causal, 0.738 so, and 0.788 otherwise.
+  static constexpr bool kSaturatesForDs = kMTiles == 2;
 
   using Products = Accumulator<kMTiles, 1>;  // S or dP of a step
   using Operands = unsigned[kMTiles][2];     // P or dS of a step, rounded to elements
@@ -201,8 +204,7 @@ class FlashBwd {
     Stream::commit(in.s_columns, slot);
     Stream::commit(in.dp_columns, slot + Tile::kTileBytes);
     if (Side::kColumnsAreQueries && has_column()) {
-      const SharedAddress at =
-          slot + 2 * Tile::kTileBytes + thread_in_block() / 2 * 16 + thread_in_block() % 2 * 4;
+      const SharedAddress at = slot + 2 * Tile::kTileBytes + thread_in_block() / 2 * 16 + thread_in_block() % 2 * 4;
       store_shared_f32(at, scaled_lse(in.lse));
       store_shared_f32(at + 8, scaled_delta(in.delta));
     }
@@ -294,10 +296,11 @@ class FlashBwd {
         const int row = lane_row(r), column = lane_column(n, step) + c;
         const float exponent = variant_.bias(fma_rounded(score, params_.softmax_scale_log2, -lse), sequence_,
                                              Side::query(row, column), Side::key(row, column));
-        row_p[c] = exp2_approx(exponent);
-        if (Side::kMakesDv) row_p[c] = saturate(row_p[c]);  // see Softmax::log_sum_exp()
-        row_ds[c] = variant_.gradient(
-            row_p[c] * fma_rounded(dp[r / 2][0][r % 2 * 2 + c], params_.softmax_scale, -delta), score);
+        const float p_of_ds = exp2_approx(exponent);
+        row_p[c] = Side::kMakesDv ? saturate(p_of_ds) : p_of_ds;  // see Softmax::log_sum_exp()
+        row_ds[c] = variant_.gradient((kSaturatesForDs ? row_p[c] : p_of_ds) *
+                                          fma_rounded(dp[r / 2][0][r % 2 * 2 + c], params_.softmax_scale, -delta),
+                                      score);
       }
       p[r / 2][r % 2] = Element::pack(row_p[0], row_p[1]);
       ds[r / 2][r % 2] = Element::pack(row_ds[0], row_ds[1]);
@@ -343,7 +346,7 @@ class FlashBwd {
     unmasked_iterations(Sequence<Traits>::maximum(columns.whole_begin, columns.begin));
     if (Side::kHasFirstColumn) masked_iterations(columns.begin);
     use_step(n_block_, slot_, kSteps - 1);  // the epilogue
-    block_barrier();  // the slots' memory is free
+    block_barrier();                        // the slots' memory is free
   }
 
   // Before a head's first iteration: fetches the last tile.
@@ -476,8 +479,8 @@ class FlashBwd {
     has_nan = false;
     for (int i = 0; i < Side::kQueryHeads; ++i)
       for (int column = tiles.begin * Traits::kBlockN + thread_in_block(); column < end; column += Tile::kThreads)
-        has_nan |= is_nan(load_global_f32(params_.softmax_lse +
-                                          sequence_.statistics_offset(head_ * Side::kQueryHeads + i, column)));
+        has_nan |= is_nan(
+            load_global_f32(params_.softmax_lse + sequence_.statistics_offset(head_ * Side::kQueryHeads + i, column)));
     return any_in_block(has_nan);
   }
 
@@ -499,9 +502,9 @@ class FlashBwd {
   Statistics row_statistics_[kMTiles];
   Stream s_columns_, dp_columns_;
   long long column_offset_;  // of the statistics of the column that this thread prefetches next
-  int n_block_;         // the tile whose last step waits; the next iteration is that of tile n_block_ - 1
-  bool has_step_;       // false before a head's first iteration
-  SharedAddress slot_;  // where that tile lies; the next one is in the slot behind it
+  int n_block_;              // the tile whose last step waits; the next iteration is that of tile n_block_ - 1
+  bool has_step_;            // false before a head's first iteration
+  SharedAddress slot_;       // where that tile lies; the next one is in the slot behind it
   Products acc_s_, acc_dp_;
   Gradient ds_gradient_, p_gradient_;
 };

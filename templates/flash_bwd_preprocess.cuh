@@ -20,8 +20,7 @@ class FlashBwdPreprocess {
  public:
   __device__ __forceinline__ explicit FlashBwdPreprocess(const FlashBwdParams& params) : params_(params) {
     const int batch_head = block_in_grid() / params.num_row_blocks;
-    row_begin_ = block_in_grid() % params.num_row_blocks * Traits::kBlockM +
-                 thread_in_block() / 32 * kRowsPerWarp;
+    row_begin_ = block_in_grid() % params.num_row_blocks * Traits::kBlockM + thread_in_block() / 32 * kRowsPerWarp;
     head_ = batch_head % params.num_heads;
     batch_ = batch_head / params.num_heads;
   }

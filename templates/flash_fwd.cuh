@@ -54,8 +54,8 @@ struct FlashFwdTile {
   using Output = RowOutput<Traits, kRowsPerWarp, kDims>;
   static constexpr int kStagingWarpBytes = Output::kStagingBytes;
   static_assert(QueryFragments::kStagingBytes <= kStagingWarpBytes, "Q is staged in less than out");
-  static constexpr int kQueryBegin =
-      kSlotBytes > Traits::kNWarps * kStagingWarpBytes ? kSlotBytes : Traits::kNWarps * kStagingWarpBytes;
+  static constexpr int kStagingBytes = Traits::kNWarps * kStagingWarpBytes;
+  static constexpr int kQueryBegin = kSlotBytes > kStagingBytes ? kSlotBytes : kStagingBytes;
   static constexpr int kSharedBytes = kQueryBegin + Traits::kNWarps * kQWarpBytes;
 };
 
@@ -125,7 +125,7 @@ class FlashFwd {
       if (Traits::kIsLocal) masked_iterations(tiles.begin, of_warp);
     }
     if (sees(of_warp, n_block_)) use_exponents();  // the epilogue
-    block_barrier();  // the slots' memory is free for the output
+    block_barrier();                               // the slots' memory is free for the output
   }
 
   static __device__ __forceinline__ bool sees(const TileRange& tiles, int n) {
@@ -341,8 +341,7 @@ class FlashFwd {
     const int lane = thread % 32, warp = thread / 32;
     const int row = block.m_begin + warp * Tile::kRowsPerWarp;
     const TensorStrides& strides = params_.out_strides;
-    Bits* out = static_cast<Bits*>(params_.out) + block.sequence.query_offset(strides, block.head) +
-                row * strides.row;
+    Bits* out = static_cast<Bits*>(params_.out) + block.sequence.query_offset(strides, block.head) + row * strides.row;
     float inverse[2 * kMTiles];
 #pragma unroll
     for (int r = 0; r < 2 * kMTiles; ++r) inverse[r] = finish_row(block, row + lane_row(lane) + 8 * r, lane, r);

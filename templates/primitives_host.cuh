@@ -200,7 +200,7 @@ struct SanitizerPlace {
   unsigned line, column;
 };
 
-#define FLASH_ATTN_JIT_HANDLER(name, what)                                                                    \
+#define FLASH_ATTN_JIT_HANDLER(name, what)                                                                   \
   extern "C" __attribute__((visibility("hidden"))) void __ubsan_handle_##name(const SanitizerPlace* place) { \
     flash_attn_jit_engine.undefined_behaviour(what, place->file, static_cast<int>(place->line));             \
   }

@@ -39,8 +39,8 @@ class RowFragments {
     }
 #pragma unroll
     for (int step = kRegisterSteps; step < kDims / 16; ++step)
-      Staged::store_shared(shared + (step - kRegisterSteps) * 16 * kElementBytes, row_pitch(kSharedDims),
-                           chunks[step], lane, sign);
+      Staged::store_shared(shared + (step - kRegisterSteps) * 16 * kElementBytes, row_pitch(kSharedDims), chunks[step],
+                           lane, sign);
     shared_ = shared + fragment_offset(0, row_pitch(kSharedDims), lane);
   }
 
@@ -51,8 +51,8 @@ class RowFragments {
 #pragma unroll
         for (int i = 0; i < 4; ++i) fragment[m][i] = registers_[step][m][i];
       } else {
-        ldmatrix_x4(fragment[m], shared_ + m * 16 * row_pitch(kSharedDims) +
-                                     (step - kRegisterSteps) * 16 * kElementBytes);
+        ldmatrix_x4(fragment[m],
+                    shared_ + m * 16 * row_pitch(kSharedDims) + (step - kRegisterSteps) * 16 * kElementBytes);
       }
   }
 

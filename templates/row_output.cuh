@@ -15,9 +15,9 @@ struct RowOutput {
   // Rows [0, rows) of `acc` to dims [first_dim, first_dim + kDims) of the
   // rows from `base` on. A lane's row r is multiplied by factor[r].
   static __device__ __forceinline__ void write(const Accumulator<kMTiles, kDims / 8>& acc,
-                                               const float (&factor)[2 * kMTiles],
-                                               typename Traits::Element::Bits* base, long long row_stride,
-                                               int rows, int first_dim, SharedAddress staging, int lane) {
+                                               const float (&factor)[2 * kMTiles], typename Traits::Element::Bits* base,
+                                               long long row_stride, int rows, int first_dim, SharedAddress staging,
+                                               int lane) {
     const SharedAddress lane_staging =
         staging + lane_row(lane) * row_pitch(kStagingDims) + lane_column(lane) * kElementBytes;
 #pragma unroll

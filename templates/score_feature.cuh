@@ -87,6 +87,6 @@ __device__ __forceinline__ void to_scores(Accumulator<kMTiles, kNTiles>& acc, co
     for (int n = 0; n < kNTiles; ++n)
 #pragma unroll
       for (int c = 0; c < 4; ++c)
-        acc[m][n][c] = features.bias(features.score(acc[m][n][c]), sequence, query + 16 * m + c / 2 * 8,
-                                     key + 8 * n + c % 2);
+        acc[m][n][c] =
+            features.bias(features.score(acc[m][n][c]), sequence, query + 16 * m + c / 2 * 8, key + 8 * n + c % 2);
 }

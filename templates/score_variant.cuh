@@ -6,5 +6,4 @@
 #include "softcap.cuh"
 
 template <class Traits>
-using ScoreVariant = ScoreFeatures<FeatureIf<Traits::kIsSoftcap, Softcap>,
-                                   FeatureIf<Traits::kHasAlibi, Alibi>>;
+using ScoreVariant = ScoreFeatures<FeatureIf<Traits::kIsSoftcap, Softcap>, FeatureIf<Traits::kHasAlibi, Alibi>>;

@@ -12,8 +12,8 @@
 #include "accumulator.cuh"
 #include "primitives.cuh"
 
-constexpr float kMaxRise = 2.0f;       // in log2 units
-constexpr float kNoMaximum = -1e30f;   // before a row has seen a key; finite, so that -inf - row_max stays -inf
+constexpr float kMaxRise = 2.0f;      // in log2 units
+constexpr float kNoMaximum = -1e30f;  // before a row has seen a key; finite, so that -inf - row_max stays -inf
 
 // The phases of a tile. Products q k become scores (see score_feature.cuh), those exponents, those probabilities.
 template <int kMTiles, int kNTiles>
@@ -78,7 +78,7 @@ struct Softmax {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
       const OperandOrder<kMTiles> at(i);
-      float(&t)[4] = exponents.t[at.m][at.n];
+      float (&t)[4] = exponents.t[at.m][at.n];
       t[at.c] = exp2_approx(t[at.c]);
       row_sum[at.row] += t[at.c];
       if (at.c % 2 == 1) p[at.m][at.n][at.c / 2] = Element::pack(t[at.c - 1], t[at.c]);

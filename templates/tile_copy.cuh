@@ -95,9 +95,9 @@ class RegisterStagedStream {
     chunk_0_ = matrix.base + chunk_row(0) * row_stride_ + chunk_dim(0) * dim_stride_;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass)
-      offset_[pass] = kElementBytes *
-                      (static_cast<Offset>(chunk_row(pass) - chunk_row(0)) * static_cast<Offset>(row_stride_) +
-                       (chunk_dim(pass) - chunk_dim(0)) * static_cast<Offset>(dim_stride_));
+      offset_[pass] =
+          kElementBytes * (static_cast<Offset>(chunk_row(pass) - chunk_row(0)) * static_cast<Offset>(row_stride_) +
+                           (chunk_dim(pass) - chunk_dim(0)) * static_cast<Offset>(dim_stride_));
   }
 
   // From tile 0.
@@ -144,9 +144,9 @@ class RegisterStagedStream {
     load_chunk<Traits>(chunk, reinterpret_cast<const Bits*>(at), chunk_dim(pass), dim_stride_);
   }
 
-  const Bits* chunk_0_;     // this thread's first chunk of the tile
+  const Bits* chunk_0_;  // this thread's first chunk of the tile
   long long row_stride_, dim_stride_;
-  Offset offset_[kPasses];         // of its chunks from the first
+  Offset offset_[kPasses];  // of its chunks from the first
 };
 
 struct RegisterStagedCopy {
@@ -198,8 +198,8 @@ struct WarpRows {
   }
 
   // The way back, from `tile` to dims [first_dim, first_dim + kDims) of the first `rows` rows from `base` on.
-  static __device__ __forceinline__ void write_back(Bits* base, long long row_stride, int rows,
-                                                    int first_dim, SharedAddress tile, int lane) {
+  static __device__ __forceinline__ void write_back(Bits* base, long long row_stride, int rows, int first_dim,
+                                                    SharedAddress tile, int lane) {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       if (row(pass, lane) >= rows) continue;

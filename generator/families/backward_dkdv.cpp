@@ -9,25 +9,25 @@ namespace {
 // Chosen like forward's. 32 rows a warp halve the reads of shared memory, which bind it, as far as the registers hold
 // its gradients, which are two, and operands: to head dim 64.
 constexpr std::array kLargeFull = {
-    TileRow{32, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 32, .schedule = {4, 6, 8}}},
-    TileRow{48, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 48, .schedule = {2, 6, 8}}},
-    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {7, 8, 8}}},
-    TileRow{80, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 80, .schedule = {1, 5, 8}}},
-    TileRow{96, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {0, 6, 8}}},
-    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {1, 8, 8}}},
-    TileRow{160, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {2, 6, 8}}},
-    TileRow{192, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 192, .schedule = {0, 8, 8}}},
-    TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 176, .schedule = {0, 8, 8}}},
-    TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 112, .schedule = {0, 8, 8}}},
+    TileRow{32, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {5, 7, 8}}},
+    TileRow{48, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 48, .schedule = {3, 6, 8}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {0, 8, 8}}},
+    TileRow{80, {.block_m = 128, .block_n = 24, .warps = 8, .register_dims = 80, .schedule = {3, 6, 8}}},
+    TileRow{96, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {2, 6, 8}}},
+    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {0, 7, 8}}},
+    TileRow{160, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {0, 4, 8}}},
+    TileRow{192, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 192, .schedule = {2, 8, 8}}},
+    TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 176, .schedule = {2, 8, 8}}},
+    TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 112, .schedule = {6, 8, 8}}},
 };
 constexpr std::array kLargeCausal = {
-    TileRow{32, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 32, .schedule = {4, 6, 8}}},
-    TileRow{48, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 48, .schedule = {2, 6, 8}}},
+    TileRow{32, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 32, .schedule = {3, 6, 8}}},
+    TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {0, 3, 8}}},
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {1, 8, 8}}},
-    TileRow{80, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 80, .schedule = {2, 6, 8}}},
+    TileRow{80, {.block_m = 128, .block_n = 24, .warps = 8, .register_dims = 80, .schedule = {2, 4, 8}}},
     TileRow{96, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {0, 6, 8}}},
     TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {3, 8, 8}}},
-    TileRow{160, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {2, 6, 8}}},
+    TileRow{160, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {5, 8, 8}}},
     TileRow{192, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 192, .schedule = {0, 8, 8}}},
     TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 176, .schedule = {0, 8, 8}}},
     TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 112, .schedule = {0, 8, 8}}},
@@ -35,32 +35,36 @@ constexpr std::array kLargeCausal = {
 
 // Half the rows a block, as many a warp.
 constexpr std::array kMedium = {
-    TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {2, 8, 8}}},
+    TileRow{32, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {3, 6, 8}}},
     TileRow{48, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 48, .schedule = {1, 7, 8}}},
 };
 
 // Windows, softcap, ALiBi and cu_seqlens take registers too. Rows for what would spill with the tiles above.
 constexpr std::array kLargeWindowAlibi = {
-    TileRow{64, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {1, 5, 8}}},
+    TileRow{64, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 6, 8}}},
 };
-constexpr std::array kLargeSoftcapVarlen = {
+constexpr std::array kLargeSoftcap = {
     TileRow{48, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 48, .schedule = {2, 6, 8}}},
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 8, 8}}},
+};
+constexpr std::array kLargeVarlen = {
+    TileRow{48, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 48, .schedule = {2, 6, 8}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {0, 8, 8}}},
 };
 
 TileTables tiles(const KernelSpec& spec) {
   return {TileTableList{only_if(spec.access == GlobalAccess::kElement2B, kElementGradients),
-                    only_if(spec.mask == Mask::kWindow || spec.has(Feature::kAlibi), kLargeWindowAlibi),
-                    only_if(spec.has(Feature::kSoftcap) || spec.has(Feature::kVarlen), kLargeSoftcapVarlen),
-                    spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
+                        only_if(spec.mask == Mask::kWindow || spec.has(Feature::kAlibi), kLargeWindowAlibi),
+                        only_if(spec.has(Feature::kSoftcap), kLargeSoftcap),
+                        only_if(spec.has(Feature::kVarlen), kLargeVarlen),
+                        spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
           TileTableList{only_if(is_plain(spec), kMedium)}, TileTableList{kSmallGradients}};
 }
 
 // Two blocks make half of the gradients' dims each above 128: 16 rows of both would take all of a thread's registers.
-constexpr GradientLayout kLayout = {
-    .gradients = 2,
-    .statistics_bytes = 8,
-    .output_splits = [](const KernelSpec& spec) { return spec.padded_head_dim() > 128 ? 2 : 1; }};
+constexpr GradientLayout kLayout = {.gradients = 2, .statistics_bytes = 8, .output_splits = [](const KernelSpec& spec) {
+                                      return spec.padded_head_dim() > 128 ? 2 : 1;
+                                    }};
 
 int shared_bytes(const KernelSpec& spec) { return shared_bytes_of(kLayout, spec); }
 int registers(const KernelSpec& spec) { return registers_of(kLayout, spec); }

@@ -52,10 +52,10 @@ constexpr std::array kLargeSoftcapAlibi = {
 
 TileTables tiles(const KernelSpec& spec) {
   return {TileTableList{only_if(spec.access == GlobalAccess::kElement2B, kElementGradients),
-                    only_if(spec.has(Feature::kSoftcap) || spec.has(Feature::kAlibi), kLargeSoftcapAlibi),
-                    only_if(spec.mask == Mask::kWindow, kLargeWindow),
-                    only_if(spec.has(Feature::kVarlen), kLargeVarlen),
-                    spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
+                        only_if(spec.has(Feature::kSoftcap) || spec.has(Feature::kAlibi), kLargeSoftcapAlibi),
+                        only_if(spec.mask == Mask::kWindow, kLargeWindow),
+                        only_if(spec.has(Feature::kVarlen), kLargeVarlen),
+                        spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
           TileTableList{only_if(is_plain(spec), kMedium)}, TileTableList{kSmallGradients}};
 }
 

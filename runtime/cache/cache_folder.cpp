@@ -39,8 +39,7 @@ bool remove_suffix(std::string_view& text, std::string_view suffix) {
 
 // What a name of ours tells; nothing for the files of others.
 std::optional<std::pair<FileKind, std::string>> classify(std::string_view name) {
-  const auto when_key = [](FileKind kind,
-                           std::string_view key) -> std::optional<std::pair<FileKind, std::string>> {
+  const auto when_key = [](FileKind kind, std::string_view key) -> std::optional<std::pair<FileKind, std::string>> {
     if (!is_key(key)) return std::nullopt;
     return std::pair{kind, std::string(key)};
   };
@@ -51,10 +50,7 @@ std::optional<std::pair<FileKind, std::string>> classify(std::string_view name) 
   if (!source && !remove_suffix(name, ".kernel")) return std::nullopt;
   const std::size_t dot = name.rfind('.');
   if (dot == std::string_view::npos) return std::nullopt;
-  return when_key(broken   ? FileKind::kBroken
-                  : source ? FileKind::kSource
-                           : FileKind::kKernel,
-                  name.substr(dot + 1));
+  return when_key(broken ? FileKind::kBroken : source ? FileKind::kSource : FileKind::kKernel, name.substr(dot + 1));
 }
 
 // Least recently used first. Files may vanish while the folder is read.
@@ -165,8 +161,8 @@ std::vector<CacheEntry> list_cache(const fs::path& dir, FolderUse use) {
   const auto distrust = folder->distrust();
   for (const OwnFile& own : own_files(dir)) {
     if (own.kind != FileKind::kKernel && own.kind != FileKind::kBroken) continue;
-    auto entry = distrust ? CacheEntry{own.path, own.bytes, own.last_used, std::nullopt, *distrust}
-                          : entry_of(*folder, own);
+    auto entry =
+        distrust ? CacheEntry{own.path, own.bytes, own.last_used, std::nullopt, *distrust} : entry_of(*folder, own);
     if (entry) entries.push_back(*std::move(entry));
   }
   std::reverse(entries.begin(), entries.end());
@@ -210,7 +206,8 @@ CacheRemoval clear_built_by(const fs::path& dir, std::string_view compiler) {
     if (!entry.file) continue;
     const std::string& built_by = entry.file->kernel.built_by;
     // "nvrtc 12.9, linked by driver 12.4" is by "nvrtc 12.9", and not by "nvrtc 12".
-    if (!built_by.starts_with(compiler) || (built_by.size() > compiler.size() && built_by[compiler.size()] != ',')) continue;
+    if (!built_by.starts_with(compiler) || (built_by.size() > compiler.size() && built_by[compiler.size()] != ','))
+      continue;
     remove({entry.path, FileKind::kKernel, "", entry.bytes, entry.last_used}, removal);
   }
   return removal;

@@ -140,8 +140,7 @@ std::optional<FoundKernel> KernelCache::find_in_pack(const KernelId& id, const O
   return std::nullopt;
 }
 
-std::optional<FoundKernel> KernelCache::find_in_folder(const KernelId& id, const Objection& objection,
-                                                       Fault fault) {
+std::optional<FoundKernel> KernelCache::find_in_folder(const KernelId& id, const Objection& objection, Fault fault) {
   std::optional<TrustedFolder> folder;
   try {
     folder = open_folder();
@@ -195,8 +194,7 @@ bool KernelCache::store(const KernelId& id, const CompiledKernel& kernel) {
     return false;
   }
   try {
-    write_file(settings_.dir / id.file_name(), settings_.dir / temporary_name(id.key), bytes,
-               file_mode(settings_.use));
+    write_file(settings_.dir / id.file_name(), settings_.dir / temporary_name(id.key), bytes, file_mode(settings_.use));
   } catch (const FileError& error) {
     fail_or_warn(error);
     return false;
@@ -249,8 +247,9 @@ std::string KernelCache::keep_refused_source(const KernelId& id, std::string_vie
 // Nothing where there is none. Throws FileError where its kernels must not be run.
 std::optional<TrustedFolder> KernelCache::open_folder() const {
   if (settings_.dir.empty())
-    throw FileError("there is no folder for them: HOME is not set, and this process's user has no entry in the system's "
-                    "list of users");
+    throw FileError(
+        "there is no folder for them: HOME is not set, and this process's user has no entry in the system's "
+        "list of users");
   auto folder = TrustedFolder::open(settings_.dir, settings_.use);
   if (folder)
     if (const auto reason = folder->distrust()) throw FileError(*reason);

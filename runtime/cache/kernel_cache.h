@@ -69,7 +69,8 @@ class KernelCache {
     std::shared_future<FoundKernel> result;
   };
 
-  std::optional<std::shared_future<FoundKernel>> join_or_start(const KernelKey& key, std::promise<FoundKernel>& promise);
+  std::optional<std::shared_future<FoundKernel>> join_or_start(const KernelKey& key,
+                                                               std::promise<FoundKernel>& promise);
   FoundKernel build_for_all(const KernelId& id, const Build& build, const Objection& objection,
                             std::promise<FoundKernel>& promise);
   FoundKernel build_and_store(const KernelId& id, const Build& build, const Objection& objection);

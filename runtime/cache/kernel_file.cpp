@@ -127,14 +127,12 @@ std::variant<KernelFile, KernelFileFault> parse_kernel_file(std::string_view byt
   const auto payload_bytes = read_integer<std::uint64_t>(bytes, 16);
   const std::uint64_t rest = bytes.size() - kHeaderBytes;
   if (description_bytes > rest || payload_bytes != rest - description_bytes)
-    return KernelFileFault{"the file is " + std::to_string(bytes.size()) +
-                           " bytes long, not what its header says"};
+    return KernelFileFault{"the file is " + std::to_string(bytes.size()) + " bytes long, not what its header says"};
   const std::string_view description = bytes.substr(kHeaderBytes, description_bytes);
   const std::string_view payload = bytes.substr(kHeaderBytes + description_bytes);
   if (as_text(digest_of(bytes, description)) != bytes.substr(88, 32))
     return KernelFileFault{"its header's checksum is wrong"};
-  if (as_text(sha256(payload)) != bytes.substr(56, 32))
-    return KernelFileFault{"its payload's checksum is wrong"};
+  if (as_text(sha256(payload)) != bytes.substr(56, 32)) return KernelFileFault{"its payload's checksum is wrong"};
 
   KernelFile file;
   std::memcpy(file.id.key.data(), bytes.data() + 24, file.id.key.size());

@@ -38,9 +38,9 @@ KernelKey make_key(std::initializer_list<KeyField> fields);
 // What the cache calls a kernel.
 struct KernelId {
   KernelKey key{};
-  std::string name;    // "flash_fwd_hdim128_fp16_causal_gqa8_vec16_m256n16w8q96l2b4k7_sm75", for people
-  std::string spec;    // KernelSpec::text()
-  std::string target;  // CompileTarget::text(), or what else it was made for
+  std::string name;           // "flash_fwd_hdim128_fp16_causal_gqa8_vec16_m256n16w8q96l2b4k7_sm75", for people
+  std::string spec;           // KernelSpec::text()
+  std::string target;         // CompileTarget::text(), or what else it was made for
   bool is_host_code = false;  // runs in this process and not on a GPU: never taken from a pack
 
   std::string file_name() const;  // "<name>.<key in hex>.kernel"

@@ -20,7 +20,7 @@ std::optional<TrustedFolder> TrustedFolder::open(const std::filesystem::path& pa
     if (errno == ENOENT || errno == ENOTDIR) return std::nullopt;
     fail_on_file("open the folder", path, errno);
   }
-  struct stat status {};
+  struct stat status{};
   if (::fstat(folder.get(), &status) != 0) fail_on_file("read the folder", path, errno);
   return TrustedFolder(path, use, std::move(folder), status.st_uid, status.st_mode);
 }
@@ -31,8 +31,7 @@ std::optional<std::string> TrustedFolder::distrust() const {
            std::to_string(::geteuid());
   if ((mode_ & kOthersMayWrite) == 0) return std::nullopt;
   const std::string reason = "other users may write into the folder " + path_.string();
-  if (use_ == FolderUse::kCache)
-    return reason + " and may have put kernels there; remove it, and it is made anew";
+  if (use_ == FolderUse::kCache) return reason + " and may have put kernels there; remove it, and it is made anew";
   return reason + ", so that its kernels may be anybody's; make the pack in a folder that its owner alone may write";
 }
 
@@ -44,7 +43,7 @@ std::optional<std::string> TrustedFolder::read(const std::string& name) const {
     if (errno == ENOENT) return std::nullopt;
     fail_on_file("open", path, errno);
   }
-  struct stat status {};
+  struct stat status{};
   if (::fstat(file.get(), &status) != 0) fail_on_file("read", path, errno);
   if (!is_us_or_root(status.st_uid) && status.st_uid != owner_)
     throw FileError("it belongs to user " + std::to_string(status.st_uid) + ", this process to " +

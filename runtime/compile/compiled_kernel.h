@@ -11,10 +11,10 @@ namespace flash_attn_jit {
 // What one kernel needs of the machine, for people to read: nothing where the compiler's log does not tell (PTX, host
 // objects, words that are not ptxas's).
 struct KernelResources {
-  std::optional<int> registers;      // per thread
-  int static_smem = 0;               // bytes per block
-  std::optional<int> spill_stores;   // bytes
-  std::optional<int> spill_loads;    // bytes
+  std::optional<int> registers;     // per thread
+  int static_smem = 0;              // bytes per block
+  std::optional<int> spill_stores;  // bytes
+  std::optional<int> spill_loads;   // bytes
 };
 
 struct CompiledKernel {
@@ -29,8 +29,8 @@ struct CompiledKernel {
   int min_driver = 0;
   // Of Turing code that a newer GPU runs because no NVRTC knew it: the newest of those, counted in the same way; else 0.
   int stands_in_for_nvrtc = 0;
-  std::string log;           // the compiler's log
-  double seconds = 0;        // it took to compile
+  std::string log;     // the compiler's log
+  double seconds = 0;  // it took to compile
 };
 
 // How a kernel is launched is the generator's knowledge, not the compiler's or a file's.

@@ -46,7 +46,8 @@ bool is_whole_object(const std::string& image) {
 // What the compiler wrote. Throws HostCompileFailure where it failed, or says that it did not and wrote none.
 std::string object_of(const ProgramResult& result, const std::filesystem::path& path, const HostCompiler& compiler) {
   const std::string program = "the host compiler (" + compiler.version + ") ";
-  if (!result.succeeded() && !result.status_is_unknown()) throw HostCompileFailure(program + result.text(), result.output);
+  if (!result.succeeded() && !result.status_is_unknown())
+    throw HostCompileFailure(program + result.text(), result.output);
   std::optional<std::string> image = read_file(path);
   if (!image || !is_whole_object(*image))
     throw HostCompileFailure(program + result.text() + (image ? " and wrote no whole object" : " and wrote no object") +
@@ -115,8 +116,7 @@ CompiledKernel compile_for_host(const RenderedKernel& kernel, const HostCompiler
   write_file(source, kernel.source);
   std::vector<std::string> command{compiler.path.string()};
   for (std::string& flag : host_compiler_flags(compiler)) command.push_back(std::move(flag));
-  for (const char* argument : {"-o", object.c_str(), source.c_str(), "-lm", "-lc"})
-    command.push_back(argument);
+  for (const char* argument : {"-o", object.c_str(), source.c_str(), "-lm", "-lc"}) command.push_back(argument);
 
   const auto begin = std::chrono::steady_clock::now();
   const ProgramResult result = run_program(command);

@@ -27,8 +27,7 @@ std::vector<std::string> host_compiler_flags(const HostCompiler& compiler);
 
 // What a failed run of the compiler printed.
 struct HostCompileFailure : Error {
-  HostCompileFailure(const std::string& message, std::string printed)
-      : Error(message), log(std::move(printed)) {}
+  HostCompileFailure(const std::string& message, std::string printed) : Error(message), log(std::move(printed)) {}
   std::string log;
 };
 

@@ -52,12 +52,11 @@ struct Driver::Api {
   int (*module_function)(CudaFunction*, CudaModule, const char* name);
   int (*function_set)(CudaFunction, int attribute, int value);
   int (*function_get)(int* value, int attribute, CudaFunction);
-  int (*launch)(CudaFunction, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                unsigned block_y, unsigned block_z, unsigned smem, StreamHandle, void** arguments,
-                void** extra);
+  int (*launch)(CudaFunction, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
+                unsigned block_z, unsigned smem, StreamHandle, void** arguments, void** extra);
   int (*link_create)(unsigned options, int* keys, void** values, LinkState*);
-  int (*link_add)(LinkState, int type, void* data, std::size_t bytes, const char* name, unsigned options,
-                  int* keys, void** values);
+  int (*link_add)(LinkState, int type, void* data, std::size_t bytes, const char* name, unsigned options, int* keys,
+                  void** values);
   int (*link_complete)(LinkState, void** cubin, std::size_t* bytes);
   int (*link_destroy)(LinkState);
   int (*exchange_capture_mode)(int* mode);
@@ -115,8 +114,8 @@ void Driver::require(int code, const std::string& what) const {
   const char* text = nullptr;
   api_->error_name(code, &name);
   api_->error_string(code, &text);
-  throw DriverError("the CUDA driver refused " + what + ": " + (name != nullptr ? name : "unknown error") +
-                    " (" + std::to_string(code) + ")" + (text != nullptr ? std::string(": ") + text : ""));
+  throw DriverError("the CUDA driver refused " + what + ": " + (name != nullptr ? name : "unknown error") + " (" +
+                    std::to_string(code) + ")" + (text != nullptr ? std::string(": ") + text : ""));
 }
 
 int Driver::device_count() {
@@ -203,12 +202,11 @@ std::string Driver::link_ptx(const std::string& ptx, const std::string& name) {
   const auto destroy = [this](LinkState* state) { api_->link_destroy(*state); };
   const std::unique_ptr<LinkState, decltype(destroy)> state(&created, destroy);
   const auto check = [&](int code, const std::string& call) {
-    require(code,
-            call + " of " + name + (log[0] != '\0' ? ", whose log says: " + std::string(log.data()) : ""));
+    require(code, call + " of " + name + (log[0] != '\0' ? ", whose log says: " + std::string(log.data()) : ""));
   };
   // The driver reads PTX as a C string.
-  check(api_->link_add(created, kJitInputPtx, const_cast<char*>(ptx.c_str()), ptx.size() + 1, name.c_str(), 0,
-                       nullptr, nullptr),
+  check(api_->link_add(created, kJitInputPtx, const_cast<char*>(ptx.c_str()), ptx.size() + 1, name.c_str(), 0, nullptr,
+                       nullptr),
         "cuLinkAddData");
   void* cubin = nullptr;
   std::size_t bytes = 0;
@@ -216,11 +214,10 @@ std::string Driver::link_ptx(const std::string& ptx, const std::string& name) {
   return {static_cast<const char*>(cubin), bytes};
 }
 
-int Driver::launch(CudaFunction function, const LaunchShape& shape, StreamHandle stream,
-                   const void* params) const {
+int Driver::launch(CudaFunction function, const LaunchShape& shape, StreamHandle stream, const void* params) const {
   void* arguments[] = {const_cast<void*>(params)};
-  return api_->launch(function, shape.blocks, 1, 1, shape.threads, 1, 1, shape.dynamic_smem, stream,
-                      arguments, nullptr);
+  return api_->launch(function, shape.blocks, 1, 1, shape.threads, 1, 1, shape.dynamic_smem, stream, arguments,
+                      nullptr);
 }
 
 Driver::CurrentContext::CurrentContext(Driver& driver, CudaContext context) : driver_(driver) {
@@ -232,8 +229,7 @@ Driver::CurrentContext::~CurrentContext() {
   driver_.api_->context_pop(&popped);
 }
 
-Driver::CaptureTolerance::CaptureTolerance(Driver& driver)
-    : driver_(driver), previous_mode_(kCaptureRelaxed) {
+Driver::CaptureTolerance::CaptureTolerance(Driver& driver) : driver_(driver), previous_mode_(kCaptureRelaxed) {
   driver.require(driver.api_->exchange_capture_mode(&previous_mode_), "cuThreadExchangeStreamCaptureMode");
 }
 

@@ -20,8 +20,8 @@ struct Nvrtc::Api {
   Status (*version)(int* major, int* minor);
   Status (*count_architectures)(int* count);
   Status (*architectures)(int* list);
-  Status (*create)(Program*, const char* source, const char* name, int headers,
-                   const char* const* header_sources, const char* const* header_names);
+  Status (*create)(Program*, const char* source, const char* name, int headers, const char* const* header_sources,
+                   const char* const* header_names);
   Status (*destroy)(Program*);
   Status (*compile)(Program, int count, const char* const* options);
   Status (*log_size)(Program, std::size_t*);
@@ -52,8 +52,7 @@ struct Nvrtc::Api {
   }
 
   void require(Status status, const char* call) const {
-    if (status != 0)
-      throw Error("NVRTC (" + library.path().string() + "): " + call + ": " + error_string(status));
+    if (status != 0) throw Error("NVRTC (" + library.path().string() + "): " + call + ": " + error_string(status));
   }
 
  private:
@@ -82,11 +81,10 @@ Nvrtc::Nvrtc(const NvrtcCandidate& candidate) : api_(open(candidate)) {
   api_->require(api_->architectures(architectures_.data()), "nvrtcGetSupportedArchs");
 }
 
-NvrtcResult Nvrtc::compile(const std::string& source, const std::string& name,
-                           const std::vector<std::string>& options, CodeKind code) const {
+NvrtcResult Nvrtc::compile(const std::string& source, const std::string& name, const std::vector<std::string>& options,
+                           CodeKind code) const {
   Program created = nullptr;
-  api_->require(api_->create(&created, source.c_str(), name.c_str(), 0, nullptr, nullptr),
-                "nvrtcCreateProgram");
+  api_->require(api_->create(&created, source.c_str(), name.c_str(), 0, nullptr, nullptr), "nvrtcCreateProgram");
   const auto destroy = [this](Program* program) { api_->destroy(program); };
   const std::unique_ptr<Program, decltype(destroy)> program(&created, destroy);
   const auto fetch = [&](auto size_of, auto read, const char* call) {

@@ -31,8 +31,8 @@ class Nvrtc {
   const std::vector<int>& supported_architectures() const { return architectures_; }
 
   // Thread-safe. A refused source is a result, not an exception; throws Error where NVRTC itself fails.
-  NvrtcResult compile(const std::string& source, const std::string& name,
-                      const std::vector<std::string>& options, CodeKind code) const;
+  NvrtcResult compile(const std::string& source, const std::string& name, const std::vector<std::string>& options,
+                      CodeKind code) const;
 
  private:
   struct Api;

@@ -98,11 +98,10 @@ std::string NvrtcChoice::why_none(const NvrtcSearch& search, CodeKind code) cons
   if (search.candidates.empty()) return std::string("no NVRTC was found. ") + kHowToGetOne + looked;
   std::string found;
   for (const NvrtcCandidate& candidate : search.candidates)
-    found +=
-        (found.empty() ? "" : ", ") + candidate.version->text() + " (" + candidate.library.string() + ")";
+    found += (found.empty() ? "" : ", ") + candidate.version->text() + " (" + candidate.library.string() + ")";
   return "this driver, CUDA " + driver_version_text(driver_version_.value_or(0)) + ", cannot load the " +
-         (code == CodeKind::kPtx ? "PTX" : "machine code") + " of the NVRTC found: " + found + ". " +
-         kHowToGetOne + looked;
+         (code == CodeKind::kPtx ? "PTX" : "machine code") + " of the NVRTC found: " + found + ". " + kHowToGetOne +
+         looked;
 }
 
 }  // namespace flash_attn_jit

@@ -45,8 +45,7 @@ std::vector<int> numbers_of(const fs::path& file) {
 bool is_library(const fs::path& file) {
   const std::string name = file.filename().string();
   return name.starts_with(kLibrary) && !name.starts_with("libnvrtc-builtins") &&
-         name.find(".alt.") == std::string::npos &&
-         (name.ends_with(".so") || name.find(".so.") != std::string::npos);
+         name.find(".alt.") == std::string::npos && (name.ends_with(".so") || name.find(".so.") != std::string::npos);
 }
 
 bool is_digit(char c) { return c >= '0' && c <= '9'; }
@@ -91,8 +90,7 @@ NvrtcCandidate describe(const fs::path& library, const std::string& place) {
 }
 
 std::string found_text(const NvrtcCandidate& candidate) {
-  return candidate.library.filename().string() +
-         (candidate.version ? " (" + candidate.version->text() + ")" : "");
+  return candidate.library.filename().string() + (candidate.version ? " (" + candidate.version->text() + ")" : "");
 }
 
 class Search {
@@ -120,13 +118,11 @@ class Search {
     bool anything = false;
     for (const fs::path& package : sorted_entries(site / "nvidia")) {
       const std::string name = package.filename().string();
-      if (name != "cuda_nvrtc" && !(name.starts_with("cu") && name.size() > 2 && is_digit(name[2])))
-        continue;
+      if (name != "cuda_nvrtc" && !(name.starts_with("cu") && name.size() > 2 && is_digit(name[2]))) continue;
       folder("nvidia-cuda-nvrtc package", package / "lib");
       anything = true;
     }
-    if (fs::is_directory(site / "torch" / "lib", error))
-      folder("torch", site / "torch" / "lib"), anything = true;
+    if (fs::is_directory(site / "torch" / "lib", error)) folder("torch", site / "torch" / "lib"), anything = true;
     if (!anything) note(place, site, "neither an nvidia-cuda-nvrtc package nor torch");
   }
 
@@ -170,9 +166,7 @@ class Search {
       return library.filename().string() + ", listed already";
     const NvrtcCandidate candidate = describe(library, place);
     const std::vector<int> numbers = numbers_of(library);
-    const int major = candidate.version ? candidate.version->major
-                      : numbers.empty() ? kOldestMajor
-                                        : numbers[0];
+    const int major = candidate.version ? candidate.version->major : numbers.empty() ? kOldestMajor : numbers[0];
     if (major < kOldestMajor) return found_text(candidate) + ": too old, 12.0 or newer is needed";
     search_.candidates.push_back(candidate);
     return found_text(candidate);
@@ -264,13 +258,11 @@ NvrtcSearch search_nvrtc(const Config& config, const std::vector<fs::path>& pyth
     for (const char* lib : {"lib64", "lib"}) search.folder("CUDA_HOME", *config.cuda_home / lib);
   for (const fs::path& folder : config.library_path) search.folder("LD_LIBRARY_PATH", folder);
   for (const fs::path& folder : loader_folders("/etc/ld.so.conf")) search.folder("the loader's path", folder);
-  for (const char* folder : {"/lib64", "/usr/lib64", "/lib", "/usr/lib"})
-    search.folder("the loader's path", folder);
+  for (const char* folder : {"/lib64", "/usr/lib64", "/lib", "/usr/lib"}) search.folder("the loader's path", folder);
   return std::move(search).result();
 }
 
-std::optional<NvrtcCandidate> choose_nvrtc(const std::vector<NvrtcCandidate>& candidates,
-                                           const NvrtcNeed& need) {
+std::optional<NvrtcCandidate> choose_nvrtc(const std::vector<NvrtcCandidate>& candidates, const NvrtcNeed& need) {
   const auto loads = [&](const NvrtcVersion& version) {
     if (!need.driver_version) return true;
     if (need.code == CodeKind::kPtx) return version.as_driver_version() <= *need.driver_version;
@@ -282,8 +274,7 @@ std::optional<NvrtcCandidate> choose_nvrtc(const std::vector<NvrtcCandidate>& ca
   };
   const NvrtcCandidate* best = nullptr;
   for (const NvrtcCandidate& candidate : candidates)
-    if (candidate.version && loads(*candidate.version) &&
-        (!best || rank(*best->version) < rank(*candidate.version)))
+    if (candidate.version && loads(*candidate.version) && (!best || rank(*best->version) < rank(*candidate.version)))
       best = &candidate;
   return best ? std::optional(*best) : std::nullopt;
 }

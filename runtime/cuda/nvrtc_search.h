@@ -22,9 +22,8 @@ struct NvrtcVersion {
 
 struct NvrtcCandidate {
   std::filesystem::path library;
-  std::filesystem::path
-      builtins;       // the sibling that NVRTC itself opens by bare name; empty where there is none
-  std::string place;  // "nvidia-cuda-nvrtc of /usr/lib/python3/dist-packages"
+  std::filesystem::path builtins;       // the sibling that NVRTC itself opens by bare name; empty where there is none
+  std::string place;                    // "nvidia-cuda-nvrtc of /usr/lib/python3/dist-packages"
   std::optional<NvrtcVersion> version;  // what the file names tell, without opening anything
 };
 
@@ -55,7 +54,6 @@ struct NvrtcNeed {
 
 // The newest candidate that the driver can load the result of, or nothing. Those without a version are not
 // considered.
-std::optional<NvrtcCandidate> choose_nvrtc(const std::vector<NvrtcCandidate>& candidates,
-                                           const NvrtcNeed& need);
+std::optional<NvrtcCandidate> choose_nvrtc(const std::vector<NvrtcCandidate>& candidates, const NvrtcNeed& need);
 
 }  // namespace flash_attn_jit

@@ -8,8 +8,7 @@ namespace {
 constexpr int kRowBytes = 128;  // of all banks together
 
 // Cycles of lanes [begin, end), which go together. `unit` bytes from each: banks are looked at unit by unit.
-int phase_cycles(const std::array<std::uint32_t, 32>& addresses, std::uint32_t lanes, int begin, int end,
-                 int unit) {
+int phase_cycles(const std::array<std::uint32_t, 32>& addresses, std::uint32_t lanes, int begin, int end, int unit) {
   const std::uint32_t units = kRowBytes / unit;
   std::array<std::array<std::uint32_t, 32>, 32> words;
   std::array<int, 32> count{};

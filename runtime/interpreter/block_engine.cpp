@@ -152,8 +152,7 @@ void BlockEngine::store_global(HostAccess access, void* address, const void* val
   __builtin_memcpy(address, value, bytes);
 }
 
-SharedAccess BlockEngine::shared_access(HostAccess access, std::uint32_t address, int lane,
-                                        SiteId site) const {
+SharedAccess BlockEngine::shared_access(HostAccess access, std::uint32_t address, int lane, SiteId site) const {
   return {.address = address,
           .bytes = access_kind(access).bytes,
           .warp = warp(),
@@ -187,8 +186,7 @@ void BlockEngine::compute_ldmatrix(HostAccess access) {
     MatrixRows rows;
     for (int r = 0; r < 8; ++r) {
       const int source = 8 * i + r;
-      if (!shared_.read(shared_access(access, operands_.addresses[source], source, site), rows[r].data(),
-                        error_))
+      if (!shared_.read(shared_access(access, operands_.addresses[source], source, site), rows[r].data(), error_))
         fail(site, source);
     }
     for (int l = 0; l < 32; ++l)
@@ -202,8 +200,7 @@ void BlockEngine::compute_ldmatrix(HostAccess access) {
   count.ideal_cycles += banks.ideal;
 }
 
-void BlockEngine::mma(bool accumulate, float* c, std::uint32_t a0, std::uint32_t a1, std::uint32_t b,
-                      SiteId site) {
+void BlockEngine::mma(bool accumulate, float* c, std::uint32_t a0, std::uint32_t a1, std::uint32_t b, SiteId site) {
   operands_.mma.c[lane()] = c;
   operands_.mma.a0[lane()] = a0;
   operands_.mma.a1[lane()] = a1;
@@ -315,8 +312,7 @@ void BlockEngine::fail_divergence(Meeting meeting, int variant, SiteId site) {
 void BlockEngine::fail_exit() {
   const Warp& own = warps_[warp()];
   error_ = std::string("divergence: this lane has left the kernel while ") + std::to_string(own.waiting) +
-           " lanes of its warp wait at " + meeting_name(own.meeting, own.variant) + " (" +
-           sites_.text(own.site) + ")";
+           " lanes of its warp wait at " + meeting_name(own.meeting, own.variant) + " (" + sites_.text(own.site) + ")";
   fail(own.site);
 }
 
@@ -347,40 +343,28 @@ HostEngine BlockEngine::primitives() {
   return {
       .thread_in_block = [] { return running->current_; },
       .block_in_grid = [] { return static_cast<int>(running->block_); },
-      .load_global =
-          [](HostAccess access, void* value, const void* address, const char* file, int line) {
-            running->load_global(access, value, address, running->sites_.id(file, line));
-          },
-      .store_global =
-          [](HostAccess access, void* address, const void* value, const char* file, int line) {
-            running->store_global(access, address, value, running->sites_.id(file, line));
-          },
-      .load_shared =
-          [](HostAccess access, void* value, unsigned address, const char* file, int line) {
-            running->load_shared(access, value, address, running->sites_.id(file, line));
-          },
-      .store_shared =
-          [](HostAccess access, unsigned address, const void* value, const char* file, int line) {
-            running->store_shared(access, address, value, running->sites_.id(file, line));
-          },
+      .load_global = [](HostAccess access, void* value, const void* address, const char* file,
+                        int line) { running->load_global(access, value, address, running->sites_.id(file, line)); },
+      .store_global = [](HostAccess access, void* address, const void* value, const char* file,
+                         int line) { running->store_global(access, address, value, running->sites_.id(file, line)); },
+      .load_shared = [](HostAccess access, void* value, unsigned address, const char* file,
+                        int line) { running->load_shared(access, value, address, running->sites_.id(file, line)); },
+      .store_shared = [](HostAccess access, unsigned address, const void* value, const char* file,
+                         int line) { running->store_shared(access, address, value, running->sites_.id(file, line)); },
       .ldmatrix = [](HostAccess access, unsigned* r, unsigned address, const char* file,
                      int line) { running->ldmatrix(access, r, address, running->sites_.id(file, line)); },
       .mma = [](int accumulate, float* c, unsigned a0, unsigned a1, unsigned b, const char* file,
                 int line) { running->mma(accumulate != 0, c, a0, a1, b, running->sites_.id(file, line)); },
-      .shuffle_xor =
-          [](float value, int lane_mask, const char* file, int line) {
-            return running->shuffle_xor(value, lane_mask, running->sites_.id(file, line));
-          },
+      .shuffle_xor = [](float value, int lane_mask, const char* file,
+                        int line) { return running->shuffle_xor(value, lane_mask, running->sites_.id(file, line)); },
       .any_in_warp = [](int predicate, const char* file, int line) -> int {
         return running->any_in_warp(predicate != 0, running->sites_.id(file, line));
       },
       .any_in_block = [](int predicate, const char* file, int line) -> int {
         return running->any_in_block(predicate != 0, running->sites_.id(file, line));
       },
-      .warp_barrier = [](const char* file,
-                         int line) { running->warp_barrier(running->sites_.id(file, line)); },
-      .block_barrier = [](const char* file,
-                          int line) { running->block_barrier(running->sites_.id(file, line)); },
+      .warp_barrier = [](const char* file, int line) { running->warp_barrier(running->sites_.id(file, line)); },
+      .block_barrier = [](const char* file, int line) { running->block_barrier(running->sites_.id(file, line)); },
       .undefined_behaviour =
           [](const char* what, const char* file, int line) {
             running->error_ = std::string("undefined behaviour: ") + what;

@@ -116,8 +116,8 @@ class BlockEngine {
   Operands operands_;
   std::array<AccessCount, kHostAccesses> counts_;
 
-  int current_ = 0;    // thread
-  int previous_ = -1;  // what switched here; -1: main_
+  int current_ = 0;      // thread
+  int previous_ = -1;    // what switched here; -1: main_
   bool paused_ = false;  // the block goes on with current_
   std::chrono::steady_clock::time_point next_pause_{};
   int finished_warps_ = 0;

@@ -113,8 +113,8 @@ void* first_frame(std::byte* top, void (*entry)()) {
 FiberStacks::FiberStacks(int count) {
   const std::size_t page = page_bytes();
   mapped_bytes_ = static_cast<std::size_t>(count) * (kBytes + page);
-  void* memory = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   memory_ = static_cast<std::byte*>(memory);
   for (int i = 0; i < count; ++i) {

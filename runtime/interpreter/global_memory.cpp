@@ -29,11 +29,9 @@ GlobalMemory::Tensor GlobalMemory::describe(const TensorExtent& extent) {
   Tensor tensor{extent, reinterpret_cast<std::uintptr_t>(extent.data), 0, {}};
   bool empty = false;
   for (std::size_t i = 0; i < extent.shape.size(); ++i) {
-    if (extent.strides[i] < 0)
-      throw ArgumentError("tensor " + tensor_text(extent) + ": strides must not be negative");
+    if (extent.strides[i] < 0) throw ArgumentError("tensor " + tensor_text(extent) + ": strides must not be negative");
     empty |= extent.shape[i] <= 0;
-    if (extent.shape[i] > 1 && extent.strides[i] > 0)
-      tensor.dims.push_back({i, extent.shape[i], extent.strides[i], 0});
+    if (extent.shape[i] > 1 && extent.strides[i] > 0) tensor.dims.push_back({i, extent.shape[i], extent.strides[i], 0});
   }
   std::stable_sort(tensor.dims.begin(), tensor.dims.end(),
                    [](const Dim& a, const Dim& b) { return a.stride > b.stride; });
@@ -104,8 +102,8 @@ bool GlobalMemory::note_write(std::size_t index, std::uintptr_t address, int byt
     auto written = written_[index][offset / kPageElements][offset % kPageElements];
     if (written) {
       std::int64_t beyond = 0;
-      error = "element " + coordinates(tensor, offset, beyond) + " of " + tensor.extent.name +
-              " is written a second time";
+      error =
+          "element " + coordinates(tensor, offset, beyond) + " of " + tensor.extent.name + " is written a second time";
       return false;
     }
     written = true;
@@ -115,13 +113,10 @@ bool GlobalMemory::note_write(std::size_t index, std::uintptr_t address, int byt
 
 const GlobalMemory::Tensor* GlobalMemory::nearest(std::uintptr_t address) const {
   const auto distance = [address](const Tensor& tensor) {
-    return address < tensor.begin ? tensor.begin - address
-           : address < tensor.end ? 0
-                                  : address - tensor.end + 1;
+    return address < tensor.begin ? tensor.begin - address : address < tensor.end ? 0 : address - tensor.end + 1;
   };
-  const auto found =
-      std::min_element(tensors_.begin(), tensors_.end(),
-                       [&](const Tensor& a, const Tensor& b) { return distance(a) < distance(b); });
+  const auto found = std::min_element(tensors_.begin(), tensors_.end(),
+                                      [&](const Tensor& a, const Tensor& b) { return distance(a) < distance(b); });
   return found == tensors_.end() ? nullptr : &*found;
 }
 
@@ -137,25 +132,23 @@ std::string GlobalMemory::coordinates(const Tensor& tensor, std::int64_t offset,
 }
 
 std::string GlobalMemory::explain(std::uintptr_t address, int bytes, TensorUse use) const {
-  std::string error = std::string(use == TensorUse::kRead ? "read" : "write") + " of " +
-                      std::to_string(bytes) + " bytes of global memory ";
+  std::string error = std::string(use == TensorUse::kRead ? "read" : "write") + " of " + std::to_string(bytes) +
+                      " bytes of global memory ";
   if (address % bytes != 0) error += "at an address that is no multiple of " + std::to_string(bytes) + ", ";
   const Tensor* tensor = nearest(address);
   if (tensor == nullptr) return error + "outside every tensor: none is registered";
   const std::string name = tensor_text(tensor->extent);
   if (address >= tensor->end)
-    return error + "outside every tensor: " + std::to_string(address - tensor->end) +
-           " bytes behind the end of " + name;
+    return error + "outside every tensor: " + std::to_string(address - tensor->end) + " bytes behind the end of " +
+           name;
   if (address < tensor->begin)
-    return error + "outside every tensor: " + std::to_string(tensor->begin - address) +
-           " bytes before the start of " + name;
+    return error + "outside every tensor: " + std::to_string(tensor->begin - address) + " bytes before the start of " +
+           name;
 
   std::int64_t beyond = 0;
   const std::uintptr_t byte = address - tensor->begin;
-  const std::string at =
-      coordinates(*tensor, static_cast<std::int64_t>(byte / tensor->extent.element_bytes), beyond);
-  if (beyond > 0)
-    return error + "in a gap, " + std::to_string(beyond) + " elements behind " + at + " of " + name;
+  const std::string at = coordinates(*tensor, static_cast<std::int64_t>(byte / tensor->extent.element_bytes), beyond);
+  if (beyond > 0) return error + "in a gap, " + std::to_string(beyond) + " elements behind " + at + " of " + name;
   if (byte % tensor->extent.element_bytes != 0) return error + "inside element " + at + " of " + name;
   if (use == TensorUse::kWrite && tensor->extent.use == TensorUse::kRead)
     return error + "at " + at + " of " + name + ", which may only be read";

@@ -67,8 +67,7 @@ std::shared_ptr<const HostObject> HostObject::load(const std::string& image, con
   static auto& mutex = *new ForkSafeMutex;
   static auto& loaded = *new std::list<std::pair<std::string, std::shared_ptr<const HostObject>>>;  // last used first
   const std::lock_guard lock(mutex);
-  const auto found =
-      std::find_if(loaded.begin(), loaded.end(), [&](const auto& each) { return each.first == image; });
+  const auto found = std::find_if(loaded.begin(), loaded.end(), [&](const auto& each) { return each.first == image; });
   if (found != loaded.end()) {
     loaded.splice(loaded.begin(), loaded, found);
   } else {

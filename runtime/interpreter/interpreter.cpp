@@ -48,14 +48,12 @@ void check_grid(const CompiledKernel& kernel, const GridShape& grid) {
                         " bytes of shared memory");
 }
 
-InterpreterReport make_report(const CompiledKernel& kernel, const GridShape& grid,
-                              const BlockEngine& engine) {
+InterpreterReport make_report(const CompiledKernel& kernel, const GridShape& grid, const BlockEngine& engine) {
   InterpreterReport report;
   report.kernel = kernel.entry;
   report.blocks = grid.blocks;
   for (int i = 0; i < kHostAccesses; ++i)
-    if (engine.access_counts()[i].accesses > 0)
-      report.shared[kAccessKinds[i].name] = engine.access_counts()[i];
+    if (engine.access_counts()[i].accesses > 0) report.shared[kAccessKinds[i].name] = engine.access_counts()[i];
   return report;
 }
 

@@ -11,9 +11,9 @@ std::string InterpreterReport::text() const {
   char line[160];
   for (const auto& [kind, count] : shared) {
     std::snprintf(line, sizeof line,
-                  "  %-18s %12lld warp accesses, bank conflict factor %.3f (%lld cycles, %lld without)\n",
-                  kind.c_str(), static_cast<long long>(count.accesses), count.factor(),
-                  static_cast<long long>(count.cycles), static_cast<long long>(count.ideal_cycles));
+                  "  %-18s %12lld warp accesses, bank conflict factor %.3f (%lld cycles, %lld without)\n", kind.c_str(),
+                  static_cast<long long>(count.accesses), count.factor(), static_cast<long long>(count.cycles),
+                  static_cast<long long>(count.ideal_cycles));
     text += line;
   }
   return text;

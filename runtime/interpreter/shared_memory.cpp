@@ -9,9 +9,7 @@ namespace {
 
 constexpr std::uint32_t kPoison = 0xffffffffu;  // a NaN as fp16 and as fp32
 
-std::string thread_text(int warp, int lane) {
-  return "warp " + std::to_string(warp) + " lane " + std::to_string(lane);
-}
+std::string thread_text(int warp, int lane) { return "warp " + std::to_string(warp) + " lane " + std::to_string(lane); }
 
 }  // namespace
 
@@ -125,11 +123,10 @@ void SharedMemory::explain_read_race(const SharedAccess& access, const Cell& cel
   const std::uint32_t other_warps = cell.read_warps & ~(1u << access.warp);
   std::string reader;
   if (other_warps == 0)
-    reader = thread_text(access.warp, std::countr_zero(cell.read_lanes & ~(1u << access.lane))) +
-             " read at " + sites_.text(cell.read_site);
-  else if (cell.read_warp != access.warp)
-    reader = thread_text(cell.read_warp, std::countr_zero(cell.read_lanes)) + " read at " +
+    reader = thread_text(access.warp, std::countr_zero(cell.read_lanes & ~(1u << access.lane))) + " read at " +
              sites_.text(cell.read_site);
+  else if (cell.read_warp != access.warp)
+    reader = thread_text(cell.read_warp, std::countr_zero(cell.read_lanes)) + " read at " + sites_.text(cell.read_site);
   else
     reader = "warp " + std::to_string(std::countr_zero(other_warps)) + " read";
   error = "race in shared memory: write of " + place_of(access, cell) + ", which " + reader +

@@ -59,8 +59,7 @@ class SharedMemory {
   bool races_with_write(const SharedAccess& access, const Cell& cell) const;
   bool races_with_reads(const SharedAccess& access, const Cell& cell) const;
   static void note_read(const SharedAccess& access, Cell& cell);
-  void explain_write_race(const SharedAccess& access, const Cell& cell, const char* what,
-                          std::string& error) const;
+  void explain_write_race(const SharedAccess& access, const Cell& cell, const char* what, std::string& error) const;
   void explain_read_race(const SharedAccess& access, const Cell& cell, std::string& error) const;
   std::string place_of(const SharedAccess& access, const Cell& cell) const;
 

@@ -9,8 +9,6 @@ SiteId SourceSites::find_or_add(const char* file, int line) {
   return static_cast<SiteId>(sites_.size() - 1);
 }
 
-std::string SourceSites::text(SiteId id) const {
-  return sites_[id].file + ":" + std::to_string(sites_[id].line);
-}
+std::string SourceSites::text(SiteId id) const { return sites_[id].file + ":" + std::to_string(sites_[id].line); }
 
 }  // namespace flash_attn_jit

@@ -14,8 +14,7 @@ class SourceSites {
  public:
   // `file` must stay valid; the same text may come by different pointers.
   SiteId id(const char* file, int line) {
-    CacheEntry& entry =
-        cache_[(reinterpret_cast<std::uintptr_t>(file) ^ static_cast<unsigned>(line)) % cache_.size()];
+    CacheEntry& entry = cache_[(reinterpret_cast<std::uintptr_t>(file) ^ static_cast<unsigned>(line)) % cache_.size()];
     if (entry.file != file || entry.line != line) entry = {file, line, find_or_add(file, line)};
     return entry.id;
   }

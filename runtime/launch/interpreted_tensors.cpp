@@ -48,8 +48,8 @@ namespace {
 void require_cu_seqlens(const std::string& side, const int* cu_seqlens, std::int64_t batch, std::int64_t max_seqlen,
                         std::int64_t total) {
   const auto refuse = [&](std::int64_t b, const std::string& why, const std::string& accepted) {
-    throw ArgumentError({"cu_seqlens_" + side + "[" + std::to_string(b) + "]",
-                         "is " + std::to_string(cu_seqlens[b]) + why, accepted});
+    throw ArgumentError(
+        {"cu_seqlens_" + side + "[" + std::to_string(b) + "]", "is " + std::to_string(cu_seqlens[b]) + why, accepted});
   };
   if (cu_seqlens[0] != 0) refuse(0, "", "0, where the first sequence begins");
   for (std::int64_t b = 0; b < batch; ++b) {

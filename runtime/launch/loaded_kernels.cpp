@@ -17,13 +17,11 @@ constexpr int kErrorInvalidContext = 201;
 constexpr int kErrorInvalidHandle = 400;
 
 std::string device_text(const DeviceInfo& info) {
-  return "CUDA device " + std::to_string(info.ordinal) + " (" + info.name + ", sm_" +
-         std::to_string(info.sm) + ")";
+  return "CUDA device " + std::to_string(info.ordinal) + " (" + info.name + ", sm_" + std::to_string(info.sm) + ")";
 }
 
 ArchLimits limits_of(const DeviceInfo& info, TargetChoice target) {
-  if (info.sm < kOldestSm)
-    throw UnsupportedError({device_text(info), "is not supported", kAcceptedGpu});
+  if (info.sm < kOldestSm) throw UnsupportedError({device_text(info), "is not supported", kAcceptedGpu});
   return arch_limits(target == TargetChoice::kCompute75 ? kOldestSm : info.sm);
 }
 
@@ -32,10 +30,9 @@ ArchLimits limits_of(const DeviceInfo& info, TargetChoice target) {
 std::size_t LoadedKernelTable::bucket_of(const KernelSpec& spec) noexcept {
   std::size_t hash = 0;
   // What differs between the kernels of one process; tiles that share these numbers share a bucket.
-  for (const int field : {spec.head_dim, spec.group_size, spec.tile.block_m, spec.tile.block_n,
-                          spec.tile.warps, static_cast<int>(spec.kind), static_cast<int>(spec.dtype),
-                          static_cast<int>(spec.mask), static_cast<int>(spec.features.bits()),
-                          static_cast<int>(spec.access)})
+  for (const int field : {spec.head_dim, spec.group_size, spec.tile.block_m, spec.tile.block_n, spec.tile.warps,
+                          static_cast<int>(spec.kind), static_cast<int>(spec.dtype), static_cast<int>(spec.mask),
+                          static_cast<int>(spec.features.bits()), static_cast<int>(spec.access)})
     hash = hash * 31 + static_cast<std::size_t>(field);
   return hash % kBuckets;
 }
@@ -70,8 +67,7 @@ void Device::launch(const LoadedKernel& kernel, std::int64_t blocks, const void*
     const Driver::CurrentContext current(driver_, context_);
     code = driver_.launch(kernel.function, shape, stream, params);
   }
-  if (code != 0)
-    driver_.require(code, "the launch of kernel '" + kernel.spec.text() + "' on " + device_text(info_));
+  if (code != 0) driver_.require(code, "the launch of kernel '" + kernel.spec.text() + "' on " + device_text(info_));
 }
 
 void Device::load(const std::vector<KernelSpec>& specs) {
@@ -99,8 +95,7 @@ void Device::load(const KernelSpec& spec, const CompiledKernel& kernel) {
     module.keep();
   } catch (const DriverError& error) {
     throw DriverError("kernel '" + spec.text() + "' (" + kernel.built_by + ") could not be loaded on " +
-                      device_text(info_) + ", CUDA " + driver_version_text(driver_.version()) + ": " +
-                      error.what());
+                      device_text(info_) + ", CUDA " + driver_version_text(driver_.version()) + ": " + error.what());
   }
 }
 
@@ -164,8 +159,7 @@ DeviceRuntime::DeviceRuntime(Driver& driver, KernelLibrary& library, TargetChoic
 
 Device& DeviceRuntime::device(int ordinal) {
   if (ordinal >= 0 && static_cast<std::size_t>(ordinal) < slots_.size())
-    if (Device* ready = slots_[static_cast<std::size_t>(ordinal)].ready.load(std::memory_order_acquire))
-      return *ready;
+    if (Device* ready = slots_[static_cast<std::size_t>(ordinal)].ready.load(std::memory_order_acquire)) return *ready;
   return set_up(ordinal);
 }
 

@@ -33,10 +33,9 @@ struct Choice {
 std::vector<Choice> choices(const NvrtcSearch& search, std::optional<int> driver_version) {
   std::vector<Choice> found;
   if (driver_version) {
-    found.push_back({"machine code for this driver",
-                     choose_nvrtc(search.candidates, {CodeKind::kCubin, driver_version})});
     found.push_back(
-        {"PTX for this driver", choose_nvrtc(search.candidates, {CodeKind::kPtx, driver_version})});
+        {"machine code for this driver", choose_nvrtc(search.candidates, {CodeKind::kCubin, driver_version})});
+    found.push_back({"PTX for this driver", choose_nvrtc(search.candidates, {CodeKind::kPtx, driver_version})});
   }
   found.push_back({"packs", choose_nvrtc(search.candidates, {CodeKind::kCubin, std::nullopt})});
   return found;
@@ -44,8 +43,7 @@ std::vector<Choice> choices(const NvrtcSearch& search, std::optional<int> driver
 
 Json driver_json(Driver* driver) {
   if (!driver) return {{"found", false}, {"reason", process_driver_absence()}};
-  return {
-      {"found", true}, {"path", driver->path().string()}, {"cuda_version", driver_version_text(driver->version())}};
+  return {{"found", true}, {"path", driver->path().string()}, {"cuda_version", driver_version_text(driver->version())}};
 }
 
 Json devices_json(Driver* driver) {

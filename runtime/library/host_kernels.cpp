@@ -37,8 +37,8 @@ CompiledKernel HostKernels::compile(const KernelRequest& request, const KernelId
     return tell_if_slow(id.name, compile_for_host(request.rendered, compiler_));
   } catch (const HostCompileFailure& failure) {
     const std::string kept = cache_->keep_refused_source(id, request.rendered.source);
-    throw CompileError(id.spec + ": " + failure.what() + "\nsource: " + kept + "\n" + failure.log,
-                       failure.log, joined(host_compiler_flags(compiler_)), kept);
+    throw CompileError(id.spec + ": " + failure.what() + "\nsource: " + kept + "\n" + failure.log, failure.log,
+                       joined(host_compiler_flags(compiler_)), kept);
   }
 }
 

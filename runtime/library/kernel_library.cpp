@@ -59,9 +59,9 @@ std::string prebuild_command(const KernelSpec& spec, int sm) {
   for (const FeatureInfo& info : kFeatures)
     if (spec.has(info.feature)) features += " --" + std::string(info.word) + " yes";
   return "flash-attn-jit prebuild --arch sm_" + std::to_string(sm) + " --kinds " +
-         std::string(family_of(spec.kind).pack_group) + " --head-dims " + std::to_string(spec.head_dim) +
-         " --causal " + (spec.mask == Mask::kCausal ? "yes" : "no") + (spec.mask == Mask::kWindow ? " --window" : "") +
-         features + " --gqa " + std::to_string(spec.group_size) + " --out DIR";
+         std::string(family_of(spec.kind).pack_group) + " --head-dims " + std::to_string(spec.head_dim) + " --causal " +
+         (spec.mask == Mask::kCausal ? "yes" : "no") + (spec.mask == Mask::kWindow ? " --window" : "") + features +
+         " --gqa " + std::to_string(spec.group_size) + " --out DIR";
 }
 
 MissingKernelError missing(const KernelSpec& spec, const CompileTarget& target, const KernelCache& cache,
@@ -74,17 +74,14 @@ MissingKernelError missing(const KernelSpec& spec, const CompileTarget& target, 
   // PTX depends on the driver that links it, so that no pack can stand in for the compiler.
   if (target.code == CodeKind::kPtx) return {message, spec, ""};
   const std::string command = prebuild_command(spec, target.sm);
-  return {
-      message +
-          "\nOr build a pack where there is an NVRTC, and set FLASH_ATTN_JIT_PREBUILT to it here: " + command,
-      spec, command};
+  return {message + "\nOr build a pack where there is an NVRTC, and set FLASH_ATTN_JIT_PREBUILT to it here: " + command,
+          spec, command};
 }
 
 }  // namespace
 
 KernelLibrary::KernelLibrary(const Settings& settings)
-    : KernelLibrary(settings.config, std::make_shared<KernelCache>(settings.cache), settings.driver_version) {
-}
+    : KernelLibrary(settings.config, std::make_shared<KernelCache>(settings.cache), settings.driver_version) {}
 
 KernelLibrary::KernelLibrary(const Config& config, std::shared_ptr<KernelCache> cache,
                              std::optional<int> driver_version)
@@ -165,9 +162,8 @@ CompiledKernel KernelLibrary::compile(const KernelRequest& request, const Compil
   } catch (const NvrtcFailure& failure) {
     const std::string kept = cache_->keep_refused_source(id, request.rendered.source);
     const std::string options = joined(nvrtc_options(target, nvrtc->version()));
-    throw CompileError("NVRTC " + nvrtc->version().text() + " refused kernel '" + request.spec.text() +
-                           "': " + failure.what() + "\noptions: " + options + "\nsource: " + kept +
-                           "\nlog:\n" + failure.log,
+    throw CompileError("NVRTC " + nvrtc->version().text() + " refused kernel '" + request.spec.text() + "': " +
+                           failure.what() + "\noptions: " + options + "\nsource: " + kept + "\nlog:\n" + failure.log,
                        failure.log, options, kept);
   }
 }

@@ -14,9 +14,7 @@ using nlohmann::ordered_json;
 
 ordered_json entry_of(const CacheEntry& entry) {
   const KernelFile& file = *entry.file;
-  const auto or_null = [](const std::optional<int>& number) {
-    return number ? ordered_json(*number) : ordered_json();
-  };
+  const auto or_null = [](const std::optional<int>& number) { return number ? ordered_json(*number) : ordered_json(); };
   return {{"file", entry.path.filename().string()},
           {"bytes", entry.bytes},
           {"spec", file.id.spec},
@@ -34,8 +32,7 @@ ordered_json entry_of(const CacheEntry& entry) {
 
 }  // namespace
 
-std::unique_ptr<KernelLibrary> open_pack_for_writing(const Config& config,
-                                                     const std::filesystem::path& out_dir) {
+std::unique_ptr<KernelLibrary> open_pack_for_writing(const Config& config, const std::filesystem::path& out_dir) {
   create_folders(out_dir, 0755);
   if (const auto folder = TrustedFolder::open(out_dir, FolderUse::kPack))
     if (const auto reason = folder->distrust()) throw FileError(*reason);
@@ -43,8 +40,7 @@ std::unique_ptr<KernelLibrary> open_pack_for_writing(const Config& config,
                                .max_bytes = std::numeric_limits<std::uint64_t>::max(),
                                .prebuilt = std::nullopt,
                                .use = FolderUse::kPack};
-  return std::make_unique<KernelLibrary>(config, std::make_shared<KernelCache>(std::move(settings)),
-                                         std::nullopt);
+  return std::make_unique<KernelLibrary>(config, std::make_shared<KernelCache>(std::move(settings)), std::nullopt);
 }
 
 void write_manifest(const std::filesystem::path& out_dir) {
@@ -52,8 +48,7 @@ void write_manifest(const std::filesystem::path& out_dir) {
   const KernelKey key = make_key({{"file", "manifest.json"}});
   const std::optional<FileLock> lock = lock_if_there_are_locks(out_dir, key);
   std::vector<CacheEntry> entries = list_cache(out_dir, FolderUse::kPack);
-  std::sort(entries.begin(), entries.end(),
-            [](const CacheEntry& a, const CacheEntry& b) { return a.path < b.path; });
+  std::sort(entries.begin(), entries.end(), [](const CacheEntry& a, const CacheEntry& b) { return a.path < b.path; });
   ordered_json kernels = ordered_json::array();
   for (const CacheEntry& entry : entries)
     if (entry.file) kernels.push_back(entry_of(entry));

@@ -17,8 +17,7 @@ namespace flash_attn_jit {
 // A library that writes into `out_dir` instead of the cache, takes no pack, and compiles for any driver (the
 // newest NVRTC 12.x unless `config.nvrtc` names one). find_or_compile() of what is there and valid gives
 // origin kDiskCache.
-std::unique_ptr<KernelLibrary> open_pack_for_writing(const Config& config,
-                                                     const std::filesystem::path& out_dir);
+std::unique_ptr<KernelLibrary> open_pack_for_writing(const Config& config, const std::filesystem::path& out_dir);
 
 // Writes `out_dir`/manifest.json from the pack's own verified files, in the order of their names.
 void write_manifest(const std::filesystem::path& out_dir);

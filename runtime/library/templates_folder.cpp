@@ -76,8 +76,7 @@ TemplateSet load_templates(const Config& config) {
   try {
     for (const auto& entry : std::filesystem::directory_iterator(*config.templates))
       if (entry.path().extension() == ".cuh")
-        if (auto text = read_file(entry.path()))
-          templates.emplace(entry.path().filename().string(), *std::move(text));
+        if (auto text = read_file(entry.path())) templates.emplace(entry.path().filename().string(), *std::move(text));
   } catch (const std::exception& error) {
     throw ConfigError("FLASH_ATTN_JIT_TEMPLATES: " + std::string(error.what()));
   }

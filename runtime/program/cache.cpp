@@ -26,8 +26,8 @@ struct CacheFlags {
 
 std::string utc_text(std::filesystem::file_time_type time) {
   const auto system = std::chrono::file_clock::to_sys(time);
-  const std::time_t seconds = std::chrono::system_clock::to_time_t(
-      std::chrono::time_point_cast<std::chrono::system_clock::duration>(system));
+  const std::time_t seconds =
+      std::chrono::system_clock::to_time_t(std::chrono::time_point_cast<std::chrono::system_clock::duration>(system));
   std::tm parts{};
   char text[32];
   std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&seconds, &parts));
@@ -53,16 +53,16 @@ Json entry_json(const CacheEntry& entry) {
 void print_entry(const CacheEntry& entry) {
   std::cout << utc_text(entry.last_used) << "  " << entry.bytes << " bytes  ";
   if (entry.file)
-    std::cout << entry.file->id.spec << "  " << entry.file->id.target << "  " << entry.file->kernel.built_by
-              << "\n";
+    std::cout << entry.file->id.spec << "  " << entry.file->id.target << "  " << entry.file->kernel.built_by << "\n";
   else
     std::cout << entry.path.filename().string() << "  BROKEN: " << entry.fault << "\n";
 }
 
 void require_folder() {
   if (config().cache_dir.empty())
-    throw ConfigError("there is no folder for the cache: HOME is not set, and this user has no entry in the system's list "
-                      "of users; set FLASH_ATTN_JIT_CACHE_DIR to a folder");
+    throw ConfigError(
+        "there is no folder for the cache: HOME is not set, and this user has no entry in the system's list "
+        "of users; set FLASH_ATTN_JIT_CACHE_DIR to a folder");
 }
 
 int show_path(const CacheFlags& flags) {
@@ -122,16 +122,16 @@ int report_removal(const CacheFlags& flags, const CacheRemoval& removed) {
 
 int prune(const CacheFlags& flags) {
   const std::uint64_t max_bytes =
-      flags.max_bytes.empty()
-          ? config().cache_max_bytes
-          : static_cast<std::uint64_t>(parse_number("--max-bytes", flags.max_bytes, 0, INT64_MAX));
+      flags.max_bytes.empty() ? config().cache_max_bytes
+                              : static_cast<std::uint64_t>(parse_number("--max-bytes", flags.max_bytes, 0, INT64_MAX));
   return report_removal(flags, prune_cache(config().cache_dir, max_bytes));
 }
 
 int clear(const CacheFlags& flags) {
   if (!flags.built_by) return report_removal(flags, clear_cache(config().cache_dir));
   if (flags.built_by->empty())
-    throw UsageError("--built-by is ''; accepted: a compiler as 'flash-attn-jit cache list' names it, such as 'nvrtc 12.9'");
+    throw UsageError(
+        "--built-by is ''; accepted: a compiler as 'flash-attn-jit cache list' names it, such as 'nvrtc 12.9'");
   const CacheRemoval removed = clear_built_by(config().cache_dir, *flags.built_by);
   if (const int code = report_removal(flags, removed); code != kSuccess || removed.files > 0) return code;
   std::cerr << "flash-attn-jit cache: nothing there was made by '" << *flags.built_by
@@ -142,8 +142,7 @@ int clear(const CacheFlags& flags) {
 }  // namespace
 
 void add_cache(CLI::App& app, Action& chosen) {
-  CLI::App* const cache =
-      app.add_subcommand("cache", "Show and look after the disk cache of compiled kernels");
+  CLI::App* const cache = app.add_subcommand("cache", "Show and look after the disk cache of compiled kernels");
   cache->require_subcommand(1);
   const auto flags = std::make_shared<CacheFlags>();
   const auto add = [&](const char* name, const char* what, int (*work)(const CacheFlags&)) {

@@ -36,14 +36,13 @@ void print(const Json& report) {
   std::cout << "flash-attn-jit " << text_of(report["version"]) << "\n";
   const Json& driver = report["driver"];
   if (driver["found"].get<bool>())
-    std::cout << "CUDA driver: " << text_of(driver["cuda_version"]) << ", " << text_of(driver["path"])
-              << "\n";
+    std::cout << "CUDA driver: " << text_of(driver["cuda_version"]) << ", " << text_of(driver["path"]) << "\n";
   else
     std::cout << "CUDA driver: none (" << text_of(driver["reason"]) << ")\n";
   std::cout << "GPUs:" << (report["devices"].empty() ? " none\n" : "\n");
   for (const Json& device : report["devices"])
-    std::cout << "  " << device["ordinal"] << ": " << text_of(device["name"]) << ", "
-              << text_of(device["arch"]) << ", " << device["multiprocessors"] << " multiprocessors"
+    std::cout << "  " << device["ordinal"] << ": " << text_of(device["name"]) << ", " << text_of(device["arch"]) << ", "
+              << device["multiprocessors"] << " multiprocessors"
               << (device["supported"].get<bool>() ? "" : " (not supported)") << "\n";
   print_nvrtc(report["nvrtc"]);
   std::cout << "Cache: " << text_of(report["cache"]) << "\n";
@@ -52,8 +51,7 @@ void print(const Json& report) {
 }  // namespace
 
 void add_devices(CLI::App& app, Action& chosen) {
-  CLI::App* const command =
-      app.add_subcommand("devices", "Show the driver, its GPUs, and the NVRTCs found and where");
+  CLI::App* const command = app.add_subcommand("devices", "Show the driver, its GPUs, and the NVRTCs found and where");
   const auto as_json = std::make_shared<bool>(false);
   command->add_flag("--json", *as_json, "Print JSON");
   command->callback([&chosen, as_json] {

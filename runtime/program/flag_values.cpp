@@ -18,15 +18,13 @@ namespace {
 }
 
 // The rule and its reason are check()'s.
-void require_legal(const std::string& flag, const std::string& came, const KernelSpec& spec,
-                   const ArchLimits& arch) {
+void require_legal(const std::string& flag, const std::string& came, const KernelSpec& spec, const ArchLimits& arch) {
   if (const auto reason = check(spec, arch)) throw UsageError(flag + " is '" + came + "': " + *reason);
 }
 
 }  // namespace
 
-std::int64_t parse_number(const std::string& flag, const std::string& text, std::int64_t least,
-                          std::int64_t most) {
+std::int64_t parse_number(const std::string& flag, const std::string& text, std::int64_t least, std::int64_t most) {
   std::int64_t value = 0;
   const char* const end = text.data() + text.size();
   const auto [stop, error] = std::from_chars(text.data(), end, value);
@@ -35,8 +33,7 @@ std::int64_t parse_number(const std::string& flag, const std::string& text, std:
   return value;
 }
 
-std::vector<int> parse_numbers(const std::string& flag, const std::vector<std::string>& texts, int least,
-                               int most) {
+std::vector<int> parse_numbers(const std::string& flag, const std::vector<std::string>& texts, int least, int most) {
   std::vector<int> values;
   for (const std::string& text : texts) {
     const int value = static_cast<int>(parse_number(flag, text, least, most));

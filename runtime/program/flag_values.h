@@ -15,12 +15,10 @@
 namespace flash_attn_jit::program {
 
 // A whole number from `least` to `most`.
-std::int64_t parse_number(const std::string& flag, const std::string& text, std::int64_t least,
-                          std::int64_t most);
+std::int64_t parse_number(const std::string& flag, const std::string& text, std::int64_t least, std::int64_t most);
 
 // As parse_number(), for each element of a list. What is named twice counts once, here and in parse_kinds().
-std::vector<int> parse_numbers(const std::string& flag, const std::vector<std::string>& texts, int least,
-                               int most);
+std::vector<int> parse_numbers(const std::string& flag, const std::vector<std::string>& texts, int least, int most);
 
 ArchLimits parse_arch_flag(const std::string& flag, const std::string& text);  // "sm_75"
 KernelKind parse_kind(const std::string& flag, const std::string& text);       // "fwd", "bwd_dq" and so on

@@ -58,8 +58,7 @@ struct Compiled {
 // variables name.
 Compiled compile(const KernelSpec& spec, const CompileTarget& target, const Config& settings) {
   ScratchFolder scratch("flash-attn-jit-inspect");
-  KernelLibrary library(
-      {.config = settings, .cache = {.dir = scratch.path(), .prebuilt = {}}, .driver_version = {}});
+  KernelLibrary library({.config = settings, .cache = {.dir = scratch.path(), .prebuilt = {}}, .driver_version = {}});
   KernelRequest kernel = library.request(spec);
   try {
     FoundKernel made = library.make(library.request(kernel, target));
@@ -102,7 +101,8 @@ std::string content(const InspectFlags& flags) {
   const KernelSpec spec = parse_kernel(flags.kernel, arch);
   const Config settings = config_with_nvrtc("--nvrtc", flags.nvrtc);
   if (!flags.resources_output.empty() && (emit == Emit::kSpec || emit == Emit::kSource))
-    throw UsageError("--resources is given with --emit " + flags.emit + ", which compiles nothing; accepted: ptx, cubin");
+    throw UsageError("--resources is given with --emit " + flags.emit +
+                     ", which compiles nothing; accepted: ptx, cubin");
   if (emit == Emit::kSpec) return spec.text() + "\n";
 
   if (emit == Emit::kSource) return render(spec, load_templates(settings)).source;
@@ -131,8 +131,7 @@ int run_inspect(const InspectFlags& flags) {
 }  // namespace
 
 void add_inspect(CLI::App& app, Action& chosen) {
-  CLI::App* const command =
-      app.add_subcommand("inspect", "Show one kernel: its spec, source, code or resources");
+  CLI::App* const command = app.add_subcommand("inspect", "Show one kernel: its spec, source, code or resources");
   const auto flags = std::make_shared<InspectFlags>();
   command->add_option("--kind", flags->kernel.kind, "Kind of kernel: " + kind_words())->capture_default_str();
   command->add_option("--head-dim", flags->kernel.head_dim, "Head dim, 1 to 256")->required();
@@ -141,15 +140,13 @@ void add_inspect(CLI::App& app, Action& chosen) {
   for (std::size_t i = 0; i < kFeatures.size(); ++i)
     command->add_flag("--" + std::string(kFeatures[i].word), flags->kernel.features[i],
                       "The kernel " + std::string(kFeatures[i].phrase));
-  command->add_option("--gqa", flags->kernel.gqa, "Group size: num_heads / num_heads_k")
-      ->capture_default_str();
+  command->add_option("--gqa", flags->kernel.gqa, "Group size: num_heads / num_heads_k")->capture_default_str();
   command->add_option("--arch", flags->arch, "Architecture to compile for")->capture_default_str();
   command
       ->add_option("--tile", flags->kernel.tile,
                    "auto (the default for large problems) or a tile like m256n16w8q80l2b4k7")
       ->capture_default_str();
-  command->add_option("--emit", flags->emit, "spec, source, ptx, cubin (raw ELF) or resources (JSON)")
-      ->required();
+  command->add_option("--emit", flags->emit, "spec, source, ptx, cubin (raw ELF) or resources (JSON)")->required();
   command->add_option("-o", flags->output, "Write to this file instead of standard output");
   command->add_option("--resources", flags->resources_output,
                       "Beside ptx or cubin: write the resources (JSON) to this file");

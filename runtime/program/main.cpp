@@ -14,8 +14,7 @@ namespace {
 std::string accepted_by(const CLI::App& app) {
   std::string names;
   const auto add = [&names](const std::string& name) { names += (names.empty() ? "" : ", ") + name; };
-  for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; }))
-    add(command->get_name());
+  for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) add(command->get_name());
   for (const CLI::Option* option : app.get_options()) add(option->get_name());
   return names;
 }

@@ -157,12 +157,8 @@ Json outcome_json(const Outcome& outcome, const std::string& out, const CompileT
   Json failures = Json::array();
   for (const Failure& failure : outcome.failures)
     failures.push_back({{"kernel", failure.kernel}, {"reason", failure.reason}});
-  return {{"out", out},
-          {"arch", target.text()},
-          {"built", outcome.built},
-          {"skipped", outcome.skipped},
-          {"failures", failures},
-          {"seconds", outcome.seconds}};
+  return {{"out", out},           {"arch", target.text()},     {"built", outcome.built}, {"skipped", outcome.skipped},
+          {"failures", failures}, {"seconds", outcome.seconds}};
 }
 
 int run_prebuild(const PrebuildFlags& flags) {
@@ -192,9 +188,7 @@ void add_prebuild(CLI::App& app, Action& chosen) {
   const auto flags = std::make_shared<PrebuildFlags>();
   command->add_option("--arch", flags->arch, "Architecture to build for: sm_75 or newer")->required();
   command->add_option("--kinds", flags->kinds, "Kinds of kernels: " + pack_group_words())->required()->delimiter(',');
-  command->add_option("--head-dims", flags->head_dims, "Head dims, 1 to 256: 64,128")
-      ->required()
-      ->delimiter(',');
+  command->add_option("--head-dims", flags->head_dims, "Head dims, 1 to 256: 64,128")->required()->delimiter(',');
   command->add_option("--causal", flags->causal, "both, yes or no")->required();
   command->add_flag("--window", flags->window, "Besides those of --causal, the kernels of sliding windows");
   flags->features.fill("no");
@@ -208,8 +202,7 @@ void add_prebuild(CLI::App& app, Action& chosen) {
       ->delimiter(',');
   command->add_option("--out", flags->out, "The pack's folder; made where it is not there")->required();
   command->add_option("--jobs", flags->jobs, "Kernels to compile at once; default: one a core");
-  command->add_option("--nvrtc", flags->nvrtc,
-                      "The libnvrtc to compile with; default: the newest 12.x found");
+  command->add_option("--nvrtc", flags->nvrtc, "The libnvrtc to compile with; default: the newest 12.x found");
   command->add_flag("--json", flags->json, "Print JSON");
   command->callback([&chosen, flags] { chosen = [flags] { return run_prebuild(*flags); }; });
 }

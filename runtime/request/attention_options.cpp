@@ -69,8 +69,8 @@ void require_options(const AttentionOptions& options, const ProblemShape& shape,
   if (!(std::fabs(options.softmax_scale) <= kMostScale))
     throw ArgumentError({"softmax_scale", "is " + number_text(options.softmax_scale), accepted_scales()});
   if (options.softcap != 0 && !(options.softcap >= kLeastSoftcap && options.softcap <= kMostScale))
-    throw ArgumentError({"softcap", "is " + number_text(options.softcap),
-                         "0.0 for none, or " + range_text(kLeastSoftcap, kMostScale)});
+    throw ArgumentError(
+        {"softcap", "is " + number_text(options.softcap), "0.0 for none, or " + range_text(kLeastSoftcap, kMostScale)});
   if (options.varlen) require_varlen(*options.varlen);
   if (options.alibi) require_memory("alibi_slopes", options.alibi->data, shape.batch > 0 && num_heads > 0);
   const std::int64_t longest = std::max(shape.seqlen_q, shape.seqlen_k);

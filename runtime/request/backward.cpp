@@ -1,8 +1,8 @@
 #include "runtime/request/backward.h"
 
 #include "generator/errors.h"
-#include "generator/legality.h"
 #include "generator/families/families.h"
+#include "generator/legality.h"
 
 namespace flash_attn_jit {
 namespace {

@@ -26,7 +26,8 @@ struct BackwardRequest {
   const float* softmax_lse = nullptr;  // forward's
   float* delta = nullptr;              // like softmax_lse: room for what one kernel leaves to the next
   AttentionOptions options;
-  std::optional<TileConfig> preprocess_tile, dkdv_tile, dq_tile;  // force these tiles; none: the target's chooser decides
+  std::optional<TileConfig> preprocess_tile, dkdv_tile,
+      dq_tile;  // force these tiles; none: the target's chooser decides
 };
 
 using BackwardLaunch = KernelLaunch<FlashBwdParams>;

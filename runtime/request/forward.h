@@ -15,9 +15,9 @@ namespace flash_attn_jit {
 
 // Checked by the caller's language layer for rank, dtype and device; forward() checks shapes against each other.
 struct ForwardRequest {
-  TensorView q;             // (batch, seqlen_q, num_heads, head_dim)
-  TensorView k, v;          // (batch, seqlen_k, num_heads_k, head_dim)
-  TensorView out;           // like q
+  TensorView q;                  // (batch, seqlen_q, num_heads, head_dim)
+  TensorView k, v;               // (batch, seqlen_k, num_heads_k, head_dim)
+  TensorView out;                // like q
   float* softmax_lse = nullptr;  // (batch, num_heads, seqlen_q), varlen (num_heads, total_q); float32, contiguous
   AttentionOptions options;
   std::optional<TileConfig> tile;  // forces this tile; none: the target's chooser decides

@@ -70,17 +70,15 @@ void require_inputs(const TensorView& q, const TensorView& k, const TensorView& 
 
 void require_memory(const char* name, const void* memory, bool is_needed) {
   if (memory == nullptr && is_needed)
-    throw ArgumentError({name, "has elements but no memory (a null pointer, as a fake tensor's)",
-                         "a tensor with its data"});
+    throw ArgumentError(
+        {name, "has elements but no memory (a null pointer, as a fake tensor's)", "a tensor with its data"});
 }
 
 void require_row_memory(const char* name, const float* rows, const TensorView& q) {
   require_memory(name, rows, q.shape[kBatch] > 0 && q.shape[kSeqlen] > 0 && q.shape[kHeads] > 0);
 }
 
-std::int64_t stride_of(const TensorView& view, Dim dim) {
-  return view.shape[dim] > 1 ? view.strides[dim] : 0;
-}
+std::int64_t stride_of(const TensorView& view, Dim dim) { return view.shape[dim] > 1 ? view.strides[dim] : 0; }
 
 bool is_aligned(const TensorView& view) {
   if (view.shape[kHeadDim] % kVectorElements != 0) return false;

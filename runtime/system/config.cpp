@@ -68,8 +68,7 @@ class Reader {
     return home_in_list(std::nullopt);
   }
 
-  [[noreturn]] static void refuse(const std::string& name, const std::string& value,
-                                  const std::string& accepted) {
+  [[noreturn]] static void refuse(const std::string& name, const std::string& value, const std::string& accepted) {
     throw ConfigError("environment variable " + std::string(kPrefix) + name + " is '" + value +
                       "'; accepted: " + accepted);
   }
@@ -93,8 +92,7 @@ std::uint64_t byte_count(const Reader& reader, const std::string& name, std::uin
   std::uint64_t bytes = 0;
   const char* end = value->data() + value->size();
   const auto [stop, error] = std::from_chars(value->data(), end, bytes);
-  if (error != std::errc() || stop != end)
-    Reader::refuse(name, *value, "a number of bytes, such as 1073741824");
+  if (error != std::errc() || stop != end) Reader::refuse(name, *value, "a number of bytes, such as 1073741824");
   return bytes;
 }
 

@@ -77,8 +77,7 @@ void sync_folder(const fs::path& path) {
 }
 
 bool is_still_at(const fs::path& path, int fd) {
-  struct stat opened {
-  }, named{};
+  struct stat opened{}, named{};
   return ::fstat(fd, &opened) == 0 && ::stat(path.c_str(), &named) == 0 && opened.st_ino == named.st_ino &&
          opened.st_dev == named.st_dev;
 }
@@ -158,7 +157,7 @@ void fail_on_file(const std::string& what, const fs::path& path, int error) {
 }
 
 std::string read_whole(const Descriptor& file, const fs::path& path) {
-  struct stat status {};
+  struct stat status{};
   if (::fstat(file.get(), &status) != 0) fail_on_file("read", path, errno);
   if (!S_ISREG(status.st_mode)) fail_on_file("read", path, S_ISDIR(status.st_mode) ? EISDIR : EINVAL);
   std::string bytes(static_cast<std::size_t>(status.st_size), '\0');
@@ -200,12 +199,12 @@ void write_file(const fs::path& path, const fs::path& temporary, std::string_vie
 
 void create_folders(const fs::path& path, mode_t mode) {
   if (path.has_parent_path() && path.parent_path() != path) {
-    struct stat status {};
+    struct stat status{};
     if (::stat(path.parent_path().c_str(), &status) != 0) create_folders(path.parent_path(), mode);
   }
   if (::mkdir(path.c_str(), mode) == 0) return;
   const int error = errno;
-  struct stat status {};
+  struct stat status{};
   if (::stat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode)) return;
   fail_on_file("create the folder", path, error);
 }

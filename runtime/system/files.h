@@ -51,8 +51,8 @@ std::string read_whole(const Descriptor& file, const std::filesystem::path& path
 
 // Writes `temporary`, a name that nobody else uses, then renames it to `path`: a reader finds the old file or
 // the whole new one, also after a crash. On failure removes `temporary` and throws FileError.
-void write_file(const std::filesystem::path& path, const std::filesystem::path& temporary,
-                std::string_view bytes, mode_t mode);
+void write_file(const std::filesystem::path& path, const std::filesystem::path& temporary, std::string_view bytes,
+                mode_t mode);
 
 // Creates a folder and those above it, with `mode` (less the umask). Throws FileError.
 void create_folders(const std::filesystem::path& path, mode_t mode);

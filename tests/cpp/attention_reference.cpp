@@ -40,8 +40,7 @@ std::vector<Number> matrix(WatchedTensor& tensor, std::int64_t b, std::int64_t h
   const auto [batch, seqlen, heads, dim] = tensor.shape();
   values.reserve(seqlen * dim);
   for (std::int64_t s = 0; s < seqlen; ++s)
-    for (std::int64_t d = 0; d < dim; ++d)
-      values.push_back(static_cast<Number>(from_fp16(tensor.at(b, s, h, d))));
+    for (std::int64_t d = 0; d < dim; ++d) values.push_back(static_cast<Number>(from_fp16(tensor.at(b, s, h, d))));
   return values;
 }
 
@@ -137,8 +136,7 @@ WatchedTensor::WatchedTensor(std::array<std::int64_t, 4> shape, Layout layout)
   for (int i = 0; i < 4; ++i) span += (std::max<std::int64_t>(shape[i], 1) - 1) * strides_[i];
   memory_.assign(span + 1 + 2 * kMargin + 8, kPattern);
   const auto address = reinterpret_cast<std::uintptr_t>(memory_.data() + kMargin);
-  first_ =
-      kMargin + static_cast<std::int64_t>((16 - address % 16) % 16 / 2) + (layout == Layout::kMisaligned);
+  first_ = kMargin + static_cast<std::int64_t>((16 - address % 16) % 16 / 2) + (layout == Layout::kMisaligned);
   const std::vector<bool> elements = element_map();
   for (std::size_t i = 0; i < memory_.size(); ++i)
     if (elements[i]) memory_[i] = kUnwritten;

@@ -164,7 +164,7 @@ void fill_dout(const BackwardCase& c, WatchedTensor& dout) {
 // that the bound takes the worst of some.
 constexpr std::int64_t kDeltaSteps[] = {1, 2, 8};
 
-std::string compare(const char* name, WatchedTensor& got, std::vector<double> Gradients::*gradient,
+std::string compare(const char* name, WatchedTensor& got, std::vector<double> Gradients::* gradient,
                     const std::vector<Gradients>& emulated, const Gradients& exact) {
   double emulated_error = 0;
   for (const Gradients& each : emulated)
@@ -278,8 +278,8 @@ std::string run_backward_case(const BackwardCase& c) {
     backward_in_interpreter(t.request());
     const Gradients exact = gradients_float64(t);
     const std::vector<Gradients> emulated = gradients_emulated(t);
-    fault = compare("dq", t.dq, &Gradients::dq, emulated, exact) + compare("dk", t.dk, &Gradients::dk, emulated, exact) +
-            compare("dv", t.dv, &Gradients::dv, emulated, exact);
+    fault = compare("dq", t.dq, &Gradients::dq, emulated, exact) +
+            compare("dk", t.dk, &Gradients::dk, emulated, exact) + compare("dv", t.dv, &Gradients::dv, emulated, exact);
     for (WatchedTensor* tensor :
          {&t.forward.q, &t.forward.k, &t.forward.v, &t.forward.out, &t.dout, &t.dq, &t.dk, &t.dv})
       if (!tensor->surroundings_are_untouched()) fault += "memory outside a tensor has changed; ";

@@ -18,7 +18,7 @@ enum class DoutLayout {
 struct BackwardCase {
   ForwardCase forward;
   std::optional<TileConfig> preprocess_tile, dkdv_tile, dq_tile;  // none: the library chooses
-  double dout_factor = 1;                        // dout is N(0, 1) times this
+  double dout_factor = 1;                                         // dout is N(0, 1) times this
   DoutLayout dout_layout = DoutLayout::kLikeQ;
 
   // The forward case's words, then "preprocess:m64n0w4q0l0b0k0 dkdv:m64n16w4q64l0b8k8 dq:m64n16w4q64l0b8k8 dout64

@@ -5,8 +5,8 @@
 #include <set>
 #include <tuple>
 
-#include "generator/tile_chooser.h"
 #include "generator/legality.h"
+#include "generator/tile_chooser.h"
 #include "runtime/system/sanitizers.h"
 
 namespace flash_attn_jit::testing {
@@ -60,19 +60,16 @@ struct VisibleChoice {
   Window window;
 };
 const std::vector<VisibleChoice> kVisibleChoices = {
-    {Mask::kNone, {}},          {Mask::kCausal, {}},         {Mask::kWindow, {0, 0}},
-    {Mask::kWindow, {20, 0}},   {Mask::kWindow, {70, 5}},    {Mask::kWindow, {-1, 30}},
-    {Mask::kWindow, {100, -1}}, {Mask::kWindow, {999, 999}},
+    {Mask::kNone, {}},        {Mask::kCausal, {}},       {Mask::kWindow, {0, 0}},    {Mask::kWindow, {20, 0}},
+    {Mask::kWindow, {70, 5}}, {Mask::kWindow, {-1, 30}}, {Mask::kWindow, {100, -1}}, {Mask::kWindow, {999, 999}},
 };
 
 struct AdjustmentChoice {
   double softcap;
   AlibiCase alibi;
 };
-const std::vector<AdjustmentChoice> kAdjustmentChoices = {{0, AlibiCase::kOff},
-                                                          {5, AlibiCase::kOff},
-                                                          {0, AlibiCase::kHeads},
-                                                          {30, AlibiCase::kBatchAndHeads}};
+const std::vector<AdjustmentChoice> kAdjustmentChoices = {
+    {0, AlibiCase::kOff}, {5, AlibiCase::kOff}, {0, AlibiCase::kHeads}, {30, AlibiCase::kBatchAndHeads}};
 const std::vector<std::int64_t> kSequenceChoices = {0, 5};
 const std::vector<int> kGroupSizes = {1, 2, 4, 7};
 const std::vector<int> kLengths = {0, 1, 63, 64, 65, 127, 129, 257};
@@ -109,9 +106,8 @@ const std::vector<int>& head_dims() {
 
 Choice sizes() {
   const auto size = [](const auto& list) { return static_cast<int>(list.size()); };
-  return {size(head_dims()), size(kVisibleChoices), size(kAdjustmentChoices), size(kSequenceChoices),
-          size(kGroupSizes), size(kLengths),        size(kLengths),           size(kLayouts),
-          size(kInputChoices), size(kScales)};
+  return {size(head_dims()), size(kVisibleChoices), size(kAdjustmentChoices), size(kSequenceChoices), size(kGroupSizes),
+          size(kLengths),    size(kLengths),        size(kLayouts),           size(kInputChoices),    size(kScales)};
 }
 
 ForwardCase make_case(const Choice& choice) {

@@ -12,9 +12,9 @@
 #include <utility>
 
 #include "fp16.h"
-#include "generator/tile_chooser.h"
 #include "generator/errors.h"
 #include "generator/legality.h"
+#include "generator/tile_chooser.h"
 #include "runtime/launch/forward_launch.h"
 
 namespace flash_attn_jit::testing {
@@ -107,8 +107,7 @@ bool take_word(std::string_view word, ForwardCase& c) {
     if (word == name) return c.inputs = inputs, true;
     if (take_number(word, name, c.rise)) return c.inputs = inputs, true;
   }
-  if (word == "causal" || word == "full")
-    return c.mask = word == "causal" ? Mask::kCausal : Mask::kNone, true;
+  if (word == "causal" || word == "full") return c.mask = word == "causal" ? Mask::kCausal : Mask::kNone, true;
   if (word.starts_with("window")) return take_window(word.substr(6), c);
   if (word == "alibi" || word == "alibibatch")
     return c.alibi = word == "alibi" ? AlibiCase::kHeads : AlibiCase::kBatchAndHeads, true;
@@ -193,23 +192,20 @@ void compare(const ForwardCase& c, ForwardTensors& t, ForwardOutcome& outcome) {
   // lse is a float: near 1000 it is 6e-5 from the next one, which 1e-5 does not cover where the emulation is lucky.
   outcome.lse_bound = 2 * emulated_lse_error + 1e-5 + largest_finite(exact.lse) * 0x1p-22;
   if (!std::isfinite(outcome.out_bound) || !(outcome.out_error <= outcome.out_bound))
-    add_fault(
-        outcome, c,
-        "out is off by " + number_text(outcome.out_error) + ", bound " + number_text(outcome.out_bound));
+    add_fault(outcome, c,
+              "out is off by " + number_text(outcome.out_error) + ", bound " + number_text(outcome.out_bound));
   if (!std::isfinite(outcome.lse_bound) || !(outcome.lse_error <= outcome.lse_bound))
-    add_fault(
-        outcome, c,
-        "lse is off by " + number_text(outcome.lse_error) + ", bound " + number_text(outcome.lse_bound));
+    add_fault(outcome, c,
+              "lse is off by " + number_text(outcome.lse_error) + ", bound " + number_text(outcome.lse_bound));
 }
 
 }  // namespace
 
 std::string ForwardCase::text() const {
-  std::string text = "hdim" + std::to_string(head_dim) + " " + mask_text(*this) +
-                     " gqa" + std::to_string(group_size) + " batch" + std::to_string(batch) + " headsk" +
-                     std::to_string(num_heads_k) + " sq" + std::to_string(seqlen_q) + " sk" +
-                     std::to_string(seqlen_k) + " " + name_of(kLayouts, layout) + " " +
-                     name_of(kInputs, inputs);
+  std::string text = "hdim" + std::to_string(head_dim) + " " + mask_text(*this) + " gqa" + std::to_string(group_size) +
+                     " batch" + std::to_string(batch) + " headsk" + std::to_string(num_heads_k) + " sq" +
+                     std::to_string(seqlen_q) + " sk" + std::to_string(seqlen_k) + " " + name_of(kLayouts, layout) +
+                     " " + name_of(kInputs, inputs);
   if (inputs == Inputs::kRising || inputs == Inputs::kFalling) text += number_text(rise);
   if (softcap > 0) text += " softcap" + number_text(softcap);
   if (alibi != AlibiCase::kOff) text += alibi == AlibiCase::kHeads ? " alibi" : " alibibatch";

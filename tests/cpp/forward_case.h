@@ -12,8 +12,8 @@
 namespace flash_attn_jit::testing {
 
 enum class Inputs {
-  kNormal,  // N(0, 1)
-  kRising,  // plus a score that grows by `rise` from each tile of keys to the one before, as the kernel walks
+  kNormal,    // N(0, 1)
+  kRising,    // plus a score that grows by `rise` from each tile of keys to the one before, as the kernel walks
   kFalling,   // the other way round
   kThousand,  // scores of about +-1000
 };
@@ -25,8 +25,8 @@ struct ForwardCase {
   Mask mask = Mask::kNone;
   int group_size = 1;
   std::int64_t batch = 1, num_heads_k = 1, seqlen_q = 64, seqlen_k = 64;
-  Window window;           // where mask is kWindow
-  double softcap = 0;      // 0: none
+  Window window;       // where mask is kWindow
+  double softcap = 0;  // 0: none
   AlibiCase alibi = AlibiCase::kOff;
   std::int64_t sequences = 0;  // varlen: so many, the longest seqlen_q and seqlen_k long, some empty; 0: fixed lengths
   Layout layout = Layout::kContiguous;

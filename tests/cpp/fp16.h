@@ -21,8 +21,7 @@ inline std::uint16_t to_fp16(double value) {
   if (std::isnan(value)) return 0x7fff;
   if (magnitude >= 65520) return sign | 0x7c00;
   const int exponent = magnitude < std::ldexp(1, -14) ? -14 : std::ilogb(magnitude);
-  const int steps =
-      static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));  // 1024 to 2048 if normal
+  const int steps = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));  // 1024 to 2048 if normal
   return static_cast<std::uint16_t>(sign + ((exponent + 14) << 10) + steps);
 }
 

@@ -1,6 +1,6 @@
+#include "small_kernel.h"
 #include "runtime/launch/process.h"
 #include "runtime/system/errors.h"
-#include "small_kernel.h"
 
 #include "generator/render.h"
 #include "runtime/compile/host_compiler.h"

@@ -16,8 +16,9 @@ namespace flash_attn_jit::testing {
 struct StubNvrtc {
   std::string major = "98", minor = "0";  // newer than any that the machine may have
   std::string architectures = "75,80";
-  std::string log = "ptxas info    : 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\\n"
-                    "ptxas info    : Used 99 registers\\n";
+  std::string log =
+      "ptxas info    : 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\\n"
+      "ptxas info    : Used 99 registers\\n";
   int meet = 1;  // a compile waits until so many are under way, at most a second
 };
 
@@ -74,11 +75,11 @@ inline std::filesystem::path make_stub_nvrtc(const std::filesystem::path& folder
                                              const std::string& refused = "nothing of this name") {
   write_all(folder / "stub.cpp", kStubNvrtcSource);
   const std::filesystem::path library = folder / ("libnvrtc.so." + stub.major + "." + stub.minor);
-  const ProgramResult made = run_program(
-      {host_compiler().path.string(), "-std=c++17", "-shared", "-fPIC", "-pthread", "-DMAJOR=" + stub.major,
-       "-DMINOR=" + stub.minor, "-DARCHITECTURES=" + stub.architectures, "-DMEET=" + std::to_string(stub.meet),
-       "-DLOG=\"" + stub.log + "\"", "-DREFUSED=\"" + refused + "\"", "-o", library.string(),
-       (folder / "stub.cpp").string()});
+  const ProgramResult made =
+      run_program({host_compiler().path.string(), "-std=c++17", "-shared", "-fPIC", "-pthread", "-DMAJOR=" + stub.major,
+                   "-DMINOR=" + stub.minor, "-DARCHITECTURES=" + stub.architectures,
+                   "-DMEET=" + std::to_string(stub.meet), "-DLOG=\"" + stub.log + "\"", "-DREFUSED=\"" + refused + "\"",
+                   "-o", library.string(), (folder / "stub.cpp").string()});
   REQUIRE_MESSAGE(made.succeeded(), made.output);
   return library;
 }

@@ -9,8 +9,8 @@
 
 #include "backward_case.h"
 #include "case_grid.h"
-#include "generator/tile_chooser.h"
 #include "generator/legality.h"
+#include "generator/tile_chooser.h"
 
 using namespace flash_attn_jit;
 using namespace flash_attn_jit::testing;
@@ -160,7 +160,9 @@ void check_all(const std::vector<BackwardCase>& cases) {
 
 }  // namespace
 
-TEST_CASE("backward: every head dim, length, mask, layout and input, pair by pair") { check_all(pick(pairwise_cases(), share_of_grid())); }
+TEST_CASE("backward: every head dim, length, mask, layout and input, pair by pair") {
+  check_all(pick(pairwise_cases(), share_of_grid()));
+}
 
 TEST_CASE("backward: the whole grid (FLASH_ATTN_JIT_TEST_ALL=1)") {
   if (tests_all()) check_all(all_cases());

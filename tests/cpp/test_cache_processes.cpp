@@ -83,8 +83,7 @@ TEST_CASE("a process killed while it builds holds up nobody") {
   ::kill(child, SIGKILL);
   CHECK(WIFSIGNALED(status_of(child)));
   CountedBuild build;
-  CHECK(KernelCache(settings_for(folder / "cache")).get_or_build(id, build.function()).kernel.image ==
-        "image");
+  CHECK(KernelCache(settings_for(folder / "cache")).get_or_build(id, build.function()).kernel.image == "image");
   CHECK(build.calls == 1);
 }
 
@@ -100,8 +99,7 @@ TEST_CASE("a process killed while it writes leaves nothing broken") {
       KernelCacheSettings settings = settings_for(dir);
       settings.max_bytes = 1u << 30;
       KernelCache cache(settings);
-      for (int i = 0;; ++i)
-        cache.get_or_build(made_up_id(std::to_string(i)), [&] { return made_up_kernel(large); });
+      for (int i = 0;; ++i) cache.get_or_build(made_up_id(std::to_string(i)), [&] { return made_up_kernel(large); });
       return 0;
     });
     while (count_names(dir, ".tmp") == 0) std::this_thread::yield();
@@ -111,8 +109,7 @@ TEST_CASE("a process killed while it writes leaves nothing broken") {
     killed_while_writing += count_names(dir, ".tmp") > 0;
     for (const CacheEntry& entry : list_cache(dir)) CHECK(entry.fault == "");
     CountedBuild build;
-    CHECK(KernelCache(settings_for(dir)).get_or_build(made_up_id("next"), build.function()).kernel.image ==
-          "image");
+    CHECK(KernelCache(settings_for(dir)).get_or_build(made_up_id("next"), build.function()).kernel.image == "image");
     clear_cache(dir);
     CHECK(count_names(dir, "") == 0);
   }

@@ -48,7 +48,8 @@ struct PackSetting {
 
 }  // namespace
 
-TEST_CASE("trust: a file of another user in a folder of our own is set aside and built anew" * doctest::skip(!kIsRoot)) {
+TEST_CASE("trust: a file of another user in a folder of our own is set aside and built anew" *
+          doctest::skip(!kIsRoot)) {
   const TemporaryFolder folder;
   const KernelId id = made_up_id("a");
   const fs::path file = folder / id.file_name();

@@ -129,7 +129,8 @@ TEST_CASE("configuration: ~ is the home folder in every path that is ours") {
   }
   CHECK(read({{"FLASH_ATTN_JIT_CACHE_DIR", "~root/cache"}}).cache_dir == "/root/cache");
   CHECK(read({{"FLASH_ATTN_JIT_CACHE_DIR", "/data/~x"}}).cache_dir == "/data/~x");
-  CHECK(refusal("FLASH_ATTN_JIT_CACHE_DIR", "~nobody-of-this-name/cache") == Containing{"'~nobody-of-this-name/cache'"});
+  CHECK(refusal("FLASH_ATTN_JIT_CACHE_DIR", "~nobody-of-this-name/cache") ==
+        Containing{"'~nobody-of-this-name/cache'"});
 }
 
 TEST_CASE("configuration: a home folder that is not a whole path is none") {

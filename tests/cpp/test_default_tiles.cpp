@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "generator/tile_chooser.h"
 #include "generator/errors.h"
+#include "generator/tile_chooser.h"
 
 using namespace flash_attn_jit;
 
@@ -59,7 +59,8 @@ TEST_CASE("a problem that fills the device gets the large tile, a small one the 
   });
 }
 
-TEST_CASE("rows that a tile computes for nothing count: where the large tile would stand half empty, another is chosen") {
+TEST_CASE(
+    "rows that a tile computes for nothing count: where the large tile would stand half empty, another is chosen") {
   for (const KernelKind kind : {KernelKind::kForward, KernelKind::kBackwardDkDv, KernelKind::kBackwardDq}) {
     KernelSpec spec;
     spec.kind = kind;

@@ -40,9 +40,8 @@ StubControl& stub() {
 // A request whose tensors are never read.
 ForwardRequest request(std::int64_t head_dim = 64, std::int64_t seqlen = 64) {
   const auto view = [&](std::uintptr_t at) {
-    return TensorView{reinterpret_cast<void*>(at),
-                      {2, seqlen, 4, head_dim},
-                      {seqlen * 4 * head_dim, 4 * head_dim, head_dim, 1}};
+    return TensorView{
+        reinterpret_cast<void*>(at), {2, seqlen, 4, head_dim}, {seqlen * 4 * head_dim, 4 * head_dim, head_dim, 1}};
   };
   ForwardRequest r;
   r.q = view(0x1000);
@@ -78,8 +77,7 @@ struct Process {
   KernelLibrary library;
   DeviceRuntime runtime;
 
-  Process(int driver_version, const std::vector<StubDevice>& devices,
-          TargetChoice target = TargetChoice::kNative)
+  Process(int driver_version, const std::vector<StubDevice>& devices, TargetChoice target = TargetChoice::kNative)
       : driver(started(driver_version, devices)),
         library(setting.settings(driver_version)),
         runtime(driver, library, target, default_tile_chooser()) {}
@@ -112,8 +110,7 @@ TEST_CASE("driver: what it is and what it has") {
   CHECK(driver.device_info(0).name == "Tesla T4");
   CHECK(driver.device_info(1).sm == 80);
   CHECK(driver.device_info(1).multiprocessors == 108);
-  CHECK(refusal<DriverError>([&] { driver.device_info(2); }) ==
-        Containing{"no CUDA device 2; the driver sees 2"});
+  CHECK(refusal<DriverError>([&] { driver.device_info(2); }) == Containing{"no CUDA device 2; the driver sees 2"});
 }
 
 TEST_CASE("driver: none, and one without devices") {
@@ -146,8 +143,8 @@ TEST_CASE("a launch: arguments as planned, on the caller's stream" * doctest::sk
   CHECK(launches[0].threads == static_cast<unsigned>(plan.spec.tile.threads()));
   CHECK(launches[0].stream == stream(77));
   // Up to the last member: there may be padding behind it.
-  const auto bytes = reinterpret_cast<const char*>(&plan.params.num_m_blocks + 1) -
-                     reinterpret_cast<const char*>(&plan.params);
+  const auto bytes =
+      reinterpret_cast<const char*>(&plan.params.num_m_blocks + 1) - reinterpret_cast<const char*>(&plan.params);
   CHECK(std::memcmp(&launches[0].params, &plan.params, static_cast<std::size_t>(bytes)) == 0);
   const int smem = render(plan.spec, embedded_templates()).dynamic_smem;
   CHECK(launches[0].dynamic_smem == static_cast<unsigned>(smem));
@@ -262,7 +259,8 @@ TEST_CASE("another device is current, or none, and stays so" * doctest::skip(!ha
 TEST_CASE("threads that make the same first call compile and load once" * doctest::skip(!have_nvrtc())) {
   Process process(12040, {kT4});
   std::vector<std::thread> threads;
-  for (int i = 0; i < 8; ++i) threads.emplace_back([&] { launch_forward(process.runtime.device(0), request(), nullptr); });
+  for (int i = 0; i < 8; ++i)
+    threads.emplace_back([&] { launch_forward(process.runtime.device(0), request(), nullptr); });
   for (std::thread& thread : threads) thread.join();
   CHECK(stub().launches().size() == 8);
   CHECK(stub().calls("cuModuleLoadData") == 1);
@@ -273,7 +271,8 @@ TEST_CASE("a load that fails is an error that names the kernel and the device, a
           doctest::skip(!have_nvrtc())) {
   Process process(12040, {kT4});
   stub().fail("cuModuleLoadData", kInvalidImage);
-  const std::string message = refusal<DriverError>([&] { launch_forward(process.runtime.device(0), request(), nullptr); });
+  const std::string message =
+      refusal<DriverError>([&] { launch_forward(process.runtime.device(0), request(), nullptr); });
   for (const char* part :
        {"fwd hdim64", "nvrtc 12.", "Tesla T4", "CUDA 12.4", "cuModuleLoadData", "CUDA_ERROR_INVALID_IMAGE"})
     CHECK(message == Containing{part});
@@ -283,13 +282,13 @@ TEST_CASE("a load that fails is an error that names the kernel and the device, a
   CHECK(stub().launches().size() == 1);
 }
 
-TEST_CASE("a launch that fails is an error that names the kernel and the device" *
-          doctest::skip(!have_nvrtc())) {
+TEST_CASE("a launch that fails is an error that names the kernel and the device" * doctest::skip(!have_nvrtc())) {
   Process process(12040, {kT4});
   stub().make_current(0);
   launch_forward(process.runtime.device(0), request(), nullptr);
   stub().fail("cuLaunchKernel", 719);
-  const std::string message = refusal<DriverError>([&] { launch_forward(process.runtime.device(0), request(), nullptr); });
+  const std::string message =
+      refusal<DriverError>([&] { launch_forward(process.runtime.device(0), request(), nullptr); });
   for (const char* part : {"launch", "fwd hdim64", "Tesla T4", "719"}) CHECK(message == Containing{part});
 }
 
@@ -412,7 +411,11 @@ TEST_CASE("a cold kernel is rendered once, and hashed and looked for once by eac
   };
   for (const Case& c :
        {Case{"its own code, once there is no Turing code either", kT4, TargetChoice::kNative, 2, 1, "sm_75"},
-        Case{"the Turing code in its place, of PTX", {"A GPU to come", 199, 200}, TargetChoice::kNative, 3, 2,
+        Case{"the Turing code in its place, of PTX",
+             {"A GPU to come", 199, 200},
+             TargetChoice::kNative,
+             3,
+             2,
              "compute_75 linked for sm_199"},
         Case{"the Turing code as asked for, of PTX", kA100, TargetChoice::kCompute75, 2, 1,
              "compute_75 linked for sm_80"}}) {
@@ -513,7 +516,8 @@ TEST_CASE("a module whose kernel cannot be had is unloaded") {
       KernelLibrary library(setting.settings(12040));
       DeviceRuntime runtime(driver, library, target, default_tile_chooser());
       stub().fail(call, kInvalidImage);
-      CHECK(refusal<DriverError>([&] { launch_forward(runtime.device(0), r, nullptr); }) == Containing{"CUDA_ERROR_INVALID_IMAGE"});
+      CHECK(refusal<DriverError>([&] { launch_forward(runtime.device(0), r, nullptr); }) ==
+            Containing{"CUDA_ERROR_INVALID_IMAGE"});
       CHECK(stub().calls("cuModuleLoadData") == stub().calls("cuModuleUnload"));
       launch_forward(runtime.device(0), r, nullptr);
       CHECK(stub().launches().size() == 1);
@@ -551,8 +555,7 @@ TEST_CASE("the table of loaded kernels finds what was inserted, every field told
       }
   for (std::size_t i = 0; i < specs.size(); ++i) {
     CHECK(table.find(specs[i]) == nullptr);
-    table.insert(
-        {.spec = specs[i], .function = nullptr, .threads = static_cast<unsigned>(i), .dynamic_smem = 0});
+    table.insert({.spec = specs[i], .function = nullptr, .threads = static_cast<unsigned>(i), .dynamic_smem = 0});
   }
   for (std::size_t i = 0; i < specs.size(); ++i) CHECK(table.find(specs[i])->threads == i);
 }

@@ -17,8 +17,8 @@
 #include <vector>
 
 #include "case_grid.h"
-#include "generator/tile_chooser.h"
 #include "generator/legality.h"
+#include "generator/tile_chooser.h"
 #include "runtime/interpreter/interpreter.h"
 
 using namespace flash_attn_jit;
@@ -40,8 +40,7 @@ void add_default_tiles(int head_dim, PairwiseChoices& choices, std::vector<Forwa
   for (const int visible : {0, 1})  // full, causal
     for (const int layout : {0, kAlignedLayouts}) {
       spec.mask = visible == 0 ? Mask::kNone : Mask::kCausal;
-      spec.access =
-          layout == 0 && spec.head_dim % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
+      spec.access = layout == 0 && spec.head_dim % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
       for (const TileConfig& tile : default_tiles(spec)) {
         Choice fixed = only(head_dim);
         fixed[kVisible] = visible;

@@ -106,7 +106,7 @@ TEST_CASE("plan: 16-byte accesses only where everything allows them") {
     return plan(r).spec.access;
   };
   CHECK(access([](ForwardRequest&) {}) == GlobalAccess::kVector16B);
-  for (TensorView ForwardRequest::*tensor :
+  for (TensorView ForwardRequest::* tensor :
        {&ForwardRequest::q, &ForwardRequest::k, &ForwardRequest::v, &ForwardRequest::out}) {
     CHECK(access([&](ForwardRequest& r) { (r.*tensor).data = address(0x1002); }) == GlobalAccess::kElement2B);
     CHECK(access([&](ForwardRequest& r) { (r.*tensor).data = address(0x1008); }) == GlobalAccess::kElement2B);
@@ -151,8 +151,7 @@ TEST_CASE("plan: nothing to launch where out has no elements, but without keys t
 }
 
 TEST_CASE("plan: a small problem gets smaller tiles than a large one") {
-  const LaunchPlan small = plan(request(1, 512, 512, 4, 4, 128)),
-                   large = plan(request(16, 4096, 4096, 16, 16, 128));
+  const LaunchPlan small = plan(request(1, 512, 512, 4, 4, 128)), large = plan(request(16, 4096, 4096, 16, 16, 128));
   CHECK(small.spec.tile.block_m < large.spec.tile.block_m);
 }
 
@@ -202,8 +201,6 @@ TEST_CASE("plan: memory that cannot be read") {
 }
 
 TEST_CASE("plan: head dims that no kernel is for") {
-  CHECK(refusal<UnsupportedError>(request(2, 8, 8, 4, 4, 257)) ==
-        Containing{"head_dim is 257; accepted: 1 to 256"});
-  CHECK(refusal<UnsupportedError>(request(2, 8, 8, 4, 4, 0)) ==
-        Containing{"head_dim is 0; accepted: 1 to 256"});
+  CHECK(refusal<UnsupportedError>(request(2, 8, 8, 4, 4, 257)) == Containing{"head_dim is 257; accepted: 1 to 256"});
+  CHECK(refusal<UnsupportedError>(request(2, 8, 8, 4, 4, 0)) == Containing{"head_dim is 0; accepted: 1 to 256"});
 }

@@ -11,8 +11,8 @@
 #include "containing.h"
 #include "forward_case.h"
 #include "fp16.h"
-#include "generator/tile_chooser.h"
 #include "generator/legality.h"
+#include "generator/tile_chooser.h"
 #include "runtime/interpreter/interpreter.h"
 #include "runtime/launch/forward_launch.h"
 
@@ -83,8 +83,7 @@ ForwardCase small_case(Mask mask) {
 }
 
 // Rows that do not see `key`, in a block that walks over its tile all the same: there 0 x NaN is NaN.
-std::function<bool(const Row&)> own_tile(const ForwardCase& c, std::int64_t b, std::int64_t key,
-                                         std::int64_t head_k) {
+std::function<bool(const Row&)> own_tile(const ForwardCase& c, std::int64_t b, std::int64_t key, std::int64_t head_k) {
   return [=](const Row& row) {
     AttentionOptions options;
     options.mask = c.mask;
@@ -188,8 +187,7 @@ TEST_CASE("the same inputs give the same bits") {
   forward_in_interpreter(second.request());
   CHECK(first.lse == second.lse);
   for (std::int64_t i = 0; i < c.seqlen_q; ++i)
-    for (std::int64_t d = 0; d < c.head_dim; ++d)
-      REQUIRE(first.out.at(0, i, 0, d) == second.out.at(0, i, 0, d));
+    for (std::int64_t d = 0; d < c.head_dim; ++d) REQUIRE(first.out.at(0, i, 0, d) == second.out.at(0, i, 0, d));
 }
 
 TEST_CASE("the report names the kernel and counts its accesses") {
@@ -205,8 +203,8 @@ TEST_CASE("the report names the kernel and counts its accesses") {
 
 TEST_CASE("element offsets beyond 2^31, in batch, head and row strides") {
   constexpr std::int64_t kElements = (std::int64_t{1} << 32) + (std::int64_t{1} << 20);
-  void* memory = mmap(nullptr, kElements * 2, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, kElements * 2, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) {
     MESSAGE("this machine gives no 8 GiB of address space: not tested");
     return;
@@ -233,8 +231,8 @@ TEST_CASE("element offsets beyond 2^31, in batch, head and row strides") {
         for (std::int64_t s = 0; s < 40; ++s)
           for (std::int64_t h = 0; h < 2; ++h)
             for (std::int64_t d = 0; d < 16; ++d)
-              move(from.at(b, s, h, d), static_cast<std::uint16_t*>(
-                                            to.data)[b * strides[0] + s * strides[1] + h * strides[2] + d]);
+              move(from.at(b, s, h, d),
+                   static_cast<std::uint16_t*>(to.data)[b * strides[0] + s * strides[1] + h * strides[2] + d]);
     };
     ForwardRequest request = t.request();
     WatchedTensor* tensors[] = {&t.q, &t.k, &t.v, &t.out};

@@ -51,8 +51,8 @@ BackwardCase random_problem(Dice& dice) {
   if (dice.once_in(3)) f.sequences = dice.between(1, 3);
   if (dice.once_in(3)) f.softcap = dice.one_of({0.7, 5.0, 30.0});
   if (dice.once_in(3)) f.alibi = dice.one_of({AlibiCase::kHeads, AlibiCase::kBatchAndHeads});
-  f.layout = dice.one_of({Layout::kContiguous, Layout::kTransposed, Layout::kRowGaps, Layout::kOddStrides,
-                          Layout::kMisaligned});
+  f.layout = dice.one_of(
+      {Layout::kContiguous, Layout::kTransposed, Layout::kRowGaps, Layout::kOddStrides, Layout::kMisaligned});
   if (dice.once_in(3)) {
     f.inputs = dice.one_of({Inputs::kRising, Inputs::kFalling});
     f.rise = dice.between(1, 20);

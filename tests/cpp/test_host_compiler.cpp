@@ -12,8 +12,8 @@
 #include <thread>
 
 #include "containing.h"
-#include "generator/tile_chooser.h"
 #include "generator/legality.h"
+#include "generator/tile_chooser.h"
 #include "runtime/compile/host_compiler.h"
 #include "runtime/interpreter/interpreter.h"
 #include "runtime/launch/process.h"
@@ -29,9 +29,7 @@ namespace {
 // Sets an environment variable while it lives.
 class Environment {
  public:
-  Environment(const char* name, const char* value) : name_(name), old_(std::getenv(name)) {
-    setenv(name, value, 1);
-  }
+  Environment(const char* name, const char* value) : name_(name), old_(std::getenv(name)) { setenv(name, value, 1); }
   ~Environment() { setenv(name_, old_.c_str(), 1); }
 
  private:
@@ -107,8 +105,8 @@ TEST_CASE("subprocess: a program and what it started end where the user has aske
     stop = true;
   });
   const auto start = std::chrono::steady_clock::now();
-  const std::string script = "(sleep 20; touch " + (folder / "ended").string() + ") & touch " +
-                             (folder / "begun").string() + "; wait";
+  const std::string script =
+      "(sleep 20; touch " + (folder / "ended").string() + ") & touch " + (folder / "begun").string() + "; wait";
   CHECK_THROWS_AS(run_program({"sh", "-c", script}), Interrupted);
   set_interrupt_check({});
   user.join();
@@ -195,8 +193,8 @@ TEST_CASE(
     "a kernel for the interpreter: undefined behaviour is checked, and the second time it comes from the "
     "cache") {
   const std::vector<std::string> flags = host_compiler_flags(host_compiler());
-  CHECK(std::any_of(flags.begin(), flags.end(),
-                    [](const std::string& f) { return f.starts_with("-fsanitize=shift"); }));
+  CHECK(
+      std::any_of(flags.begin(), flags.end(), [](const std::string& f) { return f.starts_with("-fsanitize=shift"); }));
   const FoundKernel first = process_host_kernels().find_or_compile(some_spec());
   CHECK(first.kernel.entry == some_spec().name());
   CHECK(first.kernel.threads == some_spec().tile.threads());

@@ -17,10 +17,10 @@ namespace {
 
 // From the ground up. A file may include its own folder's and those of lower floors; folders of one floor do not know
 // each other.
-const std::map<std::string, int> kFloors = {
-    {"templates", 0},       {"generator", 1},       {"runtime/system", 2}, {"runtime/request", 3},
-    {"runtime/cuda", 4},    {"runtime/compile", 5}, {"runtime/cache", 6},  {"runtime/interpreter", 6},
-    {"runtime/library", 7}, {"runtime/launch", 8},  {"runtime/program", 9}, {"python", 9}};
+const std::map<std::string, int> kFloors = {{"templates", 0},       {"generator", 1},           {"runtime/system", 2},
+                                            {"runtime/request", 3}, {"runtime/cuda", 4},        {"runtime/compile", 5},
+                                            {"runtime/cache", 6},   {"runtime/interpreter", 6}, {"runtime/library", 7},
+                                            {"runtime/launch", 8},  {"runtime/program", 9},     {"python", 9}};
 
 // The families' files are the generator's.
 std::string room_of(const std::string& path) {
@@ -48,8 +48,8 @@ std::vector<Include> includes_of(const Sources& sources) {
       if (!std::regex_match(line, match, kInclude)) continue;
       const std::string name = match[1];
       const bool is_sibling = name.find('/') == std::string::npos;
-      includes.push_back({path, is_sibling ? folder_of(path) + "/" + name : name,
-                          path + ":" + std::to_string(number) + ": " + line});
+      includes.push_back(
+          {path, is_sibling ? folder_of(path) + "/" + name : name, path + ":" + std::to_string(number) + ": " + line});
     }
   }
   return includes;

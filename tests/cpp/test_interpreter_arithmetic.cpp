@@ -26,13 +26,12 @@ std::vector<float> evaluate(const std::string& expression, std::vector<float> x,
     float* out;
     int n;
   } params{x.data(), y.data(), out.data(), static_cast<int>(x.size())};
-  const CompiledKernel kernel = compile_small_kernel(
-      "struct Params { const float *x, *y; float* out; int n; };",
-      "for (int i = thread_in_block(); i < params.n; i += 32) { const float x = params.x[i], y = "
-      "params.y[i]; (void)y; store_global_f32(params.out + i, " +
-          expression + "); }");
-  const TensorExtent extent{"out", out.data(),       4, {static_cast<std::int64_t>(out.size())},
-                            {1},   TensorUse::kWrite};
+  const CompiledKernel kernel =
+      compile_small_kernel("struct Params { const float *x, *y; float* out; int n; };",
+                           "for (int i = thread_in_block(); i < params.n; i += 32) { const float x = params.x[i], y = "
+                           "params.y[i]; (void)y; store_global_f32(params.out + i, " +
+                               expression + "); }");
+  const TensorExtent extent{"out", out.data(), 4, {static_cast<std::int64_t>(out.size())}, {1}, TensorUse::kWrite};
   run_small_kernel(kernel, 32, &params, {&extent, 1});
   return out;
 }
@@ -49,11 +48,9 @@ TEST_CASE("Fp16::pack rounds to nearest even, and the halves do not mix") {
   for (int h = 0; h < 0x7c00; ++h) {
     // A number of fp16, the middle to the next one, and both floats beside the middle.
     const float value = static_cast<float>(from_fp16(static_cast<std::uint16_t>(h)));
-    const float above =
-        h == 0x7bff ? 65536.0f : static_cast<float>(from_fp16(static_cast<std::uint16_t>(h + 1)));
+    const float above = h == 0x7bff ? 65536.0f : static_cast<float>(from_fp16(static_cast<std::uint16_t>(h + 1)));
     const float middle = (value + above) / 2;
-    for (const float each :
-         {value, middle, std::nextafter(middle, 0.0f), std::nextafter(middle, kInfinity)}) {
+    for (const float each : {value, middle, std::nextafter(middle, 0.0f), std::nextafter(middle, kInfinity)}) {
       x.push_back(each);
       y.push_back(-each);
     }
@@ -67,13 +64,10 @@ TEST_CASE("Fp16::pack rounds to nearest even, and the halves do not mix") {
 }
 
 TEST_CASE("Fp16::pack of special values") {
-  const std::vector<float> out =
-      evaluate("bits_float(Fp16::pack(x, 0.0f))",
-               {kInfinity, -kInfinity, 65519.0f, 65520.0f, 1e30f, kNaN, -kNaN, -0.0f, 1e-30f});
-  const std::array<std::uint32_t, 9> expected = {0x7c00, 0xfc00, 0x7bff, 0x7c00, 0x7c00,
-                                                 0x7fff, 0x7fff, 0x8000, 0};
-  for (std::size_t i = 0; i < expected.size(); ++i)
-    CHECK(std::bit_cast<std::uint32_t>(out[i]) == expected[i]);
+  const std::vector<float> out = evaluate("bits_float(Fp16::pack(x, 0.0f))", {kInfinity, -kInfinity, 65519.0f, 65520.0f,
+                                                                              1e30f, kNaN, -kNaN, -0.0f, 1e-30f});
+  const std::array<std::uint32_t, 9> expected = {0x7c00, 0xfc00, 0x7bff, 0x7c00, 0x7c00, 0x7fff, 0x7fff, 0x8000, 0};
+  for (std::size_t i = 0; i < expected.size(); ++i) CHECK(std::bit_cast<std::uint32_t>(out[i]) == expected[i]);
 }
 
 TEST_CASE("exp2_approx is within 2 ulp, and has no subnormals") {
@@ -86,8 +80,8 @@ TEST_CASE("exp2_approx is within 2 ulp, and has no subnormals") {
     const double exact = std::exp2(static_cast<double>(x[i]));
     REQUIRE(std::fabs(out[i] - exact) <= exact * 0x1p-22);
   }
-  const std::vector<float> special = evaluate(
-      "exp2_approx(x)", {0.0f, -0.0f, kInfinity, -kInfinity, kNaN, 128.0f, -126.5f, -200.0f, 1e-40f});
+  const std::vector<float> special =
+      evaluate("exp2_approx(x)", {0.0f, -0.0f, kInfinity, -kInfinity, kNaN, 128.0f, -126.5f, -200.0f, 1e-40f});
   CHECK(special[0] == 1);
   CHECK(special[1] == 1);
   CHECK(special[2] == kInfinity);
@@ -106,8 +100,7 @@ TEST_CASE("log2_approx, reciprocal, fma_rounded") {
   CHECK(std::isnan(logs[2]));
   CHECK(logs[3] == kInfinity);
   CHECK(logs[4] == doctest::Approx(std::log2(3.0)).epsilon(1e-6));
-  const std::vector<float> inverse =
-      evaluate("reciprocal(x)", {3.0f, 0.0f, -0.0f, kInfinity, 1e-40f, 0x1.8p126f});
+  const std::vector<float> inverse = evaluate("reciprocal(x)", {3.0f, 0.0f, -0.0f, kInfinity, 1e-40f, 0x1.8p126f});
   CHECK(inverse[0] == doctest::Approx(1.0 / 3).epsilon(1e-6));
   CHECK(inverse[1] == kInfinity);
   CHECK(inverse[2] == -kInfinity);

@@ -82,13 +82,11 @@ TEST_CASE("stores of one line are one access, and the next time it is the next o
   check_count(count_of("store_shared_16B",
                        "for (int i = 0; i < 3; ++i) store_shared_16B(lane * 32 + 1024 * i % 3072, Vec16{});"),
               3, 24, 12);
-  check_count(count_of("store_shared_4B", "store_shared_4B(lane * 4, 0);\nstore_shared_4B(lane * 4, 0);"), 2,
-              2, 2);
+  check_count(count_of("store_shared_4B", "store_shared_4B(lane * 4, 0);\nstore_shared_4B(lane * 4, 0);"), 2, 2, 2);
   check_count(count_of("store_shared_2B", "store_shared_2B(lane * 128, 0);"), 1, 32, 1);
   // Half of the lanes once more
-  check_count(
-      count_of("store_shared_4B", "for (int i = 0; i < 1 + lane % 2; ++i) store_shared_4B(lane * 4, 0);"), 2,
-      2, 2);
+  check_count(count_of("store_shared_4B", "for (int i = 0; i < 1 + lane % 2; ++i) store_shared_4B(lane * 4, 0);"), 2, 2,
+              2);
   check_count(count_of("store_shared_4B", "if (lane < 4) store_shared_4B(lane * 128, 0);"), 1, 4, 1);
 }
 
@@ -104,15 +102,12 @@ TEST_CASE("ldmatrix: a phase for each matrix, of the rows that its lanes point a
       "for (int i = 0; i < 8; ++i) store_shared_16B(i * 512 + lane * 16, Vec16{});\nwarp_barrier();\n";
   check_count(count_of("ldmatrix_x4", fill + "unsigned r[4]; ldmatrix_x4(r, lane * 16);"), 1, 4, 4);
   check_count(count_of("ldmatrix_x4", fill + "unsigned r[4]; ldmatrix_x4(r, lane * 128);"), 1, 32, 4);
-  check_count(count_of("ldmatrix_x4_trans", fill + "unsigned r[4]; ldmatrix_x4_trans(r, lane % 8 * 144);"), 1,
-              4, 4);
-  check_count(count_of("ldmatrix_x2_trans", fill + "unsigned r[2]; ldmatrix_x2_trans(r, lane % 16 * 32);"), 1,
-              4, 2);
+  check_count(count_of("ldmatrix_x4_trans", fill + "unsigned r[4]; ldmatrix_x4_trans(r, lane % 8 * 144);"), 1, 4, 4);
+  check_count(count_of("ldmatrix_x2_trans", fill + "unsigned r[2]; ldmatrix_x2_trans(r, lane % 16 * 32);"), 1, 4, 2);
 }
 
 TEST_CASE("the report as text and as JSON") {
-  const CompiledKernel kernel =
-      compile_small_kernel("struct Params {};", "store_shared_4B(thread_in_block() * 8, 0);");
+  const CompiledKernel kernel = compile_small_kernel("struct Params {};", "store_shared_4B(thread_in_block() * 8, 0);");
   const char no_params = 0;
   const InterpreterReport report = run_small_kernel(kernel, 64, &no_params, {});
   CHECK(report.text() == Containing{"small_kernel, 1 blocks: no races"});

@@ -63,8 +63,7 @@ TEST_CASE("race between two warps: a read, then a write without a barrier") {
       "if (thread_in_block() == 36) load_shared_2B(2);\n";
   const std::string write = "if (thread_in_block() == 5) store_shared_4B(0, 2);";
   const std::string error = error_of_small_kernel(begin + write);
-  CHECK(error ==
-        Containing{"body.cu:4: block 0, warp 0, lane 5: race in shared memory: write of bytes 2 and 3"});
+  CHECK(error == Containing{"body.cu:4: block 0, warp 0, lane 5: race in shared memory: write of bytes 2 and 3"});
   CHECK(error == Containing{"which warp 1 lane 4 read at body.cu:3"});
   CHECK(error_of_small_kernel(begin + "block_barrier();" + write) == "");
 }
@@ -79,10 +78,8 @@ TEST_CASE("race of two writes to the same bytes") {
 TEST_CASE("race inside a warp: collectives are no barriers, warp_barrier is") {
   const std::string write = "store_shared_16B(thread_in_block() * 16, Vec16{});\n";
   const std::string read = "unsigned r[4]; ldmatrix_x4(r, (thread_in_block() ^ 1) * 16);";
-  CHECK(error_of_small_kernel(write + read, 32) ==
-        Containing{"race in shared memory: read of bytes 16 and 17"});
-  CHECK(error_of_small_kernel(write + "any_in_warp(true); shuffle_xor(1.0f, 1);" + read, 32) ==
-        Containing{"race"});
+  CHECK(error_of_small_kernel(write + read, 32) == Containing{"race in shared memory: read of bytes 16 and 17"});
+  CHECK(error_of_small_kernel(write + "any_in_warp(true); shuffle_xor(1.0f, 1);" + read, 32) == Containing{"race"});
   CHECK(error_of_small_kernel(write + "warp_barrier();" + read, 32) == "");
   // A lane's own bytes need no barrier.
   CHECK(error_of_small_kernel(write + "unsigned r[4]; ldmatrix_x4(r, thread_in_block() * 16);", 32) == "");
@@ -106,10 +103,8 @@ TEST_CASE("read of shared memory that was never written") {
   const std::string error = error_of_small_kernel(
       "store_shared_2B(thread_in_block() * 4, 1);\nblock_barrier();\n"
       "if (thread_in_block() == 2) load_shared_2B(2);");
-  CHECK(
-      error ==
-      Containing{
-          "body.cu:3: block 0, warp 0, lane 2: read of shared memory that was never written: bytes 2 and 3"});
+  CHECK(error ==
+        Containing{"body.cu:3: block 0, warp 0, lane 2: read of shared memory that was never written: bytes 2 and 3"});
   // One byte pair of sixteen is missing.
   CHECK(error_of_small_kernel("if (thread_in_block() != 13) store_shared_2B(thread_in_block() * 2, 1);\n"
                               "block_barrier();\nVec16 v; load_shared_16B(v, thread_in_block() % 8 * 16);") ==
@@ -131,25 +126,21 @@ TEST_CASE("what an earlier block wrote is not there") {
 TEST_CASE("shared memory: outside the block's, and not aligned") {
   CHECK(error_of_small_kernel("store_shared_4B(4096, 1);") == Containing{"outside the block's 4096 bytes"});
   CHECK(error_of_small_kernel("store_shared_4B(-4, 1);") == Containing{"outside the block's 4096 bytes"});
-  CHECK(error_of_small_kernel("store_shared_16B(8, Vec16{});") ==
-        Containing{"address 8 is no multiple of 16"});
+  CHECK(error_of_small_kernel("store_shared_16B(8, Vec16{});") == Containing{"address 8 is no multiple of 16"});
   CHECK(error_of_small_kernel("if (thread_in_block() == 0) store_shared_4B(4092, 1);") == "");
 }
 
 TEST_CASE("lanes at different primitives") {
   const std::string error =
       error_of_small_kernel("if (thread_in_block() < 5)\n  warp_barrier();\nelse\n  any_in_warp(true);");
-  CHECK(
-      error ==
-      Containing{
-          "body.cu:4: block 0, warp 0, lane 5: divergence: this lane is at any_in_warp while lane 4 waits at "
-          "warp_barrier (body.cu:2)"});
+  CHECK(error ==
+        Containing{"body.cu:4: block 0, warp 0, lane 5: divergence: this lane is at any_in_warp while lane 4 waits at "
+                   "warp_barrier (body.cu:2)"});
   CHECK(error_of_small_kernel("if (thread_in_block() % 2)\n  warp_barrier();\nelse\n  warp_barrier();") ==
         Containing{"divergence"});
-  CHECK(
-      error_of_small_kernel("float c[4] = {};\nif (thread_in_block() < 5)\n  Fp16::multiply_add(c, 0, 0, 0);\nelse\n"
-                            "  Fp16::multiply(c, 0, 0, 0);") ==
-      Containing{"is at multiply while lane 4 waits at multiply_add "});
+  CHECK(error_of_small_kernel("float c[4] = {};\nif (thread_in_block() < 5)\n  Fp16::multiply_add(c, 0, 0, 0);\nelse\n"
+                              "  Fp16::multiply(c, 0, 0, 0);") ==
+        Containing{"is at multiply while lane 4 waits at multiply_add "});
 }
 
 TEST_CASE("a lane that leaves while others wait") {
@@ -167,8 +158,7 @@ TEST_CASE("a block barrier that one warp misses") {
   const std::string last = error_of_small_kernel("if (thread_in_block() / 32 != 2)\n  block_barrier();", 96);
   CHECK(last == Containing{"waiting are warps 0 1, gone from the kernel are warps 2"});
   // Warps may meet at different lines.
-  CHECK(error_of_small_kernel(
-            "if (thread_in_block() / 32 == 0)\n  block_barrier();\nelse\n  block_barrier();") == "");
+  CHECK(error_of_small_kernel("if (thread_in_block() / 32 == 0)\n  block_barrier();\nelse\n  block_barrier();") == "");
 }
 
 TEST_CASE("global reads outside a tensor") {
@@ -176,12 +166,9 @@ TEST_CASE("global reads outside a tensor") {
   CHECK(kernel.error_of("load_global_2B(params.tensor + 32);") ==
         Containing{"read of 2 bytes of global memory outside every tensor: 0 bytes behind the end of tensor "
                    "of shape (4, 8)"});
-  CHECK(kernel.error_of("load_global_2B(params.tensor - 1);") ==
-        Containing{"2 bytes before the start of tensor"});
-  CHECK(kernel.error_of("Vec16 v; load_global_16B(v, params.tensor + 4);") ==
-        Containing{"no multiple of 16"});
-  CHECK(kernel.error_of(
-            "load_global_2B(params.tensor + 31); Vec16 v; load_global_16B(v, params.tensor + 24);") == "");
+  CHECK(kernel.error_of("load_global_2B(params.tensor - 1);") == Containing{"2 bytes before the start of tensor"});
+  CHECK(kernel.error_of("Vec16 v; load_global_16B(v, params.tensor + 4);") == Containing{"no multiple of 16"});
+  CHECK(kernel.error_of("load_global_2B(params.tensor + 31); Vec16 v; load_global_16B(v, params.tensor + 24);") == "");
 }
 
 TEST_CASE("global reads in a stride gap") {
@@ -221,8 +208,7 @@ TEST_CASE("global writes: into an input, into a gap, twice, into nothing") {
   CHECK(input.error_of("store_global_2B(params.tensor, 0);") == Containing{"which may only be read"});
   TensorKernel output{.shape = {32, 6}, .strides = {16, 1}, .use = TensorUse::kWrite};
   CHECK(output.error_of("store_global_2B(params.tensor + 16 * thread_in_block() + 5, 0);") == "");
-  CHECK(output.error_of("store_global_2B(params.tensor + 16 * thread_in_block() + 6, 0);") ==
-        Containing{"in a gap"});
+  CHECK(output.error_of("store_global_2B(params.tensor + 16 * thread_in_block() + 6, 0);") == Containing{"in a gap"});
   CHECK(output.error_of("store_global_2B(params.tensor + 16 * (thread_in_block() % 31), 0);") ==
         Containing{"warp 0, lane 31: element (0, 0) of tensor is written a second time"});
   CHECK(output.error_of("load_global_2B(params.tensor);") == Containing{"which may only be written"});
@@ -242,14 +228,12 @@ TEST_CASE("undefined behaviour in a kernel") {
   CHECK(error_of_small_kernel(
             "int a[4] = {};\nvolatile int i = thread_in_block();\na[i] = 1;\nvolatile int use = a[0];") ==
         Containing{"body.cu:3: block 0, warp 0, lane 4: undefined behaviour: an array index out of bounds"});
-  CHECK(error_of_small_kernel("volatile int n = 33;\nvolatile int x = 1 << n;") ==
-        Containing{"a shift by too much"});
+  CHECK(error_of_small_kernel("volatile int n = 33;\nvolatile int x = 1 << n;") == Containing{"a shift by too much"});
 }
 
 TEST_CASE("a fault does not disturb the next run") {
   for (int i = 0; i < 3; ++i) {
-    CHECK(error_of_small_kernel("block_barrier();\nif (thread_in_block() == 40) return;\nblock_barrier();") !=
-          "");
+    CHECK(error_of_small_kernel("block_barrier();\nif (thread_in_block() == 40) return;\nblock_barrier();") != "");
     CHECK(error_of_small_kernel("block_barrier(); block_barrier();") == "");
   }
 }
@@ -262,6 +246,5 @@ TEST_CASE("grids that cannot be") {
   CHECK_THROWS_AS(interpret(kernel, {-1, 32, 0}, &no_params, {}), ArgumentError);
   CompiledKernel broken = kernel;
   broken.image = "no object";
-  CHECK_THROWS_WITH_AS(interpret(broken, {1, 32, 0}, &no_params, {}), Contains("cannot be loaded"),
-                       InterpreterError);
+  CHECK_THROWS_WITH_AS(interpret(broken, {1, 32, 0}, &no_params, {}), Contains("cannot be loaded"), InterpreterError);
 }

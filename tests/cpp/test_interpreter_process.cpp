@@ -59,7 +59,8 @@ TEST_CASE("stacks that cannot be protected are an error that names the limit") {
   const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   // Every second page has another protection, so that each is a mapping of its own, until the system gives no more.
   constexpr std::size_t kMost = 1 << 21;
-  auto* pages = static_cast<char*>(mmap(nullptr, kMost * page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  auto* pages =
+      static_cast<char*>(mmap(nullptr, kMost * page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   REQUIRE(pages != MAP_FAILED);
   std::size_t used = 0;
   while (used < kMost && mprotect(pages + used * page, page, PROT_NONE) == 0) used += 2;

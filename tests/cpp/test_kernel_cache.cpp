@@ -25,7 +25,7 @@ std::vector<std::string> names_in(const fs::path& dir) {
 }
 
 mode_t mode_of(const fs::path& path) {
-  struct stat status {};
+  struct stat status{};
   REQUIRE(::stat(path.c_str(), &status) == 0);
   return status.st_mode & 0777;
 }
@@ -125,8 +125,7 @@ TEST_CASE("cache: threads that ask for one kernel build it once, others do not w
   std::vector<std::thread> threads;
   std::atomic<int> right = 0;
   for (int i = 0; i < 8; ++i)
-    threads.emplace_back(
-        [&] { right += cache.get_or_build(made_up_id("slow"), slow_build).kernel.image == "slow"; });
+    threads.emplace_back([&] { right += cache.get_or_build(made_up_id("slow"), slow_build).kernel.image == "slow"; });
   while (!building) std::this_thread::yield();
   CountedBuild other;
   CHECK(cache.get_or_build(made_up_id("other"), other.function()).kernel.image == "image");
@@ -316,14 +315,12 @@ TEST_CASE("cache: prune, clear and list touch what is theirs alone") {
   write_all(folder / (b.file_name() + ".broken"), "rubbish");
   write_all(folder / temporary_name(c.key), "left by the dead");
   write_all(folder / lock_name(c.key), "");
-  const std::vector<std::string> foreign = {"foreign.kernel", "notes.txt", "x.lock", "y.tmp",
-                                            "z.0123.kernel"};
+  const std::vector<std::string> foreign = {"foreign.kernel", "notes.txt", "x.lock", "y.tmp", "z.0123.kernel"};
   for (const std::string& name : foreign) write_all(folder / name, "mine");
 
   const auto entries = list_cache(folder.path());
   REQUIRE(entries.size() == 4);
-  CHECK(std::count_if(entries.begin(), entries.end(),
-                      [](const CacheEntry& e) { return e.file.has_value(); }) == 2);
+  CHECK(std::count_if(entries.begin(), entries.end(), [](const CacheEntry& e) { return e.file.has_value(); }) == 2);
   for (const CacheEntry& entry : entries) CHECK(entry.file.has_value() == entry.fault.empty());
 
   CHECK(prune_cache(folder.path(), 1 << 20).files == 3);

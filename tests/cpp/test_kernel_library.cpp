@@ -162,12 +162,10 @@ TEST_CASE("threads that ask for kernels compile each once" * doctest::skip(!have
   CHECK(list_cache(setting.config.cache_dir).size() == 2);
 }
 
-TEST_CASE("the key: templates, spec and target change it, the folders do not" *
-          doctest::skip(!have_nvrtc())) {
+TEST_CASE("the key: templates, spec and target change it, the folders do not" * doctest::skip(!have_nvrtc())) {
   const TinySetting setting;
   const auto origin = [&](const Config& config, const KernelSpec& spec, const CompileTarget& target) {
-    KernelLibrary library(
-        {.config = config, .cache = cache_settings(setting.config), .driver_version = std::nullopt});
+    KernelLibrary library({.config = config, .cache = cache_settings(setting.config), .driver_version = std::nullopt});
     return library.find_or_compile(spec, target).origin;
   };
   const Config& config = setting.config;
@@ -190,8 +188,7 @@ TEST_CASE("the key: templates, spec and target change it, the folders do not" *
   CHECK(origin(elsewhere, tiny_spec(), kCubin) == KernelOrigin::kCompiled);
 }
 
-TEST_CASE("a refused source is kept, its error tells all, and nothing else is stored" *
-          doctest::skip(!have_nvrtc())) {
+TEST_CASE("a refused source is kept, its error tells all, and nothing else is stored" * doctest::skip(!have_nvrtc())) {
   const TinySetting setting;
   write_tiny_templates(*setting.config.templates, "this_is_not_declared();");
   bool refused = false;
@@ -248,16 +245,13 @@ TEST_CASE("an illegal spec is refused with check()'s reason") {
   const TinySetting setting;
   KernelSpec spec = tiny_spec();
   spec.tile.block_n = 17;
-  CHECK_THROWS_AS(KernelLibrary(setting.settings(std::nullopt)).find_or_compile(spec, kCubin),
-                  UnsupportedError);
+  CHECK_THROWS_AS(KernelLibrary(setting.settings(std::nullopt)).find_or_compile(spec, kCubin), UnsupportedError);
 }
 
 TEST_CASE("the driver decides between NVRTC 12 and 13" * doctest::skip(!have_nvrtc())) {
   const auto built_by = [](std::optional<int> driver_version, const CompileTarget& target) {
     const TinySetting setting;
-    return KernelLibrary(setting.settings(driver_version))
-        .find_or_compile(tiny_spec(), target)
-        .kernel.built_by;
+    return KernelLibrary(setting.settings(driver_version)).find_or_compile(tiny_spec(), target).kernel.built_by;
   };
   CHECK(built_by(12040, kCubin) == Containing{"nvrtc 12."});
   CHECK(built_by(13000, kCubin) == Containing{"nvrtc 13."});
@@ -277,12 +271,10 @@ TEST_CASE("a kernel of NVRTC 13 is built anew for a CUDA 12 driver, and that one
   REQUIRE(log.warnings().size() == 1);
   CHECK(log.warnings()[0] == Containing{tiny_spec().name()});
   CHECK(log.warnings()[0] == Containing{"needs a CUDA 13.0 driver or newer; this one is 12.4"});
-  CHECK(KernelLibrary(setting.settings(13000)).find_or_compile(tiny_spec(), kCubin).origin ==
-        KernelOrigin::kDiskCache);
+  CHECK(KernelLibrary(setting.settings(13000)).find_or_compile(tiny_spec(), kCubin).origin == KernelOrigin::kDiskCache);
 }
 
-TEST_CASE("an NVRTC that is named but makes what the driver cannot load is an error" *
-          doctest::skip(!have_nvrtc())) {
+TEST_CASE("an NVRTC that is named but makes what the driver cannot load is an error" * doctest::skip(!have_nvrtc())) {
   TinySetting setting;
   setting.config.nvrtc = nvrtc_folder(13);
   std::string message;
@@ -291,8 +283,7 @@ TEST_CASE("an NVRTC that is named but makes what the driver cannot load is an er
   } catch (const MissingKernelError& error) {
     message = error.what();
   }
-  CHECK(message ==
-        Containing{"this driver, CUDA 12.4, cannot load the machine code of the NVRTC found: 13."});
+  CHECK(message == Containing{"this driver, CUDA 12.4, cannot load the machine code of the NVRTC found: 13."});
 }
 
 TEST_CASE("with only NVRTC 13, a pack comes with a warning" * doctest::skip(!have_nvrtc())) {
@@ -307,8 +298,7 @@ TEST_CASE("with only NVRTC 13, a pack comes with a warning" * doctest::skip(!hav
   CHECK(log.warnings()[0] == Containing{"CUDA 12 drivers will not load"});
 }
 
-TEST_CASE("a pack holds what the JIT makes, serves without NVRTC, and is made once" *
-          doctest::skip(!have_nvrtc())) {
+TEST_CASE("a pack holds what the JIT makes, serves without NVRTC, and is made once" * doctest::skip(!have_nvrtc())) {
   TinySetting setting;
   setting.config.nvrtc = nvrtc_folder(12);
   KernelSelection selection;
@@ -319,12 +309,10 @@ TEST_CASE("a pack holds what the JIT makes, serves without NVRTC, and is made on
   const fs::path folder = setting.folder / "pack";
   {
     const auto pack = open_pack_for_writing(setting.config, folder);
-    for (const KernelSpec& spec : specs)
-      CHECK(pack->find_or_compile(spec, kCubin).origin == KernelOrigin::kCompiled);
+    for (const KernelSpec& spec : specs) CHECK(pack->find_or_compile(spec, kCubin).origin == KernelOrigin::kCompiled);
   }
   const auto again = open_pack_for_writing(setting.config, folder);
-  for (const KernelSpec& spec : specs)
-    CHECK(again->find_or_compile(spec, kCubin).origin == KernelOrigin::kDiskCache);
+  for (const KernelSpec& spec : specs) CHECK(again->find_or_compile(spec, kCubin).origin == KernelOrigin::kDiskCache);
   CHECK(again->nvrtc_opened() == 0);
   write_manifest(folder);
   const std::string manifest = read_all(folder / "manifest.json");
@@ -354,9 +342,8 @@ TEST_CASE("the selection of a pack: every default tile, 16-byte and element-wise
   const ArchLimits arch = arch_limits(75);
   const std::vector<KernelSpec> specs = select_kernels(selection, arch);
   std::size_t expected = 0;
-  for (const auto& [head_dim, access] : {std::pair{64, GlobalAccess::kVector16B},
-                                         {64, GlobalAccess::kElement2B},
-                                         {68, GlobalAccess::kElement2B}}) {
+  for (const auto& [head_dim, access] :
+       {std::pair{64, GlobalAccess::kVector16B}, {64, GlobalAccess::kElement2B}, {68, GlobalAccess::kElement2B}}) {
     KernelSpec spec;
     spec.head_dim = head_dim;
     spec.mask = Mask::kCausal;
@@ -404,18 +391,20 @@ std::string refusal_of_edit(const std::string& file, const std::string& from, co
 }  // namespace
 
 TEST_CASE("templates that lay out what the host shares in another way are refused") {
-  CHECK(refusal_of_edit("attention_params.cuh", "int num_heads, num_heads_k;", "int num_heads, num_heads_k, one_more;") ==
-        Containing{"differs at line 23"});
+  CHECK(refusal_of_edit("attention_params.cuh", "int num_heads, num_heads_k;",
+                        "int num_heads, num_heads_k, one_more;") == Containing{"differs at line 23"});
   CHECK(refusal_of_edit("attention_params.cuh", "int seqlen_q, seqlen_k;", "int seqlen_k, seqlen_q;") != "");
   CHECK(refusal_of_edit("attention_params.cuh", "unsigned sign;", "float sign;") != "");  // of the same size
   CHECK(refusal_of_edit("flash_fwd_params.cuh", "int num_m_blocks;", "int num_m_blocks; int more;") != "");
   CHECK(refusal_of_edit("flash_bwd_params.cuh", "float softmax_scale;", "") != "");
-  CHECK(refusal_of_edit("host_engine.cuh", "int (*thread_in_block)();", "int (*more)(); int (*thread_in_block)();") != "");
+  CHECK(refusal_of_edit("host_engine.cuh", "int (*thread_in_block)();", "int (*more)(); int (*thread_in_block)();") !=
+        "");
   CHECK(refusal_of_edit("host_engine.cuh", "kLoadGlobal16B,", "kMore, kLoadGlobal16B,") != "");
 
   // All else may be edited, and these files' comments and lines.
   CHECK(refusal_of_edit("attention_params.cuh", "#pragma once", "// A remark.\n/* Another. */\n\n#pragma once") == "");
-  CHECK(refusal_of_edit("attention_params.cuh", "int num_heads, num_heads_k;", "int num_heads,\n      num_heads_k;") == "");
+  CHECK(refusal_of_edit("attention_params.cuh", "int num_heads, num_heads_k;", "int num_heads,\n      num_heads_k;") ==
+        "");
   for (const auto& [file, text] : embedded_templates())
     if (!file.ends_with("_params.cuh") && file != "host_engine.cuh")
       CHECK(refusal_of_edit(file, "#pragma once", "#pragma once\nint of_mine;") == "");

@@ -57,7 +57,8 @@ TEST_CASE("a text that is no spec is refused, naming the field and what it accep
   };
   CHECK(contains(refusal(""), "seven words"));
   CHECK(contains(refusal("fwd hdim64 fp16 full gqa1 vec16"), "seven words"));
-  CHECK(contains(refusal("fwd hdim64 fp16 diagonal gqa1 vec16 m64n16w4q64l2b4k7"), "mask is 'diagonal'; accepted: full, causal, window"));
+  CHECK(contains(refusal("fwd hdim64 fp16 diagonal gqa1 vec16 m64n16w4q64l2b4k7"),
+                 "mask is 'diagonal'; accepted: full, causal, window"));
   CHECK(contains(refusal("fwd hdim64 fp16 full varlen alibi gqa1 vec16 m64n16w4q64l2b4k7"), "seven words"));
   CHECK(contains(refusal("fwd hdim64 fp16 full alibi alibi gqa1 vec16 m64n16w4q64l2b4k7"), "seven words"));
   CHECK(contains(refusal("fwd hdim64 fp32 full gqa1 vec16 m64n16w4q64l2b4k7"), "dtype is 'fp32'"));
@@ -99,7 +100,8 @@ TEST_CASE("what is not legal is refused with its reason") {
     CAPTURE(reason(spec, sm));
     CHECK(contains(reason(spec, sm), why));
   };
-  refused([](KernelSpec& s) { s.dtype = DType::kBFloat16; }, "sm_75 (Turing) has no instructions for; accepted: float16");
+  refused([](KernelSpec& s) { s.dtype = DType::kBFloat16; },
+          "sm_75 (Turing) has no instructions for; accepted: float16");
   refused([](KernelSpec& s) { s.dtype = DType::kBFloat16; }, "not built yet", 90);
   refused([](KernelSpec& s) { s.head_dim = 257; }, "head_dim is 257; accepted: 1 to 256");
   refused([](KernelSpec& s) { s.head_dim = 0; }, "head_dim is 0; accepted: 1 to 256");
@@ -118,7 +120,8 @@ TEST_CASE("what is not legal is refused with its reason") {
     KernelSpec spec{.kind = kind, .head_dim = 64, .tile = TileConfig::parse(tile)};
     return reason(spec);
   };
-  CHECK(contains(of_one_warp(KernelKind::kBackwardDkDv, "m32n40w1q64l0b8k8"), "40 queries an iteration for 32 threads"));
+  CHECK(
+      contains(of_one_warp(KernelKind::kBackwardDkDv, "m32n40w1q64l0b8k8"), "40 queries an iteration for 32 threads"));
   CHECK(of_one_warp(KernelKind::kBackwardDkDv, "m32n32w1q64l0b8k8") == "legal");
   CHECK(of_one_warp(KernelKind::kBackwardDq, "m32n40w1q64l0b8k8") == "legal");  // fetches no statistics
 }

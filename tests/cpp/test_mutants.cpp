@@ -50,14 +50,15 @@ std::string backward_error(const TemplateSet& templates, const BackwardCase& c) 
   BackwardTensors t(c);
   const BackwardRequest request = t.request();
   backward_in_interpreter(request);  // for delta
-  const TensorExtent tensors[] = {
-      fp16_extent("q", request.q, TensorUse::kRead),      fp16_extent("k", request.k, TensorUse::kRead),
-      fp16_extent("v", request.v, TensorUse::kRead),      fp16_extent("dout", request.dout, TensorUse::kRead),
-      fp16_extent("dq", *request.dq, TensorUse::kWrite),
-      fp16_extent("dk", request.dkdv->dk, TensorUse::kWrite),
-      fp16_extent("dv", request.dkdv->dv, TensorUse::kWrite),
-      row_extent("softmax_lse", request.softmax_lse, request.q, TensorUse::kRead),
-      row_extent("delta", request.delta, request.q, TensorUse::kRead)};
+  const TensorExtent tensors[] = {fp16_extent("q", request.q, TensorUse::kRead),
+                                  fp16_extent("k", request.k, TensorUse::kRead),
+                                  fp16_extent("v", request.v, TensorUse::kRead),
+                                  fp16_extent("dout", request.dout, TensorUse::kRead),
+                                  fp16_extent("dq", *request.dq, TensorUse::kWrite),
+                                  fp16_extent("dk", request.dkdv->dk, TensorUse::kWrite),
+                                  fp16_extent("dv", request.dkdv->dv, TensorUse::kWrite),
+                                  row_extent("softmax_lse", request.softmax_lse, request.q, TensorUse::kRead),
+                                  row_extent("delta", request.delta, request.q, TensorUse::kRead)};
   std::string error;
   for (const BackwardLaunch& launch : plan_backward(request, {arch_limits(75), 40}))
     if (launch.spec.kind != KernelKind::kBackwardPreprocess && error.empty())

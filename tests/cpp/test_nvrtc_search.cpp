@@ -14,8 +14,7 @@ namespace fs = std::filesystem;
 namespace {
 
 // NVIDIA's wheels of `site`.
-void add_wheel(const fs::path& site, const std::string& package, const std::string& major,
-               const std::string& minor) {
+void add_wheel(const fs::path& site, const std::string& package, const std::string& major, const std::string& minor) {
   const fs::path lib = site / "nvidia" / package / "lib";
   write_all(lib / ("libnvrtc.so." + major), "library " + site.string() + major);
   write_all(lib / ("libnvrtc.alt.so." + major), "with another allocator");
@@ -53,8 +52,7 @@ NvrtcCandidate candidate(int major, int minor, const std::string& library = "x")
   return {library, {}, "somewhere", NvrtcVersion{major, minor}};
 }
 
-std::string chosen(const std::vector<NvrtcCandidate>& candidates, CodeKind code,
-                   std::optional<int> driver_version) {
+std::string chosen(const std::vector<NvrtcCandidate>& candidates, CodeKind code, std::optional<int> driver_version) {
   const auto choice = choose_nvrtc(candidates, {code, driver_version});
   return choice ? choice->version->text() : "none";
 }
@@ -126,7 +124,10 @@ TEST_CASE("NVRTC search: conda's own package, in lib and in the folder of target
 
 TEST_CASE("NVRTC search: folders of Python packages that only look like NVIDIA's") {
   const TemporaryFolder root;
-  add_wheel(root / "site", "cu\xff" "13", "13", "5");
+  add_wheel(root / "site",
+            "cu\xff"
+            "13",
+            "13", "5");
   add_wheel(root / "site", "cudnn", "13", "5");
   CHECK(candidates_below(search_nvrtc({}, {root / "site"}), root.path()).empty());
 }
@@ -144,8 +145,7 @@ TEST_CASE("NVRTC search: FLASH_ATTN_JIT_NVRTC names the only place") {
   config.nvrtc = root / "nowhere";
   const NvrtcSearch search = search_nvrtc(config, {root / "site"});
   CHECK(search.candidates.empty());
-  CHECK(search.text() ==
-        Containing{"FLASH_ATTN_JIT_NVRTC: " + (root / "nowhere").string() + ": no such file"});
+  CHECK(search.text() == Containing{"FLASH_ATTN_JIT_NVRTC: " + (root / "nowhere").string() + ": no such file"});
 }
 
 TEST_CASE("NVRTC search: a version that the names do not tell stays unknown, one too old is passed over") {
@@ -181,8 +181,7 @@ TEST_CASE("NVRTC choice: PTX needs a driver at least as new") {
 }
 
 TEST_CASE("NVRTC choice: without a driver the newest 12.x, else the newest") {
-  CHECK(chosen({candidate(13, 5), candidate(12, 4), candidate(12, 9)}, CodeKind::kCubin, std::nullopt) ==
-        "12.9");
+  CHECK(chosen({candidate(13, 5), candidate(12, 4), candidate(12, 9)}, CodeKind::kCubin, std::nullopt) == "12.9");
   CHECK(chosen({candidate(13, 0), candidate(13, 5)}, CodeKind::kCubin, std::nullopt) == "13.5");
   CHECK(chosen({}, CodeKind::kCubin, std::nullopt) == "none");
 }

@@ -47,10 +47,9 @@ class Program {
 
   // `variables` stand before the command, as a shell takes them.
   ProgramRun run(const std::string& arguments, const std::string& variables = "") const {
-    const std::string command = "env FLASH_ATTN_JIT_CACHE_DIR='" + (folder_ / "cache").string() + "' " +
-                                variables + " '" + FLASH_ATTN_JIT_PROGRAM + "' " + arguments + " >'" +
-                                (folder_ / "out").string() + "' 2>'" + (folder_ / "err").string() +
-                                "' </dev/null";
+    const std::string command = "env FLASH_ATTN_JIT_CACHE_DIR='" + (folder_ / "cache").string() + "' " + variables +
+                                " '" + FLASH_ATTN_JIT_PROGRAM + "' " + arguments + " >'" + (folder_ / "out").string() +
+                                "' 2>'" + (folder_ / "err").string() + "' </dev/null";
     const int status = std::system(command.c_str());
     return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, content(folder_ / "out"), content(folder_ / "err")};
   }
@@ -95,8 +94,7 @@ TEST_CASE("a wrong call names the flag, what came and what is accepted, and exit
   refused("inspect --head-dim 64 --tile huge --emit spec", "--tile", "'huge'", "auto");
   refused("inspect --head-dim 64 --emit spec --frobnicate", "--frobnicate", "", "--head-dim");
   const std::string pack = "prebuild --arch sm_75 --out " + (program.folder() / "pack").string();
-  refused(pack + " --kinds fwd --head-dims 64 --causal maybe --gqa 1", "--causal", "'maybe'",
-          "both, yes, no");
+  refused(pack + " --kinds fwd --head-dims 64 --causal maybe --gqa 1", "--causal", "'maybe'", "both, yes, no");
   refused(pack + " --kinds fwd --head-dims 64 --causal no --gqa 1 --varlen 1", "--varlen", "'1'", "both, yes, no");
   refused(pack + " --kinds dq --head-dims 64 --causal no --gqa 1", "--kinds", "'dq'", "fwd, bwd");
   refused(pack + " --kinds fwd --head-dims 64,300 --causal no --gqa 1", "--head-dims", "300", "1 to 256");
@@ -127,8 +125,7 @@ TEST_CASE("inspect prints the spec and the source without a compiler") {
   starts("--kind bwd_dq --alibi --varlen", "bwd_dq hdim64 fp16 full alibi varlen gqa1 vec16 m");
   starts("--kind bwd_dkdv --causal --gqa 2", "bwd_dkdv hdim64 fp16 causal gqa2 vec16 m");
   starts("--kind bwd_preprocess --causal --softcap", "bwd_preprocess hdim64 fp16 full gqa1 vec16 m");  // is one for all
-  CHECK(
-      program.run("inspect --head-dim 63 --emit spec").out.starts_with("fwd hdim63 fp16 full gqa1 elem2 m"));
+  CHECK(program.run("inspect --head-dim 63 --emit spec").out.starts_with("fwd hdim63 fp16 full gqa1 elem2 m"));
 
   const fs::path file = program.folder() / "kernel.cu";
   const ProgramRun source = program.run("inspect --head-dim 64 --emit source -o " + file.string());
@@ -168,11 +165,11 @@ TEST_CASE("prebuild goes on with the threads that can be had") {
   const Program program;
   fs::create_directory(program.folder() / "no nvrtc");
   // Stacks larger than the address space. Without a compiler every kernel fails, which is told at the end.
-  const ProgramRun run = program.run(
-      "prebuild --arch sm_75 --kinds fwd --head-dims 64 --causal both --gqa 1,2 --jobs 500 --json --out '" +
-          (program.folder() / "pack").string() + "'",
-      "FLASH_ATTN_JIT_NVRTC='" + (program.folder() / "no nvrtc").string() +
-          "' sh -c 'ulimit -s 140000000000 && exec \"$0\" \"$@\"'");
+  const ProgramRun run =
+      program.run("prebuild --arch sm_75 --kinds fwd --head-dims 64 --causal both --gqa 1,2 --jobs 500 --json --out '" +
+                      (program.folder() / "pack").string() + "'",
+                  "FLASH_ATTN_JIT_NVRTC='" + (program.folder() / "no nvrtc").string() +
+                      "' sh -c 'ulimit -s 140000000000 && exec \"$0\" \"$@\"'");
   CAPTURE(run.err);
   CHECK(run.exit_code == 1);
   CHECK(Json::parse(run.out)["failures"].size() >= 8);
@@ -196,9 +193,10 @@ TEST_CASE("cache says what it cannot remove" * doctest::skip(::geteuid() != 0)) 
 TEST_CASE("cache without a folder says so" * doctest::skip(::geteuid() != 0)) {
   const Program program;
   for (const char* command : {"path", "list", "verify", "prune", "clear"}) {
-    const ProgramRun run = program.run(std::string("cache ") + command,
-                                       "env -u HOME -u XDG_CACHE_HOME -u FLASH_ATTN_JIT_CACHE_DIR setpriv --reuid 54321 "
-                                       "--clear-groups");
+    const ProgramRun run =
+        program.run(std::string("cache ") + command,
+                    "env -u HOME -u XDG_CACHE_HOME -u FLASH_ATTN_JIT_CACHE_DIR setpriv --reuid 54321 "
+                    "--clear-groups");
     CAPTURE(run.err);
     CHECK(run.exit_code == 2);
     CHECK(holds(run.err, "HOME"));
@@ -271,8 +269,11 @@ TEST_CASE("--json with paths that are no UTF-8") {
   CHECK(plain.exit_code == 0);
   CHECK(holds(plain.out, folder));
   if (nvrtc_12().empty()) return;
-  const ProgramRun prebuild = program.run("prebuild --arch sm_75 --kinds fwd --head-dims 8 --causal no --gqa 1 --json "
-                                          "--out '" + folder + "/pack'", nvrtc_12());
+  const ProgramRun prebuild = program.run(
+      "prebuild --arch sm_75 --kinds fwd --head-dims 8 --causal no --gqa 1 --json "
+      "--out '" +
+          folder + "/pack'",
+      nvrtc_12());
   CHECK(prebuild.exit_code == 0);
   CHECK(Json::parse(prebuild.out)["out"] == shown + "/pack");
 }

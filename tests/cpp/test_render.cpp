@@ -88,7 +88,8 @@ TEST_CASE("line directives name the template's own lines") {
   const TemplateSet templates = {{"flash_fwd.cuh", "#pragma once\n#include \"part.cuh\"\nthird\n"},
                                  {"part.cuh", "#pragma once\nsecond\n"}};
   const std::string source = render(kSpec, templates).source;
-  CHECK(source.starts_with("#line 1 \"flash_fwd.cuh\"\n\n#line 1 \"part.cuh\"\n\nsecond\n#line 3 \"flash_fwd.cuh\"\nthird\n"));
+  CHECK(source.starts_with(
+      "#line 1 \"flash_fwd.cuh\"\n\n#line 1 \"part.cuh\"\n\nsecond\n#line 3 \"flash_fwd.cuh\"\nthird\n"));
 }
 
 TEST_CASE("a template that is not there is named") {
@@ -97,7 +98,8 @@ TEST_CASE("a template that is not there is named") {
 }
 
 TEST_CASE("what a launch needs comes with the source") {
-  const RenderedKernel kernel = render(spec_of("fwd hdim128 fp16 full gqa1 vec16 m256n16w8q80l2b4k7"), embedded_templates());
+  const RenderedKernel kernel =
+      render(spec_of("fwd hdim128 fp16 full gqa1 vec16 m256n16w8q80l2b4k7"), embedded_templates());
   CHECK(kernel.entry == "flash_fwd_hdim128_fp16_full_gqa1_vec16_m256n16w8q80l2b4k7");
   CHECK(kernel.threads == 256);
   // Two tiles of K and three of V, 16 rows of 272 bytes each, and 256 rows of 48 dims of Q, 112 bytes each.

@@ -23,7 +23,8 @@ TEST_CASE("side by side: every piece once, at the same time") {
   run_side_by_side(calls.size(), [&](std::size_t i) {
     ++calls[i];
     ++here;
-    for (int waited = 0; here < 5 && waited < 10000; ++waited) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    for (int waited = 0; here < 5 && waited < 10000; ++waited)
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
   });
   CHECK(here == 5);
   for (const auto& each : calls) CHECK(each == 1);

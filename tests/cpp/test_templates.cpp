@@ -51,8 +51,7 @@ bool reaches_the_machine(const std::string& word) {
 }
 
 bool asks_for_the_compiler(const std::string& word) {
-  constexpr std::array<std::string_view, 4> kWords = {"FLASH_ATTN_JIT_HOST", "__CUDA_ARCH__", "__GNUC__",
-                                                      "__clang__"};
+  constexpr std::array<std::string_view, 4> kWords = {"FLASH_ATTN_JIT_HOST", "__CUDA_ARCH__", "__GNUC__", "__clang__"};
   return is_one_of(word, kWords) || word.starts_with("__CUDACC");
 }
 
@@ -79,9 +78,8 @@ TEST_CASE("only primitives.cuh asks which compiler it is") {
       const std::string& name = file.first;
       if (!asks_for_the_compiler(word)) continue;
       ++askers;
-      const bool allowed =
-          (name == "primitives.cuh" && word == "FLASH_ATTN_JIT_HOST") ||
-          (name == "primitives_cuda.cuh" && word == "__CUDA_ARCH__");  // its instructions differ
+      const bool allowed = (name == "primitives.cuh" && word == "FLASH_ATTN_JIT_HOST") ||
+                           (name == "primitives_cuda.cuh" && word == "__CUDA_ARCH__");  // its instructions differ
       if (!allowed) FAIL_CHECK(name << " asks for " << word);
     }
   CHECK(askers >= 1);
@@ -95,8 +93,7 @@ TEST_CASE("templates include templates alone") {
       const std::size_t begin = at + mark.size(), end = code.find_first_of("\">\n", begin + 1);
       const std::string included = code.substr(begin + 1, end - begin - 1);
       ++includes;
-      CHECK_MESSAGE((code[begin] == '"' && embedded_templates().contains(included)),
-                    name << " includes " << included);
+      CHECK_MESSAGE((code[begin] == '"' && embedded_templates().contains(included)), name << " includes " << included);
     }
   }
   CHECK(includes >= 5);

@@ -15,8 +15,7 @@ namespace flash_attn_jit::testing {
 
 // A forward kernel that does next to nothing. `body` is its body.
 inline void write_tiny_templates(const std::filesystem::path& folder, const std::string& body = "") {
-  for (const char* name :
-       {"attention_params.cuh", "flash_fwd_params.cuh", "flash_bwd_params.cuh", "host_engine.cuh"})
+  for (const char* name : {"attention_params.cuh", "flash_fwd_params.cuh", "flash_bwd_params.cuh", "host_engine.cuh"})
     write_all(folder / name, embedded_templates().at(name));
   write_all(folder / "flash_fwd.cuh", R"(
 #include "flash_fwd_params.cuh"

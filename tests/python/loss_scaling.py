@@ -67,11 +67,11 @@ def check_that_nan_of_an_input_reaches_the_gradients(
 ) -> None:
     """One element of q, k or v is NaN: so are the gradients that depend on it. dV is the weights times dout, so that it
     does not depend on v; other heads' groups keep finite gradients."""
-    inputs = [q, k, v]
-    i = inputs[which].shape[1] - 1  # the last query sees every key, the last query alone sees the last key
-    inputs[which][0, i, -1, 3] = float("nan")
+    tensor = (q, k, v)[which]
+    i = tensor.shape[1] - 1  # the last query sees every key, the last query alone sees the last key
+    tensor[0, i, -1, 3] = float("nan")
     dout = normal(*q.shape, seed=4, device=str(q.device))
-    dq, dk, dv = gradients_of(*inputs, dout, causal)
+    dq, dk, dv = gradients_of(q, k, v, dout, causal)
     query = q.shape[1] - 1
     assert dq[0, query, -1].isnan().all()
     assert dk[0, :, -1].isnan().all()

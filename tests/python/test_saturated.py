@@ -40,7 +40,9 @@ def flash(
     """What PyTorch's flash kernel rounds, in float32: the maximum is subtracted from the product with the scale, both
     rounded, so that its p is 1; p and dS are rounded to fp16, the log-sum-exp to float32."""
     q, k, v, dout = (t[:, :, 0].float() for t in (q, k, v, dout))
-    scores = sum(q[..., d : d + 1] * k[..., d : d + 1].mT for d in range(64))  # in the interpreter's order
+    scores = torch.zeros(len(q), q.shape[1], k.shape[1])
+    for d in range(64):  # the interpreter's order
+        scores += q[..., d : d + 1] * k[..., d : d + 1].mT
     scaled = scores * torch.tensor(scale * math.log2(math.e), dtype=torch.float32)
     row_max = scaled.amax(-1, keepdim=True)
     p = torch.exp2(scaled - row_max)

@@ -100,9 +100,7 @@ int ordered_failure(const char* call) {
 constexpr std::size_t kAbiByte = 8, kFlagsByte = 48, kHeaderBytes = 64;
 constexpr unsigned char kAbiOfCuda12 = 7;
 
-unsigned char byte_at(std::string_view image, std::size_t at) {
-  return static_cast<unsigned char>(image[at]);
-}
+unsigned char byte_at(std::string_view image, std::size_t at) { return static_cast<unsigned char>(image[at]); }
 
 int architecture_of(std::string_view cubin) {
   return byte_at(cubin, kFlagsByte + (byte_at(cubin, kAbiByte) > kAbiOfCuda12 ? 1 : 0));
@@ -262,9 +260,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
   const StubDevice& asked = state().devices.at(static_cast<std::size_t>(device));
   constexpr int kMultiprocessors = 16, kMajor = 75, kMinor = 76;
   if (attribute != kMultiprocessors && attribute != kMajor && attribute != kMinor) return kInvalidValue;
-  *value = attribute == kMultiprocessors ? asked.multiprocessors
-           : attribute == kMajor         ? asked.sm / 10
-                                         : asked.sm % 10;
+  *value = attribute == kMultiprocessors ? asked.multiprocessors : attribute == kMajor ? asked.sm / 10 : asked.sm % 10;
   return kSuccess;
 }
 
@@ -294,8 +290,7 @@ int cuModuleLoadData(Module** module, const char* image) {
   const std::string copy = copy_image(image);
   if (byte_at(copy, kAbiByte) > kAbiOfCuda12 && driver_major() < 13) return kInvalidImage;
   const std::lock_guard lock(state().mutex);
-  if (architecture_of(copy) != state().devices[static_cast<std::size_t>(current_device())].sm)
-    return kNoBinaryForGpu;
+  if (architecture_of(copy) != state().devices[static_cast<std::size_t>(current_device())].sm) return kNoBinaryForGpu;
   state().modules.push_back(std::make_unique<Module>(Module{current_device(), copy}));
   *module = state().modules.back().get();
   return kSuccess;
@@ -333,8 +328,7 @@ int cuFuncGetAttribute(int* value, int attribute, Function*) {
 }
 
 int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                   unsigned block_y, unsigned block_z, unsigned smem, void* stream, void** arguments,
-                   void** extra) {
+                   unsigned block_y, unsigned block_z, unsigned smem, void* stream, void** arguments, void** extra) {
   ENTRY_POINT();
   if (current_device() < 0) return kInvalidContext;
   if (current_device() != function->device) return kInvalidHandle;
@@ -354,8 +348,7 @@ int cuLinkCreate_v2(unsigned, int*, void**, Link** link) {
   return kSuccess;
 }
 
-int cuLinkAddData_v2(Link* link, int type, const char* data, std::size_t bytes, const char*, unsigned, int*,
-                     void**) {
+int cuLinkAddData_v2(Link* link, int type, const char* data, std::size_t bytes, const char*, unsigned, int*, void**) {
   ENTRY_POINT();
   constexpr int kPtx = 1;
   if (type != kPtx || bytes == 0 || data[bytes - 1] != '\0') return kInvalidValue;
