@@ -43,20 +43,15 @@ constexpr std::array kMedium = {
 constexpr std::array kLargeWindowAlibi = {
     TileRow{64, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 6, 8}}},
 };
-constexpr std::array kLargeSoftcap = {
+constexpr std::array kLargeSoftcapVarlen = {
     TileRow{48, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 48, .schedule = {2, 6, 8}}},
-    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 8, 8}}},
-};
-constexpr std::array kLargeVarlen = {
-    TileRow{48, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 48, .schedule = {2, 6, 8}}},
-    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {0, 8, 8}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {1, 8, 8}}},
 };
 
 TileTables tiles(const KernelSpec& spec) {
   return {TileTableList{only_if(spec.access == GlobalAccess::kElement2B, kElementGradients),
                         only_if(spec.mask == Mask::kWindow || spec.has(Feature::kAlibi), kLargeWindowAlibi),
-                        only_if(spec.has(Feature::kSoftcap), kLargeSoftcap),
-                        only_if(spec.has(Feature::kVarlen), kLargeVarlen),
+                        only_if(spec.has(Feature::kSoftcap) || spec.has(Feature::kVarlen), kLargeSoftcapVarlen),
                         spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
           TileTableList{only_if(is_plain(spec), kMedium)}, TileTableList{kSmallGradients}};
 }
