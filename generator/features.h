@@ -18,13 +18,15 @@ struct FeatureInfo {
   std::string_view word;    // in a spec's text; "--" and it are the program's flag
   std::string_view trait;   // of the rendered Traits
   std::string_view phrase;  // for the program's help: "kernels ..."
+  bool changes_scores;      // computes on each score
+  bool needs_positions;     // from the places of its query and its key, as a window does
 };
 
 // In the order of the words in a spec's text.
 inline constexpr std::array kFeatures = {
-    FeatureInfo{Feature::kSoftcap, "softcap", "kIsSoftcap", "with softcap"},
-    FeatureInfo{Feature::kAlibi, "alibi", "kHasAlibi", "with ALiBi slopes"},
-    FeatureInfo{Feature::kVarlen, "varlen", "kIsVarlen", "for cu_seqlens"},
+    FeatureInfo{Feature::kSoftcap, "softcap", "kIsSoftcap", "with softcap", true, false},
+    FeatureInfo{Feature::kAlibi, "alibi", "kHasAlibi", "with ALiBi slopes", true, true},
+    FeatureInfo{Feature::kVarlen, "varlen", "kIsVarlen", "for cu_seqlens", false, false},
 };
 
 // Those that are on. Off is the default of each.
@@ -38,10 +40,20 @@ class FeatureSet {
   constexpr bool has(Feature feature) const { return (bits_ & bit(feature)) != 0; }
   constexpr void set(Feature feature, bool on = true) { bits_ = on ? bits_ | bit(feature) : bits_ & ~bit(feature); }
   constexpr std::uint32_t bits() const { return bits_; }
+  constexpr bool empty() const { return bits_ == 0; }
+
+  constexpr bool change_scores() const { return any(&FeatureInfo::changes_scores); }
+  constexpr bool need_positions() const { return any(&FeatureInfo::needs_positions); }
 
   friend auto operator<=>(const FeatureSet&, const FeatureSet&) = default;
 
  private:
+  constexpr bool any(bool FeatureInfo::* property) const {
+    for (const FeatureInfo& info : kFeatures)
+      if (info.*property && has(info.feature)) return true;
+    return false;
+  }
+
   static constexpr std::uint32_t bit(Feature feature) { return std::uint32_t{1} << static_cast<unsigned>(feature); }
 
   std::uint32_t bits_ = 0;

@@ -19,7 +19,7 @@ using TileTable = std::span<const TileRow>;
 
 // Nothing in the kernel takes registers but attention itself.
 inline bool is_plain(const KernelSpec& spec) {
-  return spec.features == FeatureSet{} && spec.mask != Mask::kWindow && spec.access == GlobalAccess::kVector16B;
+  return spec.features.empty() && spec.mask != Mask::kWindow && spec.access == GlobalAccess::kVector16B;
 }
 
 inline TileTable only_if(bool applies, TileTable table) { return applies ? table : TileTable{}; }

@@ -158,7 +158,7 @@ void bind_interpreter_report(py::module_& module) {
 void bind_limits(py::module_& module) {
   module.attr("most_head_dim") = kMostHeadDim;
   module.attr("oldest_sm") = kOldestSm;
-  py::dict accepted;
+  py::dict accepted = bindings::accepted_tensors();
   accepted["softmax_scale"] = accepted_scales();
   accepted["head_dim"] = accepted_head_dims();
   accepted["gpu"] = kAcceptedGpu;
@@ -166,7 +166,6 @@ void bind_limits(py::module_& module) {
   accepted["dtype"] = bindings::kAcceptedDtype;
   accepted["device"] = bindings::kAcceptedDevice;
   accepted["devices"] = bindings::kAcceptedDevices;
-  accepted["alibi_slopes"] = bindings::kAcceptedSlopes;
   module.attr("accepted") = accepted;
 }
 

@@ -17,13 +17,21 @@ namespace {
 
 py::type* options_type = nullptr;  // leaked, because it must outlive the interpreter's own teardown
 
+constexpr const char* kAcceptedSlopes =
+    "None, or torch.float32, (num_heads) or (batch, num_heads), contiguous in the last dimension";
+constexpr const char* kAcceptedCuSeqlens =
+    "(batch + 1), torch.int32, contiguous: where each sequence begins, and where the last ends";
+
 struct AnyField {
   const char* name;
+  const char* accepted;    // of a tensor, in words
   py::ssize_t place = -1;  // in the tuple, once connect_options() has looked
   AnyField* next;          // all that there are
   static inline AnyField* first = nullptr;
 
-  explicit AnyField(const char* name) : name(name), next(first) { first = this; }
+  explicit AnyField(const char* name, const char* accepted = nullptr) : name(name), accepted(accepted), next(first) {
+    first = this;
+  }
   AnyField(const AnyField&) = delete;
 };
 
@@ -50,8 +58,8 @@ struct Fields {
   Field<bool> causal{"causal"};
   Field<std::int64_t> window_left{"window_left"}, window_right{"window_right"};
   Field<double> softcap{"softcap"};
-  Field<py::handle> alibi_slopes{"alibi_slopes"};
-  Field<py::handle> cu_seqlens_q{"cu_seqlens_q"}, cu_seqlens_k{"cu_seqlens_k"};
+  Field<py::handle> alibi_slopes{"alibi_slopes", kAcceptedSlopes};
+  Field<py::handle> cu_seqlens_q{"cu_seqlens_q", kAcceptedCuSeqlens}, cu_seqlens_k{"cu_seqlens_k", kAcceptedCuSeqlens};
   Field<std::int64_t> max_seqlen_q{"max_seqlen_q"}, max_seqlen_k{"max_seqlen_k"};
 } field;
 
@@ -75,7 +83,7 @@ std::optional<Varlen> read_varlen(py::handle options, const Argument& q) {
   const Argument cu_seqlens_k("cu_seqlens_k", field.cu_seqlens_k(options));
   for (const Argument* each : {&cu_seqlens_q, &cu_seqlens_k})
     check_small_tensor(*each, q, ElementType::kInt32, each->info.rank == 1 && each->info.shape[0] >= 1,
-                       "(batch + 1), torch.int32, contiguous: where each sequence begins, and where the last ends");
+                       kAcceptedCuSeqlens);
   if (cu_seqlens_q.info.shape[0] != cu_seqlens_k.info.shape[0])
     throw ArgumentError({"cu_seqlens_k", "has shape " + shape_text(cu_seqlens_k.object),
                          "cu_seqlens_q's, " + shape_text(cu_seqlens_q.object)});
@@ -109,6 +117,13 @@ void connect_options(py::type type) {
     if (!name.empty()) throw Error("the compiled module does not read the field " + name + " of Options");
   for (const auto& [each, place] : places) each->place = place;
   options_type = new py::type(type);
+}
+
+py::dict accepted_tensors() {
+  py::dict accepted;
+  for (const AnyField* each = AnyField::first; each; each = each->next)
+    if (each->accepted) accepted[each->name] = each->accepted;
+  return accepted;
 }
 
 bool is_varlen(py::handle options) {

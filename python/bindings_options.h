@@ -8,13 +8,12 @@
 
 namespace flash_attn_jit::bindings {
 
-// What is accepted as alibi_slopes, in words.
-inline constexpr const char* kAcceptedSlopes =
-    "None, or torch.float32, (num_heads) or (batch, num_heads), contiguous in the last dimension";
-
 // `type` is the NamedTuple. Looks up, once, where each field lies that is read by name here; throws where a field is
 // missing on one of the two sides.
 void connect_options(pybind11::type type);
+
+// What is accepted of each option that is a tensor, in words: name -> text.
+pybind11::dict accepted_tensors();
 
 // Whether q, k and v are (total, heads, head_dim). Throws ArgumentError for what is no Options.
 bool is_varlen(pybind11::handle options);

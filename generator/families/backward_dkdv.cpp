@@ -39,19 +39,19 @@ constexpr std::array kMedium = {
     TileRow{48, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 48, .schedule = {1, 7, 8}}},
 };
 
-// Windows, softcap, ALiBi and cu_seqlens take registers too. Rows for what would spill with the tiles above.
-constexpr std::array kLargeWindowAlibi = {
+// Windows and features take registers too. Rows for what would spill with the tiles above.
+constexpr std::array kLargePositions = {
     TileRow{64, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 6, 8}}},
 };
-constexpr std::array kLargeSoftcapVarlen = {
+constexpr std::array kLargeFeatures = {
     TileRow{48, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 48, .schedule = {2, 6, 8}}},
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {1, 8, 8}}},
 };
 
 TileTables tiles(const KernelSpec& spec) {
   return {TileTableList{only_if(spec.access == GlobalAccess::kElement2B, kElementGradients),
-                        only_if(spec.mask == Mask::kWindow || spec.has(Feature::kAlibi), kLargeWindowAlibi),
-                        only_if(spec.has(Feature::kSoftcap) || spec.has(Feature::kVarlen), kLargeSoftcapVarlen),
+                        only_if(spec.mask == Mask::kWindow || spec.features.need_positions(), kLargePositions),
+                        only_if(!spec.features.empty(), kLargeFeatures),
                         spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
           TileTableList{only_if(is_plain(spec), kMedium)}, TileTableList{kSmallGradients}};
 }

@@ -36,7 +36,7 @@ constexpr std::array kMedium = {
     TileRow{64, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 64, .schedule = {0, 5, 8}}},
 };
 
-// Windows, softcap, ALiBi and cu_seqlens take registers too. Rows for what would spill with the tiles above.
+// Windows and features take registers too. Rows for what would spill with the tiles above.
 constexpr std::array kLargeWindow = {
     TileRow{64, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {4, 8, 8}}},
@@ -45,14 +45,14 @@ constexpr std::array kLargeVarlen = {
     TileRow{64, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {3, 7, 8}}},
 };
-constexpr std::array kLargeSoftcapAlibi = {
+constexpr std::array kLargeScores = {
     TileRow{64, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
     TileRow{96, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 96, .schedule = {0, 6, 8}}},
 };
 
 TileTables tiles(const KernelSpec& spec) {
   return {TileTableList{only_if(spec.access == GlobalAccess::kElement2B, kElementGradients),
-                        only_if(spec.has(Feature::kSoftcap) || spec.has(Feature::kAlibi), kLargeSoftcapAlibi),
+                        only_if(spec.features.change_scores(), kLargeScores),
                         only_if(spec.mask == Mask::kWindow, kLargeWindow),
                         only_if(spec.has(Feature::kVarlen), kLargeVarlen),
                         spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},

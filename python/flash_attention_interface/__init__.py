@@ -1,7 +1,7 @@
 """The six functions of ssiu/flash-attention-turing, in that project's argument order, on flash_attn_jit.
 
 Programs written for it import this module and need no change. All return ``out`` alone and are differentiable. New
-programs do better with ``flash_attn_jit``, whose functions take more: windows, softcap, ALiBi, softmax_lse.
+programs do better with ``flash_attn_jit``, whose functions take more: windows, functions of a score, softmax_lse.
 """
 
 from typing import cast

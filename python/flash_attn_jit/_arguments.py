@@ -9,7 +9,6 @@ from typing import Any, TypeGuard
 import torch
 
 from . import _core
-from ._options import Options
 from .errors import Refusal
 
 UNBOUNDED = (-1, -1)  # the default's identity lets a call skip the look at it
@@ -25,56 +24,14 @@ _is_compiling = torch.compiler.is_compiling
 _logger = logging.getLogger("flash_attn_jit")
 
 
-def read_options(
-    dropout_p: Any,
-    softmax_scale: Any,
-    causal: Any,
-    window_size: Any,
-    softcap: Any,
-    alibi_slopes: Any,
-    deterministic: Any,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-    max_seqlen_q: int = 0,
-    max_seqlen_k: int = 0,
-) -> Options:
-    """The arguments of a public function, their types checked; lengths as they are. Defaults pass with one
-    comparison each."""
-    if (type(dropout_p) is not float or dropout_p != 0.0) and number("dropout_p", dropout_p) != 0.0:
-        raise dropout_refusal(dropout_p).exception()
-    if softmax_scale is not None and type(softmax_scale) is not float:
-        softmax_scale = _scale(softmax_scale)
-    if causal is not True and causal is not False:
-        causal = truth("causal", causal)
-    left, right = UNBOUNDED if window_size is UNBOUNDED else _window(window_size)
-    if type(softcap) is not float or softcap != 0.0:
-        softcap = number("softcap", softcap)
-    if alibi_slopes is not None:
-        _check_slopes(alibi_slopes)
-    if deterministic is not True and deterministic is not False:
-        truth("deterministic", deterministic)
-    return Options(
-        softmax_scale,
-        causal,
-        left,
-        right,
-        softcap,
-        alibi_slopes,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-    )
-
-
-def _scale(softmax_scale: Any) -> float:
+def scale(softmax_scale: Any) -> float:
     if type(softmax_scale).__name__ in ("bool", "bool_"):  # numpy's is no subclass of Python's
         advice = f"For a causal mask write causal={softmax_scale}"
         raise Refusal("softmax_scale", f"is {softmax_scale}", _core.accepted["softmax_scale"], advice).exception()
     return number("softmax_scale", softmax_scale)
 
 
-def _window(window_size: Any) -> tuple[int, int]:
+def window(window_size: Any) -> tuple[int, int]:
     """(left, right) from a sequence or a tensor of two; negative where a side is unbounded."""
     if isinstance(window_size, torch.Tensor):
         return _window_of_tensor(window_size)
@@ -113,21 +70,17 @@ def _window_error(what_came: str) -> Exception:
     return Refusal("window_size", f"is {what_came}", accepted).exception()
 
 
-def _check_slopes(alibi_slopes: Any) -> None:
-    if not isinstance(alibi_slopes, torch.Tensor):
-        came = f"is a {type(alibi_slopes).__name__}"
-        raise Refusal("alibi_slopes", came, _core.accepted["alibi_slopes"]).exception()
-    if alibi_slopes.requires_grad and torch.is_grad_enabled():
-        refuse_gradient_of_slopes()
+def check_tensor(name: str, value: Any) -> None:
+    """Of an option that is given."""
+    if not isinstance(value, torch.Tensor):
+        raise Refusal(name, f"is a {type(value).__name__}", _core.accepted[name]).exception()
+    if value.requires_grad and torch.is_grad_enabled():
+        refuse_gradient(name)
 
 
-def refuse_gradient_of_slopes() -> None:
-    raise Refusal(
-        "alibi_slopes",
-        "requires a gradient, which is not built yet",
-        "alibi_slopes.detach()",
-        error=NotImplementedError,
-    ).exception()
+def refuse_gradient(name: str) -> None:
+    came = "requires a gradient, which is not built yet"
+    raise Refusal(name, came, f"{name}.detach()", error=NotImplementedError).exception()
 
 
 def dropout_refusal(dropout_p: Any) -> Refusal:

@@ -13,11 +13,11 @@ from ._arguments import (
     KV_LAYOUTS,
     QKV_LAYOUTS,
     check_packed,
-    refuse_gradient_of_slopes,
+    refuse_gradient,
     reject_nested,
     reject_what_is_no_tensor,
 )
-from ._options import NO_TENSORS, Options, are_none, tensors_of, with_tensors
+from ._options import NO_TENSORS, TENSOR_FIELDS, Options, are_none, tensors_of, with_tensors
 from ._torch_internals import forward_mode_is_on, transforms_are_active
 from .ops import KVPACKED, QKVPACKED, SEPARATE, Form, are_plain, forward_plainly, is_plain
 
@@ -101,7 +101,7 @@ def _for_transforms(operator: Any, setup_context: Callable[..., None], backward:
 
 def _register_derivative(form: Form) -> None:
     count, no_options = len(form.names), (None,) * len(Options._fields)
-    slopes = count + Options._fields.index("alibi_slopes")
+    tensor_options = [(count + i, name) for i, name in TENSOR_FIELDS]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         _save(ctx, Options._make(inputs[count:]), *inputs[:count], *output)
@@ -109,8 +109,9 @@ def _register_derivative(form: Form) -> None:
         ctx.mark_non_differentiable(output[1])
 
     def backward(ctx: Any, dout: _Gradient, _: None) -> tuple[_Gradient, ...]:
-        if ctx.needs_input_grad[slopes]:
-            refuse_gradient_of_slopes()
+        for i, name in tensor_options:
+            if ctx.needs_input_grad[i]:
+                refuse_gradient(name)
         return _gradients(ctx, form, dout, False) + no_options
 
     def save_nothing(ctx: Any, inputs: Any, output: Any) -> None:

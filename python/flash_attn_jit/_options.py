@@ -36,12 +36,15 @@ _IN_SCHEMA: dict[Any, str] = {
 # As the operators take them, after the tensors.
 SCHEMA = ", ".join(f"{_IN_SCHEMA[_TYPES[name]]} {name}" for name in Options._fields)
 
-_TENSORS = [i for i, name in enumerate(Options._fields) if _TYPES[name] == (torch.Tensor | None)]
+# The fields that may be tensors, with their places.
+TENSOR_FIELDS = [(i, name) for i, name in enumerate(Options._fields) if _TYPES[name] == (torch.Tensor | None)]
+
+_TENSORS = [i for i, _ in TENSOR_FIELDS]
 _NUMBERS = [i for i in range(len(Options._fields)) if i not in _TENSORS]
 _numbers_of = itemgetter(*_NUMBERS)
 _in_order = itemgetter(*((_NUMBERS + _TENSORS).index(i) for i in range(len(Options._fields))))
 
-tensors_of: Callable[[Options], Tensors] = itemgetter(*_TENSORS)  # the fields that may be tensors
+tensors_of: Callable[[Options], Tensors] = itemgetter(*_TENSORS)
 NO_TENSORS: Tensors = (None,) * len(_TENSORS)
 are_none: Callable[[Tensors], bool] = frozenset((None,)).issuperset
 

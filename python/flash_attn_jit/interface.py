@@ -9,11 +9,17 @@ from . import _core
 from ._arguments import (
     UNBOUNDED,
     Window,
+    check_tensor,
+    dropout_refusal,
     max_seqlen as read_max_seqlen,
-    read_options,
+    number,
     reject_what_is_no_tensor,
+    scale as read_scale,
+    truth,
+    window as read_window,
 )
 from ._autograd import Result, attention, attention_kvpacked, attention_qkvpacked
+from ._options import Options
 
 # out, or (out, softmax_lse, S_dmask) with return_attn_probs
 Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -69,6 +75,48 @@ def _documented(function: _Function) -> _Function:
     return function
 
 
+def _read_options(
+    dropout_p: Any,
+    softmax_scale: Any,
+    causal: Any,
+    window_size: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    deterministic: Any,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+) -> Options:
+    """The arguments of a public function, their types checked; lengths as they are. Defaults pass with one
+    comparison each."""
+    if (type(dropout_p) is not float or dropout_p != 0.0) and number("dropout_p", dropout_p) != 0.0:
+        raise dropout_refusal(dropout_p).exception()
+    if softmax_scale is not None and type(softmax_scale) is not float:
+        softmax_scale = read_scale(softmax_scale)
+    if causal is not True and causal is not False:
+        causal = truth("causal", causal)
+    left, right = UNBOUNDED if window_size is UNBOUNDED else read_window(window_size)
+    if type(softcap) is not float or softcap != 0.0:
+        softcap = number("softcap", softcap)
+    if alibi_slopes is not None:
+        check_tensor("alibi_slopes", alibi_slopes)
+    if deterministic is not True and deterministic is not False:
+        truth("deterministic", deterministic)
+    return Options(
+        softmax_scale,
+        causal,
+        left,
+        right,
+        softcap,
+        alibi_slopes,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+    )
+
+
 def _output(result: Result, return_attn_probs: bool) -> Output:
     out, softmax_lse = result
     if not return_attn_probs:
@@ -111,7 +159,7 @@ def flash_attn_func(
     Raises:
         {raises}
     """
-    options = read_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = _read_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _output(attention(q, k, v, options, return_attn_probs), return_attn_probs)
 
 
@@ -145,7 +193,7 @@ def flash_attn_kvpacked_func(
     Raises:
         {raises}
     """
-    options = read_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = _read_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _output(attention_kvpacked(q, kv, options, return_attn_probs), return_attn_probs)
 
 
@@ -178,7 +226,7 @@ def flash_attn_qkvpacked_func(
     Raises:
         {raises}
     """
-    options = read_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = _read_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _output(attention_qkvpacked(qkv, options, return_attn_probs), return_attn_probs)
 
 
@@ -244,7 +292,7 @@ def flash_attn_varlen_func(
     if block_table is not None:
         raise NotImplementedError("block_table is given, and is not built yet; accepted: None")
     lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    options = read_options(
+    options = _read_options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, *lengths
     )
     return _output(attention(q, k, v, options, return_attn_probs), return_attn_probs)
@@ -291,7 +339,7 @@ def flash_attn_varlen_kvpacked_func(
         {raises}
     """
     lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    options = read_options(
+    options = _read_options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, *lengths
     )
     return _output(attention_kvpacked(q, kv, options, return_attn_probs), return_attn_probs)
@@ -335,7 +383,7 @@ def flash_attn_varlen_qkvpacked_func(
     reject_what_is_no_tensor(cu_seqlens=cu_seqlens)
     longest = read_max_seqlen("max_seqlen", max_seqlen)
     lengths = (cu_seqlens, cu_seqlens, longest, longest)
-    options = read_options(
+    options = _read_options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, *lengths
     )
     return _output(attention_qkvpacked(qkv, options, return_attn_probs), return_attn_probs)

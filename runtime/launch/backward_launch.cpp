@@ -30,7 +30,7 @@ std::vector<TensorExtent> extents_of(const BackwardRequest& request, const Backw
     tensors.push_back(fp16_extent("dk", request.dkdv->dk, TensorUse::kWrite));
     tensors.push_back(fp16_extent("dv", request.dkdv->dv, TensorUse::kWrite));
   }
-  append_option_extents(request.options, request.q, tensors);
+  append_option_extents(request.options, request.q, request.k, tensors);
   return tensors;
 }
 

@@ -29,7 +29,7 @@ void forward_in_interpreter(const ForwardRequest& request) {
       fp16_extent("out", request.out, TensorUse::kWrite),
       row_extent("softmax_lse", request.softmax_lse, request.q, TensorUse::kWrite),
   };
-  append_option_extents(request.options, request.q, tensors);
+  append_option_extents(request.options, request.q, request.k, tensors);
   const GridShape grid{plan.blocks, found.kernel.threads, found.kernel.dynamic_smem};
   interpret(found.kernel, grid, &plan.params, tensors);
 }

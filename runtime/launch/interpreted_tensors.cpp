@@ -23,24 +23,17 @@ TensorExtent row_extent(const char* name, const float* data, const TensorView& q
           .use = use};
 }
 
-void append_option_extents(const AttentionOptions& options, const TensorView& q, std::vector<TensorExtent>& tensors) {
-  const auto append = [&](const char* name, const void* data, std::vector<std::int64_t> shape,
-                          std::vector<std::int64_t> strides) {
-    tensors.push_back({.name = name,
-                       .data = const_cast<void*>(data),  // only read
+void append_option_extents(const AttentionOptions& options, const TensorView& q, const TensorView& k,
+                           std::vector<TensorExtent>& tensors) {
+  const ProblemShape shape = problem_shape(q, k, options);
+  visit_tensors(options, shape, q.shape[kHeads], [&](const OptionTensor& tensor) {
+    tensors.push_back({.name = tensor.name,
+                       .data = const_cast<void*>(tensor.data),  // only read
                        .element_bytes = 4,
-                       .shape = std::move(shape),
-                       .strides = std::move(strides),
+                       .shape = {tensor.shape.begin(), tensor.shape.begin() + tensor.rank},
+                       .strides = {tensor.strides.begin(), tensor.strides.begin() + tensor.rank},
                        .use = TensorUse::kRead});
-  };
-  if (options.varlen) {
-    append("cu_seqlens_q", options.varlen->cu_seqlens_q, {options.varlen->batch + 1}, {1});
-    append("cu_seqlens_k", options.varlen->cu_seqlens_k, {options.varlen->batch + 1}, {1});
-  }
-  if (options.alibi) {
-    const std::int64_t batch = options.varlen ? options.varlen->batch : q.shape[kBatch];
-    append("alibi_slopes", options.alibi->data, {batch, q.shape[kHeads]}, {options.alibi->batch_stride, 1});
-  }
+  });
 }
 
 namespace {

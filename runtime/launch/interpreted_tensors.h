@@ -16,7 +16,8 @@ TensorExtent fp16_extent(const char* name, const TensorView& view, TensorUse use
 TensorExtent row_extent(const char* name, const float* data, const TensorView& q, TensorUse use);
 
 // What an option reads, where it is on.
-void append_option_extents(const AttentionOptions& options, const TensorView& q, std::vector<TensorExtent>& tensors);
+void append_option_extents(const AttentionOptions& options, const TensorView& q, const TensorView& k,
+                           std::vector<TensorExtent>& tensors);
 
 // Varlen: throws ArgumentError where cu_seqlens is not what it must be. A kernel on a GPU cannot tell.
 void require_cu_seqlens(const AttentionOptions& options, const TensorView& q, const TensorView& k);

@@ -28,9 +28,13 @@ std::string range_text(double least, double most) {
   return "a number from " + number_text(least) + " to " + number_text(most);
 }
 
-void require_varlen(const Varlen& varlen) {
-  require_memory("cu_seqlens_q", varlen.cu_seqlens_q, true);
-  require_memory("cu_seqlens_k", varlen.cu_seqlens_k, true);
+void require_tensor(const OptionTensor& tensor) {
+  const bool has_elements =
+      std::all_of(tensor.shape.begin(), tensor.shape.begin() + tensor.rank, [](std::int64_t size) { return size > 0; });
+  require_memory(tensor.name, tensor.data, has_elements);
+}
+
+void require_lengths(const Varlen& varlen) {
   for (const auto& [name, seqlen] :
        {std::pair{"max_seqlen_q", varlen.max_seqlen_q}, {"max_seqlen_k", varlen.max_seqlen_k}})
     if (seqlen < 0)
@@ -71,8 +75,8 @@ void require_options(const AttentionOptions& options, const ProblemShape& shape,
   if (options.softcap != 0 && !(options.softcap >= kLeastSoftcap && options.softcap <= kMostScale))
     throw ArgumentError(
         {"softcap", "is " + number_text(options.softcap), "0.0 for none, or " + range_text(kLeastSoftcap, kMostScale)});
-  if (options.varlen) require_varlen(*options.varlen);
-  if (options.alibi) require_memory("alibi_slopes", options.alibi->data, shape.batch > 0 && num_heads > 0);
+  visit_tensors(options, shape, num_heads, require_tensor);
+  if (options.varlen) require_lengths(*options.varlen);
   const std::int64_t longest = std::max(shape.seqlen_q, shape.seqlen_k);
   if (options.mask == Mask::kWindow && longest > kMostSeqlenWithWindow)
     throw UnsupportedError({"window_size", "comes with a sequence of " + std::to_string(longest) + " rows",

@@ -1,6 +1,7 @@
-// What a call asks of attention, whichever pass it is: scale, mask, softcap, ALiBi, lengths. And how kernels are told.
+// What a call asks of attention, whichever pass it is: scale, mask, score features, lengths. And how kernels are told.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -60,6 +61,27 @@ struct ProblemShape {
   std::int64_t batch, seqlen_q, seqlen_k;
 };
 ProblemShape problem_shape(const TensorView& q, const TensorView& k, const AttentionOptions& options);
+
+// A tensor of 4-byte numbers that an option reads.
+struct OptionTensor {
+  const char* name;
+  const void* data;
+  int rank;
+  std::array<std::int64_t, 2> shape, strides;  // the first `rank` of each; strides count elements
+};
+
+// Calls visit(const OptionTensor&) for each tensor of the options that are on. `num_heads` are q's.
+template <typename Visit>
+void visit_tensors(const AttentionOptions& options, const ProblemShape& shape, std::int64_t num_heads, Visit visit) {
+  if (options.varlen) {
+    const std::int64_t ends = options.varlen->batch + 1;
+    visit(OptionTensor{"cu_seqlens_q", options.varlen->cu_seqlens_q, 1, {ends}, {1}});
+    visit(OptionTensor{"cu_seqlens_k", options.varlen->cu_seqlens_k, 1, {ends}, {1}});
+  }
+  if (options.alibi)
+    visit(OptionTensor{
+        "alibi_slopes", options.alibi->data, 2, {shape.batch, num_heads}, {options.alibi->batch_stride, 1}});
+}
 
 // Throws ArgumentError or UnsupportedError, which names the option. `num_heads` are q's.
 void require_options(const AttentionOptions& options, const ProblemShape& shape, std::int64_t num_heads);
