@@ -7,12 +7,14 @@ MAKEFLAGS += --no-builtin-rules
 
 PYTHON3 ?= python3
 JOBS ?= $(shell nproc)
+WERROR ?= OFF
 
 venv := .venv
 python := $(venv)/bin/python
 stamps := $(venv)/.stamps
 build := build-make
 build_sanitized := build-sanitized
+build_threads := build-threads
 
 sources := $(shell find generator templates runtime python -type f -not -path '*/__pycache__/*') \
            CMakeLists.txt pyproject.toml README.md LICENSE
@@ -56,7 +58,8 @@ $(stamps)/package: $(stamps)/torch $(sources) $(cpp_tests)
 	@echo '== build and install flash-attn-jit into $(venv) (log: $(build)/install.log)'
 	@mkdir -p $(build)
 	@PATH="$(abspath $(venv))/bin:$$PATH" CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(python) -m pip install -v \
-	  --no-build-isolation -Cbuild-dir=$(build) -Ccmake.define.FLASH_ATTN_JIT_TESTS=ON '.[test]' 2>&1 \
+	  --no-build-isolation -Cbuild-dir=$(build) -Ccmake.define.FLASH_ATTN_JIT_TESTS=ON \
+	  -Ccmake.define.FLASH_ATTN_JIT_WERROR=$(WERROR) '.[test]' 2>&1 \
 	  | tee $(build)/install.log \
 	  | { grep --line-buffered -E '^ *(\[[0-9]+/[0-9]+\]|.*(warning|error):|CMake (Warning|Error)|Downloading|Successfully)' || true; } \
 	  || { tail -n 60 $(build)/install.log; exit 1; }
@@ -65,7 +68,7 @@ $(stamps)/package: $(stamps)/torch $(sources) $(cpp_tests)
 $(stamps)/sanitized: $(stamps)/package $(cpp_tests)
 	@echo '== build the C++ tests under AddressSanitizer and UBSan'
 	@PATH="$(abspath $(venv))/bin:$$PATH" cmake -S . -B $(build_sanitized) -G Ninja --log-level=WARNING \
-	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASH_ATTN_JIT_SANITIZE=ON
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASH_ATTN_JIT_SANITIZE=ON -DFLASH_ATTN_JIT_WERROR=$(WERROR)
 	@PATH="$(abspath $(venv))/bin:$$PATH" cmake --build $(build_sanitized) -j $(JOBS)
 	@touch $@
 
