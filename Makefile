@@ -7,19 +7,21 @@ MAKEFLAGS += --no-builtin-rules
 
 PYTHON3 ?= python3
 JOBS ?= $(shell nproc)
+WERROR ?= OFF
 
 venv := .venv
 python := $(venv)/bin/python
 stamps := $(venv)/.stamps
 build := build-make
 build_sanitized := build-sanitized
+build_threads := build-threads
 
 sources := $(shell find generator templates runtime python -type f -not -path '*/__pycache__/*') \
            CMakeLists.txt pyproject.toml README.md LICENSE
 cpp_tests := $(shell find tests/cpp -type f)
 formatted := $(filter %.cpp %.h %.cuh,$(sources) $(cpp_tests))
 
-.PHONY: help setup demo lint test test-all clean
+.PHONY: help setup demo lint test test-all test-threads clean
 help:
 	@echo 'make demo      prebuild kernels for sm_75, run attention and a training step, compare them with float64'
 	@echo 'make lint      clang-format, ruff and mypy: seconds'
@@ -56,7 +58,8 @@ $(stamps)/package: $(stamps)/torch $(sources) $(cpp_tests)
 	@echo '== build and install flash-attn-jit into $(venv) (log: $(build)/install.log)'
 	@mkdir -p $(build)
 	@PATH="$(abspath $(venv))/bin:$$PATH" CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(python) -m pip install -v \
-	  --no-build-isolation -Cbuild-dir=$(build) -Ccmake.define.FLASH_ATTN_JIT_TESTS=ON '.[test]' 2>&1 \
+	  --no-build-isolation -Cbuild-dir=$(build) -Ccmake.define.FLASH_ATTN_JIT_TESTS=ON \
+	  -Ccmake.define.FLASH_ATTN_JIT_WERROR=$(WERROR) '.[test]' 2>&1 \
 	  | tee $(build)/install.log \
 	  | { grep --line-buffered -E '^ *(\[[0-9]+/[0-9]+\]|.*(warning|error):|CMake (Warning|Error)|Downloading|Successfully)' || true; } \
 	  || { tail -n 60 $(build)/install.log; exit 1; }
@@ -65,9 +68,25 @@ $(stamps)/package: $(stamps)/torch $(sources) $(cpp_tests)
 $(stamps)/sanitized: $(stamps)/package $(cpp_tests)
 	@echo '== build the C++ tests under AddressSanitizer and UBSan'
 	@PATH="$(abspath $(venv))/bin:$$PATH" cmake -S . -B $(build_sanitized) -G Ninja --log-level=WARNING \
-	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASH_ATTN_JIT_SANITIZE=ON
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASH_ATTN_JIT_SANITIZE=ON -DFLASH_ATTN_JIT_WERROR=$(WERROR)
 	@PATH="$(abspath $(venv))/bin:$$PATH" cmake --build $(build_sanitized) -j $(JOBS)
 	@touch $@
+
+# The tests of what threads share: the cache, the compilers, the launch table. One test is left out: a process that
+# ThreadSanitizer watches does not survive the signal of a file-size limit.
+$(stamps)/threads: $(stamps)/package $(cpp_tests)
+	@echo '== build the C++ tests under ThreadSanitizer'
+	@PATH="$(abspath $(venv))/bin:$$PATH" cmake -S . -B $(build_threads) -G Ninja --log-level=WARNING \
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASH_ATTN_JIT_SANITIZE_THREADS=ON -DFLASH_ATTN_JIT_WERROR=$(WERROR)
+	@PATH="$(abspath $(venv))/bin:$$PATH" cmake --build $(build_threads) -j $(JOBS) --target flash_attn_jit_tests
+	@touch $@
+
+test-threads: $(stamps)/threads
+	@echo '== C++ tests under ThreadSanitizer'
+	@for test in kernel_cache cache_processes kernel_library devices host_compiler interrupt side_by_side; do \
+	  TSAN_OPTIONS=suppressions=tests/setup/thread_sanitizer.txt $(build_threads)/flash_attn_jit_tests \
+	    --source-file="*/test_$$test.cpp" --test-case-exclude='*file-size limit*'; \
+	done
 
 setup: $(stamps)/lint $(stamps)/package
 
@@ -83,6 +102,7 @@ lint: $(stamps)/lint
 	@$(venv)/bin/mypy --python-executable $(python)
 
 test-all: export FLASH_ATTN_JIT_TEST_ALL = 1
+test-all: test-threads
 # Where the C++ tests find both NVRTCs.
 test test-all: export FLASH_ATTN_JIT_TEST_SITE_PACKAGES = $(shell $(python) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
@@ -95,4 +115,4 @@ test test-all: lint $(stamps)/package $(stamps)/sanitized
 	@$(python) -m pytest -m 'not gpu' -n $(JOBS) --dist worksteal
 
 clean:
-	rm -rf $(venv) $(build) $(build_sanitized) build
+	rm -rf $(venv) $(build) $(build_sanitized) $(build_threads) build

@@ -9,8 +9,8 @@ namespace flash_attn_jit {
 namespace {
 
 // Forward, sm_75 and above. The rows for large problems come from a search over schedules, with a cycle model of the T4
-// as the first judge and times on a newer GPU that runs the same instructions as the second. Above 128 a warp has 16
-// rows: 32 rows of O alone would take more registers than there are.
+// as the first judge and times on a newer GPU that runs the same instructions as the second (see tools/tile_search).
+// Above 128 a warp has 16 rows: 32 rows of O alone would take more registers than there are.
 constexpr std::array kLargeFull = {
     TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {2, 6, 8}}},
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 5, 7}}},

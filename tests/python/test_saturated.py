@@ -96,7 +96,7 @@ def test_equal_scores(value):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU")
 @pytest.mark.parametrize("scale", [0.125, 0.11])
-@pytest.mark.parametrize("amplitude", AMPLITUDES)
+@pytest.mark.parametrize("amplitude", [a for a in AMPLITUDES if a <= 200])  # scores to 100,000
 @pytest.mark.parametrize("seqlen", [64, 500])
 def test_as_exact_as_pytorchs_flash_kernel(amplitude, scale, seqlen):
     def theirs(q, k, v, dout, scale):

@@ -101,23 +101,19 @@ def judge_all(args: argparse.Namespace, problem: Problem, tiles: list[str], pool
     record = {**problem._asdict(), "tried": len(judged)}
     if args.tiles == "space":
         record["space"] = {name: getattr(args, name) for name in ("block_m", "block_n", "warps", "register_dims")}
-    record["built_by"] = judged[0].built_by if judged else ""
-    fields = [name for name in Judged._fields if name != "built_by"]
-    record["best"] = [{name: getattr(tile, name) for name in fields} for tile in judged[:KEPT]]
+    record["best"] = [tile._asdict() for tile in judged[:KEPT]]
     return record
 
 
 def merge(path: Path, record: dict[str, Any]) -> None:
     """Puts the record into the file, in the place of the problem's; tiles found earlier stay if they are others."""
     records = json.loads(path.read_text()) if path.exists() else []
-    same = [r for r in records if all(r[name] == record[name] for name in Problem._fields)]
-    for old in same:
+    for old in [r for r in records if all(r[name] == record[name] for name in Problem._fields)]:
         records.remove(old)
-        tiles = {tile["tile"] for tile in record["best"]}
-        record["best"] += [tile for tile in old["best"] if tile["tile"] not in tiles]
-        record["tried"] = max(record["tried"], old["tried"])
-        if "space" in old:
-            record.setdefault("space", old["space"])
+        judged_anew = {tile["tile"] for tile in record["best"]}
+        record["best"] += [tile for tile in old["best"] if tile["tile"] not in judged_anew]
+        record["best"].sort(key=lambda tile: -tile["useful"])
+        record = {**old, **record, "tried": max(record["tried"], old["tried"])}
     records.append(record)
     records.sort(key=lambda r: [str(r[name]).zfill(4) for name in Problem._fields])
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,27 @@
+"""Where the default tiles come from: tools/tile_search/records holds what the search has found of each."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import run_program
+
+RECORDS = Path(__file__).parents[2] / "tools" / "tile_search" / "records"
+MASKS = {"full": [], "causal": ["--causal"]}
+
+
+def without_register_dims(tile: str) -> str:
+    """m256n16w8q64l2b7k7 less q64: a row of the tables serves smaller head dims with fewer dims in registers."""
+    before, after = tile.split("q")
+    return before + after[after.index("l") :]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kind", ["fwd", "bwd_dkdv", "bwd_dq"])
+def test_every_default_tile_of_large_problems_has_a_record(kind, mask):
+    records = json.loads((RECORDS / f"{kind}.json").read_text())
+    judged = {without_register_dims(tile["tile"]) for r in records if r["mask"] == mask for tile in r["best"]}
+    for head_dim in range(16, 257, 16):
+        kernel = ["--kind", kind, "--head-dim", head_dim, *MASKS[mask]]
+        spec = run_program("inspect", *kernel, "--emit", "spec").stdout.decode()
+        assert without_register_dims(spec.split()[-1]) in judged, spec
