@@ -26,7 +26,7 @@ help:
 	@echo 'make demo      prebuild kernels for sm_75, run attention and a training step, compare them with float64'
 	@echo 'make lint      clang-format, ruff and mypy: seconds'
 	@echo 'make test      lint, build, C++ tests (plain and under sanitizers), Python tests'
-	@echo 'make test-all  the same with the full grids'
+	@echo 'make test-all  the same with the full grids, and ThreadSanitizer (alone: make test-threads)'
 	@echo 'make setup     only install what those need; make clean removes every build and .venv'
 
 $(stamps)/system: tests/setup/system_packages.sh

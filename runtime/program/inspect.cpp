@@ -100,17 +100,17 @@ std::string content(const InspectFlags& flags) {
   const Emit emit = parse_emit(flags.emit);
   const KernelSpec spec = parse_kernel(flags.kernel, arch);
   const Config settings = config_with_nvrtc("--nvrtc", flags.nvrtc);
-  if (!flags.resources_output.empty() && (emit == Emit::kSpec || emit == Emit::kSource))
-    throw UsageError("--resources is given with --emit " + flags.emit +
-                     ", which compiles nothing; accepted: ptx, cubin");
+  if (!flags.resources_output.empty() && emit != Emit::kPtx && emit != Emit::kCubin)
+    throw UsageError("--resources is given with --emit " + flags.emit + "; accepted with it: --emit ptx or cubin");
   if (emit == Emit::kSpec) return spec.text() + "\n";
 
   if (emit == Emit::kSource) return render(spec, load_templates(settings)).source;
   const CodeKind code = emit == Emit::kPtx ? CodeKind::kPtx : CodeKind::kCubin;
   const Compiled compiled = compile(spec, {.sm = arch.sm, .code = code}, settings);
+  if (emit != Emit::kResources && flags.resources_output.empty()) return compiled.kernel.image;
   const std::string resources = json_text(resources_json(spec, compiled)) + "\n";
   if (emit == Emit::kResources) return resources;
-  if (!flags.resources_output.empty()) write_file("--resources", flags.resources_output, resources);
+  write_file("--resources", flags.resources_output, resources);
   return compiled.kernel.image;
 }
 

@@ -112,6 +112,13 @@ TEST_CASE("log2_approx, reciprocal, fma_rounded") {
   CHECK(evaluate("fma_rounded(x, x, y)", {x}, {-1 - 0x1p-11f})[0] == 0x1p-24f);
 }
 
+TEST_CASE("saturate") {
+  const std::vector<float> x = {-kInfinity, -1, -0.0f, 0, 1e-40f, 0.25f, 1, 1.0000001f, 7, kInfinity, kNaN};
+  const std::vector<float> expected = {0, 0, 0, 0, 1e-40f, 0.25f, 1, 1, 1, 1, 0};
+  const std::vector<float> out = evaluate("saturate(x)", x);
+  for (std::size_t i = 0; i < x.size(); ++i) CHECK(same(out[i], expected[i]));
+}
+
 TEST_CASE("max_ignoring_nan") {
   const std::vector<float> out =
       evaluate("max_ignoring_nan(x, y)", {1, 2, kNaN, 4, kNaN, -0.0f, 0.0f, -0.0f, -kInfinity},

@@ -145,6 +145,25 @@ TEST_CASE("ldmatrix gives each lane its elements of four matrices") {
     }
 }
 
+TEST_CASE("any_in_block hears every warp, each time anew, and is a barrier") {
+  const CompiledKernel kernel = compile_small_kernel("struct Params { float* out; };", R"(
+    const int thread = thread_in_block();
+    for (int i = 0; i < 5; ++i) {
+      if (thread == 0) store_shared_4B(0, i);
+      const bool any = any_in_block(i % 2 == 1 && thread == 33 * i % 96);
+      const unsigned shared = load_shared_2B(0);
+      block_barrier();
+      store_global_f32(params.out + thread * 5 + i, any ? static_cast<float>(shared) : -1.0f);
+    }
+  )");
+  std::vector<float> out(96 * 5);
+  float* params = out.data();
+  const TensorExtent extent = flat("out", out.data(), 96 * 5, 4, TensorUse::kWrite);
+  run_small_kernel(kernel, 96, &params, {&extent, 1});
+  for (int thread = 0; thread < 96; ++thread)
+    for (int i = 0; i < 5; ++i) CHECK(out[thread * 5 + i] == (i % 2 == 1 ? static_cast<float>(i) : -1.0f));
+}
+
 TEST_CASE("shuffle_xor and any_in_warp stay inside their warp") {
   const CompiledKernel kernel = compile_small_kernel("struct Params { float* out; };", R"(
     const int thread = thread_in_block();

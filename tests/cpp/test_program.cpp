@@ -84,6 +84,9 @@ TEST_CASE("a wrong call names the flag, what came and what is accepted, and exit
   refused("", "subcommand", "", "devices, inspect, prebuild, cache");
   refused("inspect --emit spec", "--head-dim", "required", "--gqa");
   refused("inspect --head-dim 64 --emit elf", "--emit", "'elf'", "spec, source, ptx, cubin, resources");
+  for (const char* emit : {"spec", "source", "resources"})
+    refused(std::string("inspect --head-dim 64 --resources r.json --emit ") + emit, "--resources", emit,
+            "ptx or cubin");
   refused("inspect --head-dim 64x --emit spec", "--head-dim", "'64x'", "a whole number");
   refused("inspect --head-dim 300 --emit spec", "--head-dim", "300", "1 to 256");
   refused("inspect --head-dim 64 --gqa 0 --emit spec", "--gqa", "'0'", "from 1");
