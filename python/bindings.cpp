@@ -38,7 +38,11 @@ void set_logger(const py::object& logger) {
       // As an argument of "%s": a message is no format string.
       (*log_method)(python_level(level), "%s", bindings::readable(message));
     } catch (py::error_already_set& error) {
-      error.discard_as_unraisable("flash_attn_jit's logger");
+      // Most likely not the logger's own: Python's signal handlers run wherever Python code does, and Ctrl-C must not
+      // get lost in here. A thread of ours has no Python code below that could be told.
+      if (PyEval_GetFrame() == nullptr) return error.discard_as_unraisable("flash_attn_jit's logger");
+      error.restore();
+      throw Interrupted();
     }
   });
 }

@@ -101,6 +101,7 @@ TensorInfo read(py::handle tensor, const char* argument) {
   try {
     return torch->exchange ? read_by_exchange(tensor) : read_by_attributes(tensor);
   } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_Exception)) throw;  // Ctrl-C is no fault of the tensor
     throw ArgumentError({argument, "is a tensor whose memory cannot be read (" + text_of(error.value()) + ")",
                          std::string("a dense torch.Tensor on ") + kAcceptedDevice});
   }

@@ -32,15 +32,18 @@ def hear_ctrl_c() -> None:
 
 def run_python(code: str, **changes: Any) -> "subprocess.CompletedProcess[str]":
     """A fresh interpreter runs `code`, outside of any folder that holds a package."""
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        preexec_fn=hear_ctrl_c,
-        env=environment(**changes),
-        cwd=_folder.name,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    try:
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            preexec_fn=hear_ctrl_c,
+            env=environment(**changes),
+            cwd=_folder.name,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+    except subprocess.TimeoutExpired as expired:  # its own text leaves out what was printed
+        pytest.fail(f"{expired}\n{expired.stdout!r}\n{expired.stderr!r}")
 
 
 def run_module(name: str, *arguments: Any, cwd: Path, **changes: Any) -> "subprocess.CompletedProcess[str]":

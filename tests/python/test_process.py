@@ -75,6 +75,52 @@ def test_a_signal_handler_runs_while_a_kernel_does_and_may_call_another():
     assert done.returncode == 0 and done.stdout == "True\n", done.stderr
 
 
+@pytest.mark.parametrize(
+    ("number", "handler", "raised"),
+    [
+        ("SIGINT", "signal.default_int_handler", "KeyboardInterrupt"),
+        ("SIGUSR1", "lambda *_: open('/no/such/file')", "FileNotFoundError"),
+    ],
+)
+def test_what_a_signal_handler_raises_is_not_lost_in_the_logger(number, handler, raised, tmp_path):
+    """The signal comes while the library tells of a slow compile, in the one kernel of forward and in one of three."""
+    wrapper = tmp_path / "cxx"
+    wrapper.write_text('#!/bin/sh\ncase "$*" in *--version*) ;; *) sleep 0.6;; esac\nexec c++ "$@"\n')
+    wrapper.chmod(0o755)
+    done = run_python(
+        ATTENTION
+        + textwrap.dedent(
+            f"""
+            import logging
+            class Send(logging.Handler):
+                sent = False
+                def emit(self, record):
+                    if not self.sent:
+                        self.sent = True
+                        os.kill(os.getpid(), signal.{number})
+                        for _ in range(1000):
+                            pass
+            signal.signal(signal.{number}, {handler})
+            logger = logging.getLogger("flash_attn_jit")
+            logger.setLevel(logging.INFO)
+            caught = []
+            for work in (forward, backward):
+                logger.addHandler(sends := Send())
+                try:
+                    work(128)
+                except {raised}:
+                    caught.append(work.__name__)
+                logger.removeHandler(sends)
+                work(128)
+            print(*caught)
+            """
+        ),
+        FLASH_ATTN_JIT_CXX=wrapper,
+        FLASH_ATTN_JIT_CACHE_DIR=tmp_path / "cache",
+    )
+    assert done.returncode == 0 and done.stdout == "forward backward\n", done.stdout + done.stderr
+
+
 def test_ignored_children_do_not_hide_the_compiler(tmp_path):
     done = run_python(
         "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
