@@ -68,11 +68,12 @@ $(stamps)/package: $(stamps)/torch $(sources) $(cpp_tests)
 $(stamps)/sanitized: $(stamps)/package $(cpp_tests)
 	@echo '== build the C++ tests under AddressSanitizer and UBSan'
 	@PATH="$(abspath $(venv))/bin:$$PATH" cmake -S . -B $(build_sanitized) -G Ninja --log-level=WARNING \
-	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASH_ATTN_JIT_SANITIZE=ON -DFLASH_ATTN_JIT_WERROR=$(WERROR)
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_UNITY_BUILD=ON -DFLASH_ATTN_JIT_SANITIZE=ON \
+	  -DFLASH_ATTN_JIT_WERROR=$(WERROR)
 	@PATH="$(abspath $(venv))/bin:$$PATH" cmake --build $(build_sanitized) -j $(JOBS)
 	@touch $@
 
-# The tests of what threads share: the cache, the compilers, the launch table. One test is left out: a process that
+# Not a unity build, so that each file is seen to include what it uses. The tests of what threads share: the cache, the compilers, the launch table. One test is left out: a process that
 # ThreadSanitizer watches does not survive the signal of a file-size limit.
 $(stamps)/threads: $(stamps)/package $(cpp_tests)
 	@echo '== build the C++ tests under ThreadSanitizer'

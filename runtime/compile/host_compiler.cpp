@@ -103,7 +103,7 @@ std::vector<std::string> host_compiler_flags(const HostCompiler& compiler) {
       // The process has AddressSanitizer's library, so an object may use it.
       "-fsanitize=address",
       "-fno-omit-frame-pointer",
-      "-g",
+      "-g1",
 #else
       "-s",
 #endif

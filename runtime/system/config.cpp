@@ -30,9 +30,9 @@ std::optional<fs::path> home_in_list(const std::optional<std::string>& name) {
 }
 
 // Reads variables; an empty value is no value.
-class Reader {
+class VariableReader {
  public:
-  explicit Reader(const EnvironmentLookup& environment) : environment_(environment) {}
+  explicit VariableReader(const EnvironmentLookup& environment) : environment_(environment) {}
 
   std::optional<std::string> text(const std::string& name) const {
     std::optional<std::string> value = environment_(name);
@@ -78,7 +78,7 @@ class Reader {
 };
 
 // Empty where there is none.
-fs::path cache_folder(const Reader& reader) {
+fs::path cache_folder(const VariableReader& reader) {
   if (auto dir = reader.own_path("CACHE_DIR")) return *dir;
   // The XDG base directory specification tells to ignore a relative path.
   if (auto xdg = reader.path("XDG_CACHE_HOME"); xdg && xdg->is_absolute()) return *xdg / "flash-attn-jit";
@@ -86,37 +86,37 @@ fs::path cache_folder(const Reader& reader) {
   return {};
 }
 
-std::uint64_t byte_count(const Reader& reader, const std::string& name, std::uint64_t otherwise) {
+std::uint64_t byte_count(const VariableReader& reader, const std::string& name, std::uint64_t otherwise) {
   const auto value = reader.own(name);
   if (!value) return otherwise;
   std::uint64_t bytes = 0;
   const char* end = value->data() + value->size();
   const auto [stop, error] = std::from_chars(value->data(), end, bytes);
-  if (error != std::errc() || stop != end) Reader::refuse(name, *value, "a number of bytes, such as 1073741824");
+  if (error != std::errc() || stop != end) VariableReader::refuse(name, *value, "a number of bytes, such as 1073741824");
   return bytes;
 }
 
-bool flag(const Reader& reader, const std::string& name) {
+bool flag(const VariableReader& reader, const std::string& name) {
   const auto value = reader.own(name);
   if (!value || *value == "0") return false;
   if (*value == "1") return true;
-  Reader::refuse(name, *value, "0, 1");
+  VariableReader::refuse(name, *value, "0, 1");
 }
 
-TargetChoice target_choice(const Reader& reader) {
+TargetChoice target_choice(const VariableReader& reader) {
   const auto value = reader.own("TARGET");
   if (!value || *value == "native") return TargetChoice::kNative;
   if (*value == "compute_75") return TargetChoice::kCompute75;
-  Reader::refuse("TARGET", *value, "native, compute_75");
+  VariableReader::refuse("TARGET", *value, "native, compute_75");
 }
 
-std::optional<fs::path> existing(const Reader& reader, const std::string& name, bool folder) {
+std::optional<fs::path> existing(const VariableReader& reader, const std::string& name, bool folder) {
   const auto path = reader.own_path(name);
   std::error_code ignored;
   if (path && folder && !fs::is_directory(*path, ignored))
-    Reader::refuse(name, path->string(), "a folder; there is none at that path");
+    VariableReader::refuse(name, path->string(), "a folder; there is none at that path");
   if (path && !fs::exists(*path, ignored))
-    Reader::refuse(name, path->string(), "a file or folder; there is none at that path");
+    VariableReader::refuse(name, path->string(), "a file or folder; there is none at that path");
   return path;
 }
 
@@ -140,7 +140,7 @@ std::optional<std::string> from_process(const std::string& name) {
 }  // namespace
 
 Config read_config(const EnvironmentLookup& environment) {
-  const Reader reader(environment);
+  const VariableReader reader(environment);
   Config config;
   config.cache_dir = cache_folder(reader);
   config.cache_max_bytes = byte_count(reader, "CACHE_MAX_BYTES", config.cache_max_bytes);

@@ -106,7 +106,7 @@ HeldLocks& held_locks() {
 }
 
 // Made while the library is loaded: a fork must not fall into its making.
-[[maybe_unused]] const HeldLocks& made_early = held_locks();
+[[maybe_unused]] const HeldLocks& locks_made_early = held_locks();
 
 // Writes into a lock's file who holds it, for those who wait. Where that fails they are told less.
 void sign(int lock) {

@@ -37,7 +37,7 @@ Registry& registry() {
 }
 
 // Made while the library is loaded, before there can be threads that ask for it.
-[[maybe_unused]] const Registry& made_early = registry();
+[[maybe_unused]] const Registry& registry_made_early = registry();
 
 }  // namespace
 

@@ -15,38 +15,38 @@ void write_to_stderr(LogLevel level, const std::string& message) {
   std::cerr << prefix + message + "\n";
 }
 
-struct State {
+struct LogState {
   ForkSafeMutex mutex;
   std::shared_ptr<const LogSink> sink = std::make_shared<const LogSink>(write_to_stderr);
   std::set<std::string> warned;
 };
 
-State& state() {
-  static constinit ProcessOwn<State> process_state;
-  return process_state.get([] { return State(); });
+LogState& log_state() {
+  static constinit ProcessOwn<LogState> process_state;
+  return process_state.get([] { return LogState(); });
 }
 
 }  // namespace
 
 void set_log_sink(LogSink sink) {
   auto shared = std::make_shared<const LogSink>(sink ? std::move(sink) : LogSink(write_to_stderr));
-  const std::lock_guard lock(state().mutex);
-  state().sink.swap(shared);
+  const std::lock_guard lock(log_state().mutex);
+  log_state().sink.swap(shared);
 }
 
 void log(LogLevel level, const std::string& message) {
   std::shared_ptr<const LogSink> sink;
   {
-    const std::lock_guard lock(state().mutex);
-    sink = state().sink;
+    const std::lock_guard lock(log_state().mutex);
+    sink = log_state().sink;
   }
   (*sink)(level, message);
 }
 
 void warn_once(const std::string& message) {
   {
-    const std::lock_guard lock(state().mutex);
-    if (!state().warned.insert(message).second) return;
+    const std::lock_guard lock(log_state().mutex);
+    if (!log_state().warned.insert(message).second) return;
   }
   log(LogLevel::kWarning, message);
 }

@@ -28,6 +28,8 @@ struct BackwardCase {
   static BackwardCase parse(std::string_view text);
 };
 
+inline const ForwardCase& problem_of(const BackwardCase& c) { return c.forward; }
+
 // The tensors of a case: inputs freshly drawn, out and softmax_lse as the forward kernel makes them.
 struct BackwardTensors {
   explicit BackwardTensors(const BackwardCase& c);

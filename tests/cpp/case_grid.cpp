@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <set>
+#include <sstream>
 #include <tuple>
 
 #include "generator/legality.h"
@@ -140,12 +142,21 @@ bool tests_all() {
 
 Share share_of_grid() {
   if (tests_all()) return {0, 1};
-  return kAddressSanitizer ? Share{1, 8} : Share{0, 2};
+  return kAddressSanitizer ? Share{1, 24} : Share{0, 4};
 }
 
-Share share_of_drawn() {
+Share share_of_few() {
   if (tests_all() || !kAddressSanitizer) return {0, 1};
   return {0, 5};
+}
+
+std::set<std::string> values_of(const ForwardCase& c) {
+  ForwardCase chosen = c;
+  chosen.tile.reset();
+  chosen.batch = 1;  // follows the other choices, as the number of sequences does
+  chosen.sequences = std::min<std::int64_t>(c.sequences, 1);
+  std::istringstream words(chosen.text());
+  return {std::istream_iterator<std::string>(words), {}};
 }
 
 Choice only(int head_dim) {

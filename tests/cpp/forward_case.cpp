@@ -20,16 +20,16 @@
 namespace flash_attn_jit::testing {
 namespace {
 
-constexpr std::array<std::pair<Layout, const char*>, 5> kLayouts = {{{Layout::kContiguous, "contiguous"},
-                                                                     {Layout::kTransposed, "transposed"},
-                                                                     {Layout::kRowGaps, "rowgaps"},
-                                                                     {Layout::kOddStrides, "oddstrides"},
-                                                                     {Layout::kMisaligned, "misaligned"}}};
+constexpr std::array<std::pair<Layout, const char*>, 5> kLayoutNames = {{{Layout::kContiguous, "contiguous"},
+                                                                         {Layout::kTransposed, "transposed"},
+                                                                         {Layout::kRowGaps, "rowgaps"},
+                                                                         {Layout::kOddStrides, "oddstrides"},
+                                                                         {Layout::kMisaligned, "misaligned"}}};
 
-constexpr std::array<std::pair<Inputs, const char*>, 4> kInputs = {{{Inputs::kNormal, "normal"},
-                                                                    {Inputs::kRising, "rising"},
-                                                                    {Inputs::kFalling, "falling"},
-                                                                    {Inputs::kThousand, "thousand"}}};
+constexpr std::array<std::pair<Inputs, const char*>, 4> kInputNames = {{{Inputs::kNormal, "normal"},
+                                                                        {Inputs::kRising, "rising"},
+                                                                        {Inputs::kFalling, "falling"},
+                                                                        {Inputs::kThousand, "thousand"}}};
 
 template <class Names, class Value>
 std::string name_of(const Names& names, Value value) {
@@ -101,9 +101,9 @@ AttentionOptions options_of(const ForwardCase& c, const ForwardTensors& t) {
 }
 
 bool take_word(std::string_view word, ForwardCase& c) {
-  for (const auto& [layout, name] : kLayouts)
+  for (const auto& [layout, name] : kLayoutNames)
     if (word == name) return c.layout = layout, true;
-  for (const auto& [inputs, name] : kInputs) {
+  for (const auto& [inputs, name] : kInputNames) {
     if (word == name) return c.inputs = inputs, true;
     if (take_number(word, name, c.rise)) return c.inputs = inputs, true;
   }
@@ -206,8 +206,8 @@ void compare(const ForwardCase& c, ForwardTensors& t, ForwardOutcome& outcome) {
 std::string ForwardCase::text() const {
   std::string text = "hdim" + std::to_string(head_dim) + " " + mask_text(*this) + " gqa" + std::to_string(group_size) +
                      " batch" + std::to_string(batch) + " headsk" + std::to_string(num_heads_k) + " sq" +
-                     std::to_string(seqlen_q) + " sk" + std::to_string(seqlen_k) + " " + name_of(kLayouts, layout) +
-                     " " + name_of(kInputs, inputs);
+                     std::to_string(seqlen_q) + " sk" + std::to_string(seqlen_k) + " " + name_of(kLayoutNames, layout) +
+                     " " + name_of(kInputNames, inputs);
   if (inputs == Inputs::kRising || inputs == Inputs::kFalling) text += number_text(rise);
   if (softcap > 0) text += " softcap" + number_text(softcap);
   if (alibi != AlibiCase::kOff) text += alibi == AlibiCase::kHeads ? " alibi" : " alibibatch";

@@ -52,7 +52,7 @@ void add_default_tiles(int head_dim, PairwiseChoices& choices, std::vector<Forwa
 
 // Every default tile with what it is for, every tile of the tile space with some head dim, and every two
 // choices with each other.
-std::vector<ForwardCase> pairwise_cases() {
+std::vector<ForwardCase> pairwise_forward_cases() {
   std::vector<ForwardCase> cases;
   PairwiseChoices choices;
   std::set<TileConfig> seen;
@@ -69,7 +69,7 @@ std::vector<ForwardCase> pairwise_cases() {
 // lengths with every head dim, mask and group size on the default tiles. The other choices take turns. A tile keeps its
 // group size and is used either with 16-byte or with element-wise access, since each of these is another kernel to
 // compile.
-std::vector<ForwardCase> all_cases() {
+std::vector<ForwardCase> all_forward_cases() {
   std::vector<ForwardCase> cases;
   std::mt19937 random(2);
   const Choice size = sizes();
@@ -95,7 +95,7 @@ std::vector<ForwardCase> all_cases() {
   return cases;
 }
 
-void check_all(const std::vector<ForwardCase>& cases) {
+void check_all_forward(const std::vector<ForwardCase>& cases) {
   MESSAGE(cases.size() << " cases");
   CHECK(count_faults(cases, [](const ForwardCase& c) { return run_forward_case(c).fault; }) == 0);
 }
@@ -114,13 +114,13 @@ TEST_CASE("the case of FLASH_ATTN_JIT_TEST_CASE") {
 }
 
 TEST_CASE("a case's text parses back") {
-  for (const ForwardCase& c : pairwise_cases()) REQUIRE(ForwardCase::parse(c.text()).text() == c.text());
+  for (const ForwardCase& c : pairwise_forward_cases()) REQUIRE(ForwardCase::parse(c.text()).text() == c.text());
 }
 
 TEST_CASE("forward: every tile, head dim, length, layout and input, pair by pair") {
-  check_all(pick(pairwise_cases(), share_of_grid()));
+  check_all_forward(pick_of_grid(pairwise_forward_cases()));
 }
 
 TEST_CASE("forward: the whole grid (FLASH_ATTN_JIT_TEST_ALL=1)") {
-  if (tests_all()) check_all(all_cases());
+  if (tests_all()) check_all_forward(all_forward_cases());
 }

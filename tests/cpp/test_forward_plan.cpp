@@ -16,17 +16,17 @@ constexpr int kMultiprocessors = 40;
 
 void* address(std::uintptr_t at) { return reinterpret_cast<void*>(at); }
 
-TensorView contiguous(std::uintptr_t at, std::int64_t b, std::int64_t s, std::int64_t h, std::int64_t d) {
+TensorView contiguous_view(std::uintptr_t at, std::int64_t b, std::int64_t s, std::int64_t h, std::int64_t d) {
   return {address(at), {b, s, h, d}, {s * h * d, h * d, d, 1}};
 }
 
-ForwardRequest request(std::int64_t b, std::int64_t sq, std::int64_t sk, std::int64_t h, std::int64_t hk,
-                       std::int64_t d) {
+ForwardRequest forward_request(std::int64_t b, std::int64_t sq, std::int64_t sk, std::int64_t h, std::int64_t hk,
+                               std::int64_t d) {
   ForwardRequest r;
-  r.q = contiguous(0x1000, b, sq, h, d);
-  r.k = contiguous(0x2000, b, sk, hk, d);
-  r.v = contiguous(0x3000, b, sk, hk, d);
-  r.out = contiguous(0x4000, b, sq, h, d);
+  r.q = contiguous_view(0x1000, b, sq, h, d);
+  r.k = contiguous_view(0x2000, b, sk, hk, d);
+  r.v = contiguous_view(0x3000, b, sk, hk, d);
+  r.out = contiguous_view(0x4000, b, sq, h, d);
   r.softmax_lse = reinterpret_cast<float*>(address(0x5000));
   r.options.softmax_scale = 0.125f;
   return r;
@@ -47,7 +47,7 @@ std::string refusal(const ForwardRequest& r) {
 }  // namespace
 
 TEST_CASE("plan: what the kernel is told") {
-  ForwardRequest r = request(2, 300, 500, 8, 2, 64);
+  ForwardRequest r = forward_request(2, 300, 500, 8, 2, 64);
   r.options.mask = Mask::kCausal;
   const LaunchPlan p = plan(r);
   CHECK(p.spec.head_dim == 64);
@@ -76,7 +76,7 @@ TEST_CASE("plan: what the kernel is told") {
 }
 
 TEST_CASE("plan: strides are taken as they are") {
-  ForwardRequest r = request(2, 32, 32, 4, 4, 64);
+  ForwardRequest r = forward_request(2, 32, 32, 4, 4, 64);
   r.q.strides = {1'000'000'000'000, 64, 32 * 64, 1};  // (b, h, s, d) transposed, batches far apart
   const LaunchPlan p = plan(r);
   CHECK(p.params.q_strides.batch == 1'000'000'000'000);
@@ -86,7 +86,7 @@ TEST_CASE("plan: strides are taken as they are") {
 }
 
 TEST_CASE("plan: the sign and the size of the scale") {
-  ForwardRequest r = request(1, 8, 8, 1, 1, 64);
+  ForwardRequest r = forward_request(1, 8, 8, 1, 1, 64);
   r.options.softmax_scale = -2;
   CHECK(plan(r).params.sign == 0x80008000u);
   CHECK(plan(r).params.softmax_scale_log2 == doctest::Approx(2 * std::log2(std::exp(1.0))));
@@ -101,7 +101,7 @@ TEST_CASE("plan: the sign and the size of the scale") {
 
 TEST_CASE("plan: 16-byte accesses only where everything allows them") {
   const auto access = [](auto change, std::int64_t head_dim = 64) {
-    ForwardRequest r = request(2, 32, 32, 4, 4, head_dim);
+    ForwardRequest r = forward_request(2, 32, 32, 4, 4, head_dim);
     change(r);
     return plan(r).spec.access;
   };
@@ -122,7 +122,7 @@ TEST_CASE("plan: 16-byte accesses only where everything allows them") {
 }
 
 TEST_CASE("plan: a dimension of one element may have any stride") {
-  ForwardRequest r = request(1, 32, 32, 1, 1, 64);
+  ForwardRequest r = forward_request(1, 32, 32, 1, 1, 64);
   r.q.strides = {3, 64, 5, 1};
   r.k.strides = {7, 64, 9, 1};
   const LaunchPlan p = plan(r);
@@ -131,32 +131,33 @@ TEST_CASE("plan: a dimension of one element may have any stride") {
   CHECK(p.params.q_strides.head == 0);
   CHECK(p.params.k_strides.batch == 0);
   CHECK(p.params.q_strides.row == 64);
-  ForwardRequest one = request(2, 8, 8, 1, 1, 1);
+  ForwardRequest one = forward_request(2, 8, 8, 1, 1, 1);
   one.q.strides[3] = 77;
   CHECK(plan(one).blocks > 0);
 }
 
 TEST_CASE("plan: nothing to launch where out has no elements, but without keys there is") {
-  CHECK(plan(request(0, 8, 8, 2, 2, 64)).blocks == 0);
-  CHECK(plan(request(2, 0, 8, 2, 2, 64)).blocks == 0);
-  CHECK(plan(request(2, 8, 8, 0, 0, 64)).blocks == 0);
-  ForwardRequest none = request(2, 0, 8, 2, 2, 64);
+  CHECK(plan(forward_request(0, 8, 8, 2, 2, 64)).blocks == 0);
+  CHECK(plan(forward_request(2, 0, 8, 2, 2, 64)).blocks == 0);
+  CHECK(plan(forward_request(2, 8, 8, 0, 0, 64)).blocks == 0);
+  ForwardRequest none = forward_request(2, 0, 8, 2, 2, 64);
   none.q.data = none.out.data = nullptr;
   none.softmax_lse = nullptr;
   CHECK(plan(none).blocks == 0);
-  ForwardRequest no_keys = request(2, 8, 0, 2, 2, 64);
+  ForwardRequest no_keys = forward_request(2, 8, 0, 2, 2, 64);
   no_keys.k.data = no_keys.v.data = nullptr;
   CHECK(plan(no_keys).blocks > 0);
   CHECK(plan(no_keys).params.seqlen_k == 0);
 }
 
 TEST_CASE("plan: a small problem gets smaller tiles than a large one") {
-  const LaunchPlan small = plan(request(1, 512, 512, 4, 4, 128)), large = plan(request(16, 4096, 4096, 16, 16, 128));
+  const LaunchPlan small = plan(forward_request(1, 512, 512, 4, 4, 128)),
+                   large = plan(forward_request(16, 4096, 4096, 16, 16, 128));
   CHECK(small.spec.tile.block_m < large.spec.tile.block_m);
 }
 
 TEST_CASE("plan: a tile that is asked for is taken, or refused with check()'s reason") {
-  ForwardRequest r = request(1, 512, 512, 4, 4, 64);
+  ForwardRequest r = forward_request(1, 512, 512, 4, 4, 64);
   r.tile = TileConfig::parse("m64n32w4q64l2b8k8");
   CHECK(plan(r).spec.tile == *r.tile);
   r.tile = TileConfig::parse("m64n17w4q64l2b8k8");
@@ -166,41 +167,43 @@ TEST_CASE("plan: a tile that is asked for is taken, or refused with check()'s re
 }
 
 TEST_CASE("plan: more blocks than a grid holds") {
-  ForwardRequest r = request(70'000, 100'000, 8, 1000, 1000, 64);
+  ForwardRequest r = forward_request(70'000, 100'000, 8, 1000, 1000, 64);
   CHECK(refusal<UnsupportedError>(r) == Containing{"2147483647"});
-  CHECK(refusal<UnsupportedError>(request(1, 1ll << 31, 8, 1, 1, 64)) == Containing{"q has shape"});
+  CHECK(refusal<UnsupportedError>(forward_request(1, 1ll << 31, 8, 1, 1, 64)) == Containing{"q has shape"});
 }
 
 TEST_CASE("plan: shapes that contradict each other name the argument, what came and what is accepted") {
-  ForwardRequest r = request(2, 8, 8, 4, 4, 64);
-  r.k = contiguous(0x2000, 3, 8, 4, 64);
+  ForwardRequest r = forward_request(2, 8, 8, 4, 4, 64);
+  r.k = contiguous_view(0x2000, 3, 8, 4, 64);
   CHECK(refusal<ArgumentError>(r) == Containing{"k has shape (3, 8, 4, 64); accepted: (2, 8, 4, 64)"});
-  r = request(2, 8, 8, 4, 4, 64);
-  r.k = contiguous(0x2000, 2, 8, 4, 32);
+  r = forward_request(2, 8, 8, 4, 4, 64);
+  r.k = contiguous_view(0x2000, 2, 8, 4, 32);
   CHECK(refusal<ArgumentError>(r) == Containing{"k has shape"});
-  r = request(2, 8, 8, 4, 4, 64);
-  r.v = contiguous(0x3000, 2, 9, 4, 64);
+  r = forward_request(2, 8, 8, 4, 4, 64);
+  r.v = contiguous_view(0x3000, 2, 9, 4, 64);
   CHECK(refusal<ArgumentError>(r) == Containing{"v has shape (2, 9, 4, 64); accepted: (2, 8, 4, 64)"});
-  r = request(2, 8, 8, 4, 4, 64);
-  r.out = contiguous(0x4000, 2, 8, 2, 64);
+  r = forward_request(2, 8, 8, 4, 4, 64);
+  r.out = contiguous_view(0x4000, 2, 8, 2, 64);
   CHECK(refusal<ArgumentError>(r) == Containing{"out has shape"});
-  CHECK(refusal<ArgumentError>(request(2, 8, 8, 4, 3, 64)) == Containing{"q has 4 heads and k 3"});
-  CHECK(refusal<ArgumentError>(request(2, 8, 8, 4, 0, 64)) == Containing{"q has 4 heads and k 0"});
+  CHECK(refusal<ArgumentError>(forward_request(2, 8, 8, 4, 3, 64)) == Containing{"q has 4 heads and k 3"});
+  CHECK(refusal<ArgumentError>(forward_request(2, 8, 8, 4, 0, 64)) == Containing{"q has 4 heads and k 0"});
 }
 
 TEST_CASE("plan: memory that cannot be read") {
-  ForwardRequest r = request(2, 8, 8, 4, 4, 64);
+  ForwardRequest r = forward_request(2, 8, 8, 4, 4, 64);
   r.v.data = nullptr;
   CHECK(refusal<ArgumentError>(r) == Containing{"v has elements but no memory"});
-  r = request(2, 8, 8, 4, 4, 64);
+  r = forward_request(2, 8, 8, 4, 4, 64);
   r.softmax_lse = nullptr;
   CHECK(refusal<ArgumentError>(r) == Containing{"softmax_lse"});
-  r = request(2, 8, 8, 4, 4, 64);
+  r = forward_request(2, 8, 8, 4, 4, 64);
   r.k.strides[3] = 2;
   CHECK(refusal<ArgumentError>(r) == Containing{"k has strides"});
 }
 
 TEST_CASE("plan: head dims that no kernel is for") {
-  CHECK(refusal<UnsupportedError>(request(2, 8, 8, 4, 4, 257)) == Containing{"head_dim is 257; accepted: 1 to 256"});
-  CHECK(refusal<UnsupportedError>(request(2, 8, 8, 4, 4, 0)) == Containing{"head_dim is 0; accepted: 1 to 256"});
+  CHECK(refusal<UnsupportedError>(forward_request(2, 8, 8, 4, 4, 257)) ==
+        Containing{"head_dim is 257; accepted: 1 to 256"});
+  CHECK(refusal<UnsupportedError>(forward_request(2, 8, 8, 4, 4, 0)) ==
+        Containing{"head_dim is 0; accepted: 1 to 256"});
 }

@@ -21,7 +21,7 @@ using namespace flash_attn_jit::testing;
 
 namespace {
 
-constexpr std::uint16_t kNaN = 0x7e00, kInfinity = 0x7c00;
+constexpr std::uint16_t kNanBits = 0x7e00, kInfinityBits = 0x7c00;
 
 struct Row {
   std::int64_t b, i, h;
@@ -98,7 +98,7 @@ std::function<bool(const Row&)> own_tile(const ForwardCase& c, std::int64_t b, s
 
 TEST_CASE("NaN and infinity in one element of q reach that row and no other") {
   for (const Mask mask : {Mask::kNone, Mask::kCausal})
-    for (const std::uint16_t bits : {kNaN, kInfinity}) {
+    for (const std::uint16_t bits : {kNanBits, kInfinityBits}) {
       const ForwardCase c = small_case(mask);
       ForwardTensors t(c);
       t.q.at(1, 70, 2, 5) = bits;
@@ -117,7 +117,7 @@ TEST_CASE("rows whose last keys all score -inf take their weights from the other
         for (std::int64_t i = 0; i < seqlen_q; ++i)
           for (std::int64_t h = 0; h < heads; ++h) t.q.at(b, i, h, 0) = to_fp16(-1);
         for (std::int64_t j = first_infinite; j < c.seqlen_k; ++j)
-          for (std::int64_t h = 0; h < c.num_heads_k; ++h) t.k.at(b, j, h, 0) = kInfinity;
+          for (std::int64_t h = 0; h < c.num_heads_k; ++h) t.k.at(b, j, h, 0) = kInfinityBits;
       }
       CHECK(compare_with_float64(t) == 0);
     }
@@ -125,7 +125,7 @@ TEST_CASE("rows whose last keys all score -inf take their weights from the other
 
 TEST_CASE("NaN and infinity in one element of k reach every row that sees it") {
   for (const Mask mask : {Mask::kNone, Mask::kCausal})
-    for (const std::uint16_t bits : {kNaN, kInfinity})
+    for (const std::uint16_t bits : {kNanBits, kInfinityBits})
       for (const std::int64_t key : {0, 100, 160}) {
         CAPTURE(key);
         const ForwardCase c = small_case(mask);
@@ -137,7 +137,7 @@ TEST_CASE("NaN and infinity in one element of k reach every row that sees it") {
 
 TEST_CASE("NaN and infinity in one element of v reach every row that sees it") {
   for (const Mask mask : {Mask::kNone, Mask::kCausal})
-    for (const std::uint16_t bits : {kNaN, kInfinity})
+    for (const std::uint16_t bits : {kNanBits, kInfinityBits})
       for (const std::int64_t key : {0, 100, 160}) {
         CAPTURE(key);
         const ForwardCase c = small_case(mask);
@@ -155,7 +155,7 @@ TEST_CASE("a head, or a batch, full of NaN does not reach another") {
       for (std::int64_t s = 0; s < tensor->shape()[1]; ++s)
         for (std::int64_t h = 0; h < tensor->shape()[2]; ++h)
           for (std::int64_t d = 0; d < c.head_dim; ++d)
-            if (whole_batch || h * c.num_heads_k / tensor->shape()[2] == 1) tensor->at(1, s, h, d) = kNaN;
+            if (whole_batch || h * c.num_heads_k / tensor->shape()[2] == 1) tensor->at(1, s, h, d) = kNanBits;
     check_against_float64(t);
   }
 }
@@ -163,7 +163,7 @@ TEST_CASE("a head, or a batch, full of NaN does not reach another") {
 TEST_CASE("a row whose every score is minus infinity is NaN, not empty") {
   ForwardCase c = small_case(Mask::kNone);
   ForwardTensors t(c);
-  for (std::int64_t key = 0; key < c.seqlen_k; ++key) t.k.at(0, key, 0, 0) = kInfinity;
+  for (std::int64_t key = 0; key < c.seqlen_k; ++key) t.k.at(0, key, 0, 0) = kInfinityBits;
   for (std::int64_t row = 0; row < c.seqlen_q; ++row) t.q.at(0, row, 0, 0) = to_fp16(-1);
   check_against_float64(t);
 }

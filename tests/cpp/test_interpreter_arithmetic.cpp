@@ -38,8 +38,8 @@ std::vector<float> evaluate(const std::string& expression, std::vector<float> x,
 
 bool same(float a, float b) { return std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b); }
 
-constexpr float kInfinity = INFINITY;
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInfinityF32 = INFINITY;
+constexpr float kNanF32 = std::numeric_limits<float>::quiet_NaN();
 
 }  // namespace
 
@@ -50,7 +50,7 @@ TEST_CASE("Fp16::pack rounds to nearest even, and the halves do not mix") {
     const float value = static_cast<float>(from_fp16(static_cast<std::uint16_t>(h)));
     const float above = h == 0x7bff ? 65536.0f : static_cast<float>(from_fp16(static_cast<std::uint16_t>(h + 1)));
     const float middle = (value + above) / 2;
-    for (const float each : {value, middle, std::nextafter(middle, 0.0f), std::nextafter(middle, kInfinity)}) {
+    for (const float each : {value, middle, std::nextafter(middle, 0.0f), std::nextafter(middle, kInfinityF32)}) {
       x.push_back(each);
       y.push_back(-each);
     }
@@ -64,8 +64,9 @@ TEST_CASE("Fp16::pack rounds to nearest even, and the halves do not mix") {
 }
 
 TEST_CASE("Fp16::pack of special values") {
-  const std::vector<float> out = evaluate("bits_float(Fp16::pack(x, 0.0f))", {kInfinity, -kInfinity, 65519.0f, 65520.0f,
-                                                                              1e30f, kNaN, -kNaN, -0.0f, 1e-30f});
+  const std::vector<float> out =
+      evaluate("bits_float(Fp16::pack(x, 0.0f))",
+               {kInfinityF32, -kInfinityF32, 65519.0f, 65520.0f, 1e30f, kNanF32, -kNanF32, -0.0f, 1e-30f});
   const std::array<std::uint32_t, 9> expected = {0x7c00, 0xfc00, 0x7bff, 0x7c00, 0x7c00, 0x7fff, 0x7fff, 0x8000, 0};
   for (std::size_t i = 0; i < expected.size(); ++i) CHECK(std::bit_cast<std::uint32_t>(out[i]) == expected[i]);
 }
@@ -81,31 +82,31 @@ TEST_CASE("exp2_approx is within 2 ulp, and has no subnormals") {
     REQUIRE(std::fabs(out[i] - exact) <= exact * 0x1p-22);
   }
   const std::vector<float> special =
-      evaluate("exp2_approx(x)", {0.0f, -0.0f, kInfinity, -kInfinity, kNaN, 128.0f, -126.5f, -200.0f, 1e-40f});
+      evaluate("exp2_approx(x)", {0.0f, -0.0f, kInfinityF32, -kInfinityF32, kNanF32, 128.0f, -126.5f, -200.0f, 1e-40f});
   CHECK(special[0] == 1);
   CHECK(special[1] == 1);
-  CHECK(special[2] == kInfinity);
+  CHECK(special[2] == kInfinityF32);
   CHECK(same(special[3], 0.0f));
   CHECK(std::isnan(special[4]));
-  CHECK(special[5] == kInfinity);
+  CHECK(special[5] == kInfinityF32);
   CHECK(same(special[6], 0.0f));
   CHECK(same(special[7], 0.0f));
   CHECK(special[8] == 1);
 }
 
 TEST_CASE("log2_approx, reciprocal, fma_rounded") {
-  const std::vector<float> logs = evaluate("log2_approx(x)", {8.0f, 0.0f, -1.0f, kInfinity, 3.0f});
+  const std::vector<float> logs = evaluate("log2_approx(x)", {8.0f, 0.0f, -1.0f, kInfinityF32, 3.0f});
   CHECK(logs[0] == 3);
-  CHECK(logs[1] == -kInfinity);
+  CHECK(logs[1] == -kInfinityF32);
   CHECK(std::isnan(logs[2]));
-  CHECK(logs[3] == kInfinity);
+  CHECK(logs[3] == kInfinityF32);
   CHECK(logs[4] == doctest::Approx(std::log2(3.0)).epsilon(1e-6));
-  const std::vector<float> inverse = evaluate("reciprocal(x)", {3.0f, 0.0f, -0.0f, kInfinity, 1e-40f, 0x1.8p126f});
+  const std::vector<float> inverse = evaluate("reciprocal(x)", {3.0f, 0.0f, -0.0f, kInfinityF32, 1e-40f, 0x1.8p126f});
   CHECK(inverse[0] == doctest::Approx(1.0 / 3).epsilon(1e-6));
-  CHECK(inverse[1] == kInfinity);
-  CHECK(inverse[2] == -kInfinity);
+  CHECK(inverse[1] == kInfinityF32);
+  CHECK(inverse[2] == -kInfinityF32);
   CHECK(same(inverse[3], 0.0f));
-  CHECK(inverse[4] == kInfinity);
+  CHECK(inverse[4] == kInfinityF32);
   CHECK(same(inverse[5], 0.0f));
   // One rounding: the product alone would round its last bit away.
   const float x = 1 + 0x1p-12f;
@@ -113,7 +114,7 @@ TEST_CASE("log2_approx, reciprocal, fma_rounded") {
 }
 
 TEST_CASE("saturate") {
-  const std::vector<float> x = {-kInfinity, -1, -0.0f, 0, 1e-40f, 0.25f, 1, 1.0000001f, 7, kInfinity, kNaN};
+  const std::vector<float> x = {-kInfinityF32, -1, -0.0f, 0, 1e-40f, 0.25f, 1, 1.0000001f, 7, kInfinityF32, kNanF32};
   const std::vector<float> expected = {0, 0, 0, 0, 1e-40f, 0.25f, 1, 1, 1, 1, 0};
   const std::vector<float> out = evaluate("saturate(x)", x);
   for (std::size_t i = 0; i < x.size(); ++i) CHECK(same(out[i], expected[i]));
@@ -121,8 +122,8 @@ TEST_CASE("saturate") {
 
 TEST_CASE("max_ignoring_nan") {
   const std::vector<float> out =
-      evaluate("max_ignoring_nan(x, y)", {1, 2, kNaN, 4, kNaN, -0.0f, 0.0f, -0.0f, -kInfinity},
-               {2, 1, 3, kNaN, kNaN, 0.0f, -0.0f, -0.0f, kNaN});
+      evaluate("max_ignoring_nan(x, y)", {1, 2, kNanF32, 4, kNanF32, -0.0f, 0.0f, -0.0f, -kInfinityF32},
+               {2, 1, 3, kNanF32, kNanF32, 0.0f, -0.0f, -0.0f, kNanF32});
   CHECK(out[0] == 2);
   CHECK(out[1] == 2);
   CHECK(out[2] == 3);
@@ -131,7 +132,7 @@ TEST_CASE("max_ignoring_nan") {
   CHECK(same(out[5], 0.0f));
   CHECK(same(out[6], 0.0f));
   CHECK(same(out[7], -0.0f));
-  CHECK(out[8] == -kInfinity);
+  CHECK(out[8] == -kInfinityF32);
 }
 
 TEST_CASE("the process's floating point modes do not reach a kernel") {

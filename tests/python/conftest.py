@@ -1,5 +1,6 @@
 """Set before flash_attn_jit reads its variables: CPU tensors are interpreted, the cache is the tests' own."""
 
+import fcntl
 import json
 import os
 import signal
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 
 _folder = tempfile.TemporaryDirectory(prefix="flash-attn-jit-tests-")
-os.environ["FLASH_ATTN_JIT_CACHE_DIR"] = str(Path(_folder.name) / "cache")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of the process that starts them
+    os.environ["FLASH_ATTN_JIT_CACHE_DIR"] = str(Path(_folder.name) / "cache")
 os.environ["FLASH_ATTN_JIT_INTERPRET"] = "1"
 for _variable in ("FLASH_ATTN_JIT_PREBUILT", "FLASH_ATTN_JIT_TEMPLATES"):
     os.environ.pop(_variable, None)
@@ -75,7 +77,14 @@ def find_nvrtc(major: int) -> Path:
     pytest.fail(f"NVRTC {major} is not installed: pip install 'flash-attn-jit[cu{major}]'")
 
 
-DEFAULT_PACK = ["--kinds", "fwd", "--head-dims", "64,128", "--causal", "both", "--gqa", "1,2,4,8"]
+TESTS_ALL = os.environ.get("FLASH_ATTN_JIT_TEST_ALL") == "1"
+
+# prebuild's default pack; `make test` is content with one of its group sizes.
+GROUP_SIZES = [1, 2, 4, 8] if TESTS_ALL else [1]
+DEFAULT_PACK = [
+    *("--kinds", "fwd", "--head-dims", "64,128", "--causal", "both"),
+    *("--gqa", ",".join(map(str, GROUP_SIZES))),
+]
 
 
 class Pack:
@@ -105,7 +114,7 @@ class Pack:
         done = run_python(
             "import json, sys; from flash_attn_jit import _core\n"
             "library = _core.open_pack_for_writing(sys.argv[1])\n"
-            "specs = _core.select_kernels(['fwd'], [64, 128], [False, True], [1, 2, 4, 8], 'sm_75')\n"
+            f"specs = _core.select_kernels(['fwd'], [64, 128], [False, True], {GROUP_SIZES}, 'sm_75')\n"
             "print(json.dumps([library.find_or_compile(spec, 'sm_75') for spec in specs]))".replace(
                 "sys.argv[1]", repr(str(self.folder))
             )
@@ -114,11 +123,21 @@ class Pack:
         return json.loads(done.stdout)
 
 
+def _pack(tmp_path_factory: pytest.TempPathFactory, major: int) -> Pack:
+    """One for all workers: the first builds it."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with open(shared / f"nvrtc{major}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return Pack(shared / f"nvrtc{major}", find_nvrtc(major))
+
+
 @pytest.fixture(scope="session")
 def pack_12(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    return Pack(tmp_path_factory.mktemp("packs") / "nvrtc12", find_nvrtc(12))
+    return _pack(tmp_path_factory, 12)
 
 
 @pytest.fixture(scope="session")
 def pack_13(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    return Pack(tmp_path_factory.mktemp("packs") / "nvrtc13", find_nvrtc(13))
+    return _pack(tmp_path_factory, 13)

@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from conftest import run_module
+from conftest import TESTS_ALL, run_module
 
 from flash_attn_jit.demo import _greatest as greatest
 
@@ -56,6 +56,7 @@ def test_training_step(demo):
     assert 0 < error < 2e-3
 
 
+@pytest.mark.skipif(not TESTS_ALL, reason="make test-all: it takes a quarter of a minute")
 def test_demo_again_builds_nothing(demo):
     folder, first = demo
     again = run_module("demo", cwd=folder)
