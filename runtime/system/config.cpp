@@ -92,7 +92,8 @@ std::uint64_t byte_count(const VariableReader& reader, const std::string& name, 
   std::uint64_t bytes = 0;
   const char* end = value->data() + value->size();
   const auto [stop, error] = std::from_chars(value->data(), end, bytes);
-  if (error != std::errc() || stop != end) VariableReader::refuse(name, *value, "a number of bytes, such as 1073741824");
+  if (error != std::errc() || stop != end)
+    VariableReader::refuse(name, *value, "a number of bytes, such as 1073741824");
   return bytes;
 }
 
