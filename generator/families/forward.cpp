@@ -32,6 +32,21 @@ constexpr std::array kLargeCausal = {
     TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 208, .schedule = {3, 7, 7}}},
 };
 
+// Where a score takes its key's position in (ALiBi).
+constexpr std::array kLargePositions = {
+    TileRow{32, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 32, .schedule = {2, 4, 7}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 5, 8}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 5, 7}}},
+    TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 7, 7}}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 6, 8}}},
+};
+constexpr std::array kLargeMaskedPositions = {
+    TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {0, 4, 7}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 5, 8}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 5, 7}}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 7, 7}}},
+};
+
 // Loads of one element at a time take registers for addresses, so that a warp has 16 rows at every head dim.
 constexpr std::array kLargeElement = {
     TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {2, 4, 7}}},
@@ -52,7 +67,10 @@ constexpr std::array kSmall = {
 
 TileTables tiles(const KernelSpec& spec) {
   if (spec.access == GlobalAccess::kElement2B) return {TileTableList{kLargeElement}, TileTableList{kSmall}};
-  return {TileTableList{spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
+  const bool masked = spec.mask != Mask::kNone;
+  return {TileTableList{
+              only_if(spec.features.need_positions(), masked ? TileTable(kLargeMaskedPositions) : kLargePositions),
+              masked ? TileTable(kLargeCausal) : kLargeFull},
           TileTableList{only_if(is_plain(spec), kMedium)}, TileTableList{kSmall}};
 }
 

@@ -230,6 +230,19 @@ float ForwardCase::scale() const {
   return softmax_scale.value_or(static_cast<float>(1 / std::sqrt(static_cast<double>(head_dim))));
 }
 
+KernelSpec spec_of(const ForwardCase& c) {
+  KernelSpec spec;
+  spec.head_dim = c.head_dim;
+  spec.mask = c.mask;
+  spec.features.set(Feature::kSoftcap, c.softcap > 0);
+  spec.features.set(Feature::kAlibi, c.alibi != AlibiCase::kOff);
+  spec.features.set(Feature::kVarlen, c.sequences > 0);
+  spec.group_size = c.group_size;
+  const bool aligned = c.layout != Layout::kOddStrides && c.layout != Layout::kMisaligned && c.head_dim % 8 == 0;
+  spec.access = aligned ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
+  return spec;
+}
+
 ForwardTensors::ForwardTensors(const ForwardCase& c)
     : cu_seqlens_q(cu_seqlens_of(c.sequences, c.seqlen_q, 0)),
       cu_seqlens_k(cu_seqlens_of(c.sequences, c.seqlen_k, 1)),

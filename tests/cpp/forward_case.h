@@ -51,6 +51,9 @@ struct ForwardOutcome {
   std::string fault;  // empty where all is well, else what went wrong, with the case
 };
 
+// The kernel that a case runs, of the forward pass and without a tile.
+KernelSpec spec_of(const ForwardCase& c);
+
 // The inputs of a case, all freshly drawn.
 struct ForwardTensors {
   explicit ForwardTensors(const ForwardCase& c);

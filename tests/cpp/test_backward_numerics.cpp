@@ -92,14 +92,7 @@ std::size_t most_tiles(const ForwardCase& c) {
 
 // The default tiles of dK/dV and of dQ for a case's problem, large problems' first.
 std::vector<BackwardCase> with_default_tiles(const ForwardCase& c) {
-  KernelSpec spec;
-  spec.head_dim = c.head_dim;
-  spec.mask = c.mask;
-  spec.features.set(Feature::kSoftcap, c.softcap > 0);
-  spec.features.set(Feature::kAlibi, c.alibi != AlibiCase::kOff);
-  spec.features.set(Feature::kVarlen, c.sequences > 0);
-  const bool aligned = c.layout != Layout::kOddStrides && c.layout != Layout::kMisaligned && c.head_dim % 8 == 0;
-  spec.access = aligned ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
+  KernelSpec spec = spec_of(c);
   spec.kind = KernelKind::kBackwardDkDv;
   const auto dkdv = default_tiles(spec);
   spec.kind = KernelKind::kBackwardDq;

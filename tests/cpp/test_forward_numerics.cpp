@@ -14,6 +14,7 @@
 #include <random>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "case_grid.h"
@@ -32,22 +33,24 @@ ForwardCase with_tile(const Choice& choice, std::optional<TileConfig> tile) {
   return c;
 }
 
-// The default tiles of a head dim with the masks and layouts that they are for: what the library runs by
+// The default tiles of a head dim, each with the mask, the features and the layout that it is for: what the library runs by
 // itself.
 void add_default_tiles(int head_dim, PairwiseChoices& choices, std::vector<ForwardCase>& cases) {
-  KernelSpec spec;
-  spec.head_dim = head_dims()[head_dim];
-  for (const int visible : {0, 1})  // full, causal
-    for (const int layout : {0, kAlignedLayouts}) {
-      spec.mask = visible == 0 ? Mask::kNone : Mask::kCausal;
-      spec.access = layout == 0 && spec.head_dim % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
-      for (const TileConfig& tile : default_tiles(spec)) {
-        Choice fixed = only(head_dim);
-        fixed[kVisible] = visible;
-        fixed[kLayout] = layout;
-        cases.push_back(with_tile(choices.next(fixed), tile));
-      }
-    }
+  std::set<std::pair<Mask, TileConfig>> seen;
+  const Choice size = sizes();
+  for (int visible = 0; visible < size[kVisible]; ++visible)
+    for (int adjustment = 0; adjustment < size[kAdjustment]; ++adjustment)
+      for (int sequences = 0; sequences < size[kSequences]; ++sequences)
+        for (const int layout : {0, kAlignedLayouts}) {
+          Choice fixed = only(head_dim);
+          fixed[kVisible] = visible;
+          fixed[kAdjustment] = adjustment;
+          fixed[kSequences] = sequences;
+          fixed[kLayout] = layout;
+          const ForwardCase drawn = make_case(choices.draw(fixed));
+          for (const TileConfig& tile : default_tiles(spec_of(drawn)))
+            if (seen.emplace(drawn.mask, tile).second) cases.push_back(with_tile(choices.next(fixed), tile));
+        }
 }
 
 // Every default tile with what it is for, every tile of the tile space with some head dim, and every two
