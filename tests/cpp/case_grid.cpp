@@ -166,6 +166,23 @@ Choice only(int head_dim) {
   return fixed;
 }
 
+std::vector<Choice> choices_of_tiles(int head_dim) {
+  std::vector<Choice> choices;
+  const Choice size = sizes();
+  for (int visible = 0; visible < size[kVisible]; ++visible)
+    for (int adjustment = 0; adjustment < size[kAdjustment]; ++adjustment)
+      for (int sequences = 0; sequences < size[kSequences]; ++sequences)
+        for (const int layout : {0, kAlignedLayouts}) {
+          Choice fixed = only(head_dim);
+          fixed[kVisible] = visible;
+          fixed[kAdjustment] = adjustment;
+          fixed[kSequences] = sequences;
+          fixed[kLayout] = layout;
+          choices.push_back(fixed);
+        }
+  return choices;
+}
+
 Choice PairwiseChoices::next(const Choice& fixed) {
   Choice best{};
   int best_new = -1;

@@ -47,6 +47,9 @@ ForwardCase make_case(const Choice& choice);
 // Every factor open (-1) but the head dim, an index of head_dims(); -1 leaves that open too.
 Choice only(int head_dim);
 
+// The same with every combination of what else default tiles depend on: mask, features, kind of access.
+std::vector<Choice> choices_of_tiles(int head_dim);
+
 // Draws choices, each time the best of a few, until every pair of values of two factors has stood in one.
 class PairwiseChoices {
  public:
@@ -69,8 +72,8 @@ struct Share {
   std::size_t first, step;
 };
 
-// The plain program has a quarter of a grid, and the one under sanitizers, which is several times slower, a twenty-fourth;
-// no case runs twice. With FLASH_ATTN_JIT_TEST_ALL=1 each runs all.
+// The plain program has a quarter of a grid, and the one under sanitizers, which is several times slower, a twenty-fourth,
+// with no case in both. With FLASH_ATTN_JIT_TEST_ALL=1 each runs all.
 Share share_of_grid();
 
 // Cases that are few, drawn or listed: the plain program has all.

@@ -110,21 +110,11 @@ std::vector<BackwardCase> pairwise_backward_cases() {
   std::vector<BackwardCase> cases;
   PairwiseChoices choices;
   std::set<std::pair<TileConfig, TileConfig>> seen;
-  const Choice size = sizes();
-  for (int d = 0; d < size[kDimChoice]; ++d)
-    for (int visible = 0; visible < size[kVisible]; ++visible)
-      for (int adjustment = 0; adjustment < size[kAdjustment]; ++adjustment)
-        for (int sequences = 0; sequences < size[kSequences]; ++sequences)
-          for (const int layout : {0, kAlignedLayouts}) {
-            Choice fixed = only(d);
-            fixed[kVisible] = visible;
-            fixed[kAdjustment] = adjustment;
-            fixed[kSequences] = sequences;
-            fixed[kLayout] = layout;
-            for (const BackwardCase& c : with_default_tiles(make_case(choices.draw(fixed))))
-              if (seen.emplace(*c.dkdv_tile, *c.dq_tile).second)
-                cases.push_back({make_case(choices.next(fixed)), std::nullopt, c.dkdv_tile, c.dq_tile});
-          }
+  for (int d = 0; d < static_cast<int>(head_dims().size()); ++d)
+    for (const Choice& fixed : choices_of_tiles(d))
+      for (const BackwardCase& c : with_default_tiles(make_case(choices.draw(fixed))))
+        if (seen.emplace(*c.dkdv_tile, *c.dq_tile).second)
+          cases.push_back({make_case(choices.next(fixed)), std::nullopt, c.dkdv_tile, c.dq_tile});
   for (std::size_t i = 0; !choices.all_covered(); ++i)
     cases.push_back(with_tiles(make_case(choices.next(only(-1))), 7 * i));
   for (std::size_t i = 0; i < cases.size(); ++i) cases[i].dout_layout = kDoutLayouts[i / 4 % kDoutLayouts.size()];

@@ -37,20 +37,11 @@ ForwardCase with_tile(const Choice& choice, std::optional<TileConfig> tile) {
 // itself.
 void add_default_tiles(int head_dim, PairwiseChoices& choices, std::vector<ForwardCase>& cases) {
   std::set<std::pair<Mask, TileConfig>> seen;
-  const Choice size = sizes();
-  for (int visible = 0; visible < size[kVisible]; ++visible)
-    for (int adjustment = 0; adjustment < size[kAdjustment]; ++adjustment)
-      for (int sequences = 0; sequences < size[kSequences]; ++sequences)
-        for (const int layout : {0, kAlignedLayouts}) {
-          Choice fixed = only(head_dim);
-          fixed[kVisible] = visible;
-          fixed[kAdjustment] = adjustment;
-          fixed[kSequences] = sequences;
-          fixed[kLayout] = layout;
-          const ForwardCase drawn = make_case(choices.draw(fixed));
-          for (const TileConfig& tile : default_tiles(spec_of(drawn)))
-            if (seen.emplace(drawn.mask, tile).second) cases.push_back(with_tile(choices.next(fixed), tile));
-        }
+  for (const Choice& fixed : choices_of_tiles(head_dim)) {
+    const ForwardCase drawn = make_case(choices.draw(fixed));
+    for (const TileConfig& tile : default_tiles(spec_of(drawn)))
+      if (seen.emplace(drawn.mask, tile).second) cases.push_back(with_tile(choices.next(fixed), tile));
+  }
 }
 
 // Every default tile with what it is for, every tile of the tile space with some head dim, and every two

@@ -140,7 +140,7 @@ def test_without_the_compiled_module(tmp_path):
     ],
 )
 def test_a_bad_variable_is_told(variable, value, tmp_path):
-    found = json.loads(run(*MODULE, "--json", cwd=tmp_path, **{variable: value}))
+    found = told(tmp_path, **{variable: value})
     assert variable in found["configuration_error"] and value in found["configuration_error"]
     assert found["variables"][variable] == value
     assert found["package"]["import_error"] is None and found["driver"]["found"] in (False, True)
