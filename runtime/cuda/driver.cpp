@@ -7,6 +7,10 @@
 #include "runtime/system/errors.h"
 
 namespace flash_attn_jit {
+
+// Not in an anonymous namespace, where GCC 13 fails on Driver::Api if another file includes this one.
+using CudaLinkState = struct CudaLinkStateTag*;
+
 namespace {
 
 // The numbers of cuda.h, from NVIDIA's driver API documentation.
@@ -25,7 +29,6 @@ constexpr int kJitErrorLogBytes = 6;
 constexpr int kCaptureRelaxed = 2;
 
 using DeviceHandle = int;
-using LinkState = struct LinkStateTag*;
 
 }  // namespace
 
@@ -54,11 +57,11 @@ struct Driver::Api {
   int (*function_get)(int* value, int attribute, CudaFunction);
   int (*launch)(CudaFunction, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
                 unsigned block_z, unsigned smem, StreamHandle, void** arguments, void** extra);
-  int (*link_create)(unsigned options, int* keys, void** values, LinkState*);
-  int (*link_add)(LinkState, int type, void* data, std::size_t bytes, const char* name, unsigned options, int* keys,
+  int (*link_create)(unsigned options, int* keys, void** values, CudaLinkState*);
+  int (*link_add)(CudaLinkState, int type, void* data, std::size_t bytes, const char* name, unsigned options, int* keys,
                   void** values);
-  int (*link_complete)(LinkState, void** cubin, std::size_t* bytes);
-  int (*link_destroy)(LinkState);
+  int (*link_complete)(CudaLinkState, void** cubin, std::size_t* bytes);
+  int (*link_destroy)(CudaLinkState);
   int (*exchange_capture_mode)(int* mode);
 
   explicit Api(const std::filesystem::path& path) : library(DynamicLibrary::open(path)) {
@@ -197,10 +200,10 @@ std::string Driver::link_ptx(const std::string& ptx, const std::string& name) {
   std::array<char, 8192> log{};
   std::array<int, 2> keys = {kJitErrorLogBuffer, kJitErrorLogBytes};
   std::array<void*, 2> values = {log.data(), reinterpret_cast<void*>(log.size())};
-  LinkState created = nullptr;
+  CudaLinkState created = nullptr;
   require(api_->link_create(keys.size(), keys.data(), values.data(), &created), "cuLinkCreate");
-  const auto destroy = [this](LinkState* state) { api_->link_destroy(*state); };
-  const std::unique_ptr<LinkState, decltype(destroy)> state(&created, destroy);
+  const auto destroy = [this](CudaLinkState* state) { api_->link_destroy(*state); };
+  const std::unique_ptr<CudaLinkState, decltype(destroy)> state(&created, destroy);
   const auto check = [&](int code, const std::string& call) {
     require(code, call + " of " + name + (log[0] != '\0' ? ", whose log says: " + std::string(log.data()) : ""));
   };

@@ -6,9 +6,12 @@
 #include "runtime/system/dynamic_library.h"
 
 namespace flash_attn_jit {
+
+// Not in an anonymous namespace, where GCC 13 fails on Nvrtc::Api if another file includes this one.
+using NvrtcProgram = struct NvrtcProgramTag*;
+
 namespace {
 
-using Program = struct NvrtcProgramTag*;
 using Status = int;  // 0 is success
 
 }  // namespace
@@ -20,16 +23,16 @@ struct Nvrtc::Api {
   Status (*version)(int* major, int* minor);
   Status (*count_architectures)(int* count);
   Status (*architectures)(int* list);
-  Status (*create)(Program*, const char* source, const char* name, int headers, const char* const* header_sources,
+  Status (*create)(NvrtcProgram*, const char* source, const char* name, int headers, const char* const* header_sources,
                    const char* const* header_names);
-  Status (*destroy)(Program*);
-  Status (*compile)(Program, int count, const char* const* options);
-  Status (*log_size)(Program, std::size_t*);
-  Status (*log)(Program, char*);
-  Status (*cubin_size)(Program, std::size_t*);
-  Status (*cubin)(Program, char*);
-  Status (*ptx_size)(Program, std::size_t*);
-  Status (*ptx)(Program, char*);
+  Status (*destroy)(NvrtcProgram*);
+  Status (*compile)(NvrtcProgram, int count, const char* const* options);
+  Status (*log_size)(NvrtcProgram, std::size_t*);
+  Status (*log)(NvrtcProgram, char*);
+  Status (*cubin_size)(NvrtcProgram, std::size_t*);
+  Status (*cubin)(NvrtcProgram, char*);
+  Status (*ptx_size)(NvrtcProgram, std::size_t*);
+  Status (*ptx)(NvrtcProgram, char*);
 
   explicit Api(const NvrtcCandidate& candidate) {
     // NVRTC opens its builtins by bare name, which finds them only where they are open already or on the
@@ -83,10 +86,10 @@ Nvrtc::Nvrtc(const NvrtcCandidate& candidate) : api_(open(candidate)) {
 
 NvrtcResult Nvrtc::compile(const std::string& source, const std::string& name, const std::vector<std::string>& options,
                            CodeKind code) const {
-  Program created = nullptr;
+  NvrtcProgram created = nullptr;
   api_->require(api_->create(&created, source.c_str(), name.c_str(), 0, nullptr, nullptr), "nvrtcCreateProgram");
-  const auto destroy = [this](Program* program) { api_->destroy(program); };
-  const std::unique_ptr<Program, decltype(destroy)> program(&created, destroy);
+  const auto destroy = [this](NvrtcProgram* program) { api_->destroy(program); };
+  const std::unique_ptr<NvrtcProgram, decltype(destroy)> program(&created, destroy);
   const auto fetch = [&](auto size_of, auto read, const char* call) {
     std::size_t size = 0;
     api_->require(size_of(created, &size), call);
