@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.amp import is_autocast_available
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
@@ -221,10 +220,14 @@ def _are_plain(options: Options) -> bool:
     return are_plain(tensors_of(options))
 
 
+# Where there are kernels. torch.amp.is_autocast_available() knows of more devices, but torch.compile of 2.4 not of it.
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
 def _cast_for_autocast(tensor: torch.Tensor) -> torch.Tensor:
     """A float32 tensor in autocast's dtype where autocast is on for its device, differentiably."""
     device = tensor.device.type
-    if tensor.dtype is torch.float32 and is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if tensor.dtype is torch.float32 and device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         return tensor.to(torch.get_autocast_dtype(device))
     return tensor
 

@@ -2,14 +2,13 @@
 sequence's queries times all of its keys, masked or not.
 """
 
-from collections.abc import Callable
 from math import prod
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from ._options import Options
+from ._torch_internals import register_flop_formula
 from .ops import KVPACKED, QKVPACKED, SEPARATE, Form
 
 # Of multiplying two matrices of a pair of query and key, per element of a head: S = QK' and PV forward; S, dP, dQ, dK
@@ -42,8 +41,7 @@ def _register(form: Form, operator: Any, flops_of_pair: int, before: int, betwee
         q, k, _v = form.split(*arguments[before:end])
         return flops_of_pair * _pairs(q, k, Options._make(arguments[end + between :])) * q.shape[-2] * q.shape[-1]
 
-    register: Callable[..., Any] = register_flop_formula(operator.overloadpacket, get_raw=True)
-    register(formula)
+    register_flop_formula(operator.overloadpacket, formula)
 
 
 for _form in (SEPARATE, KVPACKED, QKVPACKED):

@@ -10,6 +10,7 @@ import torch
 import torch.utils.checkpoint
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
+from torch.utils import flop_counter
 
 
 def _yes() -> bool:
@@ -57,3 +58,11 @@ CheckpointFrame: Any = getattr(torch.utils.checkpoint, "_CheckpointFrame", None)
 CheckpointForward: Any = getattr(torch.utils.checkpoint, "_checkpoint_hook", None)
 CheckpointRecomputation: Any = getattr(torch.utils.checkpoint, "_recomputation_hook", None)
 has_checkpoint_hooks = None not in (CheckpointFrame, CheckpointForward, CheckpointRecomputation)
+
+
+def register_flop_formula(packet: torch._ops.OpOverloadPacket, formula: Callable[..., int]) -> None:
+    """What FlopCounterMode counts for an operator: formula(*arguments, out_val=result)."""
+    register: Callable[..., Any] = flop_counter.register_flop_formula(packet, get_raw=True)
+    register(formula)
+    # torch 2.4 files it under the operator's overloads and looks for the packet.
+    getattr(flop_counter, "flop_registry", {}).setdefault(packet, formula)

@@ -96,7 +96,9 @@ def _read_options(
         softmax_scale = read_scale(softmax_scale)
     if causal is not True and causal is not False:
         causal = truth("causal", causal)
-    left, right = UNBOUNDED if window_size is UNBOUNDED else read_window(window_size)
+    # Its type first: torch.compile of 2.4 compares no list with a tuple.
+    unbounded = type(window_size) is tuple and window_size is UNBOUNDED
+    left, right = UNBOUNDED if unbounded else read_window(window_size)
     if type(softcap) is not float or softcap != 0.0:
         softcap = number("softcap", softcap)
     if alibi_slopes is not None:
