@@ -1,6 +1,7 @@
 """Set before flash_attn_jit reads its variables: CPU tensors are interpreted, the cache is the tests' own."""
 
 import fcntl
+import importlib.metadata
 import json
 import os
 import signal
@@ -65,6 +66,31 @@ def program_path() -> Path:
 def run_program(*arguments: Any, **changes: Any) -> "subprocess.CompletedProcess[bytes]":
     command = [str(program_path()), *(str(argument) for argument in arguments)]
     return subprocess.run(command, env=environment(**changes), cwd=_folder.name, capture_output=True, timeout=900)
+
+
+# What follows skips the rest of a test that asks for more than the oldest torch, or what comes with it, can do.
+
+
+def needs_torch(version: str, why: str) -> None:
+    import torch
+
+    if torch.__version__ < version:  # compared as a version
+        pytest.skip(f"since torch {version} {why}")
+
+
+def needs_enable_gqa() -> None:
+    needs_torch("2.5", "scaled_dot_product_attention has enable_gqa")
+
+
+def needs_traced_function_modes() -> None:
+    needs_torch("2.6", "torch.compile traces function modes, and so the router")
+
+
+def needs_nvrtc_that_does_not_spill() -> None:
+    """Tiles are chosen with newer ones than the 12.1 of torch 2.4."""
+    version = importlib.metadata.version("nvidia-cuda-nvrtc-cu12")
+    if tuple(map(int, version.split(".")[:2])) < (12, 8):
+        pytest.skip(f"NVRTC {version} makes some kernels spill that NVRTC 12.8 does not")
 
 
 def find_nvrtc(major: int) -> Path:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_reference import attention, exact_gradients, normal, normal_qkv
-from conftest import run_module
+from conftest import needs_enable_gqa, run_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn_jit.bench import accuracy, backends, memory, options, problem, timing
@@ -131,6 +131,7 @@ def test_out_of_memory_is_a_row_and_the_others_are_timed(when, on_cpu, monkeypat
         return [exhausted] if backend.name == SDPA_MATH else calls(backend, which, input_sets)
 
     if when == "before":
+        needs_enable_gqa()
         monkeypatch.setattr(Backend, "_sdpa", exhausted)
     else:
         monkeypatch.setattr(Backend, "why_not", lambda *_: "")
@@ -171,6 +172,8 @@ def test_what_is_out_of_memory(words):
 ])  # fmt: skip
 def test_what_sdpa_gets_of_grouped_heads(name, heads_k, options, on_cpu, monkeypatch):
     """The memory-efficient kernel gets a key head for every query head, inside of what is timed."""
+    if options:
+        needs_enable_gqa()
     theirs, calls = F.scaled_dot_product_attention, []
 
     def recorded(q, k, v, **given):
@@ -186,9 +189,10 @@ def test_what_sdpa_gets_of_grouped_heads(name, heads_k, options, on_cpu, monkeyp
 
 
 def test_math_runs_anywhere_and_is_no_rival_where_heads_are_not_grouped(on_cpu):
-    assert Backend(SDPA_MATH, SMALL).why_not(SMALL.inputs(0, BOTH)) == ""
     assert default_names(SMALL) == list(NAMES)
     assert default_names(Problem(2, 4, 4, 16, 24, True)) == [name for name in NAMES if name != SDPA_MATH]
+    needs_enable_gqa()
+    assert Backend(SDPA_MATH, SMALL).why_not(SMALL.inputs(0, BOTH)) == ""
 
 
 def test_a_torch_without_enable_gqa(on_cpu, monkeypatch):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_module
+from conftest import needs_enable_gqa, run_module
 
 from flash_attn_jit.bench import __main__ as bench, model, options
 from flash_attn_jit.bench.model import (
@@ -34,6 +34,7 @@ def on_cpu(monkeypatch):
 
 
 def run(shape=TINY, seqlens=(16,)):
+    needs_enable_gqa()
     return list(model.run(shape, seqlens, rounds=1, burst_ms=0.1))
 
 
@@ -58,6 +59,7 @@ def test_the_decoder_is_what_its_sizes_say():
 
 
 def test_no_token_sees_a_later_one():
+    needs_enable_gqa()
     decoder = Decoder(TINY, "cpu")
     tokens = torch.arange(16).repeat(2, 1)
     tokens[1, 9:] = 50
@@ -67,6 +69,7 @@ def test_no_token_sees_a_later_one():
 
 
 def test_attention_is_called_as_models_call_it(monkeypatch):
+    needs_enable_gqa()
     calls = []
     theirs = F.scaled_dot_product_attention
 
@@ -82,6 +85,7 @@ def test_attention_is_called_as_models_call_it(monkeypatch):
 
 
 def test_routed_it_computes_what_it_computes_in_pytorch():
+    needs_enable_gqa()
     logits, losses = {}, {}
     for name in (SDPA, ROUTED):
         workload = Workload(TINY, 16, "cpu")
@@ -150,6 +154,7 @@ def test_a_model_that_is_not_routed_has_no_time():
 
 
 def test_the_command_end_to_end(tmp_path):
+    needs_enable_gqa()
     done = run_module(
         "bench",
         *ARGUMENTS,

@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from conftest import TESTS_ALL, run_module
+from conftest import TESTS_ALL, needs_nvrtc_that_does_not_spill, run_module
 
 from flash_attn_jit.demo import _greatest as greatest
 
@@ -26,11 +26,13 @@ def test_demo(demo):
     assert done.returncode == 0, done.stderr
     _, *rows = [line for line in done.stdout.splitlines() if re.search(r"registers| B  ", line)]
     assert {row.split()[0] for row in rows} == {"Llama-3-8B", "Qwen2.5-7B", "GPT-2", "SDXL"}
+    forward_spills = set()
     for row in rows:
         _, kernel, _, registers, spills, _, seconds, _, error = row.split()
         assert 0 < int(registers) <= 255 and int(spills) >= 0 and float(seconds) > 0
         if kernel.startswith("flash_fwd_"):
-            assert spills == "0" and 0 < float(error) < 4e-3
+            assert 0 < float(error) < 4e-3
+            forward_spills.add(spills)
         elif kernel.startswith("flash_bwd_preprocess_"):
             assert error == "-"
         else:
@@ -40,6 +42,8 @@ def test_demo(demo):
     kernels = {tuple(row.split()[1:3]) for row in rows}
     assert f"{len(kernels)}/{len(kernels)}" in done.stderr
     assert len(list((folder / "demo-pack").glob("*.kernel"))) == len(kernels)
+    needs_nvrtc_that_does_not_spill()
+    assert forward_spills == {"0"}
 
 
 def test_training_step(demo):

@@ -3,7 +3,14 @@
 import json
 
 import pytest
-from conftest import GROUP_SIZES, TESTS_ALL, find_nvrtc, run_program, run_python
+from conftest import (
+    GROUP_SIZES,
+    TESTS_ALL,
+    find_nvrtc,
+    needs_nvrtc_that_does_not_spill,
+    run_program,
+    run_python,
+)
 
 # Whatever its place in the search, an empty folder that is named must end it; the second call proves that it does.
 LOOK_UP = f"""
@@ -28,6 +35,8 @@ def test_no_kernel_spills(major, request):
     assert len(kernels) >= 2 * 2 * len(GROUP_SIZES) * 2  # head dims x masks x groups x accesses, at least
     assert {kernel["origin"] for kernel in kernels} == {"cache"}
     assert all(0 < kernel["registers"] <= 255 and f"{major}." in kernel["built_by"] for kernel in kernels)
+    if major == 12:
+        needs_nvrtc_that_does_not_spill()
     spills = {kernel["name"]: (kernel["spill_stores"], kernel["spill_loads"]) for kernel in kernels}
     assert {name: bytes for name, bytes in spills.items() if bytes != (0, 0)} == {}
 
@@ -116,5 +125,6 @@ def test_no_backward_kernel_spills_up_to_head_dim_96(tmp_path):
     # with 2 masks: for dQ at 32 and 64, for dK and dV at 32.
     between = sum({32: 2, 64: 1}.get(head_dim, 0) for head_dim in HEAD_DIMS)
     assert len(kernels) == len(HEAD_DIMS) * (2 + len(GROUPS) * 8 * (3 + 2 + 1 + 1)) + len(GROUPS) * between * 2
+    needs_nvrtc_that_does_not_spill()
     spills = {kernel["spec"]: (kernel["spill_stores"], kernel["spill_loads"]) for kernel in kernels}
     assert {spec: bytes for spec, bytes in spills.items() if bytes != (0, 0)} == {}

@@ -4,7 +4,14 @@ import json
 import subprocess
 
 import pytest
-from conftest import environment, find_nvrtc, program_path, run_program, run_python
+from conftest import (
+    environment,
+    find_nvrtc,
+    needs_nvrtc_that_does_not_spill,
+    program_path,
+    run_program,
+    run_python,
+)
 
 
 def succeeds(*arguments, **changes):
@@ -54,10 +61,11 @@ def test_inspect_resources(head_dim):
     resources = json.loads(succeeds("inspect", "--head-dim", head_dim, "--causal", "--emit", "resources"))
     assert resources["threads"] % 32 == 0
     assert 0 < resources["registers"] <= 255
-    assert (resources["spill_stores"], resources["spill_loads"]) == (0, 0)
     assert resources["static_smem"] + resources["dynamic_smem"] <= 64 << 10
     assert resources["useful_mma"] > 0 and resources["warp_roles"] >= 1 and resources["seconds"] > 0
     assert resources["tile"].startswith("m")
+    needs_nvrtc_that_does_not_spill()
+    assert (resources["spill_stores"], resources["spill_loads"]) == (0, 0)
 
 
 def test_inspect_a_tile_by_its_text():

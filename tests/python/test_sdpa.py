@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_reference import normal
-from conftest import run_python
+from conftest import needs_torch, needs_traced_function_modes, run_python
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention as imported_before
 from torch.utils.checkpoint import checkpoint
@@ -30,11 +30,18 @@ def heads_first(*shape_q, seqlen_k, heads_k=None):
     return normal(*shape_q, seed=1), normal(*shape_k, seed=2), normal(*shape_k, seed=3)
 
 
+def torchs(query, key, value, **arguments):
+    if torch.__version__ < "2.5" and arguments.pop("enable_gqa", False):  # which came with that version
+        group_size = query.shape[-3] // key.shape[-3]
+        key, value = (t.repeat_interleave(group_size, -3) for t in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, **arguments)
+
+
 def check(query, key, value, function=sdpa, **arguments):
     """Out and gradients within fp16's reach of PyTorch's in float32."""
     ours = [t.detach().clone().requires_grad_() for t in (query, key, value)]
     theirs = [t.detach().float().requires_grad_() for t in (query, key, value)]
-    out, expected = function(*ours, **arguments), F.scaled_dot_product_attention(*theirs, **arguments)
+    out, expected = function(*ours, **arguments), torchs(*theirs, **arguments)
     assert out.shape == expected.shape and out.dtype == torch.float16
     torch.testing.assert_close(out.float(), expected, atol=2e-3, rtol=2e-3)
     dout = normal(*out.shape, seed=9)
@@ -110,6 +117,9 @@ def in_a_thread(function, *arguments):
 @pytest.mark.parametrize("seqlens", [(8, 20), (20, 8)], ids=str)
 @pytest.mark.parametrize("where", ["here", "in a thread", "in a checkpoint"])
 def test_routed_causal_biases(where, seqlens, make_bias):
+    if where == "in a checkpoint":
+        needs_torch("2.8", "torch.utils.checkpoint takes a causal bias")
+
     def attend(*arguments):
         if where == "in a checkpoint":
             return checkpoint(F.scaled_dot_product_attention, *arguments, use_reentrant=False)
@@ -160,6 +170,7 @@ torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)
 
 
 def test_compiled_causal_biases():
+    needs_traced_function_modes()
     targets, bias = Targets(), causal_lower_right(8, 20)
     tensors = heads_first(1, 2, 8, 64, seqlen_k=20)
     compiled = torch.compile(lambda *t: F.scaled_dot_product_attention(*t, bias), backend=targets, fullgraph=True)
@@ -339,6 +350,7 @@ class Targets:
 
 
 def test_compiled_calls_are_routed_inside_a_router_alone():
+    needs_traced_function_modes()
     targets = Targets()
     compiled = torch.compile(
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import torch
-from conftest import run_python
+from conftest import needs_torch, run_python
 
 HIDE = f"""
 import sys
 import torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-del torch.Tensor.__dlpack_c_exchange_api__
+if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"): del torch.Tensor.__dlpack_c_exchange_api__
 """
 
 
@@ -20,6 +20,7 @@ def run_hidden(code):
 
 
 def test_it_is_used_here():
+    needs_torch("2.10", "tensors have DLPack's C exchange interface")
     import flash_attn_jit
 
     assert hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
