@@ -24,7 +24,6 @@ void require_head_dim(std::int64_t head_dim);
 struct ArchLimits {
   int sm = 75;                         // compute capability x 10
   int max_shared_bytes_per_block = 0;  // with opt-in
-  int registers_per_sm = 65536;
   int max_registers_per_thread = 255;
   int max_threads_per_sm = 1024;
 };

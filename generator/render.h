@@ -18,7 +18,6 @@ struct RenderedKernel {
   int threads = 0;       // per block
   int dynamic_smem = 0;  // bytes per block
   int useful_mma = 0;  // tensor instructions one warp's iteration of the unmasked main loop needs for the true head dim
-  int warp_roles = 1;  // how many different main loops the block's warps run
 };
 
 // The templates embedded at build time.

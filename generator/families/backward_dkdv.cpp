@@ -17,15 +17,15 @@ constexpr std::array kLargeFull = {
     TileRow{96, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {2, 6, 8}}},
     TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {0, 7, 8}}},
     TileRow{160, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {0, 4, 8}}},
-    TileRow{192, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 192, .schedule = {2, 8, 8}}},
-    TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 176, .schedule = {2, 8, 8}}},
+    TileRow{192, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 192, .schedule = {7, 8, 8}}},
+    TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 176, .schedule = {3, 8, 8}}},
     TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 112, .schedule = {6, 8, 8}}},
 };
 constexpr std::array kLargeCausal = {
     TileRow{32, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 32, .schedule = {3, 6, 8}}},
     TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {0, 3, 8}}},
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {1, 8, 8}}},
-    TileRow{80, {.block_m = 128, .block_n = 24, .warps = 8, .register_dims = 80, .schedule = {2, 4, 8}}},
+    TileRow{80, {.block_m = 128, .block_n = 24, .warps = 8, .register_dims = 80, .schedule = {2, 7, 8}}},
     TileRow{96, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {0, 6, 8}}},
     TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {3, 8, 8}}},
     TileRow{160, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {5, 8, 8}}},
@@ -39,6 +39,10 @@ constexpr std::array kMedium = {
     TileRow{32, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {3, 6, 8}}},
     TileRow{48, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 48, .schedule = {1, 7, 8}}},
 };
+// With the causal mask all that are as fast spill.
+constexpr std::array kMediumFull = {
+    TileRow{64, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 64, .schedule = {7, 8, 8}}},
+};
 
 // Windows and features take registers too. Rows for what would spill with the tiles above.
 constexpr std::array kLargePositions = {
@@ -50,11 +54,13 @@ constexpr std::array kLargeFeatures = {
 };
 
 TileTables tiles(const KernelSpec& spec) {
-  return {TileTableList{only_if(spec.access == GlobalAccess::kElement2B, kElementGradients),
-                        only_if(spec.mask == Mask::kWindow || spec.features.need_positions(), kLargePositions),
-                        only_if(!spec.features.empty(), kLargeFeatures),
-                        spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
-          TileTableList{only_if(is_plain(spec), kMedium)}, TileTableList{kSmallGradients}};
+  return {
+      TileTableList{only_if(spec.access == GlobalAccess::kElement2B, kElementGradients),
+                    only_if(spec.mask == Mask::kWindow || spec.features.need_positions(), kLargePositions),
+                    only_if(!spec.features.empty(), kLargeFeatures),
+                    spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
+      TileTableList{only_if(is_plain(spec), kMedium), only_if(is_plain(spec) && spec.mask == Mask::kNone, kMediumFull)},
+      TileTableList{kSmallGradients}};
 }
 
 // Two blocks make half of the gradients' dims each above 128: 16 rows of both would take all of a thread's registers.

@@ -34,6 +34,12 @@ constexpr std::array kLargeCausal = {
 constexpr std::array kMedium = {
     TileRow{48, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 48, .schedule = {3, 6, 8}}},
     TileRow{64, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 64, .schedule = {0, 5, 8}}},
+    TileRow{80, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 80, .schedule = {1, 5, 8}}},
+};
+
+// One gradient leaves registers for all dims.
+constexpr std::array kSmall = {
+    TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
 };
 
 // Windows and features take registers too. Rows for what would spill with the tiles above.
@@ -56,7 +62,7 @@ TileTables tiles(const KernelSpec& spec) {
                         only_if(spec.mask == Mask::kWindow, kLargeWindow),
                         only_if(spec.has(Feature::kVarlen), kLargeVarlen),
                         spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
-          TileTableList{only_if(is_plain(spec), kMedium)}, TileTableList{kSmallGradients}};
+          TileTableList{only_if(is_plain(spec), kMedium)}, TileTableList{kSmall, kSmallGradients}};
 }
 
 constexpr GradientLayout kLayout = {

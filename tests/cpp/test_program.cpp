@@ -83,8 +83,9 @@ TEST_CASE("a wrong call names the flag, what came and what is accepted, and exit
   };
   refused("", "subcommand", "", "devices, inspect, prebuild, cache");
   refused("inspect --emit spec", "--head-dim", "required", "--gqa");
-  refused("inspect --head-dim 64 --emit elf", "--emit", "'elf'", "spec, source, ptx, cubin, resources");
-  for (const char* emit : {"spec", "source", "resources"})
+  refused("inspect --head-dim 64 --emit elf", "--emit", "'elf'", "tiles, spec, source, ptx, cubin, resources");
+  refused("inspect --head-dim 64 --tile m64n16w4q64l2b4k7 --emit tiles", "--tile", "--emit tiles", "leave it out");
+  for (const char* emit : {"tiles", "spec", "source", "resources"})
     refused(std::string("inspect --head-dim 64 --resources r.json --emit ") + emit, "--resources", emit,
             "ptx or cubin");
   refused("inspect --head-dim 64x --emit spec", "--head-dim", "'64x'", "a whole number");

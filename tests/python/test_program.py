@@ -62,7 +62,7 @@ def test_inspect_resources(head_dim):
     assert resources["threads"] % 32 == 0
     assert 0 < resources["registers"] <= 255
     assert resources["static_smem"] + resources["dynamic_smem"] <= 64 << 10
-    assert resources["useful_mma"] > 0 and resources["warp_roles"] >= 1 and resources["seconds"] > 0
+    assert resources["useful_mma"] > 0 and resources["seconds"] > 0
     assert resources["tile"].startswith("m")
     needs_nvrtc_that_does_not_spill()
     assert (resources["spill_stores"], resources["spill_loads"]) == (0, 0)
@@ -72,6 +72,7 @@ def test_inspect_a_tile_by_its_text():
     tile = json.loads(inspect("resources"))["tile"]
     assert inspect("spec", "--tile", tile) == inspect("spec")
     assert inspect("spec", "--tile", "auto") == inspect("spec")
+    assert inspect("tiles").decode().split()[0] == tile
 
 
 def prebuild(out, *more, **changes):

@@ -18,12 +18,12 @@ def without_register_dims(tile: str) -> str:
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("kind, features", [("fwd", ""), ("fwd", "--alibi"), ("bwd_dkdv", ""), ("bwd_dq", "")])
-def test_every_default_tile_of_large_problems_has_a_record(kind, features, mask):
+def test_every_default_tile_has_a_record(kind, features, mask):
     records = [r for r in json.loads((RECORDS / f"{kind}.json").read_text()) if r["mask"] == mask]
     judged = {
         without_register_dims(tile["tile"]) for r in records if r["features"] in ("", features) for tile in r["best"]
     }
     for head_dim in range(16, 257, 16):
         kernel = ["--kind", kind, "--head-dim", head_dim, *MASKS[mask], *features.split()]
-        spec = run_program("inspect", *kernel, "--emit", "spec").stdout.decode()
-        assert without_register_dims(spec.split()[-1]) in judged, spec
+        for tile in run_program("inspect", *kernel, "--emit", "tiles").stdout.decode().split():
+            assert without_register_dims(tile) in judged, (head_dim, tile)

@@ -59,6 +59,11 @@ def tile_space(args: argparse.Namespace) -> Iterator[str]:
                 yield f"m{m}n{n}w{warps}q{q}l{load}b{barrier}k{first_keys}"
 
 
+def default_tiles(args: argparse.Namespace, problem: Problem) -> list[str]:
+    command = [args.program, "inspect", *problem.flags(), "--emit", "tiles"]
+    return subprocess.check_output(command, text=True).split()
+
+
 def judge_tile(args: argparse.Namespace, problem: Problem, tile: str) -> Judged | None:
     """None where the tile is not legal for the problem."""
     with tempfile.TemporaryDirectory() as folder:
@@ -153,12 +158,13 @@ def main() -> None:
         for head_dim, mask in itertools.product(args.head_dims, args.masks.split(",")):
             if every_dim:
                 args.register_dims = [(head_dim + 15) // 16 * 16]
+            problem = Problem(args.kind, head_dim, mask, args.features)
             if args.tiles == "space":
                 tiles = list(tile_space(args))
                 random.Random(1).shuffle(tiles)
             else:
-                tiles = ["auto"] if args.tiles == "default" else args.tiles.split(",")
-            record = judge_all(args, Problem(args.kind, head_dim, mask, args.features), tiles, pool)
+                tiles = default_tiles(args, problem) if args.tiles == "default" else args.tiles.split(",")
+            record = judge_all(args, problem, tiles, pool)
             print(json.dumps(record), flush=True)
             if args.records:
                 merge(args.records, record)
