@@ -6,28 +6,35 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-builtin-rules
 
 PYTHON3 ?= python3
+PYTHON3_OLDEST ?= $(PYTHON3)
 JOBS ?= $(shell nproc)
 WERROR ?= OFF
 
 venv := .venv
 python := $(venv)/bin/python
 stamps := $(venv)/.stamps
+venv_oldest := .venv-oldest
+python_oldest := $(venv_oldest)/bin/python
+stamps_oldest := $(venv_oldest)/.stamps
 build := build-make
 build_sanitized := build-sanitized
 build_threads := build-threads
+build_oldest := build-oldest
+build_tools := 'scikit-build-core>=0.10' 'pybind11>=2.11' ninja
 
 sources := $(shell find generator templates runtime python -type f -not -path '*/__pycache__/*') \
            CMakeLists.txt pyproject.toml README.md LICENSE
 cpp_tests := $(shell find tests/cpp -type f)
 formatted := $(filter %.cpp %.h %.cuh,$(sources) $(cpp_tests))
 
-.PHONY: help setup demo lint test test-all test-threads clean
+.PHONY: help setup demo lint test test-all test-threads test-oldest clean
 help:
 	@echo 'make demo      prebuild kernels for sm_75, run attention and a training step, compare them with float64'
 	@echo 'make lint      clang-format, ruff and mypy: seconds'
 	@echo 'make test      lint, build, C++ tests (plain and under sanitizers), Python tests'
-	@echo 'make test-all  the same with the full grids, and ThreadSanitizer (alone: make test-threads)'
-	@echo 'make setup     only install what those need; make clean removes every build and .venv'
+	@echo 'make test-all  the same with the full grids, and ThreadSanitizer (alone: make test-threads), and the Python tests'
+	@echo '               on the oldest torch that is supported (alone: make test-oldest)'
+	@echo 'make setup     only install what make test needs; make clean removes every build and virtual environment'
 
 $(stamps)/system: tests/setup/system_packages.sh
 	@echo '== system packages'
@@ -37,13 +44,13 @@ $(stamps)/system: tests/setup/system_packages.sh
 $(stamps)/venv: $(stamps)/system
 	@echo '== $(venv)'
 	@$(PYTHON3) -m venv $(venv)
-	@$(python) -m pip install -q 'pip>=22.3' 'scikit-build-core>=0.10' 'pybind11>=2.11' ninja
+	@$(python) -m pip install -q 'pip>=22.3' $(build_tools)
 	@cmake --version >/dev/null 2>&1 || $(python) -m pip install -q 'cmake>=3.22'
 	@touch $@
 
 $(stamps)/torch: $(stamps)/venv tests/setup/install_torch.py pyproject.toml
 	@echo '== torch'
-	@$(python) tests/setup/install_torch.py pyproject.toml
+	@$(python) tests/setup/install_torch.py pyproject.toml test
 	@touch $@
 
 # pip knows --group since 25.1.
@@ -90,6 +97,37 @@ test-threads: $(stamps)/threads
 	    --source-file="*/test_$$test.cpp" --test-case-exclude='*file-size limit*'; \
 	done
 
+$(stamps_oldest)/venv: $(stamps)/venv
+	@echo '== $(venv_oldest)'
+	@$(PYTHON3_OLDEST) -c 'import sys; sys.exit(sys.version_info[:2] > (3, 12))' || { \
+	  echo "The oldest torch has wheels for Python 3.10 to 3.12, and $(PYTHON3_OLDEST) is" \
+	    "$$($(PYTHON3_OLDEST) --version): make ... PYTHON3_OLDEST=python3.12" >&2; \
+	  exit 1; \
+	}
+	@$(PYTHON3_OLDEST) -m venv $(venv_oldest)
+	@$(python_oldest) -m pip install -q 'pip>=25.1' $(build_tools)
+	@mkdir -p $(@D) && touch $@
+
+$(stamps_oldest)/torch: $(stamps_oldest)/venv tests/setup/install_torch.py pyproject.toml
+	@echo '== the oldest torch'
+	@$(python_oldest) tests/setup/install_torch.py pyproject.toml oldest
+	@$(python_oldest) -m pip install -q --group oldest
+	@touch $@
+
+# Where both environments are of one Python, the wheel comes from the build that $(venv) has: its folder keeps the
+# options that it was made with, and nothing is compiled.
+version_of = $(shell $(1) -c 'import sysconfig; print(sysconfig.get_python_version())')
+one_python = $(filter $(call version_of,$(python)),$(call version_of,$(python_oldest)))
+wheel_by = $(if $(one_python),$(python),$(python_oldest))
+wheel_from = $(if $(one_python),$(build),$(build_oldest))
+$(stamps_oldest)/package: $(stamps)/package $(stamps_oldest)/torch
+	@echo '== install flash-attn-jit into $(venv_oldest)'
+	@rm -rf $(wheel_from)/wheel
+	@PATH="$(abspath $(venv))/bin:$$PATH" CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(wheel_by) -m pip wheel -q --no-deps \
+	  --no-build-isolation -Cbuild-dir=$(wheel_from) -w $(wheel_from)/wheel .
+	@$(python_oldest) -m pip install -q --no-deps --force-reinstall $(wheel_from)/wheel/*.whl
+	@touch $@
+
 setup: $(stamps)/lint $(stamps)/package
 
 demo: $(stamps)/package
@@ -104,7 +142,7 @@ lint: $(stamps)/lint
 	@$(venv)/bin/mypy --python-executable $(python)
 
 test-all: export FLASH_ATTN_JIT_TEST_ALL = 1
-test-all: test-threads
+test-all: $(stamps_oldest)/package test-threads
 # Where the C++ tests find both NVRTCs.
 test test-all: export FLASH_ATTN_JIT_TEST_SITE_PACKAGES = $(shell $(python) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
@@ -115,6 +153,15 @@ test test-all: lint $(stamps)/package $(stamps)/sanitized
 	@ctest --test-dir $(build_sanitized) --output-on-failure -j $(JOBS)
 	@echo '== Python tests'
 	@$(python) -m pytest -m 'not gpu' -n $(JOBS) --dist worksteal
+	$(if $(filter test-all,$@),$(test_oldest))
+
+define test_oldest
+@echo '== Python tests on the oldest torch'
+@FLASH_ATTN_JIT_TEST_ALL= $(python_oldest) -m pytest -m 'not gpu' -n $(JOBS) --dist worksteal
+endef
+
+test-oldest: $(stamps_oldest)/package
+	$(test_oldest)
 
 clean:
-	rm -rf $(venv) $(build) $(build_sanitized) $(build_threads) build
+	rm -rf $(venv) $(venv_oldest) $(build) $(build_sanitized) $(build_threads) $(build_oldest) build

@@ -101,10 +101,10 @@ def route_sdpa() -> SdpaRouter:
     torch stays until the graphs of such checkpoints are gone, and passes all other calls on to PyTorch. Other
     implementations of checkpointing recompute as their backward pass finds it: run that inside as well.
 
-    A call that torch.compile traces is routed as well in the thread that entered the router, with no graph break, and
-    the compiled form is used inside a router alone; calls inside ``multi_head_attention_forward`` and inside a
-    checkpoint are then PyTorch's. Calls in a compiled graph are not counted. In that thread every function of torch
-    costs the host a detour through Python, about 1 us.
+    From torch 2.6 on, a call that torch.compile traces is routed as well in the thread that entered the router, with no
+    graph break, and the compiled form is used inside a router alone; older versions leave it to PyTorch. Traced calls
+    inside ``multi_head_attention_forward`` and inside a checkpoint are always PyTorch's. Calls in a compiled graph are
+    not counted. In that thread every function of torch costs the host a detour through Python, about 1 us.
 
     Falls back, with the reason counted: dropout_p or attn_mask given, but for a mask of ``torch.nn.attention.bias``, a
     dtype other than float16 (after autocast), CPU tensors without the interpreter, GPUs older than sm_75, nested,

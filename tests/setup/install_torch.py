@@ -1,6 +1,7 @@
-"""Installs the torch that the test extra pins: its CPU build on a machine without an NVIDIA GPU, where it can be had.
+"""Installs the torch that an extra or a dependency group pins: its CPU build on a machine without an NVIDIA GPU, where
+it can be had.
 
-usage: install_torch.py PYPROJECT_TOML
+usage: install_torch.py PYPROJECT_TOML EXTRA_OR_GROUP
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from pathlib import Path
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
-def pinned_torch(pyproject: Path) -> str:
-    """The requirement "torch==X" as pyproject.toml has it (tomllib is not in Python 3.10)."""
-    found = re.search(r'"(torch==[^"]+)"', pyproject.read_text())
+def pinned_torch(pyproject: Path, name: str) -> str:
+    """The requirement "torch==X" of the list of that name (tomllib is not in Python 3.10)."""
+    requirements = re.search(rf"^{re.escape(name)} = \[\n(.*?)^\]", pyproject.read_text(), re.MULTILINE | re.DOTALL)
+    found = re.search(r'"(torch==[^"]+)"', requirements.group(1)) if requirements else None
     if not found:
-        raise SystemExit(f"{pyproject}: no requirement torch==VERSION in it")
+        raise SystemExit(f"{pyproject}: no requirement torch==VERSION in {name}")
     return found.group(1)
 
 
@@ -72,6 +74,6 @@ def install(requirement: str) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 3:
         raise SystemExit(__doc__)
-    sys.exit(install(pinned_torch(Path(sys.argv[1]))))
+    sys.exit(install(pinned_torch(Path(sys.argv[1]), sys.argv[2])))
