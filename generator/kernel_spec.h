@@ -83,7 +83,7 @@ struct KernelSpec {
 };
 
 KernelKind parse_kind(std::string_view text);  // throws SpecError
-std::string_view to_text(KernelKind);          // "fwd", "bwd_preprocess", "bwd_dkdv", "bwd_dq"
+std::string_view to_text(KernelKind);          // its family's word: "fwd", "bwd_dq"
 std::string_view to_text(DType);               // "fp16", "bf16"
 std::string_view to_text(Mask);                // "full", "causal", "window"
 std::string_view to_text(GlobalAccess);        // "vec16", "elem2"

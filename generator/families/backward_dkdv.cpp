@@ -82,20 +82,21 @@ std::optional<std::string> check_tile(const KernelSpec& spec) {
 
 }  // namespace
 
-const KernelFamily kBackwardDkDvFamily = {.pack_group = "bwd",
-                                          .template_file = "flash_bwd.cuh",
-                                          .function = "flash_bwd",
-                                          .params = "FlashBwdParams",
-                                          .tile = "FlashBwdTile",
-                                          .trait = "  static constexpr RowSide kRowSide = RowSide::kKeys;\n",
-                                          .rows = RowSide::kKeys,
-                                          .reads_mask = true,
-                                          .products = 4,
-                                          .output_splits = kLayout.output_splits,
-                                          .shared_bytes = shared_bytes,
-                                          .registers = registers,
-                                          .check_tile = check_tile,
-                                          .default_tiles = tiles,
-                                          .schedules = kGradientSchedules};
+constinit const KernelFamily kBackwardDkDvFamily = {.word = "bwd_dkdv",
+                                                    .pack_group = "bwd",
+                                                    .template_file = "flash_bwd.cuh",
+                                                    .function = "flash_bwd",
+                                                    .params = "FlashBwdParams",
+                                                    .tile = "FlashBwdTile",
+                                                    .trait = "  static constexpr RowSide kRowSide = RowSide::kKeys;\n",
+                                                    .rows = RowSide::kKeys,
+                                                    .reads_mask = true,
+                                                    .products = 4,
+                                                    .output_splits = kLayout.output_splits,
+                                                    .shared_bytes = shared_bytes,
+                                                    .registers = registers,
+                                                    .check_tile = check_tile,
+                                                    .default_tiles = tiles,
+                                                    .schedules = kGradientSchedules};
 
 }  // namespace flash_attn_jit

@@ -106,20 +106,19 @@ constexpr std::array kSchedules = {LoopSchedule{2, 4, 4}, LoopSchedule{2, 4, 7},
 
 }  // namespace
 
-const KernelFamily kForwardFamily = {.pack_group = "fwd",
-                                     .template_file = "flash_fwd.cuh",
-                                     .function = "flash_fwd",
-                                     .params = "FlashFwdParams",
-                                     .tile = "FlashFwdTile",
-                                     .trait = "",
-                                     .rows = RowSide::kQueries,
-                                     .reads_mask = true,
-                                     .products = 2,
-                                     .output_splits = [](const KernelSpec&) { return 1; },
-                                     .shared_bytes = shared_bytes,
-                                     .registers = registers,
-                                     .check_tile = check_tile,
-                                     .default_tiles = tiles,
-                                     .schedules = kSchedules};
+constinit const KernelFamily kForwardFamily = {.word = "fwd",
+                                               .pack_group = "fwd",
+                                               .template_file = "flash_fwd.cuh",
+                                               .function = "flash_fwd",
+                                               .params = "FlashFwdParams",
+                                               .tile = "FlashFwdTile",
+                                               .rows = RowSide::kQueries,
+                                               .reads_mask = true,
+                                               .products = 2,
+                                               .shared_bytes = shared_bytes,
+                                               .registers = registers,
+                                               .check_tile = check_tile,
+                                               .default_tiles = tiles,
+                                               .schedules = kSchedules};
 
 }  // namespace flash_attn_jit
