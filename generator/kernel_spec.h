@@ -35,7 +35,7 @@ enum class GlobalAccess : std::uint8_t {
 struct LoopSchedule {
   int load = 2;        // the next tile is loaded from global memory
   int barrier = 4;     // it is stored to shared memory, then the barrier
-  int first_keys = 7;  // forward: the next iteration's first K fragments are read; backward: 8
+  int first_keys = 7;  // forward: the next iteration's first K fragments are read; backward has none: 8
 
   friend auto operator<=>(const LoopSchedule&, const LoopSchedule&) = default;
 };

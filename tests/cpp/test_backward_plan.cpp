@@ -34,7 +34,13 @@ BackwardRequest request(std::int64_t b, std::int64_t sq, std::int64_t sk, std::i
   return r;
 }
 
-BackwardPlan plan(const BackwardRequest& r) { return plan_backward(r, {arch_limits(75), 40}); }
+// As whoever makes the kernels checks them.
+BackwardPlan plan(const BackwardRequest& r) {
+  const BackwardPlan made = plan_backward(r, {arch_limits(75), 40, default_tile_chooser()});
+  for (const BackwardLaunch& launch : made)
+    if (const auto reason = check(launch.spec, arch_limits(75))) throw UnsupportedError(*reason);
+  return made;
+}
 
 template <typename Expected>
 std::string refusal(const BackwardRequest& r) {
