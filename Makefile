@@ -144,7 +144,7 @@ lint: $(stamps)/lint
 test-all: export FLASH_ATTN_JIT_TEST_ALL = 1
 test-all: $(stamps_oldest)/package test-threads
 # Where the C++ tests find both NVRTCs.
-test test-all: export FLASH_ATTN_JIT_TEST_SITE_PACKAGES = $(shell $(python) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+test test-all: export FLASH_ATTN_JIT_TEST_SITE_PACKAGES = $(shell $(python) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' 2>/dev/null)
 
 test test-all: lint $(stamps)/package $(stamps)/sanitized
 	@echo '== C++ tests'

@@ -1,5 +1,5 @@
-// A kernel family: all that the project knows of a kind of kernel beside its word. One descriptor each in families/; what
-// needs to know about kinds asks the descriptor and has no switch of its own.
+// A kernel family: all that the project knows of a kind of kernel. One descriptor each in families/; what needs to know
+// about kinds asks the descriptor and has no switch of its own.
 #pragma once
 
 #include <optional>
@@ -16,28 +16,30 @@ namespace flash_attn_jit {
 enum class RowSide { kQueries, kKeys };
 
 struct KernelFamily {
+  std::string_view word;        // in a spec's text, and of `inspect --kind`
   std::string_view pack_group;  // of `prebuild --kinds`: the kernels of one pass are built together
 
   // The source.
   std::string_view template_file;
-  std::string_view function;  // the template function in it, of a Traits
-  std::string_view params;    // its argument's type
-  std::string_view tile;      // the template struct whose kSharedBytes must equal shared_bytes(); empty: it uses none
-  std::string_view trait;     // a line of Traits of its own, or nothing
+  std::string_view function;    // the template function in it, of a Traits
+  std::string_view params;      // its argument's type
+  std::string_view tile = {};   // the template struct whose kSharedBytes must equal shared_bytes(); empty: it uses none
+  std::string_view trait = {};  // a line of Traits of its own, or nothing
 
   RowSide rows;
   bool reads_mask;  // false: mask, features and group size say nothing about the kernel
 
   // What a tile occupies. None of these reads more of a spec than its head dim and tile.
-  int products;  // of an iteration of the main loop: forward S and O, dQ also dP
-  int (*output_splits)(const KernelSpec&);
-  int (*shared_bytes)(const KernelSpec&);
+  int products = 0;  // of an iteration of the main loop: forward S and O, dQ also dP; 0: it has none
+  int (*output_splits)(const KernelSpec&) = [](const KernelSpec&) { return 1; };
+  int (*shared_bytes)(const KernelSpec&) = [](const KernelSpec&) { return 0; };
   int (*registers)(const KernelSpec&);  // a thread's, at the least
 
   // Which tiles there are.
   std::optional<std::string> (*check_tile)(const KernelSpec&);  // nothing, or why it is not one of this family's
   TileTables (*default_tiles)(const KernelSpec&);
-  std::span<const LoopSchedule> schedules;  // those that the tile space has beside the defaults'; none: no other tiles
+  std::span<const LoopSchedule> schedules =
+      {};  // those that the tile space has beside the defaults'; none: no other tiles
 };
 
 }  // namespace flash_attn_jit

@@ -95,10 +95,6 @@ bool take(std::vector<std::string_view>& words, std::size_t at, std::string_view
 
 KernelKind parse_kind(std::string_view text) { return parse_word(text, kKernelKinds, "kind"); }
 
-std::string_view to_text(KernelKind kind) {
-  constexpr std::array<std::string_view, kKernelKinds.size()> kWords = {"fwd", "bwd_preprocess", "bwd_dkdv", "bwd_dq"};
-  return kWords[static_cast<std::size_t>(kind)];
-}
 std::string_view to_text(DType dtype) { return dtype == DType::kFloat16 ? "fp16" : "bf16"; }
 std::string_view to_text(Mask mask) {
   switch (mask) {

@@ -35,7 +35,7 @@ enum class GlobalAccess : std::uint8_t {
 struct LoopSchedule {
   int load = 2;        // the next tile is loaded from global memory
   int barrier = 4;     // it is stored to shared memory, then the barrier
-  int first_keys = 7;  // forward: the next iteration's first K fragments are read; backward: 8
+  int first_keys = 7;  // forward: the next iteration's first K fragments are read; backward has none: 8
 
   friend auto operator<=>(const LoopSchedule&, const LoopSchedule&) = default;
 };
@@ -83,7 +83,7 @@ struct KernelSpec {
 };
 
 KernelKind parse_kind(std::string_view text);  // throws SpecError
-std::string_view to_text(KernelKind);          // "fwd", "bwd_preprocess", "bwd_dkdv", "bwd_dq"
+std::string_view to_text(KernelKind);          // its family's word: "fwd", "bwd_dq"
 std::string_view to_text(DType);               // "fp16", "bf16"
 std::string_view to_text(Mask);                // "full", "causal", "window"
 std::string_view to_text(GlobalAccess);        // "vec16", "elem2"

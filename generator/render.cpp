@@ -9,12 +9,15 @@
 namespace flash_attn_jit {
 namespace {
 
-// Writes `file` into `out`, every `#include "x"` of another template replaced by its text, each file once.
-void inline_template(std::string_view file, const TemplateSet& templates, std::set<std::string, std::less<>>& seen,
-                     std::string& out) {
+// Writes `file` into `out`, every `#include "x"` of another template replaced by its text, each file once. `asked_by` says
+// who includes it.
+void inline_template(std::string_view file, const std::string& asked_by, const TemplateSet& templates,
+                     std::set<std::string, std::less<>>& seen, std::string& out) {
   if (!seen.emplace(file).second) return;
   const auto found = templates.find(file);
-  if (found == templates.end()) throw Error("template '" + std::string(file) + "' is not in the template set");
+  if (found == templates.end())
+    throw Error("there is no template '" + std::string(file) + "', which " + asked_by +
+                " includes; a folder in FLASH_ATTN_JIT_TEMPLATES has to hold all of them");
   const auto line_directive = [&](int line) {
     out += "#line " + std::to_string(line) + " \"" + std::string(file) + "\"\n";
   };
@@ -29,7 +32,8 @@ void inline_template(std::string_view file, const TemplateSet& templates, std::s
     constexpr std::string_view kInclude = "#include \"";
     if (line.starts_with(kInclude)) {
       const std::string_view name = line.substr(kInclude.size());
-      inline_template(name.substr(0, name.find('"')), templates, seen, out);
+      inline_template(name.substr(0, name.find('"')), std::string(file) + ":" + std::to_string(line_number), templates,
+                      seen, out);
       line_directive(line_number + 1);
     } else {
       out += line == "#pragma once" ? "" : line;
@@ -72,7 +76,7 @@ RenderedKernel render(const KernelSpec& spec, const TemplateSet& templates) {
   kernel.useful_mma = useful_mma_per_iteration(spec);
   std::set<std::string, std::less<>> seen;
   const std::string params(family.params);
-  inline_template(family.template_file, templates, seen, kernel.source);
+  inline_template(family.template_file, "the kernel", templates, seen, kernel.source);
   kernel.source += "#line 1 \"" + kernel.entry + ".cu\"\n" + traits(spec) +
                    "extern \"C\" __global__ void __launch_bounds__(" + std::to_string(kernel.threads) + ", " +
                    std::to_string(blocks_per_multiprocessor(spec.tile)) + ") " + kernel.entry + "(const " + params +

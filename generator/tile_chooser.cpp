@@ -10,8 +10,9 @@
 namespace flash_attn_jit {
 namespace {
 
-// Beside warps of 32 rows, those of 16 read shared memory twice as often for the same products: the cycle model of the T4
-// gives their kernels of head dim 64 to 128 0.63 to 0.75 of the tensor cores' peak where it gives the others 0.85 to 0.93.
+// Beside warps of 32 rows, those of 16 read shared memory twice as often for the same products: of the tensor cores' peak
+// the cycle model of the T4 gives default kernels of head dim 64 to 128 0.55 to 0.80, most about 0.67, where it gives the
+// others 0.79 to 0.94 (tools/tile_search/records).
 constexpr double kCostOf16Rows = 1.3;
 
 // What a multiprocessor loses for every block that it could hold and does not: the others run faster, but not so much that

@@ -19,4 +19,11 @@ std::optional<std::string> check_register_dims(const KernelSpec& spec) {
          " head dims in registers; accepted: multiples of 16 up to " + std::to_string(spec.padded_head_dim());
 }
 
+std::optional<std::string> check_rows_alone(const KernelSpec& spec) {
+  const TileConfig& tile = spec.tile;
+  if (tile.block_n == 0 && tile.register_dims == 0 && tile.schedule == LoopSchedule{0, 0, 0}) return std::nullopt;
+  return tile_name(spec) + " is for kind " + std::string(to_text(spec.kind)) +
+         "; accepted: 0 for all but its rows and warps, as in " + quoted("m64n0w4q0l0b0k0");
+}
+
 }  // namespace flash_attn_jit

@@ -13,5 +13,6 @@ std::string tile_name(const KernelSpec& spec);      // "tile 'm256...'"
 std::string schedule_name(const KernelSpec& spec);  // "tile '...' has its loads, ... at 2, 4 and 7 eighths; accepted: "
 
 std::optional<std::string> check_register_dims(const KernelSpec& spec);
+std::optional<std::string> check_rows_alone(const KernelSpec& spec);  // of a kernel without a main loop
 
 }  // namespace flash_attn_jit

@@ -17,7 +17,7 @@ namespace {
 
 py::type* options_type = nullptr;  // leaked, because it must outlive the interpreter's own teardown
 
-constexpr const char* kAcceptedSlopes =
+constexpr const char* kAcceptedPerHead =
     "None, or torch.float32, (num_heads) or (batch, num_heads), contiguous in the last dimension";
 constexpr const char* kAcceptedCuSeqlens =
     "(batch + 1), torch.int32, contiguous: where each sequence begins, and where the last ends";
@@ -58,7 +58,7 @@ struct Fields {
   Field<bool> causal{"causal"};
   Field<std::int64_t> window_left{"window_left"}, window_right{"window_right"};
   Field<double> softcap{"softcap"};
-  Field<py::handle> alibi_slopes{"alibi_slopes", kAcceptedSlopes};
+  Field<py::handle> alibi_slopes{"alibi_slopes", kAcceptedPerHead};
   Field<py::handle> cu_seqlens_q{"cu_seqlens_q", kAcceptedCuSeqlens}, cu_seqlens_k{"cu_seqlens_k", kAcceptedCuSeqlens};
   Field<std::int64_t> max_seqlen_q{"max_seqlen_q"}, max_seqlen_k{"max_seqlen_k"};
 } field;
@@ -91,15 +91,17 @@ std::optional<Varlen> read_varlen(py::handle options, const Argument& q) {
                 cu_seqlens_q.info.shape[0] - 1, field.max_seqlen_q(options), field.max_seqlen_k(options)};
 }
 
-std::optional<AlibiSlopes> read_alibi(py::handle options, const Argument& q, const std::optional<Varlen>& varlen) {
-  if (field.alibi_slopes(options).is_none()) return std::nullopt;
-  const Argument slopes("alibi_slopes", field.alibi_slopes(options));
+// None, or a number for every query head.
+std::optional<PerHead> read_per_head(const Field<py::handle>& of, py::handle options, const Argument& q,
+                                     const std::optional<Varlen>& varlen) {
+  if (of(options).is_none()) return std::nullopt;
+  const Argument numbers(of.name, of(options));
   const std::int64_t batch = varlen ? varlen->batch : q.info.shape[0], heads = q.info.shape[q.info.rank - 2];
-  const auto& shape = slopes.info.shape;
-  const bool of_heads = slopes.info.rank == 1 && shape[0] == heads;
-  const bool of_batch = slopes.info.rank == 2 && shape[0] == batch && shape[1] == heads;
-  check_small_tensor(slopes, q, ElementType::kFloat32, of_heads || of_batch, kAcceptedSlopes);
-  return AlibiSlopes{static_cast<const float*>(slopes.info.data), of_batch ? slopes.info.strides[0] : 0};
+  const auto& shape = numbers.info.shape;
+  const bool of_heads = numbers.info.rank == 1 && shape[0] == heads;
+  const bool of_batch = numbers.info.rank == 2 && shape[0] == batch && shape[1] == heads;
+  check_small_tensor(numbers, q, ElementType::kFloat32, of_heads || of_batch, of.accepted);
+  return PerHead{static_cast<const float*>(numbers.info.data), of_batch ? numbers.info.strides[0] : 0};
 }
 
 }  // namespace
@@ -139,7 +141,7 @@ AttentionOptions read_options(py::handle options, const Argument& q) {
   set_mask(read, field.causal(options), {field.window_left(options), field.window_right(options)});
   read.softcap = field.softcap(options);
   read.varlen = read_varlen(options, q);
-  read.alibi = read_alibi(options, q, read.varlen);
+  read.alibi = read_per_head(field.alibi_slopes, options, q, read.varlen);
   return read;
 }
 

@@ -69,7 +69,7 @@ class FlashBwd {
   static constexpr int kProducts = kSteps * kGradients * kMTiles * kOutputDTiles;  // of an iteration's gradients
 
   // Does dS take P as dV does? No matter: where P is above 1 its row has dP = delta. But ptxas schedules as if it were:
-  // head dim 64 reaches 0.933 of a T4's peak so, and 0.883 otherwise; 128, causal, 0.738 so, and 0.788 otherwise.
+  // head dim 64 reaches 0.933 of a T4's peak so, and 0.883 otherwise; 128, causal, 0.738 so, and 0.797 otherwise.
   static constexpr bool kSaturatesForDs = kMTiles == 2;
 
   using Products = Accumulator<kMTiles, 1>;  // S or dP of a step

@@ -1,4 +1,4 @@
-// Every machine primitive that the kernels use. They reach the machine through nothing else: the CUDA half of this
+// Every machine primitive there is for kernels. They reach the machine through nothing else: the CUDA half of this
 // interface is in primitives_cuda.cuh, the host half, on which the interpreter runs the same kernels on a CPU, in
 // primitives_host.cuh. No other template asks which of the two it is compiled for.
 //

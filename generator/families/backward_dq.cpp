@@ -73,20 +73,21 @@ int registers(const KernelSpec& spec) { return registers_of(kLayout, spec); }
 
 }  // namespace
 
-const KernelFamily kBackwardDqFamily = {.pack_group = "bwd",
-                                        .template_file = "flash_bwd.cuh",
-                                        .function = "flash_bwd",
-                                        .params = "FlashBwdParams",
-                                        .tile = "FlashBwdTile",
-                                        .trait = "  static constexpr RowSide kRowSide = RowSide::kQueries;\n",
-                                        .rows = RowSide::kQueries,
-                                        .reads_mask = true,
-                                        .products = 3,
-                                        .output_splits = kLayout.output_splits,
-                                        .shared_bytes = shared_bytes,
-                                        .registers = registers,
-                                        .check_tile = check_gradient_tile,
-                                        .default_tiles = tiles,
-                                        .schedules = kGradientSchedules};
+constinit const KernelFamily kBackwardDqFamily = {.word = "bwd_dq",
+                                                  .pack_group = "bwd",
+                                                  .template_file = "flash_bwd.cuh",
+                                                  .function = "flash_bwd",
+                                                  .params = "FlashBwdParams",
+                                                  .tile = "FlashBwdTile",
+                                                  .trait = "  static constexpr RowSide kRowSide = RowSide::kQueries;\n",
+                                                  .rows = RowSide::kQueries,
+                                                  .reads_mask = true,
+                                                  .products = 3,
+                                                  .output_splits = kLayout.output_splits,
+                                                  .shared_bytes = shared_bytes,
+                                                  .registers = registers,
+                                                  .check_tile = check_gradient_tile,
+                                                  .default_tiles = tiles,
+                                                  .schedules = kGradientSchedules};
 
 }  // namespace flash_attn_jit

@@ -18,6 +18,14 @@ from ._torch_check import require_torch as _require_torch
 
 _require_torch()
 
+from importlib.util import find_spec as _find_spec
+
+if _find_spec(f"{__name__}._core") is None:
+    raise ImportError(
+        f"flash_attn_jit in {__path__[0]} has no compiled module: it is the source. Install it (pip install .) and "
+        "start Python in another folder."
+    )
+
 from . import _flop_formulas, bert_padding  # noqa: F401  _flop_formulas registers them with torch
 from ._core import InterpreterReport
 from ._router import SdpaRouter, route_sdpa

@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "runtime/system/dynamic_library.h"
+#include "runtime/system/fork.h"
 
 namespace flash_attn_jit {
 
@@ -67,12 +68,19 @@ struct Nvrtc::Api {
 
 // Opened once in a process and never closed: NVRTC does not give its memory back.
 std::shared_ptr<const Nvrtc::Api> Nvrtc::open(const NvrtcCandidate& candidate) {
-  static std::mutex mutex;
-  static auto& open_libraries = *new std::map<std::filesystem::path, std::shared_ptr<const Api>>;
-  const std::lock_guard lock(mutex);
-  std::shared_ptr<const Api>& api = open_libraries[candidate.library];
-  if (api == nullptr) api = std::make_shared<const Api>(candidate);
-  return api;
+  struct OpenLibraries {
+    ForkSafeMutex mutex;  // not held while a library is opened
+    std::map<std::filesystem::path, std::shared_ptr<const Api>> all;
+  };
+  static constinit ProcessOwn<OpenLibraries> process;
+  OpenLibraries& open = process.get([] { return OpenLibraries(); });
+  {
+    const std::lock_guard lock(open.mutex);
+    if (const auto known = open.all.find(candidate.library); known != open.all.end()) return known->second;
+  }
+  auto api = std::make_shared<const Api>(candidate);
+  const std::lock_guard lock(open.mutex);
+  return open.all.try_emplace(candidate.library, std::move(api)).first->second;
 }
 
 Nvrtc::Nvrtc(const NvrtcCandidate& candidate) : api_(open(candidate)) {

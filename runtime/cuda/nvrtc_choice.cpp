@@ -19,8 +19,10 @@ std::string driver_version_text(int version) {
 }
 
 const Nvrtc* NvrtcChoice::best(CodeKind code, std::string& reason) {
-  const std::lock_guard lock(mutex_);
-  if (const auto known = chosen_.find(code); known != chosen_.end()) return known->second;
+  {
+    const std::lock_guard lock(mutex_);
+    if (const auto known = chosen_.find(code); known != chosen_.end()) return known->second;
+  }
   // Not remembered where it fails: an NVRTC may be installed while the process lives.
   NvrtcSearch search = search_nvrtc(config_, python_search_path());
   const NvrtcNeed need{code, driver_version_};
@@ -34,16 +36,19 @@ const Nvrtc* NvrtcChoice::best(CodeKind code, std::string& reason) {
     return nullptr;
   }
   warn_about_old_drivers(*nvrtc);
-  chosen_[code] = nvrtc;
-  return nvrtc;
+  const std::lock_guard lock(mutex_);
+  return chosen_.try_emplace(code, nvrtc).first->second;
 }
 
 std::optional<NvrtcVersion> NvrtcChoice::foresee(CodeKind code) {
-  const std::lock_guard lock(mutex_);
-  if (const auto known = chosen_.find(code); known != chosen_.end()) return known->second->version();
-  if (const auto known = foreseen_.find(code); known != foreseen_.end()) return known->second;
+  {
+    const std::lock_guard lock(mutex_);
+    if (const auto known = chosen_.find(code); known != chosen_.end()) return known->second->version();
+    if (const auto known = foreseen_.find(code); known != foreseen_.end()) return known->second;
+  }
   const auto candidate = choose_nvrtc(search_nvrtc(config_, python_search_path()).candidates, {code, driver_version_});
   if (!candidate) return std::nullopt;
+  const std::lock_guard lock(mutex_);
   return foreseen_[code] = *candidate->version;
 }
 
@@ -58,15 +63,17 @@ int NvrtcChoice::opened() const {
   return static_cast<int>(open_.size());
 }
 
-// Null where it cannot be opened; then `search` no longer has it.
+// Null where it cannot be opened; then `search` no longer has it. Of several threads that open one, the first keeps it.
 const Nvrtc* NvrtcChoice::open(const NvrtcCandidate& candidate, NvrtcSearch& search) {
-  std::unique_ptr<Nvrtc>& nvrtc = open_[candidate.library];
-  if (nvrtc != nullptr) return nvrtc.get();
+  {
+    const std::lock_guard lock(mutex_);
+    if (const auto known = open_.find(candidate.library); known != open_.end()) return known->second.get();
+  }
   try {
-    nvrtc = std::make_unique<Nvrtc>(candidate);
-    return nvrtc.get();
+    auto nvrtc = std::make_unique<Nvrtc>(candidate);
+    const std::lock_guard lock(mutex_);
+    return open_.try_emplace(candidate.library, std::move(nvrtc)).first->second.get();
   } catch (const Error& error) {
-    open_.erase(candidate.library);
     search.places.push_back({candidate.place, candidate.library, error.what()});
     std::erase_if(search.candidates, [&](const NvrtcCandidate& c) { return c.library == candidate.library; });
     warn_once("NVRTC is passed over: " + std::string(error.what()));

@@ -3,11 +3,11 @@
 
 #include <map>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 
 #include "runtime/cuda/nvrtc.h"
+#include "runtime/system/fork.h"
 
 namespace flash_attn_jit {
 
@@ -38,7 +38,7 @@ class NvrtcChoice {
 
   Config config_;
   std::optional<int> driver_version_;
-  mutable std::mutex mutex_;
+  mutable ForkSafeMutex mutex_;  // guards what is below; never held while searching or opening
   std::map<std::filesystem::path, std::unique_ptr<Nvrtc>> open_;
   std::map<CodeKind, const Nvrtc*> chosen_;
   std::map<CodeKind, NvrtcVersion> foreseen_;

@@ -6,6 +6,8 @@
 #include <mutex>
 #include <set>
 
+#include "runtime/system/fork.h"
+
 namespace flash_attn_jit {
 namespace {
 
@@ -210,7 +212,7 @@ void search_named(Search& search, const fs::path& named) {
 
 // Never destroyed: threads may still compile while the process ends.
 struct PythonPath {
-  std::mutex mutex;
+  ForkSafeMutex mutex;
   std::vector<fs::path> folders;
 };
 

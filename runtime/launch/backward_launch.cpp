@@ -37,7 +37,7 @@ std::vector<TensorExtent> extents_of(const BackwardRequest& request, const Backw
 }  // namespace
 
 void launch_backward(Device& device, const BackwardRequest& request, StreamHandle stream) {
-  device.launch(lay_out_backward(request, device.plan_target()), stream);
+  device.launch(plan_backward(request, device.plan_target()), stream);
 }
 
 void backward_on_device(const BackwardRequest& request, int device_ordinal, StreamHandle stream) {
@@ -45,7 +45,8 @@ void backward_on_device(const BackwardRequest& request, int device_ordinal, Stre
 }
 
 void backward_in_interpreter(const BackwardRequest& request) {
-  const BackwardPlan plan = plan_backward(request, {arch_limits(75), kInterpretedMultiprocessors});
+  const BackwardPlan plan =
+      plan_backward(request, {arch_limits(75), kInterpretedMultiprocessors, process_tile_chooser()});
   require_cu_seqlens(request.options, request.q, request.k);
   std::array<std::optional<CompiledKernel>, std::tuple_size_v<BackwardPlan>> kernels;
   run_side_by_side(plan.size(), [&](std::size_t i) {

@@ -10,7 +10,7 @@
 namespace flash_attn_jit {
 
 void launch_forward(Device& device, const ForwardRequest& request, StreamHandle stream) {
-  device.launch(std::array{lay_out_forward(request, device.plan_target())}, stream);
+  device.launch(std::array{plan_forward(request, device.plan_target())}, stream);
 }
 
 void forward_on_device(const ForwardRequest& request, int device_ordinal, StreamHandle stream) {
@@ -18,7 +18,7 @@ void forward_on_device(const ForwardRequest& request, int device_ordinal, Stream
 }
 
 void forward_in_interpreter(const ForwardRequest& request) {
-  const LaunchPlan plan = plan_forward(request, {arch_limits(75), kInterpretedMultiprocessors});
+  const LaunchPlan plan = plan_forward(request, {arch_limits(75), kInterpretedMultiprocessors, process_tile_chooser()});
   require_cu_seqlens(request.options, request.q, request.k);
   if (plan.blocks == 0) return;
   const FoundKernel found = process_host_kernels().find_or_compile(plan.spec);

@@ -63,10 +63,12 @@ HostKernels& process_host_kernels() {
   return kernels.get([] { return HostKernels(shared_cache(), load_templates(config()), host_compiler()); });
 }
 
+const TileChooser& process_tile_chooser() { return default_tile_chooser(); }
+
 DeviceRuntime& process_devices() {
   static DeviceRuntime& devices = *[] {
     if (process_driver() == nullptr) throw DriverError(process_driver_absence());
-    return new DeviceRuntime(*process_driver(), process_library(), config().target, default_tile_chooser());
+    return new DeviceRuntime(*process_driver(), process_library(), config().target, process_tile_chooser());
   }();
   return devices;
 }

@@ -27,6 +27,9 @@ const HostCompiler& host_compiler();
 KernelLibrary& process_library();
 HostKernels& process_host_kernels();
 
+// Chooses the tile of every launch, on GPUs and in the interpreter.
+const TileChooser& process_tile_chooser();
+
 // Throws DriverError where there is no driver.
 DeviceRuntime& process_devices();
 

@@ -1,7 +1,6 @@
 #include "runtime/library/templates_folder.h"
 
 #include <algorithm>
-#include <array>
 #include <cctype>
 #include <optional>
 #include <string_view>
@@ -11,10 +10,6 @@
 
 namespace flash_attn_jit {
 namespace {
-
-// What the host was compiled with as well: the kernels' arguments, and how interpreted kernels reach the interpreter.
-constexpr std::array<const char*, 4> kSharedWithHost = {"attention_params.cuh", "flash_fwd_params.cuh",
-                                                        "flash_bwd_params.cuh", "host_engine.cuh"};
 
 struct Token {
   std::string_view text;
@@ -55,12 +50,13 @@ std::optional<int> first_line_that_differs(std::string_view text, std::string_vi
 
 // A kernel that is told of its problem in another layout than the host writes would read wrong values and addresses.
 void require_the_hosts_layout(const TemplateSet& templates, const std::filesystem::path& folder) {
-  for (const char* file : kSharedWithHost) {
+  for (const auto& [file, built_in] : embedded_templates()) {
+    if (!is_shared_with_host(file)) continue;
     const auto found = templates.find(file);
     const std::string where = "FLASH_ATTN_JIT_TEMPLATES: " + (folder / file).string();
     if (found == templates.end())
       throw ConfigError(where + " is missing; accepted: a folder with all of the templates");
-    if (const auto line = first_line_that_differs(found->second, embedded_templates().at(file)))
+    if (const auto line = first_line_that_differs(found->second, built_in))
       throw ConfigError(where + " differs at line " + std::to_string(*line) +
                         " from the one that this library was built with, and its C++ side is compiled from that file; "
                         "accepted: any change in the other templates. Build the library anew from this folder's clone "
@@ -69,6 +65,8 @@ void require_the_hosts_layout(const TemplateSet& templates, const std::filesyste
 }
 
 }  // namespace
+
+bool is_shared_with_host(std::string_view file) { return file.ends_with("_params.cuh") || file == "host_engine.cuh"; }
 
 TemplateSet load_templates(const Config& config) {
   if (!config.templates) return embedded_templates();

@@ -17,8 +17,8 @@ struct Window {
   std::int64_t left = -1, right = -1;
 };
 
-// (batch, num_heads) float32, or (num_heads) with a batch stride of 0.
-struct AlibiSlopes {
+// A number for every query head: (batch, num_heads) float32, or (num_heads) with a batch stride of 0.
+struct PerHead {
   const float* data = nullptr;
   std::int64_t batch_stride = 0;
 };
@@ -43,7 +43,7 @@ struct AttentionOptions {
   Mask mask = Mask::kNone;
   Window window;       // where mask is kWindow
   double softcap = 0;  // softcap * tanh(score / softcap); 0: none
-  std::optional<AlibiSlopes> alibi;
+  std::optional<PerHead> alibi;
   std::optional<Varlen> varlen;
 };
 

@@ -92,7 +92,7 @@ BackwardLaunch lay_out(KernelSpec spec, KernelKind kind, const std::optional<Til
 
 }  // namespace
 
-BackwardPlan lay_out_backward(const BackwardRequest& request, const PlanTarget& target) {
+BackwardPlan plan_backward(const BackwardRequest& request, const PlanTarget& target) {
   require_arguments(request);
   const KernelSpec spec = problem_spec(request.q, request.k, request.options, access_of(request));
   const FlashBwdParams params = params_of(request);
@@ -111,13 +111,6 @@ BackwardPlan lay_out_backward(const BackwardRequest& request, const PlanTarget& 
   if (!request.dkdv) plan[1].blocks = 0;
   if (!request.dq) plan[2].blocks = 0;
   if (!request.dkdv && !request.dq) plan[0].blocks = 0;
-  return plan;
-}
-
-BackwardPlan plan_backward(const BackwardRequest& request, const PlanTarget& target) {
-  const BackwardPlan plan = lay_out_backward(request, target);
-  for (const BackwardLaunch& launch : plan)
-    if (const auto reason = check(launch.spec, target.arch)) throw UnsupportedError(*reason);
   return plan;
 }
 

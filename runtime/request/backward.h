@@ -35,10 +35,7 @@ using BackwardLaunch = KernelLaunch<FlashBwdParams>;
 // The preprocess kernel, then the one of dK and dV, then that of dQ; those of what is not wanted have no blocks.
 using BackwardPlan = std::array<BackwardLaunch, 3>;
 
-// Throws ArgumentError where shapes contradict each other, UnsupportedError where no kernel can do it.
+// As plan_forward().
 BackwardPlan plan_backward(const BackwardRequest& request, const PlanTarget& target);
-
-// plan_backward() without check(): whoever loads a kernel checks its spec, once for each kernel and not at each call.
-BackwardPlan lay_out_backward(const BackwardRequest& request, const PlanTarget& target);
 
 }  // namespace flash_attn_jit

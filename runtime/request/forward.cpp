@@ -39,7 +39,7 @@ FlashFwdParams params_of(const ForwardRequest& request, std::int64_t num_m_block
 
 }  // namespace
 
-LaunchPlan lay_out_forward(const ForwardRequest& request, const PlanTarget& target) {
+LaunchPlan plan_forward(const ForwardRequest& request, const PlanTarget& target) {
   require_arguments(request);
   LaunchPlan plan;
   plan.spec = problem_spec(request.q, request.k, request.options, access_of(request));
@@ -50,12 +50,6 @@ LaunchPlan lay_out_forward(const ForwardRequest& request, const PlanTarget& targ
   const std::int64_t num_m_blocks = (shape.seqlen_q + plan.spec.tile.block_m - 1) / plan.spec.tile.block_m;
   plan.params = params_of(request, num_m_blocks);
   plan.blocks = grid_blocks({"q", request.q}, shape.batch, num_m_blocks);
-  return plan;
-}
-
-LaunchPlan plan_forward(const ForwardRequest& request, const PlanTarget& target) {
-  const LaunchPlan plan = lay_out_forward(request, target);
-  if (const auto reason = check(plan.spec, target.arch)) throw UnsupportedError(*reason);
   return plan;
 }
 

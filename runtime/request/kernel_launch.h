@@ -11,8 +11,8 @@ namespace flash_attn_jit {
 // What a launch is planned for: a device, as far as it matters, and who chooses the tiles.
 struct PlanTarget {
   ArchLimits arch;
-  int multiprocessors = 0;
-  const TileChooser& tiles = default_tile_chooser();
+  int multiprocessors;  // 1 or more
+  const TileChooser& tiles;
 };
 
 template <class Params>

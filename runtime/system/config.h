@@ -1,4 +1,4 @@
-// The configuration: the one place that reads the environment, once and strictly.
+// The configuration: the one place that reads the project's environment variables, once and strictly.
 #pragma once
 
 #include <cstdint>

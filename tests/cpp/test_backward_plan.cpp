@@ -34,7 +34,13 @@ BackwardRequest request(std::int64_t b, std::int64_t sq, std::int64_t sk, std::i
   return r;
 }
 
-BackwardPlan plan(const BackwardRequest& r) { return plan_backward(r, {arch_limits(75), 40}); }
+// As whoever makes the kernels checks them.
+BackwardPlan plan(const BackwardRequest& r) {
+  const BackwardPlan made = plan_backward(r, {arch_limits(75), 40, default_tile_chooser()});
+  for (const BackwardLaunch& launch : made)
+    if (const auto reason = check(launch.spec, arch_limits(75))) throw UnsupportedError(*reason);
+  return made;
+}
 
 template <typename Expected>
 std::string refusal(const BackwardRequest& r) {
@@ -119,7 +125,7 @@ TEST_CASE("backward plan: the options as kernels see them") {
   r.options.mask = Mask::kWindow;
   r.options.window = {7, -1};
   const float slopes[4] = {};
-  r.options.alibi = AlibiSlopes{slopes, 0};
+  r.options.alibi = PerHead{slopes, 0};
   const FlashBwdParams params = plan(r)[kDkDv].params;
   CHECK(params.sign == 0x80008000u);
   CHECK(params.softmax_scale == -0.5f);
@@ -134,6 +140,20 @@ TEST_CASE("backward plan: the options as kernels see them") {
   for (const float bad : {-1.0f, 1e-7f, 1e18f, std::nanf(""), INFINITY}) {
     r.options.softcap = bad;
     CHECK(refusal<ArgumentError>(r) == Containing{"softcap is"});
+  }
+}
+
+TEST_CASE("backward plan: every feature has an option that turns it on") {
+  BackwardRequest r = request(1, 30, 30, 4, 4, 64);
+  CHECK(plan(r)[kDkDv].spec.features.empty());
+  const float slopes[4] = {};
+  const int cu_seqlens[2] = {0, 30};
+  r.options.softcap = 10;
+  r.options.alibi = PerHead{slopes, 0};
+  r.options.varlen = Varlen{cu_seqlens, cu_seqlens, 1, 30, 30};
+  for (const FeatureInfo& info : kFeatures) {
+    CAPTURE(info.word);
+    CHECK(plan(r)[kDkDv].spec.has(info.feature));
   }
 }
 

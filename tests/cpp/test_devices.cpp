@@ -136,7 +136,7 @@ TEST_CASE("a launch: arguments as planned, on the caller's stream" * doctest::sk
   launch_forward(process.runtime.device(0), r, stream(77));
   const auto launches = stub().launches();
   REQUIRE(launches.size() == 1);
-  const LaunchPlan plan = plan_forward(r, {arch_limits(75), kT4.multiprocessors});
+  const LaunchPlan plan = plan_forward(r, {arch_limits(75), kT4.multiprocessors, default_tile_chooser()});
   CHECK(launches[0].device == 0);
   CHECK(launches[0].function == plan.spec.name());
   CHECK(launches[0].blocks == plan.blocks);
@@ -213,7 +213,7 @@ TEST_CASE("the machine code suits the driver: NVRTC 12 below CUDA 13" * doctest:
     Process process(driver_version, {kT4});
     launch_forward(process.runtime.device(0), request(), nullptr);
     CHECK(stub().launches().size() == 1);
-    const LaunchPlan plan = plan_forward(request(), {arch_limits(75), kT4.multiprocessors});
+    const LaunchPlan plan = plan_forward(request(), {arch_limits(75), kT4.multiprocessors, default_tile_chooser()});
     const FoundKernel found = process.runtime.device(0).find_or_compile(plan.spec);
     CHECK(found.kernel.built_by == Containing{compiler});
     CHECK(found.origin == KernelOrigin::kDiskCache);

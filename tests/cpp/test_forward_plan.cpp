@@ -32,7 +32,12 @@ ForwardRequest forward_request(std::int64_t b, std::int64_t sq, std::int64_t sk,
   return r;
 }
 
-LaunchPlan plan(const ForwardRequest& r) { return plan_forward(r, {arch_limits(75), kMultiprocessors}); }
+// As whoever makes the kernel checks it.
+LaunchPlan plan(const ForwardRequest& r) {
+  LaunchPlan made = plan_forward(r, {arch_limits(75), kMultiprocessors, default_tile_chooser()});
+  if (const auto reason = check(made.spec, arch_limits(75))) throw UnsupportedError(*reason);
+  return made;
+}
 
 template <typename Expected>
 std::string refusal(const ForwardRequest& r) {

@@ -15,6 +15,7 @@ namespace {
 KernelSpec random_spec(std::mt19937& random) {
   const auto below = [&](int n) { return std::uniform_int_distribution<int>(0, n - 1)(random); };
   KernelSpec spec;
+  spec.kind = kKernelKinds[static_cast<std::size_t>(below(static_cast<int>(kKernelKinds.size())))];
   spec.dtype = below(2) ? DType::kFloat16 : DType::kBFloat16;
   spec.head_dim = below(1000);
   spec.mask = kAllMasks[static_cast<std::size_t>(below(3))];

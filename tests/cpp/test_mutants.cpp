@@ -45,7 +45,7 @@ std::string forward_error(const TemplateSet& templates, const ForwardCase& c) {
       fp16_extent("q", request.q, TensorUse::kRead), fp16_extent("k", request.k, TensorUse::kRead),
       fp16_extent("v", request.v, TensorUse::kRead), fp16_extent("out", request.out, TensorUse::kWrite),
       row_extent("softmax_lse", t.lse.data(), request.q, TensorUse::kWrite)};
-  return error_of(templates, plan_forward(request, {arch_limits(75), 40}), tensors);
+  return error_of(templates, plan_forward(request, {arch_limits(75), 40, default_tile_chooser()}), tensors);
 }
 
 std::string backward_error(const TemplateSet& templates, const BackwardCase& c) {
@@ -62,7 +62,7 @@ std::string backward_error(const TemplateSet& templates, const BackwardCase& c) 
                                   row_extent("softmax_lse", request.softmax_lse, request.q, TensorUse::kRead),
                                   row_extent("delta", request.delta, request.q, TensorUse::kRead)};
   std::string error;
-  for (const BackwardLaunch& launch : plan_backward(request, {arch_limits(75), 40}))
+  for (const BackwardLaunch& launch : plan_backward(request, {arch_limits(75), 40, default_tile_chooser()}))
     if (launch.spec.kind != KernelKind::kBackwardPreprocess && error.empty())
       error = error_of(templates, launch, tensors);
   return error;

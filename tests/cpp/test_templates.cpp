@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cctype>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -83,6 +84,16 @@ TEST_CASE("only primitives.cuh asks which compiler it is") {
       if (!allowed) FAIL_CHECK(name << " asks for " << word);
     }
   CHECK(askers >= 1);
+}
+
+TEST_CASE("every feature's trait is asked for") {
+  std::set<std::string> words;
+  for (const auto& file : embedded_templates())
+    for (const std::string& word : identifiers(code_of(file.second))) words.insert(word);
+  for (const FeatureInfo& info : kFeatures) {
+    CAPTURE(info.word);
+    CHECK(words.contains(std::string(info.trait)));
+  }
 }
 
 TEST_CASE("templates include templates alone") {

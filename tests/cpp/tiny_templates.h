@@ -9,14 +9,15 @@
 #include "generator/render.h"
 #include "runtime/cuda/nvrtc_search.h"
 #include "runtime/library/kernel_library.h"
+#include "runtime/library/templates_folder.h"
 #include "tests/cpp/temporary_folder.h"
 
 namespace flash_attn_jit::testing {
 
 // A forward kernel that does next to nothing. `body` is its body.
 inline void write_tiny_templates(const std::filesystem::path& folder, const std::string& body = "") {
-  for (const char* name : {"attention_params.cuh", "flash_fwd_params.cuh", "flash_bwd_params.cuh", "host_engine.cuh"})
-    write_all(folder / name, embedded_templates().at(name));
+  for (const auto& [name, text] : embedded_templates())
+    if (is_shared_with_host(name)) write_all(folder / name, text);
   write_all(folder / "flash_fwd.cuh", R"(
 #include "flash_fwd_params.cuh"
 struct Fp16 {};

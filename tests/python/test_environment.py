@@ -51,6 +51,14 @@ def test_importing_reads_no_variable():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_source_is_not_the_package():
+    source = Path(__file__).parents[2] / "python"
+    done = run_python(f"import sys; sys.path.insert(0, {str(source)!r}); import flash_attn_jit")
+    assert done.returncode == 1
+    assert f"flash_attn_jit in {source}/flash_attn_jit has no compiled module" in done.stderr
+    assert "pip install ." in done.stderr
+
+
 def test_without_torch():
     fails("import sys; sys.modules['torch'] = None; import flash_attn_jit", "ImportError", "pip install torch")
 

@@ -87,7 +87,18 @@ def test_random_problem(number):
             for side in zip(*p["lengths"])
         )
         longest = tuple(max(side) for side in zip(*p["lengths"]))
-    options = Options(p["softmax_scale"], p["causal"], left, right, p["softcap"], slopes, *cu_seqlens, *longest)
+    options = Options(
+        softmax_scale=p["softmax_scale"],
+        causal=p["causal"],
+        window_left=left,
+        window_right=right,
+        softcap=p["softcap"],
+        alibi_slopes=slopes,
+        cu_seqlens_q=cu_seqlens[0],
+        cu_seqlens_k=cu_seqlens[1],
+        max_seqlen_q=longest[0],
+        max_seqlen_k=longest[1],
+    )
 
     lse_shape = (heads, rows_q[0]) if p["varlen"] else (rows_q[0], heads, rows_q[1])
     softmax_lse = torch.full(lse_shape, float("nan"), device="cuda")

@@ -59,6 +59,46 @@ def test_a_process_forked_while_a_thread_looks_for_the_compiler_can_call_too(tmp
     assert status == 0
 
 
+FORK_WHILE_A_THREAD_OPENS_NVRTC = """
+import os, signal, threading, time
+from flash_attn_jit import MissingKernelError, _core
+(spec,) = _core.select_kernels(["bwd_preprocess"], [64], [False], [1], "sm_75")[:1]
+library = _core.process_library()
+def call():
+    try:
+        library.find_or_compile(spec, "sm_75")
+    except MissingKernelError:
+        return 0
+    return 1
+thread = threading.Thread(target=call)
+thread.start()
+while not os.path.exists(STARTED):
+    time.sleep(0.002)
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    os._exit(call())
+thread.join()
+print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_process_forked_while_a_thread_opens_nvrtc_can_call_too(tmp_path):
+    started, library, source = tmp_path / "started", tmp_path / "libnvrtc.so.12", tmp_path / "slow.cpp"
+    source.write_text(
+        "#include <fstream>\n#include <unistd.h>\n"
+        f'[[gnu::constructor]] static void open() {{ std::ofstream("{started}"); usleep(1000000); }}\n'
+    )
+    subprocess.run(["c++", "-shared", "-fPIC", "-o", library, source], check=True)
+    done = run_python(
+        f"STARTED = {str(started)!r}\n" + FORK_WHILE_A_THREAD_OPENS_NVRTC,
+        FLASH_ATTN_JIT_CACHE_DIR=tmp_path / "cache",
+        FLASH_ATTN_JIT_NVRTC=library,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 0
+
+
 def test_a_wait_for_another_process_is_told_and_ends_on_ctrl_c(tmp_path):
     cache = tmp_path / "cache"
     done = run_python(CALL, FLASH_ATTN_JIT_CACHE_DIR=cache)  # the file's name has the key

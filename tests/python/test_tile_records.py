@@ -1,4 +1,5 @@
-"""Where the default tiles come from: tools/tile_search/records holds what the search has found of each."""
+"""Where the default tiles come from: tools/tile_search/records has each of plain kernels and of the forward ones with
+ALiBi."""
 
 import json
 from pathlib import Path

@@ -24,7 +24,17 @@ OP = torch.ops.flash_attn_jit.forward.default
 BACKWARD = torch.ops.flash_attn_jit.backward.default
 CU_SEQLENS = torch.tensor([0, 5, 5, 20], dtype=torch.int32)
 # With everything on.
-ALL_OPTIONS = Options(0.3, False, 7, 3, 2.0, torch.tensor([0.5, 0.25]), CU_SEQLENS, CU_SEQLENS, 15, 15)
+ALL_OPTIONS = Options(
+    softmax_scale=0.3,
+    window_left=7,
+    window_right=3,
+    softcap=2.0,
+    alibi_slopes=torch.tensor([0.5, 0.25]),
+    cu_seqlens_q=CU_SEQLENS,
+    cu_seqlens_k=CU_SEQLENS,
+    max_seqlen_q=15,
+    max_seqlen_k=15,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -118,7 +118,7 @@ def merge(path: Path, record: dict[str, Any]) -> None:
         judged_anew = {tile["tile"] for tile in record["best"]}
         record["best"] += [tile for tile in old["best"] if tile["tile"] not in judged_anew]
         record["best"].sort(key=lambda tile: -tile["useful"])
-        record = {**old, **record, "tried": max(record["tried"], old["tried"])}
+        record = {**old, **record, "tried": max(record["tried"], old["tried"], len(record["best"]))}
     records.append(record)
     records.sort(key=lambda r: [str(r[name]).zfill(4) for name in Problem._fields])
     path.parent.mkdir(parents=True, exist_ok=True)
