@@ -116,7 +116,7 @@ $(stamps_oldest)/torch: $(stamps_oldest)/venv tests/setup/install_torch.py pypro
 
 # Where both environments are of one Python, the wheel comes from the build that $(venv) has: its folder keeps the
 # options that it was made with, and nothing is compiled.
-version_of = $(shell $(1) -c 'import sysconfig; print(sysconfig.get_python_version())')
+version_of = $(shell $(1) -c 'import sysconfig; print(sysconfig.get_python_version())' 2>/dev/null)
 one_python = $(filter $(call version_of,$(python)),$(call version_of,$(python_oldest)))
 wheel_by = $(if $(one_python),$(python),$(python_oldest))
 wheel_from = $(if $(one_python),$(build),$(build_oldest))
