@@ -126,7 +126,7 @@ def test_without_the_compiled_module(tmp_path):
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_core*.so", "__pycache__"))
     found = told(tmp_path)
     assert found["package"]["folder"] == str(copy)
-    assert "_core" in found["compiled_module_error"] and "_core" in found["package"]["import_error"]
+    assert "_core" in found["compiled_module_error"] and "no compiled module" in found["package"]["import_error"]
     assert found["gpus"] is None and found["torch"]["error"] is None
 
 
