@@ -38,8 +38,8 @@ struct KernelFamily {
   // Which tiles there are.
   std::optional<std::string> (*check_tile)(const KernelSpec&);  // nothing, or why it is not one of this family's
   TileTables (*default_tiles)(const KernelSpec&);
-  std::span<const LoopSchedule> schedules =
-      {};  // those that the tile space has beside the defaults'; none: no other tiles
+  // Those that the tile space has beside the defaults'; none: no other tiles.
+  std::span<const LoopSchedule> schedules = {};
 };
 
 }  // namespace flash_attn_jit

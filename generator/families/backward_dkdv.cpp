@@ -7,8 +7,8 @@ namespace flash_attn_jit {
 namespace {
 
 // Chosen like forward's. 32 rows a warp halve the reads of shared memory, which bind it, as far as the registers hold
-// its gradients, which are two, and operands: to head dim 64. What spills, at 128
-// with the causal mask and above 192, is in tools/tile_search/records.
+// its gradients, which are two, and operands: to head dim 64. What spills is in tools/tile_search/records, at 128 with
+// the causal mask and above 192; with groups of 2 some bytes do at 64.
 constexpr std::array kLargeFull = {
     TileRow{32, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {5, 7, 8}}},
     TileRow{48, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 48, .schedule = {3, 6, 8}}},

@@ -43,9 +43,12 @@ struct InspectFlags {
 };
 
 Emit parse_emit(const std::string& text) {
-  for (const auto& [name, emit] : kEmitNames)
+  std::string accepted;
+  for (const auto& [name, emit] : kEmitNames) {
     if (text == name) return emit;
-  throw UsageError("--emit is '" + text + "'; accepted: tiles, spec, source, ptx, cubin, resources");
+    accepted += (accepted.empty() ? "" : ", ") + std::string(name);
+  }
+  throw UsageError("--emit is '" + text + "'; accepted: " + accepted);
 }
 
 struct Compiled {
