@@ -76,9 +76,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         predictions = list(pool.map(lambda each: cost_of(args, *each), tiles))
     print("// Made by tools/tile_costs. Kinds, masks and head dims in their order; of each its default tiles:")
-    print(
-        "// {rows, warps, blocks that share a multiprocessor, {block, iteration, iteration that the mask cuts} alone, sharing}"
-    )
+    print("// {rows, warps, blocks that share a multiprocessor, {block, iteration, masked iteration} alone, sharing}")
     for problem, texts in itertools.groupby(zip(tiles, predictions), key=lambda each: each[0][0]):
         row = ", ".join(text_of(prediction) for _, prediction in texts)
         print(f"{{{{{row}}}}},  // {problem}")
