@@ -1,7 +1,7 @@
 """Writes the records of `python -m flash_attn_jit.report --demo`: what the card's model says of some problems on a T4.
 
-Every figure in them is a prediction (`flash-attn-jit model`, which needs no GPU but an NVRTC): the timer is "model", and
-no candidate has a sample. Candidates are the default tiles and the best of tools/tile_search/records.
+Every figure in them is a prediction (`flash-attn-jit model`, which needs no GPU, but an NVRTC): the timer is "model",
+and no candidate has a sample. Candidates are the default tiles and the best of tools/tile_search/records.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -115,12 +116,18 @@ def peaks(answers: list[dict[str, Any]]) -> dict[str, float | None]:
     }
 
 
+def version() -> str:
+    found = re.search(r"project\(flash-attn-jit VERSION ([\d.]+)", (ROOT / "CMakeLists.txt").read_text())
+    assert found
+    return found[1]
+
+
 def templates_digest() -> str:
     files = sorted((ROOT / "templates").glob("*.cuh"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def record(problem: Problem, defaults: list[str], answers: dict[str, dict[str, Any]], version: str) -> dict[str, Any]:
+def record(problem: Problem, defaults: list[str], answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The default is the tile that the library would choose for a large problem."""
     default = defaults[0]
     winner = min(answers, key=lambda tile: (answers[tile]["seconds"], tile != default, tile))
@@ -146,7 +153,7 @@ def record(problem: Problem, defaults: list[str], answers: dict[str, dict[str, A
             "policy": {"timer": "model", "l2": ""},
         },
         "environment": {
-            "library": version,
+            "library": version(),
             "driver": None,
             "nvrtc": first.get("built_by"),
             "power_limit_watts": None,
@@ -174,7 +181,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--program", default="flash-attn-jit")
-    parser.add_argument("--library", required=True, help="the library's version")
     parser.add_argument("--tiles", type=int, default=8, help="of tools/tile_search/records, for each problem")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
@@ -185,7 +191,7 @@ def main() -> None:
             tiles = list(dict.fromkeys([*defaults, *searched_tiles(problem, options.tiles)]))
             asked = workers.map(lambda tile, problem=problem: ask(options.program, problem, tile), tiles)
             answers = {tile: answer for tile, answer in zip(tiles, asked) if answer is not None}
-            made.append(record(problem, defaults, answers, options.library))
+            made.append(record(problem, defaults, answers))
             print(f"{problem}: {len(answers)} tiles", file=sys.stderr, flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     database = {"format": "flash-attn-jit tuning database", "version": 1, "records": made}

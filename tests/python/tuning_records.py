@@ -91,6 +91,7 @@ def record(
     seed: int = 0,
     count: int = 14,
     scale: float = 1.0,
+    rounds: int = 7,
 ) -> dict[str, Any]:
     """`scale` makes the device slower."""
     draw = random.Random(f"{kind} {head_dim} {mask} {seqlen} {batch} {seed}")
@@ -99,7 +100,8 @@ def record(
     flops = 2 * products * batch * 16 * seqlen * seqlen * head_dim / (2 if mask == "causal" else 1)
     best = scale * (flops / 38e12 + 9e-6)
     measured = [
-        candidate(tile, best * (1 + 0.035 * i * draw.uniform(0.3, 1.4)), draw) for i, tile in enumerate(names[:count])
+        candidate(tile, best * (1 + 0.035 * i * draw.uniform(0.3, 1.4)), draw, rounds)
+        for i, tile in enumerate(names[:count])
     ]
     winner = min(measured, key=lambda each: each["median_seconds"])
     default = draw.choice(measured[:4])
@@ -108,7 +110,7 @@ def record(
         "format": "flash-attn-jit tuning record",
         "version": 1,
         "key": {
-            "device": device or T4,
+            "device": dict(device or T4),
             "templates": "3f" * 32,
             "problem": {
                 "kernel": f"{kind} hdim{head_dim} fp16 {mask} gqa1 vec16",
@@ -153,30 +155,16 @@ def predicted(**arguments: Any) -> dict[str, Any]:
 def records(count: int, candidates: int = 14, **arguments: Any) -> list[dict[str, Any]]:
     """Of as many problem classes."""
     sizes = product(
-        (64, 128, 32, 96, 256, 40, 80, 112, 160),
-        ("causal", "full"),
+        range(1, 1000),
+        (1024, 4096, 512, 128, 2048),
         ("fwd", "bwd_dkdv", "bwd_dq"),
-        (1024, 4096, 512, 128, 2048, 8192, 256),
-        (1, 4, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, *range(3, 10_000, 2)),
+        ("causal", "full"),
+        (64, 128, 96),
     )
-    every = (
-        record(kind, head_dim, mask, seqlen, batch, count=candidates, **arguments)
-        for head_dim, mask, kind, seqlen, batch in sizes
-    )
-    if count > 1000:
-        return list(islice(every, count))
-    few = [
-        record(kind, head_dim, mask, seqlen, batch, count=candidates, **arguments)
-        for batch, seqlen, kind, mask, head_dim in product(
-            (4, 1, 16, 32),
-            (1024, 4096, 512, 128, 2048),
-            ("fwd", "bwd_dkdv", "bwd_dq"),
-            ("causal", "full"),
-            (64, 128, 96),
-        )
-        for _ in range(1)
+    return [
+        record(kind, head_dim, mask, seqlen, 4 * batch, count=candidates, **arguments)
+        for batch, seqlen, kind, mask, head_dim in islice(sizes, count)
     ]
-    return few[:count]
 
 
 def database(values: list[dict[str, Any]]) -> dict[str, Any]:

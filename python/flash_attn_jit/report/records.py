@@ -1,7 +1,6 @@
 """Tuning records, read from JSON that anyone may have written: a bad one is told and passed over."""
 
 import json
-import math
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +35,7 @@ _WHEN = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 # More than any real file has; what is beyond is not read.
 _RECORD_BYTES, _DATABASE_BYTES = 16 << 20, 512 << 20
 _MOST = 100_000  # of anything that a record lists
-_MOST_SECONDS = 1e7
+_MOST_SECONDS, _MOST_ERROR = 1e7, 1e300
 
 
 class BadRecord(ValueError):
@@ -249,7 +248,7 @@ class _Object:
 
     def number(self, name: str, most: float, least: float = 0.0) -> float:
         value = self._take(name)
-        if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
+        if type(value) not in (int, float) or not least <= value <= most:  # a NaN is in no range
             raise self.refuse(name, f"a number from {least:g} to {most:g}")
         return float(value)
 
@@ -315,8 +314,8 @@ def _candidate(candidate: _Object) -> Candidate:
         spill_stores=candidate.integer_or_none("spill_stores"),
         spill_loads=candidate.integer_or_none("spill_loads"),
         blocks_per_multiprocessor=candidate.integer_or_none("blocks_per_multiprocessor"),
-        error=candidate.number_or_none("error", math.inf),
-        error_allowed=candidate.number_or_none("error_allowed", math.inf),
+        error=candidate.number_or_none("error", _MOST_ERROR),
+        error_allowed=candidate.number_or_none("error_allowed", _MOST_ERROR),
         samples=tuple(_sample(sample) for sample in candidate.objects("samples")),
         median_seconds=candidate.duration_or_none("median_seconds"),
         low_seconds=candidate.duration_or_none("low_seconds"),
