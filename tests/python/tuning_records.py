@@ -19,7 +19,7 @@ def tiles(count: int, draw: random.Random) -> list[str]:
 
 
 def candidate(tile: str, seconds: float, draw: random.Random, rounds: int = 7) -> dict[str, Any]:
-    samples = [
+    samples: list[dict[str, Any]] = [
         {
             "round": i,
             "seconds": seconds * draw.uniform(0.994, 1.008),

@@ -58,14 +58,9 @@ def _cache_folder() -> Path:
     return folder / "tuning"
 
 
-def _read(flag: str, path: Path) -> Found:
+def _read(path: Path, if_missing: str) -> Found:
     if not path.exists():
-        if flag:
-            raise SystemExit(f"{flag} is {path}: there is none; accepted: a database or a folder of records")
-        raise SystemExit(
-            f"There are no tuning records in {path} yet: `flash-attn-jit tune` makes them, --database names others, "
-            "and --demo draws some that the model of a T4 predicted."
-        )
+        raise SystemExit(if_missing)
     found = read(path)
     for complaint in found.complaints[:_MOST_COMPLAINTS]:
         print(f"passed over: {complaint}", file=sys.stderr)
@@ -122,13 +117,27 @@ def _write_charts(findings: Sequence[Finding], folder: Path) -> None:
     print(f"charts in {folder}{left_out}")
 
 
+def _read_named(flag: str, path: Path) -> Found:
+    return _read(path, f"{flag} is {path}: there is none; accepted: a database or a folder of records")
+
+
+def _read_source(options: argparse.Namespace) -> tuple[str, Found]:
+    """What the records come from, in words, and what was found there."""
+    if options.demo:
+        return "the package's demo", _read(_DEMO, f"This installation has no demo records: {_DEMO} is missing.")
+    if options.database:
+        return str(options.database), _read_named("--database", options.database)
+    folder = _cache_folder()
+    missing = (
+        f"There are no tuning records in {folder} yet: `flash-attn-jit tune` makes them, --database names others, and "
+        "--demo draws some that the model of a T4 predicted."
+    )
+    return str(folder), _read(folder, missing)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
-    if options.demo:
-        source, found = "the package's demo", _read("", _DEMO)
-    else:
-        path = options.database or _cache_folder()
-        source, found = str(path), _read("--database" if options.database else "", path)
+    source, found = _read_source(options)
     findings = [Finding(record) for record in found.records]
     if not findings:
         raise SystemExit(
@@ -136,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     compared = None
     if options.against:
-        compared = compare(findings, [Finding(record) for record in _read("--against", options.against).records])
+        compared = compare(findings, [Finding(record) for record in _read_named("--against", options.against).records])
         print("\n".join(comparison_lines(compared)))
     print("\n".join(_summary_lines(findings)))
     if options.png:
