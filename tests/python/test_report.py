@@ -326,6 +326,15 @@ def test_a_page_of_one_record():
     assert "PREDICTED" not in words
 
 
+def test_peaks_that_differ_a_little_make_one_roof():
+    values = tuning_records.records(3)
+    for value, peak in zip(values, (50.0, 50.4, 51.0)):
+        value["environment"]["peak_tflops"] = peak
+    text = page(values)
+    assert text.count("<h3>Roofline, ") == 1 and "50.4 TFLOP/s and 240 GB/s" in text
+    assert text.partition('id="environments"')[2].partition("</table>")[0].count("<tr><td>") == 1
+
+
 def test_the_same_records_make_the_same_bytes():
     values = tuning_records.records(3)
     assert page(values) == page(values)

@@ -6,7 +6,7 @@ from math import log10
 from typing import Any, NamedTuple
 
 from . import words
-from .findings import Figure, Finding
+from .findings import Figure, Finding, median_or_none
 from .records import Device
 from .style import KIND_MARKS, OTHER_LABELS, RIVAL, ROLES, Mark, mark_of
 
@@ -197,7 +197,7 @@ def _write_labels(axes: Any, places: _Places, scale: _Scale) -> None:
             scale.low * scale.factor,
             y + 0.42,
             row.label,
-            fontsize=10.5,
+            fontsize=10,
             fontfamily="DejaVu Sans Mono",
             color=_colour("ink" if is_marked else "muted"),
             fontweight=700 if is_marked else 400,
@@ -326,7 +326,7 @@ def _measured(finding: Finding, tile: str) -> tuple[float, bool]:
 
 
 class Roof(NamedTuple):
-    """One device as it was measured: its peaks may differ with driver and power limit."""
+    """One device. Its peaks are the medians of what its records measured, a little else each time."""
 
     device: Device
     is_predicted: bool
@@ -334,17 +334,23 @@ class Roof(NamedTuple):
     peak_gigabytes: float | None
 
 
-def _roof_of(finding: Finding) -> Roof:
-    record = finding.record
-    return Roof(record.device, record.is_predicted, record.environment.peak_tflops, record.environment.peak_gigabytes)
-
-
 def by_roof(findings: Sequence[Finding]) -> list[tuple[Roof, list[Finding]]]:
     """Those with the most findings first."""
-    found: dict[Roof, list[Finding]] = {}
+    found: dict[tuple[Device, bool], list[Finding]] = {}
     for finding in findings:
-        found.setdefault(_roof_of(finding), []).append(finding)
-    return sorted(found.items(), key=lambda item: -len(item[1]))
+        found.setdefault((finding.record.device, finding.record.is_predicted), []).append(finding)
+    return [
+        (
+            Roof(
+                device,
+                is_predicted,
+                median_or_none(finding.record.environment.peak_tflops for finding in them),
+                median_or_none(finding.record.environment.peak_gigabytes for finding in them),
+            ),
+            them,
+        )
+        for (device, is_predicted), them in sorted(found.items(), key=lambda item: -len(item[1]))
+    ]
 
 
 def roofline_chart(roof: Roof, findings: Sequence[Finding]) -> Any | None:

@@ -1,13 +1,13 @@
 """What a record says when it is asked the questions of a reader: who won, by how much, and is it certain."""
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import exp, log
+from statistics import median
 from typing import NamedTuple
 
-from .records import MEASURED, Candidate, Environment, Record
+from .records import MEASURED, Candidate, Record
 from .work import bytes_moved, flops, tflops
 
 SAME_WITHIN = 0.02  # times that lie no further apart are the same, wherever in their intervals they are
@@ -213,16 +213,35 @@ def summarize(findings: Sequence[Finding]) -> Summary:
     )
 
 
-def environments(findings: Iterable[Finding]) -> list[tuple[Record, Environment, int]]:
-    """Each device, policy, template digest and environment that there is, with a record of it and how many there are,
-    the most frequent first."""
-    counts: Counter[tuple[object, ...]] = Counter()
-    examples: dict[tuple[object, ...], Record] = {}
+def median_or_none(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+class Origin(NamedTuple):
+    """Records of one device, way of timing, templates and environment; the peaks are the medians of theirs."""
+
+    record: Record  # one of them
+    peak_tflops: float | None
+    peak_gigabytes: float | None
+    records: int
+
+
+def origins(findings: Iterable[Finding]) -> list[Origin]:
+    """The most frequent first."""
+    found: dict[tuple[object, ...], list[Record]] = {}
     for record in (finding.record for finding in findings):
-        key = (record.device, record.policy, record.templates, record.environment)
-        counts[key] += 1
-        examples.setdefault(key, record)
-    return [(examples[key], examples[key].environment, count) for key, count in counts.most_common()]
+        apart_from_peaks = replace(record.environment, peak_tflops=None, peak_gigabytes=None)
+        found.setdefault((record.device, record.policy, record.templates, apart_from_peaks), []).append(record)
+    return [
+        Origin(
+            them[0],
+            median_or_none(record.environment.peak_tflops for record in them),
+            median_or_none(record.environment.peak_gigabytes for record in them),
+            len(them),
+        )
+        for them in sorted(found.values(), key=len, reverse=True)
+    ]
 
 
 def by_regret(findings: Iterable[Finding]) -> list[Finding]:

@@ -6,7 +6,7 @@ from html import escape
 from . import charts, html, words
 from .classes import device_names
 from .comparison import FASTER, SAME, SLOWER, VERDICTS, Compared, counts
-from .findings import SAME_WITHIN, Finding, Summary, environments, geometric_mean, summarize
+from .findings import SAME_WITHIN, Finding, Origin, Summary, geometric_mean, origins, summarize
 from .records import Device
 from .style import KIND_MARKS
 from .svg import Sheet
@@ -80,7 +80,8 @@ def _roofline(roof: charts.Roof, findings: Sequence[Finding], sheet: Sheet) -> s
         return ""
     unknown = sum(finding.tflops is None for finding in findings)
     missing = f" {unknown} are left out: the record does not tell a window's widths." if unknown else ""
-    text = f"{len(findings) - unknown} winners. {_peaks(roof)}{missing}"
+    shown = len(findings) - unknown
+    text = f"{shown} winner{'s' if shown > 1 else ''}. {_peaks(roof)}{missing}"
     tag = f' <span class="tag predicted">{words.PREDICTED}</span>' if roof.is_predicted else ""
     svg = sheet.chart(chart, f"Roofline of {roof.device}" + (f", {words.PREDICTED}" if roof.is_predicted else ""), text)
     return (
@@ -98,22 +99,24 @@ def _kinds_legend(findings: Sequence[Finding]) -> str:
     return html.legend(mark for kind, mark in KIND_MARKS.items() if kind in kinds)
 
 
-def environment(findings: Sequence[Finding]) -> str:
-    rows = [
-        [
-            escape(str(record.device)),
-            escape(str(record.policy)),
-            escape(environment.library),
-            escape(html.maybe(environment.driver)),
-            escape(html.maybe(environment.nvrtc)),
-            words.number(environment.power_limit_watts),
-            words.number(environment.peak_tflops),
-            words.number(environment.peak_gigabytes),
-            f'<span class="tile">{escape(record.templates[:12])}</span>',
-            str(count),
-        ]
-        for record, environment, count in environments(findings)
+def _origin_row(origin: Origin) -> list[str]:
+    record, environment = origin.record, origin.record.environment
+    return [
+        escape(str(record.device)),
+        escape(str(record.policy)),
+        escape(environment.library),
+        escape(html.maybe(environment.driver)),
+        escape(html.maybe(environment.nvrtc)),
+        words.number(environment.power_limit_watts),
+        words.number(origin.peak_tflops),
+        words.number(origin.peak_gigabytes),
+        f'<span class="tile">{escape(record.templates[:12])}</span>',
+        str(origin.records),
     ]
+
+
+def environment(findings: Sequence[Finding]) -> str:
+    rows = [_origin_row(origin) for origin in origins(findings)]
     headers = (
         "Device",
         "How it was timed",
