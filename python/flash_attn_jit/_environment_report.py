@@ -27,7 +27,7 @@ TO_RUN = {
     "python -m flash_attn_jit.demo": "builds a T4's kernels for some models, runs and checks them, on any machine",
     "python -m flash_attn_jit.report": "a page of what tuning tried and why the winners won; --demo without a GPU",
     "python -m flash_attn_jit.check": "is this GPU right, and how fast: one JSON to attach to an issue",
-    _PROGRAM: "the program: devices, inspect, prebuild, cache",
+    _PROGRAM: "the program: devices, inspect, model, prebuild, cache",
 }
 # By their distributions' names: other attention kernels, then those who call them, then what brings NVRTC.
 PACKAGES = (
