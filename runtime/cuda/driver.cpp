@@ -33,7 +33,7 @@ constexpr int kJitErrorLogBuffer = 5;
 constexpr int kJitErrorLogBytes = 6;
 constexpr int kCaptureRelaxed = 2;
 
-constexpr unsigned kStreamNonBlocking = 1;
+constexpr unsigned kStreamDefault = 0;  // in order with copies and fills
 
 using DeviceHandle = int;
 using DevicePointer = std::uint64_t;
@@ -81,6 +81,7 @@ struct Driver::Api {
   int (*copy_to_device)(DevicePointer, const void*, std::size_t bytes);
   int (*copy_to_host)(void*, DevicePointer, std::size_t bytes);
   int (*memory_set)(DevicePointer, unsigned char, std::size_t bytes);
+  int (*copy_on_device)(DevicePointer to, DevicePointer from, std::size_t bytes, StreamHandle);
   int (*stream_create)(StreamHandle*, unsigned flags);
   int (*stream_destroy)(StreamHandle);
   int (*stream_synchronize)(StreamHandle);
@@ -121,6 +122,7 @@ struct Driver::Api {
     resolve("cuMemcpyHtoD_v2", copy_to_device);
     resolve("cuMemcpyDtoH_v2", copy_to_host);
     resolve("cuMemsetD8_v2", memory_set);
+    resolve("cuMemcpyDtoDAsync_v2", copy_on_device);
     resolve("cuStreamCreate", stream_create);
     resolve("cuStreamDestroy_v2", stream_destroy);
     resolve("cuStreamSynchronize", stream_synchronize);
@@ -300,10 +302,14 @@ void Driver::fill(void* device, unsigned char byte, std::size_t bytes) {
   require(api_->memory_set(device_pointer(device), byte, bytes), "cuMemsetD8");
 }
 
+void Driver::copy_on_device(void* to, const void* from, std::size_t bytes, StreamHandle stream) {
+  require(api_->copy_on_device(device_pointer(to), device_pointer(from), bytes, stream), "a copy on the device");
+}
+
 void Driver::synchronize(StreamHandle stream) { require(api_->stream_synchronize(stream), "what a stream was given"); }
 
 Driver::Stream::Stream(Driver& driver) : driver_(driver) {
-  driver.require(driver.api_->stream_create(&stream_, kStreamNonBlocking), "cuStreamCreate");
+  driver.require(driver.api_->stream_create(&stream_, kStreamDefault), "cuStreamCreate");
 }
 
 Driver::Stream::~Stream() { driver_.api_->stream_destroy(stream_); }

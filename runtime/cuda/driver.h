@@ -115,6 +115,7 @@ class Driver {
   void copy_to_device(void* device, const void* host, std::size_t bytes);
   void copy_to_host(void* host, const void* device, std::size_t bytes);
   void fill(void* device, unsigned char byte, std::size_t bytes);
+  void copy_on_device(void* to, const void* from, std::size_t bytes, StreamHandle stream);  // does not wait
 
   // Waits for what the stream was given, and throws what became of it.
   void synchronize(StreamHandle stream);

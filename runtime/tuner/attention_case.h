@@ -18,7 +18,7 @@ struct AttentionCase {
 
   double softmax_scale() const { return default_softmax_scale(spec.head_dim); }
   double softcap() const { return spec.has(Feature::kSoftcap) ? 30 : 0; }
-  Window window() const;             // a quarter of the keys, up to the diagonal
+  Window window() const;  // a quarter of the keys, up to the diagonal
   double alibi_slope(std::int64_t h) const;
 
   bool is_backward() const { return spec.kind != KernelKind::kForward; }

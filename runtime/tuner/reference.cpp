@@ -8,8 +8,8 @@
 namespace flash_attn_jit {
 namespace {
 
-constexpr double kHalfUnit = 0x1p-11;      // of fp16: the most that rounding changes a number of 1
-constexpr double kLeastHalf = 0x1p-25;     // the same of numbers next to 0
+constexpr double kHalfUnit = 0x1p-11;   // of fp16: the most that rounding changes a number of 1
+constexpr double kLeastHalf = 0x1p-25;  // the same of numbers next to 0
 constexpr double kMargin = 2;
 constexpr double kFloat32Noise = 1e-5;
 
@@ -52,8 +52,8 @@ double CaseReference::dot(CaseTensor x, std::int64_t x_row, CaseTensor y, std::i
 }
 
 CaseReference::Score CaseReference::score(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const {
-  const double scaled = attention_.softmax_scale() *
-                        dot(CaseTensor::kQ, query_row(b, h, i), CaseTensor::kK, key_row(b, h / group(), j));
+  const double scaled =
+      attention_.softmax_scale() * dot(CaseTensor::kQ, query_row(b, h, i), CaseTensor::kK, key_row(b, h / group(), j));
   Score score{scaled, 1};
   if (const double cap = attention_.softcap(); cap > 0) {
     const double tanh = std::tanh(scaled / cap);
@@ -132,8 +132,8 @@ KeyGradientRow CaseReference::dkdv(std::int64_t b, std::int64_t head_k, std::int
       const std::int64_t q_row = query_row(b, h, i), at = attention_.statistic_at(b, h, i);
       const Score s = score(b, h, i, j);
       const double probability = std::exp(s.value - given.lse[at]);
-      const double gradient = probability * s.derivative *
-                              (dot(CaseTensor::kDout, q_row, CaseTensor::kV, k_row) - given.delta[at]);
+      const double gradient =
+          probability * s.derivative * (dot(CaseTensor::kDout, q_row, CaseTensor::kV, k_row) - given.delta[at]);
       for (std::int64_t d = 0; d < dims; ++d) {
         const auto at_dim = static_cast<std::size_t>(d);
         const double of_k = gradient * numbers_.value(CaseTensor::kQ, q_row + d);
