@@ -20,7 +20,8 @@ namespace {
 const std::map<std::string, int> kFloors = {{"templates", 0},       {"generator", 1},           {"runtime/system", 2},
                                             {"runtime/request", 3}, {"runtime/cuda", 4},        {"runtime/compile", 5},
                                             {"runtime/cache", 6},   {"runtime/interpreter", 6}, {"runtime/library", 7},
-                                            {"runtime/launch", 8},  {"runtime/program", 9},     {"python", 9}};
+                                            {"runtime/tuner", 8},   {"runtime/launch", 9},      {"runtime/program", 10},
+                                            {"python", 10}};
 
 // The families' files are the generator's.
 std::string room_of(const std::string& path) {
