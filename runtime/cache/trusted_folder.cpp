@@ -35,7 +35,7 @@ std::optional<std::string> TrustedFolder::distrust() const {
   return reason + ", so that its kernels may be anybody's; make the pack in a folder that its owner alone may write";
 }
 
-std::optional<std::string> TrustedFolder::read(const std::string& name) const {
+std::optional<std::string> TrustedFolder::read(const std::string& name, std::uint64_t most_bytes) const {
   const std::filesystem::path path = path_ / name;
   // Not blocking, so that a pipe which somebody put there is met with an error instead of a wait.
   const Descriptor file(::openat(folder_.get(), name.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
@@ -49,7 +49,7 @@ std::optional<std::string> TrustedFolder::read(const std::string& name) const {
     throw FileError("it belongs to user " + std::to_string(status.st_uid) + ", this process to " +
                     std::to_string(::geteuid()));
   if ((status.st_mode & kOthersMayWrite) != 0) throw FileError("others may write it");
-  return read_whole(file, path);
+  return read_whole(file, path, most_bytes);
 }
 
 }  // namespace flash_attn_jit

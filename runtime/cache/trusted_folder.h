@@ -1,5 +1,5 @@
-// Reading kernels from a folder, and only those that nobody else can have put there: they run with the rights of this
-// process.
+// Reading kernels, and the records that choose among them, from a folder, and only those that nobody else can have put
+// there: they run with the rights of this process.
 #pragma once
 
 #include <sys/types.h>
@@ -28,8 +28,8 @@ class TrustedFolder {
   std::optional<std::string> distrust() const;
 
   // The whole file; nothing where there is none. Throws FileError, also where somebody else than the folder's owner, root
-  // or this process's user may have written it.
-  std::optional<std::string> read(const std::string& name) const;
+  // or this process's user may have written it, and where it has more than `most_bytes`.
+  std::optional<std::string> read(const std::string& name, std::uint64_t most_bytes = kAnyBytes) const;
 
  private:
   TrustedFolder(std::filesystem::path path, FolderUse use, Descriptor folder, uid_t owner, mode_t mode)

@@ -30,6 +30,8 @@ inline std::string json_text(const nlohmann::ordered_json& json) {
 void add_devices(CLI::App& app, Action& chosen);
 void add_inspect(CLI::App& app, Action& chosen);
 void add_prebuild(CLI::App& app, Action& chosen);
+void add_tune(CLI::App& app, Action& chosen);
+void add_report(CLI::App& app, Action& chosen);
 void add_cache(CLI::App& app, Action& chosen);
 
 }  // namespace flash_attn_jit::program

@@ -1,4 +1,5 @@
-// flash-attn-jit: shows what is there, shows one kernel, builds packs, looks after the cache.
+// flash-attn-jit: shows what is there, shows one kernel, builds packs, shows and moves tuning records, looks after the
+// cache.
 #include <cstdlib>
 #include <exception>
 #include <iostream>
@@ -42,7 +43,7 @@ void print_warnings(LogLevel level, const std::string& message) {
 
 int run(int argc, char** argv) {
   set_log_sink(print_warnings);
-  CLI::App app("FlashAttention kernels for Turing GPUs: what this machine has, one kernel, packs, the cache.",
+  CLI::App app("FlashAttention kernels for Turing GPUs: what this machine has, one kernel, packs, tuning records, the cache.",
                "flash-attn-jit");
   app.set_version_flag("--version", FLASH_ATTN_JIT_VERSION);
   app.require_subcommand(1);
@@ -52,6 +53,8 @@ int run(int argc, char** argv) {
   add_devices(app, chosen);
   add_inspect(app, chosen);
   add_prebuild(app, chosen);
+  add_tune(app, chosen);
+  add_report(app, chosen);
   add_cache(app, chosen);
 
   try {

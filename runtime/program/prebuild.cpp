@@ -1,4 +1,5 @@
-// flash-attn-jit prebuild: makes a pack, every kernel that the runtime may choose for the problems named.
+// flash-attn-jit prebuild: makes a pack, every kernel that the runtime may choose for the problems named, or those that
+// tuning found best.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -17,6 +18,7 @@
 
 #include "generator/families/families.h"
 #include "generator/kernel_selection.h"
+#include "runtime/launch/process.h"
 #include "runtime/library/kernel_library.h"
 #include "runtime/library/pack.h"
 #include "runtime/program/command.h"
@@ -24,6 +26,7 @@
 #include "runtime/program/progress.h"
 #include "runtime/system/config.h"
 #include "runtime/system/log.h"
+#include "runtime/tuner/database.h"
 
 namespace flash_attn_jit::program {
 namespace {
@@ -41,6 +44,7 @@ struct PrebuildFlags {
   std::array<std::string, kFeatures.size()> features;
   bool window = false;
   std::vector<std::string> gqa;
+  std::string tuned;  // a database
   std::string out;
   std::string jobs;
   std::string nvrtc;
@@ -73,13 +77,72 @@ KernelSelection parse_selection(const PrebuildFlags& flags) {
   return selection;
 }
 
+// What a pack is to hold.
+struct Content {
+  std::vector<KernelSpec> kernels;
+  std::vector<TuningRecord> records;
+};
+
 // What is illegal about a selection that parsed is its head dims.
-std::vector<KernelSpec> kernels_of(const PrebuildFlags& flags, const ArchLimits& arch) {
+std::vector<KernelSpec> selected_kernels(const PrebuildFlags& flags, const ArchLimits& arch) {
   try {
     return select_kernels(parse_selection(flags), arch);
   } catch (const UnsupportedError& error) {
     throw UsageError(std::string("--head-dims: ") + error.what());
   }
+}
+
+// Why a launch that uses the record would not find the kernel in the pack, or nothing where it would.
+std::optional<std::string> no_use_in_pack(const TuningRecord& record, const ArchLimits& arch) {
+  if (record.key.device.code != kNativeCode)
+    return "it is of the Turing code, which each driver links for itself; packs hold machine code";
+  if (record.key.device.sm != arch.sm)
+    return "it is for sm_" + std::to_string(record.key.device.sm) + ", and --arch is sm_" + std::to_string(arch.sm);
+  if (!process_tuning().has_templates_in_use(record.key)) return "it was made with other templates than this library's";
+  return check_winner(record);
+}
+
+Content tuned_content(const PrebuildFlags& flags, const ArchLimits& arch) {
+  Database database = read_database(flags.tuned);
+  for (const RefusedRecord& refused : database.refused)
+    log(LogLevel::kWarning, flags.tuned + ": " + refused.what + " is passed over: " + refused.reason);
+  Content content;
+  for (TuningRecord& record : database.records) {
+    const std::string name = "the record of '" + record.key.problem.text() + "' for " + record.key.device.text();
+    if (const auto reason = no_use_in_pack(record, arch)) {
+      log(LogLevel::kWarning, flags.tuned + ": " + name + " is passed over: " + *reason);
+      continue;
+    }
+    KernelSpec spec = record.key.problem.spec;
+    spec.tile = record.winner;
+    if (std::find(content.kernels.begin(), content.kernels.end(), spec) == content.kernels.end())
+      content.kernels.push_back(spec);
+    content.records.push_back(std::move(record));
+  }
+  if (content.kernels.empty())
+    throw UsageError("--tuned is '" + flags.tuned + "', which has no record for sm_" + std::to_string(arch.sm) +
+                     " that this library can use; accepted: a database of tune --export");
+  return content;
+}
+
+// --tuned stands for all that selects kernels; without it those flags that have no default are needed.
+void require_selection(const CLI::App& command) {
+  const bool tuned = command.count("--tuned") > 0;
+  std::vector<std::string> selecting{"--kinds", "--head-dims", "--causal", "--gqa"};
+  if (!tuned)
+    for (const std::string& flag : selecting)
+      if (command.count(flag) == 0) throw CLI::RequiredError(flag);
+  if (!tuned) return;
+  selecting.emplace_back("--window");
+  for (const FeatureInfo& info : kFeatures) selecting.push_back(flag_of(info));
+  for (const std::string& flag : selecting)
+    if (command.count(flag) > 0)
+      throw UsageError(flag + " is given with --tuned, whose records say which kernels; accepted: one of them");
+}
+
+void write_records(const std::vector<TuningRecord>& records, const std::filesystem::path& out_dir) {
+  RecordStore store(out_dir, FolderUse::kPack);
+  for (const TuningRecord& record : records) store.publish(record);
 }
 
 int parse_jobs(const std::string& text) {
@@ -163,13 +226,14 @@ Json outcome_json(const Outcome& outcome, const std::string& out, const CompileT
 
 int run_prebuild(const PrebuildFlags& flags) {
   const ArchLimits arch = parse_arch_flag("--arch", flags.arch);
-  const std::vector<KernelSpec> specs = kernels_of(flags, arch);
+  const Content content = flags.tuned.empty() ? Content{selected_kernels(flags, arch), {}} : tuned_content(flags, arch);
   const int jobs = parse_jobs(flags.jobs);
   const CompileTarget target{.sm = arch.sm, .code = CodeKind::kCubin};
 
   const Config settings = config_with_nvrtc("--nvrtc", flags.nvrtc);
   const std::unique_ptr<KernelLibrary> library = open_pack_for_writing(settings, flags.out);
-  const Outcome outcome = PackBuilder(*library, specs, target).run(jobs);
+  const Outcome outcome = PackBuilder(*library, content.kernels, target).run(jobs);
+  write_records(content.records, flags.out);
   write_manifest(flags.out);
 
   print_failures(outcome);
@@ -187,9 +251,9 @@ void add_prebuild(CLI::App& app, Action& chosen) {
   CLI::App* const command = app.add_subcommand("prebuild", "Build a pack of kernels; needs no GPU");
   const auto flags = std::make_shared<PrebuildFlags>();
   command->add_option("--arch", flags->arch, "Architecture to build for: sm_75 or newer")->required();
-  command->add_option("--kinds", flags->kinds, "Kinds of kernels: " + pack_group_words())->required()->delimiter(',');
-  command->add_option("--head-dims", flags->head_dims, "Head dims, 1 to 256: 64,128")->required()->delimiter(',');
-  command->add_option("--causal", flags->causal, "both, yes or no")->required();
+  command->add_option("--kinds", flags->kinds, "Kinds of kernels: " + pack_group_words())->delimiter(',');
+  command->add_option("--head-dims", flags->head_dims, "Head dims, 1 to 256: 64,128")->delimiter(',');
+  command->add_option("--causal", flags->causal, "both, yes or no");
   command->add_flag("--window", flags->window, "Besides those of --causal, the kernels of sliding windows");
   flags->features.fill("no");
   for (std::size_t i = 0; i < kFeatures.size(); ++i)
@@ -197,14 +261,17 @@ void add_prebuild(CLI::App& app, Action& chosen) {
         ->add_option(flag_of(kFeatures[i]), flags->features[i],
                      "Kernels " + std::string(kFeatures[i].phrase) + ": both, yes or no")
         ->capture_default_str();
-  command->add_option("--gqa", flags->gqa, "Group sizes (num_heads / num_heads_k): 1,2,4,8")
-      ->required()
-      ->delimiter(',');
+  command->add_option("--gqa", flags->gqa, "Group sizes (num_heads / num_heads_k): 1,2,4,8")->delimiter(',');
+  command->add_option("--tuned", flags->tuned,
+                      "In the place of all those: the winners of this database of tune --export, which the pack keeps");
   command->add_option("--out", flags->out, "The pack's folder; made where it is not there")->required();
   command->add_option("--jobs", flags->jobs, "Kernels to compile at once; default: one a core");
   command->add_option("--nvrtc", flags->nvrtc, "The libnvrtc to compile with; default: the newest 12.x found");
   command->add_flag("--json", flags->json, "Print JSON");
-  command->callback([&chosen, flags] { chosen = [flags] { return run_prebuild(*flags); }; });
+  command->callback([&chosen, flags, command] {
+    require_selection(*command);
+    chosen = [flags] { return run_prebuild(*flags); };
+  });
 }
 
 }  // namespace flash_attn_jit::program
