@@ -73,22 +73,19 @@ struct GpuMeasuringDevice::Result {
   std::vector<float> lse, delta;
 };
 
-GpuMeasuringDevice::GpuMeasuringDevice(Driver& driver, int ordinal, const AttentionCase& attention,
-                                       const EarlierKernels& earlier)
+GpuMeasuringDevice::GpuMeasuringDevice(Driver& driver, const WorkerSetup& setup)
     : driver_(driver),
-      ordinal_(ordinal),
-      figures_(driver.device_figures(ordinal)),
-      target_{arch_limits(driver.device_info(ordinal).sm), driver.device_info(ordinal).multiprocessors,
+      figures_(driver.device_figures(setup.device)),
+      target_{arch_limits(driver.device_info(setup.device).sm), driver.device_info(setup.device).multiprocessors,
               default_tile_chooser()},
-      context_(driver.primary_context(ordinal)),
+      context_(driver.primary_context(setup.device)),
       current_(driver, context_),
       stream_(driver),
       begin_(driver),
       end_(driver),
-      attention_(attention),
-      small_(small_case(attention)),
+      attention_(setup.attention),
+      small_(small_case(attention_)),
       numbers_(kNumbersSeed),
-      whole_reference_(attention_, numbers_),
       small_reference_(small_, numbers_) {
   try {
     nvml_ = std::make_unique<Nvml>();
@@ -96,7 +93,7 @@ GpuMeasuringDevice::GpuMeasuringDevice(Driver& driver, int ordinal, const Attent
     log(LogLevel::kInfo, std::string("clock, power and temperature are not recorded: ") + error.what());
   }
   prepare_small();
-  prepare_whole(earlier);
+  prepare_whole(setup.earlier);
 }
 
 GpuMeasuringDevice::~GpuMeasuringDevice() = default;
@@ -241,58 +238,57 @@ WorstError GpuMeasuringDevice::check_small(const Result& result) const {
 void GpuMeasuringDevice::prepare_whole(const EarlierKernels& earlier) {
   whole_memory_ = std::make_unique<CaseMemory>(driver_, attention_, numbers_, figures_.l2_bytes);
   if (!attention_.is_backward()) return;
-  AttentionCase before = attention_;
   const auto run = [&](KernelKind kind, const std::optional<CompiledCandidate>& candidate) {
+    if (!candidate) throw Error("the " + std::string(to_text(kind)) + " kernel that comes before is missing");
+    AttentionCase before = attention_;
     before.spec.kind = kind;
     before.spec = normalized(before.spec);
-    const Loaded& kernel = load(candidate.value(), before);
-    // The plan of a forward launch wants forward's view of the same memory.
-    run_once(kernel, *whole_memory_, before, candidate->tile);
+    run_once(load(*candidate, before), *whole_memory_, before, candidate->tile);
+    return before;
   };
-  const KernelSpec tuned = attention_.spec;
-  run(KernelKind::kForward, earlier.forward);
-  whole_lse_ = whole_memory_->lse();
-  const std::vector<std::uint16_t> out = whole_memory_->out();
-  attention_.spec.kind = KernelKind::kForward;
-  const auto wrong = check_rows({.out = out, .dq = {}, .dk = {}, .dv = {}, .lse = whole_lse_, .delta = {}});
-  attention_.spec = tuned;
-  if (wrong) throw DriverError("the forward kernel that comes before is wrong: " + *wrong);
-  whole_memory_->set_out(out);
+  const AttentionCase forward = run(KernelKind::kForward, earlier.forward);
+  Result result;
+  result.out = whole_memory_->out();
+  result.lse = whole_lse_ = whole_memory_->lse();
+  if (const auto wrong = check_rows(forward, result))
+    throw DriverError("the forward kernel that comes before is wrong: " + *wrong);
+  whole_memory_->set_out(result.out);
   whole_memory_->set_lse(whole_lse_);
-  if (tuned.kind == KernelKind::kBackwardPreprocess) return;
+  if (attention_.spec.kind == KernelKind::kBackwardPreprocess) return;
   run(KernelKind::kBackwardPreprocess, earlier.preprocess);
   whole_delta_ = whole_memory_->delta();
   whole_memory_->set_delta(whole_delta_);
 }
 
 // Nothing, or what is wrong in words.
-std::optional<std::string> GpuMeasuringDevice::check_rows(const Result& result) const {
+std::optional<std::string> GpuMeasuringDevice::check_rows(const AttentionCase& attention, const Result& result) const {
+  const CaseReference reference(attention, numbers_);
   std::mt19937_64 random(kNumbersSeed);
   const GivenStatistics given{whole_lse_.data(), whole_delta_.data()};
-  const bool is_keys = attention_.spec.kind == KernelKind::kBackwardDkDv;
-  const std::int64_t heads = is_keys ? attention_.num_heads_k : attention_.num_heads,
-                     rows = is_keys ? attention_.seqlen_k : attention_.seqlen_q;
+  const bool is_keys = attention.spec.kind == KernelKind::kBackwardDkDv;
+  const std::int64_t heads = is_keys ? attention.num_heads_k : attention.num_heads,
+                     rows = is_keys ? attention.seqlen_k : attention.seqlen_q;
   for (int n = 0; n < kSampledRows; ++n) {
     const auto some = [&random](std::int64_t count) {
       return static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(count));
     };
-    const std::int64_t b = some(attention_.batch), h = some(heads), i = n == 0 ? 0 : n == 1 ? rows - 1 : some(rows);
-    const auto first = static_cast<std::size_t>(((b * rows + i) * heads + h) * attention_.spec.head_dim);
+    const std::int64_t b = some(attention.batch), h = some(heads), i = n == 0 ? 0 : n == 1 ? rows - 1 : some(rows);
+    const auto first = static_cast<std::size_t>(((b * rows + i) * heads + h) * attention.spec.head_dim);
     WorstError worst{0, 1e-9};
     const auto take = [&worst](const WorstError& other) {
       if (worst.is_outdone_by(other)) worst = other;
     };
-    if (attention_.spec.kind == KernelKind::kForward) {
-      const ForwardRow row = whole_reference_.forward(b, h, i);
+    if (attention.spec.kind == KernelKind::kForward) {
+      const ForwardRow row = reference.forward(b, h, i);
       take(worst_error(row.out, &result.out[first]));
-      const float lse = result.lse[static_cast<std::size_t>(attention_.statistic_at(b, h, i))];
+      const float lse = result.lse[static_cast<std::size_t>(attention.statistic_at(b, h, i))];
       if (!(std::isinf(row.lse) && row.lse == lse)) take({std::fabs(lse - row.lse), row.lse_bound});
     } else if (is_keys) {
-      const KeyGradientRow row = whole_reference_.dkdv(b, h, i, given);
+      const KeyGradientRow row = reference.dkdv(b, h, i, given);
       take(worst_error(row.dk, &result.dk[first]));
       take(worst_error(row.dv, &result.dv[first]));
-    } else if (attention_.spec.kind == KernelKind::kBackwardDq) {
-      take(worst_error(whole_reference_.dq(b, h, i, given), &result.dq[first]));
+    } else if (attention.spec.kind == KernelKind::kBackwardDq) {
+      take(worst_error(reference.dq(b, h, i, given), &result.dq[first]));
     }
     if (!worst.is_within())
       return text_of("off by %.3g at full size, where %.3g is allowed", worst.error, worst.allowed) + " (batch " +
@@ -361,7 +357,7 @@ CheckedCandidate GpuMeasuringDevice::check(const CompiledCandidate& candidate, d
     whole_memory_->spoil_outputs();
     run_once(kernel, *whole_memory_, attention_, candidate.tile);
     Result whole = result_of(*whole_memory_, attention_);
-    const auto wrong = right_result_ == nullptr ? check_rows(whole) : compare_whole(whole);
+    const auto wrong = right_result_ == nullptr ? check_rows(attention_, whole) : compare_whole(whole);
     if (wrong)
       checked.fault = {Outcome::kWrongResult, *wrong};
     else if (right_result_ == nullptr)
@@ -405,9 +401,11 @@ GpuState GpuMeasuringDevice::gpu_state() const {
   return nvml_ == nullptr ? GpuState{} : nvml_->state(figures_.pci_bus_id);
 }
 
-std::optional<double> GpuMeasuringDevice::power_limit_watts() const { return gpu_state().power_limit_watts; }
+WorkerFigures GpuMeasuringDevice::figures(bool with_memory) {
+  return {gpu_state().power_limit_watts, with_memory ? std::optional(copied_gigabytes()) : std::nullopt};
+}
 
-double GpuMeasuringDevice::measured_gigabytes() {
+double GpuMeasuringDevice::copied_gigabytes() {
   const std::size_t bytes = std::min(kCopiedBytes, driver_.memory_info().free / 4);
   const Driver::Memory from(driver_, bytes), to(driver_, bytes);
   driver_.fill(from.data(), 1, bytes);

@@ -12,19 +12,14 @@
 #include "runtime/launch/case_memory.h"
 #include "runtime/request/kernel_launch.h"
 #include "runtime/tuner/reference.h"
-#include "runtime/tuner/search_parts.h"
+#include "runtime/tuner/worker_protocol.h"
 
 namespace flash_attn_jit {
 
-// The default kernels of what comes before the one that is tuned: a gradient's needs both.
-struct EarlierKernels {
-  std::optional<CompiledCandidate> forward, preprocess;
-};
-
-class GpuMeasuringDevice final : public MeasuringDevice {
+class GpuMeasuringDevice final : public WorkerDevice {
  public:
   // Throws DriverError where the device's memory is too full, or what comes before the tuned kernel fails its check.
-  GpuMeasuringDevice(Driver& driver, int ordinal, const AttentionCase& attention, const EarlierKernels& earlier);
+  GpuMeasuringDevice(Driver& driver, const WorkerSetup& setup);
   ~GpuMeasuringDevice() override;
 
   // The limits are another process's to watch.
@@ -32,11 +27,9 @@ class GpuMeasuringDevice final : public MeasuringDevice {
   TimedBurst time(const CompiledCandidate& candidate, int launches, double limit_seconds) override;
 
   // A kernel ended with an error, after which the process can do nothing more on the device.
-  bool is_broken() const { return broken_; }
+  bool is_broken() const override { return broken_; }
 
-  // What NVML says, and what is measured once: bytes a second from the device's memory.
-  std::optional<double> power_limit_watts() const;
-  double measured_gigabytes();
+  WorkerFigures figures(bool with_memory) override;
 
  private:
   struct Loaded;
@@ -51,12 +44,12 @@ class GpuMeasuringDevice final : public MeasuringDevice {
   void prepare_small();
   void prepare_whole(const EarlierKernels& earlier);
   WorstError check_small(const Result& result) const;
-  std::optional<std::string> check_rows(const Result& result) const;
+  std::optional<std::string> check_rows(const AttentionCase& attention, const Result& result) const;
   std::optional<std::string> compare_whole(const Result& result) const;
   GpuState gpu_state() const;
+  double copied_gigabytes();
 
   Driver& driver_;
-  int ordinal_;
   DeviceFigures figures_;
   PlanTarget target_;
   CudaContext context_;
@@ -66,8 +59,8 @@ class GpuMeasuringDevice final : public MeasuringDevice {
   std::unique_ptr<Nvml> nvml_;
   AttentionCase attention_, small_;
   CaseNumbers numbers_;
-  CaseReference whole_reference_, small_reference_;
-  std::unique_ptr<CaseMemory> whole_memory_, small_memory_;
+  CaseReference small_reference_;
+  std::unique_ptr<CaseMemory> small_memory_, whole_memory_;
   std::vector<float> whole_lse_, whole_delta_, small_lse_, small_delta_;  // what gradients are given
   std::vector<double> small_delta_exact_;
   std::map<std::pair<KernelKind, TileConfig>, std::unique_ptr<Loaded>> loaded_;

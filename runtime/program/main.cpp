@@ -15,7 +15,8 @@ namespace {
 std::string accepted_by(const CLI::App& app) {
   std::string names;
   const auto add = [&names](const std::string& name) { names += (names.empty() ? "" : ", ") + name; };
-  for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) add(command->get_name());
+  for (const CLI::App* command : app.get_subcommands([](const CLI::App* c) { return !c->get_group().empty(); }))
+    add(command->get_name());
   for (const CLI::Option* option : app.get_options()) add(option->get_name());
   return names;
 }
@@ -43,8 +44,9 @@ void print_warnings(LogLevel level, const std::string& message) {
 
 int run(int argc, char** argv) {
   set_log_sink(print_warnings);
-  CLI::App app("FlashAttention kernels for Turing GPUs: what this machine has, one kernel, packs, tuning records, the cache.",
-               "flash-attn-jit");
+  CLI::App app(
+      "FlashAttention kernels for Turing GPUs: what this machine has, one kernel, packs, tuning records, the cache.",
+      "flash-attn-jit");
   app.set_version_flag("--version", FLASH_ATTN_JIT_VERSION);
   app.require_subcommand(1);
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::Throw);
@@ -54,6 +56,7 @@ int run(int argc, char** argv) {
   add_inspect(app, chosen);
   add_prebuild(app, chosen);
   add_tune(app, chosen);
+  add_tune_worker(app, chosen);
   add_report(app, chosen);
   add_cache(app, chosen);
 

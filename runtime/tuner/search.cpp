@@ -571,14 +571,17 @@ class TileSearch {
     record.rule = decision.rule;
     record.rounds = round_;
     if (task_.known) record.others = task_.known->others;
-    for (Entry& entry : entries_) {
-      record.candidates.push_back(entry.found);
-      Candidate& candidate = record.candidates.back();
-      if (candidate.outcome == Outcome::kNotReached && candidate.reason.empty())
-        candidate.reason = "the search ended before it";
-      if (candidate.outcome == Outcome::kMeasured) summarise(candidate);
-    }
+    for (const Entry& entry : entries_) record.candidates.push_back(as_recorded(entry.found));
     return record;
+  }
+
+  static Candidate as_recorded(Candidate candidate) {
+    if (candidate.outcome == Outcome::kMeasured && candidate.samples.empty()) candidate.outcome = Outcome::kNotReached;
+    if (candidate.outcome == Outcome::kNotReached && candidate.reason.empty())
+      candidate.reason = "the search ended before it";
+    candidate.median_seconds = candidate.low_seconds = candidate.high_seconds = std::nullopt;
+    if (candidate.outcome == Outcome::kMeasured) summarise(candidate);
+    return candidate;
   }
 
   SearchResult result(bool interrupted) {

@@ -44,11 +44,11 @@ void summarise(Candidate& candidate) {
   if (candidate.samples.empty()) return;
   std::vector<double> seconds;
   for (const Sample& sample : candidate.samples) seconds.push_back(sample.seconds);
+  const auto [least, most] = std::minmax_element(seconds.begin(), seconds.end());
+  const Interval interval = median_interval(seconds, kRecordedConfidence).value_or(Interval{*least, *most});
   candidate.median_seconds = median(seconds);
-  if (const auto interval = median_interval(seconds, kRecordedConfidence)) {
-    candidate.low_seconds = interval->low;
-    candidate.high_seconds = interval->high;
-  }
+  candidate.low_seconds = interval.low;
+  candidate.high_seconds = interval.high;
 }
 
 RoundTimes round_times(const std::vector<Sample>& samples) {

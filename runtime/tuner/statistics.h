@@ -22,7 +22,7 @@ std::optional<Interval> median_interval(std::vector<double> values, double confi
 // As a record gives it.
 inline constexpr double kRecordedConfidence = 0.95;
 
-// Sets the median and its interval of what was sampled.
+// Sets the median and its interval of what was sampled; where samples are too few for one, it is all of them.
 void summarise(Candidate& candidate);
 
 // The mean of a candidate's bursts in each round that it took part in.

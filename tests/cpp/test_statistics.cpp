@@ -100,14 +100,15 @@ TEST_CASE("the interval holds the median as often as it says, whatever the distr
   CHECK(share < 0.962);
 }
 
-TEST_CASE("a candidate's samples are summarised, and a median without enough of them has no interval") {
+TEST_CASE("a candidate's samples are summarised, too few of them by the least and the greatest") {
   Candidate candidate;
   summarise(candidate);
   CHECK_FALSE(candidate.median_seconds);
   for (const double seconds : one_to(5)) candidate.samples.push_back(sample(0, seconds));
   summarise(candidate);
   CHECK(candidate.median_seconds == 3);
-  CHECK_FALSE(candidate.low_seconds);
+  CHECK(candidate.low_seconds == 1);
+  CHECK(candidate.high_seconds == 5);
   candidate.samples.clear();
   for (const double seconds : one_to(9)) candidate.samples.push_back(sample(0, seconds));
   summarise(candidate);
