@@ -319,6 +319,7 @@ class TileSearch {
 
   bool check(Entry& entry) {
     show("checking", entry);
+    is_warm_ = false;  // the device waits while results are compared
     const double begin = elapsed();
     // Nobody knows how long the first takes: it sets everything up.
     const double most = check_seconds_ > 0 ? limit(check_seconds_) : limit(kMostLimitSeconds);

@@ -319,7 +319,7 @@ TEST_CASE("measuring: inputs rotate past twice the L2, and everything is given b
 TEST_CASE("measuring: a device whose memory is full says so") {
   PlayedDevice played(true, std::size_t{3} << 20);
   AttentionCase attention = problem("fwd hdim16 fp16 causal gqa2 vec16");
-  attention.batch = 64;
+  attention.batch = 128;
   std::string words;
   try {
     GpuMeasuringDevice device(*played.driver, {attention, 0, {}, false});
