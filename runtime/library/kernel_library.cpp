@@ -4,6 +4,7 @@
 
 #include "generator/families/families.h"
 #include "generator/legality.h"
+#include "generator/tile_chooser.h"
 #include "runtime/compile/compiler.h"
 #include "runtime/compile/slow_compile.h"
 #include "runtime/cuda/nvrtc_choice.h"
