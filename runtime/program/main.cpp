@@ -1,5 +1,5 @@
-// flash-attn-jit: shows what is there, shows one kernel, builds packs, shows and moves tuning records, looks after the
-// cache.
+// flash-attn-jit: shows what is there, shows one kernel, predicts its speed, builds packs, shows and moves tuning records,
+// looks after the cache.
 #include <cstdlib>
 #include <exception>
 #include <iostream>
@@ -54,6 +54,7 @@ int run(int argc, char** argv) {
   Action chosen;
   add_devices(app, chosen);
   add_inspect(app, chosen);
+  add_model(app, chosen);
   add_prebuild(app, chosen);
   add_tune(app, chosen);
   add_tune_worker(app, chosen);

@@ -79,7 +79,8 @@ std::string default_text(const ReportRow& row) {
 std::string model_text(const ReportRow& row) {
   std::string found =
       row.predicted_tile == row.record.winner ? "chose the winner" : "chose " + row.predicted_tile->text();
-  if (row.predicted_loss) found += ", which loses " + percent_text(*row.predicted_loss);
+  if (row.predicted_loss && row.predicted_tile != row.record.winner)
+    found += ", which loses " + percent_text(*row.predicted_loss);
   if (row.predicted_over_measured)
     found += "; predicted " + text("%.2f", *row.predicted_over_measured) + " of the winner's time";
   return found;

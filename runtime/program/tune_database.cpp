@@ -13,6 +13,8 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
+constexpr std::size_t kMostRefusedPrinted = 20;
+
 int export_database(const std::string& file, bool as_json) {
   const std::vector<TuningRecord> records = process_tuning().store().read_all();
   if (records.empty()) {
@@ -40,8 +42,12 @@ std::vector<TunedDevice> devices_here() {
 }
 
 void print_import(const std::string& file, const ImportResult& result, bool as_json) {
-  for (const RefusedRecord& refused : result.refused)
-    std::cerr << "flash-attn-jit tune: " << refused.what << " is refused: " << refused.reason << "\n";
+  const std::size_t printed = std::min(result.refused.size(), kMostRefusedPrinted);
+  for (std::size_t i = 0; i < printed; ++i)
+    std::cerr << "flash-attn-jit tune: " << result.refused[i].what << " is refused: " << result.refused[i].reason
+              << "\n";
+  if (result.refused.size() > printed)
+    std::cerr << "flash-attn-jit tune: so are " << result.refused.size() - printed << " more; --json names all\n";
   if (as_json) {
     Json refused = Json::array();
     for (const RefusedRecord& each : result.refused)

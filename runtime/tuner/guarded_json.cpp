@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <set>
 
 namespace flash_attn_jit {
 namespace {
@@ -17,33 +16,46 @@ class Guard {
 
   // False: the value is not kept.
   bool operator()(int depth, Json::parse_event_t event, Json& value) {
+    using Event = Json::parse_event_t;
     if (++values_ > bounds_.values) throw RecordError("it holds more values than a record can have");
-    switch (event) {
-      case Json::parse_event_t::object_start:
-        keys_.emplace_back();
-        [[fallthrough]];
-      case Json::parse_event_t::array_start:
-        if (depth >= bounds_.depth) throw RecordError("it is nested deeper than a record can be");
-        return true;
-      case Json::parse_event_t::key:
-        if (!keys_.back().insert(value.get<std::string>()).second)
-          throw RecordError("the key " + shown(value) + " comes twice");
-        return true;
-      case Json::parse_event_t::object_end:
-        keys_.pop_back();
-        if (!take_ || !take_(depth, value)) return true;
-        values_ = 0;
-        return false;
-      default:
-        return true;
+    if (event == Event::object_start || event == Event::array_start) {
+      if (depth >= bounds_.depth) throw RecordError("it is nested deeper than a record can be");
+      open_.push_back(event == Event::array_start ? kArray : keys_.size());
+    } else if (event == Event::key) {
+      keys_.push_back(std::hash<std::string>()(value.get_ref<const std::string&>()));
+    } else if (event == Event::array_end) {
+      open_.pop_back();
+    } else if (event == Event::object_end) {
+      return end_object(depth, value);
     }
+    return true;
   }
 
  private:
+  static constexpr std::size_t kArray = std::numeric_limits<std::size_t>::max();
+
+  bool end_object(int depth, Json& object) {
+    const auto own = keys_.begin() + static_cast<std::ptrdiff_t>(open_.back());
+    if (static_cast<std::size_t>(keys_.end() - own) != object.size()) {
+      std::sort(own, keys_.end());
+      for (const auto& [key, value] : object.items())
+        if (const auto [first, last] = std::equal_range(own, keys_.end(), std::hash<std::string>()(key));
+            last - first > 1)
+          throw RecordError("the key " + shown(key) + " comes twice");
+    }
+    keys_.erase(own, keys_.end());
+    open_.pop_back();
+    const bool is_element = !open_.empty() && open_.back() == kArray;
+    if (!take_ || !is_element || !take_(depth, object)) return true;
+    values_ = 0;
+    return false;
+  }
+
   const JsonBounds& bounds_;
   const TakeObject& take_;
   std::size_t values_ = 0;
-  std::vector<std::set<std::string>> keys_;
+  std::vector<std::size_t> keys_;  // hashes: of each open object's, one behind the other
+  std::vector<std::size_t> open_;  // where an open object's begin, or kArray
 };
 
 std::string number_text(double number) {
@@ -86,7 +98,7 @@ std::string JsonObject::where(std::string_view key) const {
 const Json& JsonObject::at(std::string_view key) {
   const auto found = json_.find(std::string(key));
   if (found == json_.end()) throw RecordError(where(key) + " is missing");
-  asked_for_.emplace_back(key);
+  asked_for_.push_back(key);
   return *found;
 }
 
@@ -169,18 +181,16 @@ std::string made_plain(std::string_view text, std::size_t most_bytes) {
   std::string valid(text);
   if (!is_ascii)
     valid = Json::parse(Json(valid).dump(-1, ' ', false, Json::error_handler_t::replace)).get<std::string>();
-  if (valid.size() > most_bytes) {
-    std::size_t end = most_bytes;
-    while (end > 0 && (static_cast<unsigned char>(valid[end]) & 0xc0) == 0x80) --end;  // within a character
-    valid.resize(end);
-  }
   std::string plain;
   for (std::size_t i = 0; i < valid.size(); ++i) {
     const std::size_t control = control_bytes_at(valid, i);
     plain += control > 0 ? ' ' : valid[i];
     if (control > 1) ++i;
   }
-  return plain;
+  if (plain.size() <= most_bytes) return plain;
+  std::size_t end = most_bytes;
+  while (end > 0 && (static_cast<unsigned char>(plain[end]) & 0xc0) == 0x80) --end;  // within a character
+  return plain.substr(0, end);
 }
 
 }  // namespace flash_attn_jit

@@ -28,14 +28,15 @@ struct JsonBounds {
   std::size_t values;  // numbers, texts, keys and so on, between two objects that `take` took
 };
 
-// What becomes of an object that is complete, `depth` others around it: true where it was taken and need not be kept.
+// What becomes of an array's element that is an object and complete, with so many around it: true where it was taken and
+// need not be kept.
 using TakeObject = std::function<bool(int depth, nlohmann::json& object)>;
 
 // Refuses, beside what is no JSON, keys that come twice. Throws RecordError, and what `take` throws.
 nlohmann::json parse_guarded(std::string_view text, const JsonBounds& bounds, const TakeObject& take = {});
 
 // An object of exactly the keys that are asked for: `end()` refuses others. Everything throws RecordError, which says
-// where.
+// where. What is given as a key has to live as long.
 class JsonObject {
  public:
   JsonObject(const nlohmann::json& json, std::string where);
@@ -57,7 +58,7 @@ class JsonObject {
  private:
   const nlohmann::json& json_;
   std::string where_;  // empty: the text itself
-  std::vector<std::string> asked_for_;
+  std::vector<std::string_view> asked_for_;
 };
 
 // What came, short enough for a message.

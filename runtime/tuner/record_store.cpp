@@ -9,6 +9,7 @@
 #include "runtime/cache/cache_folder.h"
 #include "runtime/system/log.h"
 #include "runtime/system/sha256.h"
+#include "runtime/system/side_by_side.h"
 #include "runtime/tuner/record_json.h"
 
 namespace flash_attn_jit {
@@ -121,13 +122,17 @@ void RecordStore::read_folder(const std::string& slug, std::vector<TuningRecord>
     const auto trusted = open_trusted(path, use_);
     if (!trusted) return;
     const auto is_record = [](const fs::directory_entry& entry) { return entry.path().extension() == kRecordSuffix; };
-    for (const std::string& name : names_in(path, is_record)) {
+    const std::vector<std::string> names = names_in(path, is_record);
+    std::vector<std::optional<TuningRecord>> read(names.size());
+    run_side_by_side(names.size(), [&](std::size_t i) {
       try {
-        if (auto record = read_record(*trusted, name, slug)) records.push_back(*std::move(record));
+        read[i] = read_record(*trusted, names[i], slug);
       } catch (const Error& error) {
-        warn_once("tuning record " + (path / name).string() + " is passed over: " + error.what());
+        warn_once("tuning record " + (path / names[i]).string() + " is passed over: " + error.what());
       }
-    }
+    });
+    for (std::optional<TuningRecord>& record : read)
+      if (record) records.push_back(*std::move(record));
   } catch (const FileError& error) {
     warn_once("tuning records in " + path.string() + " are passed over: " + error.what());
   }

@@ -218,6 +218,7 @@ TEST_CASE("without a compiler and without the kernel, the error names the comman
   KernelSpec spec = tiny_spec(128);
   spec.mask = Mask::kCausal;
   spec.group_size = 4;
+  spec.tile = default_tiles(spec).front();
   bool missing = false;
   try {
     KernelLibrary(setting.settings(12040)).find_or_compile(spec, kCubin);

@@ -4,7 +4,7 @@
 #include <climits>
 #include <set>
 
-#include "runtime/system/sanitizers.h"
+#include "generator/errors.h"
 #include "runtime/tuner/problem_class.h"
 #include "tests/cpp/counted_allocations.h"
 

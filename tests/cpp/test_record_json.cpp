@@ -47,7 +47,8 @@ bool taken_as_it_is(const std::string& text) {
 
 std::vector<std::string> pointers_of(const Json& json) {
   std::vector<std::string> pointers;
-  for (const auto& [pointer, value] : json.flatten().items()) pointers.push_back(pointer);
+  const Json flat = json.flatten();
+  for (const auto& [pointer, value] : flat.items()) pointers.push_back(pointer);
   return pointers;
 }
 

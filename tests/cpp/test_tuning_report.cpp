@@ -51,7 +51,10 @@ TEST_CASE("pairs that the mask lets see each other, as counted one by one") {
       CHECK(visible_pairs(Mask::kCausal, queries, keys, -1, -1) == counted_pairs(Mask::kCausal, queries, keys, -1, -1));
       for (const std::int64_t left : {-1, 0, 2, 5, 30})
         for (const std::int64_t right : {-1, 0, 1, 7, 30}) {
-          CAPTURE(queries), CAPTURE(keys), CAPTURE(left), CAPTURE(right);
+          CAPTURE(queries);
+          CAPTURE(keys);
+          CAPTURE(left);
+          CAPTURE(right);
           CHECK(visible_pairs(Mask::kWindow, queries, keys, left, right) ==
                 counted_pairs(Mask::kWindow, queries, keys, left, right));
         }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -16,9 +17,11 @@ inline TunedDevice made_up_device(const std::string& name = "Tesla T4") { return
 
 // A legal tile that no default table has for `spec`.
 inline TileConfig unusual_tile(const KernelSpec& spec) {
+  static std::map<KernelSpec, TileConfig> found;  // the tile space takes its time
+  if (const auto known = found.find(spec); known != found.end()) return known->second;
   const std::vector<TileConfig> usual = default_tiles(spec);
   for (const TileConfig& tile : tile_space(spec, arch_limits(75)))
-    if (std::find(usual.begin(), usual.end(), tile) == usual.end()) return tile;
+    if (std::find(usual.begin(), usual.end(), tile) == usual.end()) return found[spec] = tile;
   return {};
 }
 
