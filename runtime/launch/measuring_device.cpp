@@ -24,6 +24,9 @@ constexpr double kRowTolerance = 0x1p-6;
 constexpr double kTensorTolerance = 0x1p-8;
 constexpr double kLseTolerance = 2e-3;
 
+constexpr double kDeltaBound = 1e-3;  // a sum of float32, of at most 256 products
+constexpr double kLeastBound = 1e-9;
+
 constexpr std::size_t kCopiedBytes = std::size_t{256} << 20;
 constexpr int kTimedCopies = 8;
 
@@ -33,10 +36,21 @@ std::string text_of(const char* format, double a, double b) {
   return text;
 }
 
+// Of every fp16 there is: whole tensors are compared.
+const std::vector<float>& half_values() {
+  static const std::vector<float> values = [] {
+    std::vector<float> table;
+    for (int bits = 0; bits < 65536; ++bits)
+      table.push_back(static_cast<float>(half_to_double(static_cast<std::uint16_t>(bits))));
+    return table;
+  }();
+  return values;
+}
+
 double root_mean_square(const std::vector<std::uint16_t>& halves) {
   double sum = 0;
   for (const std::uint16_t bits : halves) {
-    const double value = half_to_double(bits);
+    const double value = half_values()[bits];
     sum += value * value;
   }
   return halves.empty() ? 0 : std::sqrt(sum / static_cast<double>(halves.size()));
@@ -176,60 +190,76 @@ GpuMeasuringDevice::Result GpuMeasuringDevice::result_of(const CaseMemory& memor
 
 void GpuMeasuringDevice::prepare_small() {
   small_memory_ = std::make_unique<CaseMemory>(driver_, small_, numbers_, 0);
-  if (!small_.is_backward()) return;
+  small_statistics_.resize(static_cast<std::size_t>(small_.statistics()));
+  small_statistic_bounds_.resize(small_statistics_.size(), kDeltaBound);
+  if (small_.is_backward()) prepare_small_backward();
+  prepare_small_reference();
+}
+
+void GpuMeasuringDevice::prepare_small_backward() {
   std::vector<std::uint16_t> out(static_cast<std::size_t>(small_.statistics() * small_.spec.head_dim));
-  small_lse_.resize(static_cast<std::size_t>(small_.statistics()));
-  small_delta_ = small_lse_;
-  small_delta_exact_.resize(small_lse_.size());
+  small_lse_.resize(small_statistics_.size());
+  small_delta_.resize(small_statistics_.size());
   for (std::int64_t b = 0; b < small_.batch; ++b)
     for (std::int64_t h = 0; h < small_.num_heads; ++h)
       for (std::int64_t i = 0; i < small_.seqlen_q; ++i) {
         ForwardRow row = small_reference_.forward(b, h, i);
-        const std::int64_t first = ((b * small_.seqlen_q + i) * small_.num_heads + h) * small_.spec.head_dim;
+        const auto first =
+            static_cast<std::size_t>(((b * small_.seqlen_q + i) * small_.num_heads + h) * small_.spec.head_dim);
         for (std::size_t d = 0; d < row.out.value.size(); ++d) {
-          out[static_cast<std::size_t>(first) + d] = double_to_half(row.out.value[d]);
-          row.out.value[d] = half_to_double(out[static_cast<std::size_t>(first) + d]);
+          out[first + d] = double_to_half(row.out.value[d]);
+          row.out.value[d] = half_to_double(out[first + d]);
         }
         const auto at = static_cast<std::size_t>(small_.statistic_at(b, h, i));
         small_lse_[at] = static_cast<float>(row.lse);
-        small_delta_exact_[at] = small_reference_.delta(b, h, i, row.out.value);
-        small_delta_[at] = static_cast<float>(small_delta_exact_[at]);
+        small_statistics_[at] = small_reference_.delta(b, h, i, row.out.value);
+        small_delta_[at] = static_cast<float>(small_statistics_[at]);
       }
   small_memory_->set_out(out);
   small_memory_->set_lse(small_lse_);
   small_memory_->set_delta(small_delta_);
 }
 
-WorstError GpuMeasuringDevice::check_small(const Result& result) const {
-  WorstError worst{0, 1e-9};
-  const auto take = [&worst](const WorstError& other) {
-    if (worst.is_outdone_by(other)) worst = other;
-  };
+void GpuMeasuringDevice::prepare_small_reference() {
   const GivenStatistics given{small_lse_.data(), small_delta_.data()};
-  const std::int64_t dims = small_.spec.head_dim;
   const bool is_keys = small_.spec.kind == KernelKind::kBackwardDkDv;
   const std::int64_t heads = is_keys ? small_.num_heads_k : small_.num_heads,
                      rows = is_keys ? small_.seqlen_k : small_.seqlen_q;
   for (std::int64_t b = 0; b < small_.batch; ++b)
-    for (std::int64_t h = 0; h < heads; ++h)
-      for (std::int64_t i = 0; i < rows; ++i) {
-        const auto first = static_cast<std::size_t>(((b * rows + i) * heads + h) * dims);
-        const auto at = is_keys ? 0 : static_cast<std::size_t>(small_.statistic_at(b, h, i));
+    for (std::int64_t i = 0; i < rows; ++i)
+      for (std::int64_t h = 0; h < heads; ++h) {
         if (small_.spec.kind == KernelKind::kForward) {
-          const ForwardRow row = small_reference_.forward(b, h, i);
-          take(worst_error(row.out, &result.out[first]));
-          if (!(std::isinf(row.lse) && row.lse == result.lse[at]))
-            take({std::fabs(result.lse[at] - row.lse), row.lse_bound});
-        } else if (small_.spec.kind == KernelKind::kBackwardPreprocess) {
-          take({std::fabs(result.delta[at] - small_delta_exact_[at]), 1e-3});
+          ForwardRow row = small_reference_.forward(b, h, i);
+          const auto at = static_cast<std::size_t>(small_.statistic_at(b, h, i));
+          small_statistics_[at] = row.lse;
+          small_statistic_bounds_[at] = row.lse_bound;
+          small_rows_.push_back(std::move(row.out));
         } else if (is_keys) {
-          const KeyGradientRow row = small_reference_.dkdv(b, h, i, given);
-          take(worst_error(row.dk, &result.dk[first]));
-          take(worst_error(row.dv, &result.dv[first]));
-        } else {
-          take(worst_error(small_reference_.dq(b, h, i, given), &result.dq[first]));
+          KeyGradientRow row = small_reference_.dkdv(b, h, i, given);
+          small_rows_.push_back(std::move(row.dk));
+          small_rows_.push_back(std::move(row.dv));
+        } else if (small_.spec.kind == KernelKind::kBackwardDq) {
+          small_rows_.push_back(small_reference_.dq(b, h, i, given));
         }
       }
+}
+
+WorstError GpuMeasuringDevice::check_small(const Result& result) const {
+  WorstError worst{0, kLeastBound};
+  const auto take = [&worst](const WorstError& other) {
+    if (worst.is_outdone_by(other)) worst = other;
+  };
+  const auto dims = static_cast<std::size_t>(small_.spec.head_dim);
+  const std::vector<float>& statistics = small_.is_backward() ? result.delta : result.lse;
+  for (std::size_t at = 0; at < statistics.size(); ++at)
+    if (statistics[at] != small_statistics_[at])  // infinities are equal
+      take({std::fabs(statistics[at] - small_statistics_[at]), small_statistic_bounds_[at]});
+  const bool is_keys = small_.spec.kind == KernelKind::kBackwardDkDv;
+  const std::vector<std::uint16_t>& first = is_keys ? result.dk : small_.is_backward() ? result.dq : result.out;
+  for (std::size_t row = 0; row * dims < first.size(); ++row) {
+    take(worst_error(small_rows_[is_keys ? 2 * row : row], &first[row * dims]));
+    if (is_keys) take(worst_error(small_rows_[2 * row + 1], &result.dv[row * dims]));
+  }
   return worst;
 }
 
@@ -274,7 +304,7 @@ std::optional<std::string> GpuMeasuringDevice::check_rows(const AttentionCase& a
     };
     const std::int64_t b = some(attention.batch), h = some(heads), i = n == 0 ? 0 : n == 1 ? rows - 1 : some(rows);
     const auto first = static_cast<std::size_t>(((b * rows + i) * heads + h) * attention.spec.head_dim);
-    WorstError worst{0, 1e-9};
+    WorstError worst{0, kLeastBound};
     const auto take = [&worst](const WorstError& other) {
       if (worst.is_outdone_by(other)) worst = other;
     };
@@ -304,11 +334,12 @@ std::optional<std::string> difference(const char* name, const std::vector<std::u
                                       const std::vector<std::uint16_t>& right, std::int64_t dims) {
   const double floor = kTensorTolerance * root_mean_square(right);
   const auto count = static_cast<std::size_t>(dims);
+  const std::vector<float>& values = half_values();
   for (std::size_t row = 0; row + count <= right.size(); row += count) {
     if (std::memcmp(&got[row], &right[row], 2 * count) == 0) continue;
     double greatest = 0, apart = 0;
     for (std::size_t d = row; d < row + count; ++d) {
-      const double here = half_to_double(got[d]), there = half_to_double(right[d]);
+      const double here = values[got[d]], there = values[right[d]];
       greatest = std::max(greatest, std::fabs(there));
       apart = std::isnan(here) ? INFINITY : std::max(apart, std::fabs(here - there));
     }

@@ -42,6 +42,8 @@ class GpuMeasuringDevice final : public WorkerDevice {
   void run_once(const Loaded& kernel, const CaseMemory& memory, const AttentionCase& attention, const TileConfig& tile);
   Result result_of(const CaseMemory& memory, const AttentionCase& attention) const;
   void prepare_small();
+  void prepare_small_backward();
+  void prepare_small_reference();
   void prepare_whole(const EarlierKernels& earlier);
   WorstError check_small(const Result& result) const;
   std::optional<std::string> check_rows(const AttentionCase& attention, const Result& result) const;
@@ -62,7 +64,9 @@ class GpuMeasuringDevice final : public WorkerDevice {
   CaseReference small_reference_;
   std::unique_ptr<CaseMemory> small_memory_, whole_memory_;
   std::vector<float> whole_lse_, whole_delta_, small_lse_, small_delta_;  // what gradients are given
-  std::vector<double> small_delta_exact_;
+  // What float64 makes of the small problem: of each row its outputs, one or (dK and dV) two; lse or delta.
+  std::vector<ReferenceRow> small_rows_;
+  std::vector<double> small_statistics_, small_statistic_bounds_;
   std::map<std::pair<KernelKind, TileConfig>, std::unique_ptr<Loaded>> loaded_;
   std::unique_ptr<Result> right_result_;  // of a candidate that was checked
   std::size_t next_launch_ = 0;

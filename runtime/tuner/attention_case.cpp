@@ -4,6 +4,7 @@
 #include <cmath>
 #include <random>
 
+#include "generator/legality.h"
 #include "runtime/tuner/half.h"
 
 namespace flash_attn_jit {
@@ -58,12 +59,13 @@ AttentionCase small_case(const AttentionCase& whole) {
 CaseNumbers::CaseNumbers(std::uint64_t seed) {
   std::mt19937_64 random(seed);
   bits_.reserve(kNumbers);
-  values_.reserve(kNumbers);
+  values_.reserve(kNumbers + kMostHeadDim);
   while (static_cast<std::int64_t>(bits_.size()) < kNumbers) {
     const double radius = std::sqrt(-2 * std::log(uniform(random)));
     bits_.push_back(double_to_half(radius * std::cos(6.283185307179586 * uniform(random))));
     values_.push_back(static_cast<float>(half_to_double(bits_.back())));
   }
+  for (std::size_t i = 0; i < kMostHeadDim; ++i) values_.push_back(values_[i]);
 }
 
 std::size_t CaseNumbers::at(CaseTensor tensor, std::int64_t index) {

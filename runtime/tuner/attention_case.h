@@ -49,6 +49,9 @@ class CaseNumbers {
   std::uint16_t bits(CaseTensor tensor, std::int64_t index) const { return bits_[at(tensor, index)]; }
   double value(CaseTensor tensor, std::int64_t index) const { return values_[at(tensor, index)]; }
 
+  // The values from `index` on, as many as a head has dims.
+  const float* row(CaseTensor tensor, std::int64_t index) const { return &values_[at(tensor, index)]; }
+
   // `count` of them from `index` on, as many as lie together in memory.
   const std::uint16_t* run(CaseTensor tensor, std::int64_t index, std::int64_t& count) const;
 
@@ -56,7 +59,7 @@ class CaseNumbers {
   static std::size_t at(CaseTensor tensor, std::int64_t index);
 
   std::vector<std::uint16_t> bits_;
-  std::vector<float> values_;  // the same
+  std::vector<float> values_;  // the same, and the first of them once more behind the last
 };
 
 }  // namespace flash_attn_jit

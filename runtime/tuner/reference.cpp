@@ -1,5 +1,7 @@
 #include "runtime/tuner/reference.h"
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 
@@ -32,28 +34,26 @@ constexpr double kLargestNumber = 6;  // no normal number of a million is larger
 
 }  // namespace
 
-std::int64_t CaseReference::query_row(std::int64_t b, std::int64_t h, std::int64_t i) const {
-  return ((b * attention_.seqlen_q + i) * attention_.num_heads + h) * attention_.spec.head_dim;
+const float* CaseReference::query_row(CaseTensor tensor, std::int64_t b, std::int64_t h, std::int64_t i) const {
+  return numbers_.row(tensor, ((b * attention_.seqlen_q + i) * attention_.num_heads + h) * attention_.spec.head_dim);
 }
 
-std::int64_t CaseReference::key_row(std::int64_t b, std::int64_t head_k, std::int64_t j) const {
-  return ((b * attention_.seqlen_k + j) * attention_.num_heads_k + head_k) * attention_.spec.head_dim;
+const float* CaseReference::key_row(CaseTensor tensor, std::int64_t b, std::int64_t head_k, std::int64_t j) const {
+  return numbers_.row(tensor,
+                      ((b * attention_.seqlen_k + j) * attention_.num_heads_k + head_k) * attention_.spec.head_dim);
 }
 
-double CaseReference::dot(CaseTensor x, std::int64_t x_row, CaseTensor y, std::int64_t y_row) const {
-  double even = 0, odd = 0;
-  const std::int64_t dims = attention_.spec.head_dim;
-  for (std::int64_t d = 0; d + 1 < dims; d += 2) {
-    even += numbers_.value(x, x_row + d) * numbers_.value(y, y_row + d);
-    odd += numbers_.value(x, x_row + d + 1) * numbers_.value(y, y_row + d + 1);
-  }
-  if (dims % 2 == 1) even += numbers_.value(x, x_row + dims - 1) * numbers_.value(y, y_row + dims - 1);
-  return even + odd;
+double CaseReference::dot(const float* x, const float* y) const {
+  // Some sums side by side, so that none waits for the one before it.
+  std::array<double, 4> sums{};
+  for (int d = 0; d < attention_.spec.head_dim; ++d)
+    sums[static_cast<std::size_t>(d % 4)] += static_cast<double>(x[d]) * static_cast<double>(y[d]);
+  return sums[0] + sums[1] + sums[2] + sums[3];
 }
 
 CaseReference::Score CaseReference::score(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const {
   const double scaled =
-      attention_.softmax_scale() * dot(CaseTensor::kQ, query_row(b, h, i), CaseTensor::kK, key_row(b, h / group(), j));
+      attention_.softmax_scale() * dot(query_row(CaseTensor::kQ, b, h, i), key_row(CaseTensor::kK, b, h / group(), j));
   Score score{scaled, 1};
   if (const double cap = attention_.softcap(); cap > 0) {
     const double tanh = std::tanh(scaled / cap);
@@ -78,9 +78,9 @@ ForwardRow CaseReference::forward(std::int64_t b, std::int64_t h, std::int64_t i
   for (const auto& [j, value] : scores) {
     const double probability = std::exp(value - greatest);
     sum += probability;
-    const std::int64_t v_row = key_row(b, h / group(), j);
+    const float* const v = key_row(CaseTensor::kV, b, h / group(), j);
     for (std::int64_t d = 0; d < dims; ++d) {
-      const double product = probability * numbers_.value(CaseTensor::kV, v_row + d);
+      const double product = probability * v[d];
       row.out.value[static_cast<std::size_t>(d)] += product;
       row.out.bound[static_cast<std::size_t>(d)] += std::fabs(product);
     }
@@ -93,25 +93,25 @@ ForwardRow CaseReference::forward(std::int64_t b, std::int64_t h, std::int64_t i
 
 double CaseReference::delta(std::int64_t b, std::int64_t h, std::int64_t i, const std::vector<double>& out) const {
   double sum = 0;
-  const std::int64_t row = query_row(b, h, i);
-  for (std::size_t d = 0; d < out.size(); ++d)
-    sum += numbers_.value(CaseTensor::kDout, row + static_cast<std::int64_t>(d)) * out[d];
+  const float* const dout = query_row(CaseTensor::kDout, b, h, i);
+  for (std::size_t d = 0; d < out.size(); ++d) sum += dout[d] * out[d];
   return sum;
 }
 
 ReferenceRow CaseReference::dq(std::int64_t b, std::int64_t h, std::int64_t i, const GivenStatistics& given) const {
-  const std::int64_t dims = attention_.spec.head_dim, at = attention_.statistic_at(b, h, i), q_row = query_row(b, h, i);
+  const std::int64_t dims = attention_.spec.head_dim, at = attention_.statistic_at(b, h, i);
+  const float* const dout = query_row(CaseTensor::kDout, b, h, i);
   ReferenceRow row = row_of(dims);
   std::int64_t seen = 0;
   for (std::int64_t j = 0; j < attention_.seqlen_k; ++j) {
     if (!attention_.sees(i, j)) continue;
     ++seen;
-    const std::int64_t k_row = key_row(b, h / group(), j);
+    const float* const k = key_row(CaseTensor::kK, b, h / group(), j);
     const Score s = score(b, h, i, j);
     const double gradient = std::exp(s.value - given.lse[at]) * s.derivative *
-                            (dot(CaseTensor::kDout, q_row, CaseTensor::kV, k_row) - given.delta[at]);
+                            (dot(dout, key_row(CaseTensor::kV, b, h / group(), j)) - given.delta[at]);
     for (std::int64_t d = 0; d < dims; ++d) {
-      const double product = gradient * numbers_.value(CaseTensor::kK, k_row + d);
+      const double product = gradient * k[d];
       row.value[static_cast<std::size_t>(d)] += product;
       row.bound[static_cast<std::size_t>(d)] += std::fabs(product);
     }
@@ -122,22 +122,23 @@ ReferenceRow CaseReference::dq(std::int64_t b, std::int64_t h, std::int64_t i, c
 
 KeyGradientRow CaseReference::dkdv(std::int64_t b, std::int64_t head_k, std::int64_t j,
                                    const GivenStatistics& given) const {
-  const std::int64_t dims = attention_.spec.head_dim, k_row = key_row(b, head_k, j);
+  const std::int64_t dims = attention_.spec.head_dim;
+  const float* const v = key_row(CaseTensor::kV, b, head_k, j);
   KeyGradientRow row{row_of(dims), row_of(dims)};
   std::int64_t seen = 0;
   for (std::int64_t h = head_k * group(); h < (head_k + 1) * group(); ++h)
     for (std::int64_t i = 0; i < attention_.seqlen_q; ++i) {
       if (!attention_.sees(i, j)) continue;
       ++seen;
-      const std::int64_t q_row = query_row(b, h, i), at = attention_.statistic_at(b, h, i);
+      const std::int64_t at = attention_.statistic_at(b, h, i);
+      const float *const q = query_row(CaseTensor::kQ, b, h, i), *const dout = query_row(CaseTensor::kDout, b, h, i);
       const Score s = score(b, h, i, j);
       const double probability = std::exp(s.value - given.lse[at]);
-      const double gradient =
-          probability * s.derivative * (dot(CaseTensor::kDout, q_row, CaseTensor::kV, k_row) - given.delta[at]);
+      const double gradient = probability * s.derivative * (dot(dout, v) - given.delta[at]);
       for (std::int64_t d = 0; d < dims; ++d) {
         const auto at_dim = static_cast<std::size_t>(d);
-        const double of_k = gradient * numbers_.value(CaseTensor::kQ, q_row + d);
-        const double of_v = probability * numbers_.value(CaseTensor::kDout, q_row + d);
+        const double of_k = gradient * q[d];
+        const double of_v = probability * dout[d];
         row.dk.value[at_dim] += of_k;
         row.dk.bound[at_dim] += std::fabs(of_k);
         row.dv.value[at_dim] += of_v;

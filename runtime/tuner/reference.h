@@ -48,9 +48,9 @@ class CaseReference {
     double value, derivative;
   };
   Score score(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const;
-  double dot(CaseTensor x, std::int64_t x_row, CaseTensor y, std::int64_t y_row) const;
-  std::int64_t query_row(std::int64_t b, std::int64_t h, std::int64_t i) const;  // the index of its first element
-  std::int64_t key_row(std::int64_t b, std::int64_t head_k, std::int64_t j) const;
+  double dot(const float* x, const float* y) const;
+  const float* query_row(CaseTensor tensor, std::int64_t b, std::int64_t h, std::int64_t i) const;
+  const float* key_row(CaseTensor tensor, std::int64_t b, std::int64_t head_k, std::int64_t j) const;
   std::int64_t group() const { return attention_.num_heads / attention_.num_heads_k; }
 
   const AttentionCase& attention_;
