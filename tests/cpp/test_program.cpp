@@ -334,7 +334,7 @@ void keep_records(const Program& program, const std::vector<TuningRecord>& recor
 TEST_CASE("tune without a driver says so; the command that it starts is not for people") {
   const Program program;
   const std::string without_driver = "LD_LIBRARY_PATH='" + program.folder().string() + "'";
-  write_all(program.folder() / "libcuda.so.1", "no library");
+  std::ofstream(program.folder() / "libcuda.so.1") << "no library";
   const ProgramRun run = program.run("tune --preset gpt2 --budget 10", without_driver);
   CHECK(run.exit_code == 1);
   CHECK(holds(run.err, "no CUDA driver"));
