@@ -57,6 +57,7 @@ int run(int argc, char** argv) {
   add_model(app, chosen);
   add_prebuild(app, chosen);
   add_tune(app, chosen);
+  add_tune_worker(app, chosen);
   add_report(app, chosen);
   add_cache(app, chosen);
 
