@@ -95,4 +95,17 @@ RenderedKernel render(const KernelSpec& spec, const TemplateSet& templates) {
   return kernel;
 }
 
+RenderedKernel render_tensor_peak(const TemplateSet& templates) {
+  RenderedKernel kernel;
+  kernel.entry = "flash_tensor_peak";
+  kernel.threads = 256;
+  std::set<std::string, std::less<>> seen;
+  inline_template("tensor_peak.cuh", "the kernel", templates, seen, kernel.source);
+  const std::string threads = std::to_string(kernel.threads);
+  kernel.source += "#line 1 \"" + kernel.entry + ".cu\"\nextern \"C\" __global__ void __launch_bounds__(" + threads +
+                   ") " + kernel.entry + "(const TensorPeakParams params) {\n  tensor_peak<Fp16, " + threads +
+                   ">(params);\n}\n";
+  return kernel;
+}
+
 }  // namespace flash_attn_jit

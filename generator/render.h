@@ -30,4 +30,7 @@ std::set<std::string, std::less<>> templates_of(KernelKind kind, const TemplateS
 // Renders a spec. Does not check legality. Throws Error where a template includes one that is not in the set.
 RenderedKernel render(const KernelSpec& spec, const TemplateSet& templates);
 
+// The kernel of templates/tensor_peak.cuh, which says how fast a GPU's tensor instructions are. Throws as render().
+RenderedKernel render_tensor_peak(const TemplateSet& templates);
+
 }  // namespace flash_attn_jit

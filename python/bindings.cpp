@@ -10,6 +10,7 @@
 #include "python/bindings_forward.h"
 #include "python/bindings_options.h"
 #include "python/bindings_tensors.h"
+#include "python/bindings_tuning.h"
 #include "runtime/cuda/nvrtc_search.h"
 #include "runtime/interpreter/interpreter.h"
 #include "runtime/launch/machine_report.h"
@@ -34,13 +35,16 @@ void set_logger(const py::object& logger) {
   set_log_sink([log_method](LogLevel level, const std::string& message) {
     if (!Py_IsInitialized()) return;
     const py::gil_scoped_acquire gil;
+    // Ctrl-C that was heard and has yet to be raised is no business of the logger's.
+    std::optional<py::error_scope> heard;
+    if (PyErr_Occurred() != nullptr) heard.emplace();
     try {
       // As an argument of "%s": a message is no format string.
       (*log_method)(python_level(level), "%s", bindings::readable(message));
     } catch (py::error_already_set& error) {
       // Most likely not the logger's own: Python's signal handlers run wherever Python code does, and Ctrl-C must not
       // get lost in here. A thread of ours has no Python code below that could be told.
-      if (PyEval_GetFrame() == nullptr) return error.discard_as_unraisable("flash_attn_jit's logger");
+      if (PyEval_GetFrame() == nullptr || heard) return error.discard_as_unraisable("flash_attn_jit's logger");
       error.restore();
       throw Interrupted();
     }
@@ -173,6 +177,11 @@ void bind_limits(py::module_& module) {
   module.attr("accepted") = accepted;
 }
 
+std::vector<std::string> loaded_kernels(int ordinal) {
+  const py::gil_scoped_release without_gil;
+  return process_devices().device(ordinal).loaded();
+}
+
 void bind_attention(py::module_& module) {
   module.def("forward", &bindings::forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
              py::arg("softmax_lse"), py::arg("options"), py::arg("tile") = py::none());
@@ -199,9 +208,11 @@ PYBIND11_MODULE(_core, module) {
 
   bind_attention(module);
   bind_limits(module);
+  bindings::bind_tuning(module);
   module.def("interprets", [] { return config().interpret; }, "Whether CPU tensors are run by the interpreter.");
   module.def("interpreter_report", &last_interpreter_report);
   module.def("devices", &devices);
+  module.def("loaded_kernels", &loaded_kernels, py::arg("device"));
   module.def("machine_report_json", &machine_report_json);
   module.def("select_kernels", &select_kernel_texts, py::arg("kinds"), py::arg("head_dims"), py::arg("causal"),
              py::arg("group_sizes"), py::arg("arch"));

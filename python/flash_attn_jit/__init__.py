@@ -30,6 +30,7 @@ from . import _flop_formulas, bert_padding  # noqa: F401  _flop_formulas registe
 from ._core import InterpreterReport
 from ._router import SdpaRouter, route_sdpa
 from ._sdpa import sdpa
+from ._tuning import TunedProblem, autotune, tune
 from .errors import (
     CompileError,
     ConfigError,
@@ -58,8 +59,10 @@ __all__ = [
     "InterpreterReport",
     "MissingKernelError",
     "SdpaRouter",
+    "TunedProblem",
     "UnsupportedError",
     "__version__",
+    "autotune",
     "bert_padding",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
@@ -70,4 +73,5 @@ __all__ = [
     "interpreter_report",
     "route_sdpa",
     "sdpa",
+    "tune",
 ]

@@ -32,6 +32,7 @@ constexpr int kJitInputPtx = 1;
 constexpr int kJitErrorLogBuffer = 5;
 constexpr int kJitErrorLogBytes = 6;
 constexpr int kCaptureRelaxed = 2;
+constexpr int kCaptureStatusNone = 0;
 
 constexpr unsigned kStreamDefault = 0;  // in order with copies and fills
 
@@ -85,6 +86,7 @@ struct Driver::Api {
   int (*stream_create)(StreamHandle*, unsigned flags);
   int (*stream_destroy)(StreamHandle);
   int (*stream_synchronize)(StreamHandle);
+  int (*stream_is_capturing)(StreamHandle, int* status);
   int (*event_create)(void** event, unsigned flags);
   int (*event_destroy)(void* event);
   int (*event_record)(void* event, StreamHandle);
@@ -126,6 +128,7 @@ struct Driver::Api {
     resolve("cuStreamCreate", stream_create);
     resolve("cuStreamDestroy_v2", stream_destroy);
     resolve("cuStreamSynchronize", stream_synchronize);
+    resolve("cuStreamIsCapturing", stream_is_capturing);
     resolve("cuEventCreate", event_create);
     resolve("cuEventDestroy_v2", event_destroy);
     resolve("cuEventRecord", event_record);
@@ -304,6 +307,11 @@ void Driver::fill(void* device, unsigned char byte, std::size_t bytes) {
 
 void Driver::copy_on_device(void* to, const void* from, std::size_t bytes, StreamHandle stream) {
   require(api_->copy_on_device(device_pointer(to), device_pointer(from), bytes, stream), "a copy on the device");
+}
+
+bool Driver::is_capturing(StreamHandle stream) const {
+  int status = 0;
+  return api_->stream_is_capturing(stream, &status) != kSuccess || status != kCaptureStatusNone;
 }
 
 void Driver::synchronize(StreamHandle stream) { require(api_->stream_synchronize(stream), "what a stream was given"); }

@@ -120,6 +120,9 @@ class Driver {
   // Waits for what the stream was given, and throws what became of it.
   void synchronize(StreamHandle stream);
 
+  // Whether what the stream is given goes into a graph, or the driver will not tell because another stream's does.
+  bool is_capturing(StreamHandle stream) const;
+
   class Stream {
    public:
     explicit Stream(Driver& driver);

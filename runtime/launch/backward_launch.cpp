@@ -6,6 +6,7 @@
 
 #include "generator/legality.h"
 #include "runtime/interpreter/interpreter.h"
+#include "runtime/launch/autotune.h"
 #include "runtime/launch/interpreted_tensors.h"
 #include "runtime/launch/process.h"
 #include "runtime/system/side_by_side.h"
@@ -41,10 +42,13 @@ void launch_backward(Device& device, const BackwardRequest& request, StreamHandl
 }
 
 void backward_on_device(const BackwardRequest& request, int device_ordinal, StreamHandle stream) {
-  launch_backward(process_devices().device(device_ordinal), request, stream);
+  Device& device = process_devices().device(device_ordinal);
+  if (Autotuner* autotuner = process_autotuner_if_on()) autotuner->meet(device, request, stream);
+  launch_backward(device, request, stream);
 }
 
 void backward_in_interpreter(const BackwardRequest& request) {
+  if (Autotuner* autotuner = process_autotuner_if_on()) autotuner->meet_interpreted();
   const BackwardPlan plan =
       plan_backward(request, {arch_limits(75), kInterpretedMultiprocessors, process_tile_chooser()});
   require_cu_seqlens(request.options, request.q, request.k);

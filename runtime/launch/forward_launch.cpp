@@ -4,6 +4,7 @@
 
 #include "generator/legality.h"
 #include "runtime/interpreter/interpreter.h"
+#include "runtime/launch/autotune.h"
 #include "runtime/launch/interpreted_tensors.h"
 #include "runtime/launch/process.h"
 
@@ -14,10 +15,13 @@ void launch_forward(Device& device, const ForwardRequest& request, StreamHandle 
 }
 
 void forward_on_device(const ForwardRequest& request, int device_ordinal, StreamHandle stream) {
-  launch_forward(process_devices().device(device_ordinal), request, stream);
+  Device& device = process_devices().device(device_ordinal);
+  if (Autotuner* autotuner = process_autotuner_if_on()) autotuner->meet(device, request, stream);
+  launch_forward(device, request, stream);
 }
 
 void forward_in_interpreter(const ForwardRequest& request) {
+  if (Autotuner* autotuner = process_autotuner_if_on()) autotuner->meet_interpreted();
   const LaunchPlan plan = plan_forward(request, {arch_limits(75), kInterpretedMultiprocessors, process_tile_chooser()});
   require_cu_seqlens(request.options, request.q, request.k);
   if (plan.blocks == 0) return;

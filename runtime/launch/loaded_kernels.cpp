@@ -1,5 +1,6 @@
 #include "runtime/launch/loaded_kernels.h"
 
+#include <algorithm>
 #include <chrono>
 
 #include "runtime/cuda/nvrtc_choice.h"
@@ -49,6 +50,15 @@ const LoadedKernel& LoadedKernelTable::insert(const LoadedKernel& kernel) {
   owned->next = bucket.load(std::memory_order_relaxed);
   bucket.store(owned.get(), std::memory_order_release);
   return *owned_.emplace_back(std::move(owned));
+}
+
+std::vector<std::string> LoadedKernelTable::texts() const {
+  std::vector<std::string> texts;
+  for (const std::atomic<const LoadedKernel*>& bucket : buckets_)
+    for (const LoadedKernel* kernel = bucket.load(std::memory_order_acquire); kernel != nullptr; kernel = kernel->next)
+      texts.push_back(kernel->spec.text());
+  std::sort(texts.begin(), texts.end());
+  return texts;
 }
 
 TunedDevice tuned_device(const DeviceInfo& info, TargetChoice target) {
@@ -106,7 +116,12 @@ void Device::load(const KernelSpec& spec, const CompiledKernel& kernel) {
 
 FoundKernel Device::find_or_compile(const KernelSpec& spec) {
   require_legal(spec, plan_target_.arch);
-  const KernelRequest kernel = library_.request(spec);
+  return find_or_compile(library_.request(spec));
+}
+
+FoundKernel Device::find_or_compile_tensor_peak() { return find_or_compile(library_.tensor_peak_request()); }
+
+FoundKernel Device::find_or_compile(const KernelRequest& kernel) {
   if (target_ == TargetChoice::kCompute75) {
     const LinkRequest linked = library_.request(kernel, LinkTarget{kOldestSm, info_.sm, "asked for"});
     if (auto found = library_.find(linked)) return *std::move(found);
@@ -121,9 +136,22 @@ FoundKernel Device::find_or_compile(const KernelSpec& spec) {
     return *std::move(found);
   }
   if (!library_.compiler_lacks(info_.sm)) return library_.make(native);
-  require_legal(spec, arch_limits(kOldestSm));
+  if (kernel.label.empty()) require_legal(kernel.spec, arch_limits(kOldestSm));
   warn_of_turing_code();
   return link(fallback);
+}
+
+std::vector<std::string> Device::loaded() const { return table_.texts(); }
+
+bool Device::is_capturing(StreamHandle stream) const {
+  const Driver::CurrentContext current(driver_, context_);
+  return driver_.is_capturing(stream);
+}
+
+void Device::wait_for(StreamHandle stream) {
+  const Driver::CurrentContext current(driver_, context_);
+  const Driver::CaptureTolerance tolerance(driver_);
+  driver_.synchronize(stream);
 }
 
 void Device::require_legal(const KernelSpec& spec, const ArchLimits& arch) const {

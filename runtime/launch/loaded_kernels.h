@@ -30,6 +30,7 @@ struct LoadedKernel {
 class LoadedKernelTable {
  public:
   const LoadedKernel* find(const KernelSpec& spec) const noexcept;
+  std::vector<std::string> texts() const;
   // Not by two threads at once.
   const LoadedKernel& insert(const LoadedKernel& kernel);
 
@@ -87,12 +88,22 @@ class Device {
   // The kernel that launch() would load, with its resources.
   FoundKernel find_or_compile(const KernelSpec& spec);
 
+  // What render_tensor_peak() makes, in the code that the device's kernels are.
+  FoundKernel find_or_compile_tensor_peak();
+
+  // Of what was launched, and so loaded, the specs' texts, in their order.
+  std::vector<std::string> loaded() const;
+
+  bool is_capturing(StreamHandle stream) const;
+  void wait_for(StreamHandle stream);
+
  private:
   void launch(const LoadedKernel& kernel, std::int64_t blocks, const void* params, StreamHandle stream);
   void load(const std::vector<KernelSpec>& specs);
   void load(const KernelSpec& spec, const CompiledKernel& kernel);
   void require_legal(const KernelSpec& spec, const ArchLimits& arch) const;
   void warn_of_turing_code() const;
+  FoundKernel find_or_compile(const KernelRequest& kernel);
   FoundKernel link(const LinkRequest& request);
   CompiledKernel machine_code_of(CompiledKernel ptx);
 

@@ -8,8 +8,8 @@
 
 #include "generator/families/families.h"
 #include "runtime/system/errors.h"
-#include "runtime/system/log.h"
 #include "runtime/tuner/half.h"
+#include "templates/tensor_peak_params.cuh"
 
 namespace flash_attn_jit {
 namespace {
@@ -29,6 +29,11 @@ constexpr double kLeastBound = 1e-9;
 
 constexpr std::size_t kCopiedBytes = std::size_t{256} << 20;
 constexpr int kTimedCopies = 8;
+
+constexpr int kTensorPeakBlocks = 2;  // of a multiprocessor
+constexpr int kTensorPeakIterations = 8192;
+constexpr int kTimedTensorLaunches = 8;
+constexpr double kFlopsOfTensorInstruction = 2.0 * 16 * 8 * 8;  // m16n8k8
 
 std::string text_of(const char* format, double a, double b) {
   char text[96];
@@ -104,7 +109,7 @@ GpuMeasuringDevice::GpuMeasuringDevice(Driver& driver, const WorkerSetup& setup)
   try {
     nvml_ = std::make_unique<Nvml>();
   } catch (const Error& error) {
-    log(LogLevel::kInfo, std::string("clock, power and temperature are not recorded: ") + error.what());
+    nvml_absence_ = error.what();
   }
   prepare_small();
   prepare_whole(setup.earlier);
@@ -432,8 +437,13 @@ GpuState GpuMeasuringDevice::gpu_state() const {
   return nvml_ == nullptr ? GpuState{} : nvml_->state(figures_.pci_bus_id);
 }
 
-WorkerFigures GpuMeasuringDevice::figures(bool with_memory) {
-  return {gpu_state().power_limit_watts, with_memory ? std::optional(copied_gigabytes()) : std::nullopt};
+WorkerFigures GpuMeasuringDevice::figures(const WorkerSetup& setup) {
+  WorkerFigures figures;
+  figures.power_limit_watts = gpu_state().power_limit_watts;
+  figures.unknown_state = nvml_absence_;
+  if (setup.measures_memory) figures.gigabytes = copied_gigabytes();
+  if (setup.tensor_kernel) figures.tflops = tensor_tflops(*setup.tensor_kernel);
+  return figures;
 }
 
 double GpuMeasuringDevice::copied_gigabytes() {
@@ -447,6 +457,26 @@ double GpuMeasuringDevice::copied_gigabytes() {
     end_.record(stream_.get());
     end_.synchronize();
     best = std::max(best, 2.0 * static_cast<double>(bytes) / end_.seconds_since(begin_) / 1e9);
+  }
+  return best;
+}
+
+// Of the fastest of some launches, each of which fills the device.
+double GpuMeasuringDevice::tensor_tflops(const CompiledKernel& compiled) {
+  const Loaded kernel(driver_, compiled);
+  LaunchShape shape = kernel.shape;
+  shape.blocks = static_cast<unsigned>(kTensorPeakBlocks * target_.multiprocessors);
+  const Driver::Memory sums(driver_, sizeof(float) * shape.blocks * shape.threads);
+  const TensorPeakParams params{static_cast<float*>(sums.data()), kTensorPeakIterations};
+  const double flops = static_cast<double>(shape.blocks) * (shape.threads / 32) * kTensorPeakIterations *
+                       kTensorPeakChains * kFlopsOfTensorInstruction;
+  double best = 0;
+  for (int i = 0; i < kTimedTensorLaunches; ++i) {
+    begin_.record(stream_.get());
+    driver_.require(driver_.launch(kernel.function, shape, stream_.get(), &params), "the launch");
+    end_.record(stream_.get());
+    end_.synchronize();
+    best = std::max(best, flops / end_.seconds_since(begin_) / 1e12);
   }
   return best;
 }

@@ -29,7 +29,7 @@ class GpuMeasuringDevice final : public WorkerDevice {
   // A kernel ended with an error, after which the process can do nothing more on the device.
   bool is_broken() const override { return broken_; }
 
-  WorkerFigures figures(bool with_memory) override;
+  WorkerFigures figures(const WorkerSetup& setup) override;
 
  private:
   struct Loaded;
@@ -50,6 +50,7 @@ class GpuMeasuringDevice final : public WorkerDevice {
   std::optional<std::string> compare_whole(const Result& result) const;
   GpuState gpu_state() const;
   double copied_gigabytes();
+  double tensor_tflops(const CompiledKernel& compiled);
 
   Driver& driver_;
   DeviceFigures figures_;
@@ -59,6 +60,7 @@ class GpuMeasuringDevice final : public WorkerDevice {
   Driver::Stream stream_;
   Driver::Event begin_, end_;
   std::unique_ptr<Nvml> nvml_;
+  std::string nvml_absence_;
   AttentionCase attention_, small_;
   CaseNumbers numbers_;
   CaseReference small_reference_;

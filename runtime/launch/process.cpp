@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "runtime/cache/kernel_cache.h"
+#include "runtime/launch/autotune.h"
 #include "runtime/library/templates_folder.h"
 #include "runtime/system/errors.h"
 #include "runtime/system/fork.h"
@@ -33,6 +34,8 @@ const std::shared_ptr<KernelCache>& shared_cache() {
   static constinit ProcessOwn<const std::shared_ptr<KernelCache>> cache;
   return cache.get([] { return std::make_shared<KernelCache>(cache_settings(config())); });
 }
+
+constinit ProcessOwn<Autotuner> the_autotuner;
 
 }  // namespace
 
@@ -71,6 +74,15 @@ Tuning& process_tuning() {
     const TemplateSet templates = load_templates(config());
     return Tuning({config().cache_dir, config().prebuilt, templates, process_tile_chooser()});
   });
+}
+
+Autotuner& process_autotuner() {
+  return the_autotuner.get([] { return Autotuner(process_tuning()); });
+}
+
+Autotuner* process_autotuner_if_on() {
+  Autotuner* const autotuner = the_autotuner.get_if_made();
+  return autotuner != nullptr && autotuner->is_on() ? autotuner : nullptr;
 }
 
 DeviceRuntime& process_devices() {

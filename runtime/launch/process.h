@@ -14,6 +14,8 @@
 
 namespace flash_attn_jit {
 
+class Autotuner;
+
 // Read from the environment at the first call and kept. Throws ConfigError.
 const Config& config();
 
@@ -37,5 +39,10 @@ Tuning& process_tuning();
 
 // Throws DriverError where there is no driver.
 DeviceRuntime& process_devices();
+
+Autotuner& process_autotuner();
+
+// The same while it is on, else null: asked at every launch.
+Autotuner* process_autotuner_if_on();
 
 }  // namespace flash_attn_jit

@@ -10,6 +10,7 @@
 #include "generator/families/families.h"
 #include "generator/tile_chooser.h"
 #include "runtime/system/errors.h"
+#include "runtime/system/log.h"
 #include "runtime/tuner/candidates.h"
 #include "runtime/tuner/isolated_device.h"
 #include "runtime/tuner/thread_compiler.h"
@@ -66,6 +67,7 @@ class PublishedRecords final : public RecordSink {
     environment_.nvrtc = compiler_.get();
     environment_.power_limit_watts = measuring_.figures().power_limit_watts;
     if (measuring_.figures().gigabytes) environment_.peak_gigabytes = measuring_.figures().gigabytes;
+    if (measuring_.figures().tflops) environment_.peak_tflops = measuring_.figures().tflops;
     return environment_;
   }
 
@@ -75,10 +77,6 @@ class PublishedRecords final : public RecordSink {
   TuningEnvironment& environment_;
   const IsolatedDevice& measuring_;
 };
-
-Problem problem_of(const AttentionCase& attention, int multiprocessors) {
-  return {attention.seqlen_q, attention.seqlen_k, attention.batch * attention.num_heads, multiprocessors};
-}
 
 // One core is left for the process that launches.
 int compile_threads() { return std::max(1, static_cast<int>(std::thread::hardware_concurrency()) - 1); }
@@ -112,7 +110,8 @@ class TuneSession {
   SearchResult tune(const AttentionCase& attention, double budget_seconds, SearchWatcher* watcher) {
     const double begin = clock_.now();
     const SearchTask task = task_of(attention);
-    WorkerSetup setup{attention, device_.info().ordinal, earlier_kernels(attention), !environment_.peak_gigabytes};
+    WorkerSetup setup{attention, device_.info().ordinal, earlier_kernels(attention), !environment_.peak_gigabytes,
+                      environment_.peak_tflops ? std::nullopt : tensor_kernel()};
     IsolatedDevice measuring(settings_.worker_command, std::move(setup));
     SearchSettings search;
     search.budget_seconds = std::max(budget_seconds - (clock_.now() - begin), 0.0);
@@ -120,8 +119,20 @@ class TuneSession {
     const SearchParts parts{clock_, compiler_, measuring, nullptr, &records, watcher};
     SearchResult result = search_tiles(task, parts, search);
     compiler_.forget();
+    if (!measuring.figures().unknown_state.empty())
+      warn_once("clock, power, temperature and throttling are not recorded: " + measuring.figures().unknown_state);
     if (result.newly_measured > 0) result.record->environment = records.environment();
     return result;
+  }
+
+  // Nothing where it cannot be had: the peak is then not known, and that is all.
+  std::optional<CompiledKernel> tensor_kernel() {
+    try {
+      return device_.find_or_compile_tensor_peak().kernel;
+    } catch (const Error& error) {
+      log(LogLevel::kInfo, std::string("the peak of the tensor instructions is not measured: ") + error.what());
+      return std::nullopt;
+    }
   }
 
   CompiledKernel compile(const KernelSpec& spec) {

@@ -8,6 +8,7 @@
 
 #include "generator/kernel_spec.h"
 #include "runtime/launch/loaded_kernels.h"
+#include "runtime/launch/tuned_problem.h"
 #include "runtime/tuner/attention_case.h"
 #include "runtime/tuner/search.h"
 #include "runtime/tuner/tuning.h"
@@ -16,11 +17,6 @@ namespace flash_attn_jit {
 
 // One problem in each class that `cases` fall into, the first that does; the kernels of a backward pass are three.
 std::vector<AttentionCase> one_of_each_class(const std::vector<AttentionCase>& cases, int multiprocessors);
-
-struct TunedProblem {
-  AttentionCase attention;
-  SearchResult result;
-};
 
 struct TuneSettings {
   std::vector<std::string> worker_command;  // starts the process that measures

@@ -22,8 +22,8 @@ KernelId id_of(const KernelRequest& request, const CompileTarget& target) {
   KernelId id;
   id.key = make_key(
       {{"source", request.rendered.source}, {"options", joined(compile_options(target))}, {"target", target.text()}});
-  id.name = request.spec.name() + "_" + architecture_in_name(target.code, target.sm);
-  id.spec = request.spec.text();
+  id.name = request.rendered.entry + "_" + architecture_in_name(target.code, target.sm);
+  id.spec = request.text();
   id.target = target.text();
   return id;
 }
@@ -38,9 +38,9 @@ KernelId id_of_linked(const KernelRequest& request, const LinkTarget& target, in
                      {"linked for", machine},
                      {"driver", std::to_string(driver_version)},
                      {"purpose", target.purpose}});
-  id.name = request.spec.name() + "_" + architecture_in_name(CodeKind::kPtx, target.ptx_sm) + "_on_" +
+  id.name = request.rendered.entry + "_" + architecture_in_name(CodeKind::kPtx, target.ptx_sm) + "_on_" +
             architecture_in_name(CodeKind::kCubin, target.device_sm);
-  id.spec = request.spec.text();
+  id.spec = request.text();
   id.target = ptx.text() + " linked for " + machine;
   return id;
 }
@@ -109,6 +109,11 @@ FoundKernel KernelLibrary::find_or_compile(const KernelSpec& spec, const Compile
 KernelRequest KernelLibrary::request(const KernelSpec& spec) {
   ++rendered_;
   return {spec, render(spec, templates_)};
+}
+
+KernelRequest KernelLibrary::tensor_peak_request() {
+  ++rendered_;
+  return {{}, render_tensor_peak(templates_), "tensor peak"};
 }
 
 CompileRequest KernelLibrary::request(const KernelRequest& kernel, const CompileTarget& target) {

@@ -63,6 +63,7 @@ class KernelLibrary {
 
   // `spec` is one that check() allows.
   KernelRequest request(const KernelSpec& spec);
+  KernelRequest tensor_peak_request();
   CompileRequest request(const KernelRequest& kernel, const CompileTarget& target);
   LinkRequest request(const KernelRequest& kernel, const LinkTarget& target);
 

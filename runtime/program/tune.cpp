@@ -9,10 +9,12 @@
 #include <memory>
 
 #include "generator/families/families.h"
+#include "generator/legality.h"
 #include "runtime/cuda/nvrtc_choice.h"
 #include "runtime/launch/process.h"
 #include "runtime/launch/tune_session.h"
 #include "runtime/launch/tune_worker.h"
+#include "runtime/launch/tuned_problem.h"
 #include "runtime/program/command.h"
 #include "runtime/program/flag_values.h"
 #include "runtime/program/progress.h"
@@ -27,8 +29,6 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 constexpr int kMostInt = std::numeric_limits<int>::max();
-constexpr int kMostLength = 1 << 20;
-constexpr int kMostBatch = 1 << 16;
 constexpr int kMostDays = 30;
 constexpr int kInterruptedCode = 130;  // as a shell gives for a program that SIGINT ended
 
@@ -42,66 +42,29 @@ struct TuneFlags {
   bool names_problems() const { return !preset.empty() || !head_dims.empty(); }
 };
 
-std::vector<KernelKind> kinds_of(const TuneFlags& flags) {
-  return parse_kinds("--kinds", flags.kinds.empty() ? std::vector<std::string>{"fwd"} : flags.kinds);
-}
-
-// What the flags give instead of a layer's own lengths and batch.
-std::vector<PresetLayer> with_sizes(const std::vector<PresetLayer>& layers, const TuneFlags& flags) {
-  const std::vector<int> lengths = parse_numbers("--seqlens", flags.seqlens, 1, kMostLength);
-  const std::vector<int> batches = parse_numbers("--batch", flags.batches, 1, kMostBatch);
-  std::vector<PresetLayer> sized;
-  for (const PresetLayer& layer : layers)
-    for (const int length : lengths.empty() ? std::vector<int>{0} : lengths)
-      for (const int batch : batches.empty() ? std::vector<int>{0} : batches) {
-        PresetLayer one = layer;
-        if (length > 0) one.seqlen_q = one.seqlen_k = length;
-        if (batch > 0) one.batch = batch;
-        sized.push_back(one);
-      }
-  return sized;
-}
-
-std::vector<PresetLayer> layers_of_preset(const TuneFlags& flags) {
-  std::vector<PresetLayer> layers;
-  for (const PresetLayer& layer : preset_layers())
-    if (layer.preset == flags.preset) layers.push_back(layer);
-  if (layers.empty()) throw UsageError("--preset is '" + flags.preset + "'; accepted: " + preset_words());
-  return layers;
-}
-
-std::vector<PresetLayer> layers_of_flags(const TuneFlags& flags) {
-  if (flags.seqlens.empty()) throw UsageError("--seqlens is missing, which --head-dims takes; accepted: 512,2048");
-  const int heads = static_cast<int>(parse_number("--heads", flags.heads, 1, kMostBatch));
-  const Switch causal = parse_switch("--causal", flags.causal);
-  const std::vector<std::string> groups = flags.gqa.empty() ? std::vector<std::string>{"1"} : flags.gqa;
-  std::vector<PresetLayer> layers;
-  for (const int head_dim : parse_numbers("--head-dims", flags.head_dims, 1, kMostHeadDim))
-    for (const int group : parse_numbers("--gqa", groups, 1, kMostInt)) {
-      if (heads % group != 0)
-        throw UsageError("--gqa is '" + std::to_string(group) + "', which does not divide --heads, " + flags.heads +
-                         "; accepted: query heads for each head of keys");
-      for (const bool is_causal : {false, true})
-        if (is_causal ? causal.on : causal.off)
-          layers.push_back({"", heads, heads / group, head_dim, is_causal, 0, 0, 1});
-    }
-  return layers;
+std::string flag_name(std::string_view name) {
+  std::string flag = "--" + std::string(name);
+  std::replace(flag.begin(), flag.end(), '_', '-');
+  return flag;
 }
 
 std::vector<AttentionCase> cases_of(const TuneFlags& flags) {
-  if (!flags.preset.empty() && !flags.head_dims.empty())
-    throw UsageError("--preset and --head-dims are both given; accepted: one of them. A preset has its own head dims");
-  std::vector<AttentionCase> cases;
-  const auto layers = with_sizes(flags.preset.empty() ? layers_of_flags(flags) : layers_of_preset(flags), flags);
-  for (const PresetLayer& layer : layers)
-    for (const KernelKind kind : kinds_of(flags)) cases.push_back(case_of(layer, kind));
-  return cases;
-}
-
-std::string name_of(const AttentionCase& attention) {
-  return ProblemClass{.spec = attention.spec}.kernel() + ", batch " + std::to_string(attention.batch) + ", " +
-         std::to_string(attention.num_heads) + " heads, " + std::to_string(attention.seqlen_q) + " x " +
-         std::to_string(attention.seqlen_k);
+  ProblemChoice choice;
+  choice.preset = flags.preset;
+  choice.head_dims = parse_numbers("--head-dims", flags.head_dims, 1, kMostHeadDim);
+  if (!flags.gqa.empty()) choice.group_sizes = parse_numbers("--gqa", flags.gqa, 1, kMostInt);
+  const Switch causal = parse_switch("--causal", flags.causal);
+  choice.full = causal.off;
+  choice.causal = causal.on;
+  choice.num_heads = static_cast<int>(parse_number("--heads", flags.heads, 1, kMostTunedHeads));
+  choice.seqlens = parse_numbers("--seqlens", flags.seqlens, 1, kMostTunedSeqlen);
+  choice.batches = parse_numbers("--batch", flags.batches, 1, kMostTunedBatch);
+  if (!flags.kinds.empty()) choice.kinds = flags.kinds;
+  try {
+    return problems_of(choice, flag_name);
+  } catch (const ArgumentError& error) {
+    throw UsageError(error.what());
+  }
 }
 
 std::string formatted(const char* format, double value) {
@@ -116,7 +79,7 @@ class TuneProgress final : public SearchWatcher {
   explicit TuneProgress(std::size_t problems) : progress_(problems) {}
 
   SearchWatcher* begin(const AttentionCase& attention) {
-    name_ = name_of(attention);
+    name_ = problem_text(attention);
     return this;
   }
 
@@ -139,47 +102,6 @@ class TuneProgress final : public SearchWatcher {
   Progress progress_;
   std::string name_;
 };
-
-std::string outcome_text(const TunedProblem& tuned) {
-  const std::string name = name_of(tuned.attention);
-  if (!tuned.result.record) return name + ": " + tuned.result.reason;
-  const TuningRecord& record = *tuned.result.record;
-  const Candidate* const winner = record.candidate(record.winner);
-  std::string text = name + ": " + record.winner.text();
-  if (winner != nullptr && winner->median_seconds) text += formatted(", %.4g ms", *winner->median_seconds * 1e3);
-  text += " (" + record.rule + ")";
-  return tuned.result.newly_measured == 0 ? text + ", known" : text;
-}
-
-Json outcome_json(const TunedProblem& tuned) {
-  const AttentionCase& attention = tuned.attention;
-  Json json = {{"kernel", ProblemClass{.spec = attention.spec}.kernel()},
-               {"batch", attention.batch},
-               {"num_heads", attention.num_heads},
-               {"num_heads_k", attention.num_heads_k},
-               {"seqlen_q", attention.seqlen_q},
-               {"seqlen_k", attention.seqlen_k},
-               {"class", nullptr},
-               {"default", nullptr},
-               {"winner", nullptr},
-               {"winner_seconds", nullptr},
-               {"default_seconds", nullptr},
-               {"rule", tuned.result.reason},
-               {"settled", tuned.result.settled},
-               {"newly_measured", tuned.result.newly_measured},
-               {"candidates", 0}};
-  if (!tuned.result.record) return json;
-  const TuningRecord& record = *tuned.result.record;
-  json["class"] = record.key.problem.text();
-  json["default"] = record.default_tile.text();
-  json["winner"] = record.winner.text();
-  json["rule"] = record.rule;
-  json["candidates"] = record.candidates.size();
-  for (const auto& [key, tile] : {std::pair("winner_seconds", record.winner), {"default_seconds", record.default_tile}})
-    if (const Candidate* candidate = record.candidate(tile); candidate != nullptr && candidate->median_seconds)
-      json[key] = *candidate->median_seconds;
-  return json;
-}
 
 volatile std::sig_atomic_t asked_to_stop = 0;
 
@@ -216,7 +138,7 @@ int run_tune(const TuneFlags& flags) {
   Json problems = Json::array();
   bool interrupted = false, all_found = tuned.size() == cases.size();
   for (const TunedProblem& one : tuned) {
-    problems.push_back(outcome_json(one));
+    problems.push_back(Json::parse(outcome_json(one, false)));
     interrupted = interrupted || one.result.interrupted;
     all_found = all_found && one.result.record.has_value();
   }

@@ -40,6 +40,9 @@ class ProcessOwn {
     return made_.compare_exchange_strong(expected, mine.get(), std::memory_order_acq_rel) ? *mine.release() : *expected;
   }
 
+  // Null before the first get().
+  T* get_if_made() const { return made_.load(std::memory_order_acquire); }
+
  private:
   std::atomic<T*> made_ = nullptr;
 };

@@ -41,6 +41,10 @@ bool AttentionCase::sees(std::int64_t i, std::int64_t j) const {
   return ahead <= 0 && (spec.mask == Mask::kCausal || ahead >= -window().left);
 }
 
+Problem problem_of(const AttentionCase& attention, int multiprocessors) {
+  return {attention.seqlen_q, attention.seqlen_k, attention.batch * attention.num_heads, multiprocessors};
+}
+
 AttentionCase measured_case(const TuningRecord& record) {
   return {record.key.problem.spec, record.batch,    record.num_heads,
           record.num_heads_k,      record.seqlen_q, record.seqlen_k};

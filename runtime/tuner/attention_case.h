@@ -34,6 +34,9 @@ struct AttentionCase {
   friend bool operator==(const AttentionCase&, const AttentionCase&) = default;
 };
 
+// What its class follows from.
+Problem problem_of(const AttentionCase& attention, int multiprocessors);
+
 // Of what a record says was measured.
 AttentionCase measured_case(const TuningRecord& record);
 

@@ -37,6 +37,7 @@ std::optional<CandidateFault> IsolatedDevice::start(double limit_seconds) {
   }
   if (times_started_ == 1) figures_ = reply.figures;
   setup_.measures_memory = false;
+  setup_.tensor_kernel.reset();
   return std::nullopt;
 }
 

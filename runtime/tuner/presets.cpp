@@ -1,8 +1,12 @@
 #include "runtime/tuner/presets.h"
 
+#include <algorithm>
 #include <array>
+#include <limits>
 
+#include "generator/errors.h"
 #include "generator/families/families.h"
+#include "generator/legality.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -45,6 +49,75 @@ constexpr std::array kLayers = {
     PresetLayer{"whisper-small", 12, 12, 64, false, 1500, 1500, 1},
 };
 
+[[noreturn]] void refuse(const std::string& argument, const std::string& came, const std::string& accepted) {
+  throw ArgumentError({argument, "is '" + came + "'", accepted});
+}
+
+void require_range(const std::string& argument, const std::vector<int>& values, int most) {
+  for (const int value : values)
+    if (value < 1 || value > most)
+      refuse(argument, std::to_string(value), "a whole number from 1 to " + std::to_string(most));
+}
+
+void require_ranges(const ProblemChoice& choice, ArgumentName name) {
+  require_range(name("head_dims"), choice.head_dims, kMostHeadDim);
+  require_range(name("gqa"), choice.group_sizes, std::numeric_limits<int>::max());
+  require_range(name("heads"), {choice.num_heads}, kMostTunedHeads);
+  require_range(name("seqlens"), choice.seqlens, kMostTunedSeqlen);
+  require_range(name("batch"), choice.batches, kMostTunedBatch);
+}
+
+std::vector<PresetLayer> layers_of_preset(const ProblemChoice& choice, ArgumentName name) {
+  std::vector<PresetLayer> layers;
+  for (const PresetLayer& layer : kLayers)
+    if (layer.preset == choice.preset) layers.push_back(layer);
+  if (layers.empty()) refuse(name("preset"), choice.preset, preset_words());
+  return layers;
+}
+
+std::vector<PresetLayer> layers_of_sizes(const ProblemChoice& choice, ArgumentName name) {
+  if (choice.seqlens.empty())
+    throw ArgumentError({name("seqlens"), "is missing, which " + name("head_dims") + " takes", "512,2048"});
+  std::vector<PresetLayer> layers;
+  for (const int head_dim : choice.head_dims)
+    for (const int group : choice.group_sizes) {
+      if (choice.num_heads % group != 0)
+        throw ArgumentError({name("gqa"),
+                             "is '" + std::to_string(group) + "', which does not divide " + name("heads") + ", " +
+                                 std::to_string(choice.num_heads),
+                             "query heads for each head of keys"});
+      for (const bool is_causal : {false, true})
+        if (is_causal ? choice.causal : choice.full)
+          layers.push_back({"", choice.num_heads, choice.num_heads / group, head_dim, is_causal, 0, 0, 1});
+    }
+  return layers;
+}
+
+// What is given instead of a layer's own lengths and batch.
+std::vector<PresetLayer> with_sizes(const std::vector<PresetLayer>& layers, const ProblemChoice& choice) {
+  std::vector<PresetLayer> sized;
+  for (const PresetLayer& layer : layers)
+    for (const int length : choice.seqlens.empty() ? std::vector<int>{0} : choice.seqlens)
+      for (const int batch : choice.batches.empty() ? std::vector<int>{0} : choice.batches) {
+        PresetLayer one = layer;
+        if (length > 0) one.seqlen_q = one.seqlen_k = length;
+        if (batch > 0) one.batch = batch;
+        sized.push_back(one);
+      }
+  return sized;
+}
+
+std::vector<KernelKind> kinds_of(const ProblemChoice& choice, ArgumentName name) {
+  std::vector<KernelKind> kinds;
+  for (const std::string& word : choice.kinds) {
+    const std::size_t before = kinds.size();
+    for (const KernelKind kind : kKernelKinds)
+      if (family_of(kind).pack_group == word) kinds.push_back(kind);
+    if (kinds.size() == before) refuse(name("kinds"), word, pack_group_words());
+  }
+  return kinds;
+}
+
 }  // namespace
 
 std::span<const PresetLayer> preset_layers() { return kLayers; }
@@ -74,6 +147,22 @@ AttentionCase case_of(const PresetLayer& layer, KernelKind kind) {
   attention.seqlen_q = layer.seqlen_q;
   attention.seqlen_k = layer.seqlen_k;
   return attention;
+}
+
+std::vector<AttentionCase> problems_of(const ProblemChoice& choice, ArgumentName name) {
+  if (!choice.preset.empty() && !choice.head_dims.empty())
+    throw ArgumentError({name("preset") + " and " + name("head_dims"), "are both given", "one of them",
+                         "A preset has its own head dims"});
+  if (choice.preset.empty() && choice.head_dims.empty())
+    throw ArgumentError({name("preset") + " or " + name("head_dims"), "is missing", preset_words() + "; 64,128"});
+  require_ranges(choice, name);
+  const std::vector<KernelKind> kinds = kinds_of(choice, name);
+  const std::vector<PresetLayer> layers =
+      choice.preset.empty() ? layers_of_sizes(choice, name) : layers_of_preset(choice, name);
+  std::vector<AttentionCase> cases;
+  for (const PresetLayer& layer : with_sizes(layers, choice))
+    for (const KernelKind kind : kinds) cases.push_back(case_of(layer, kind));
+  return cases;
 }
 
 }  // namespace flash_attn_jit

@@ -27,6 +27,11 @@ TileConfig RecordedTiles::choose(const KernelSpec& spec, const Problem& problem)
   return otherwise_.choose(spec, problem);
 }
 
+bool RecordedTiles::has_measured(const ProblemClass& problem) const noexcept {
+  const Entry* const entry = find(problem);
+  return entry != nullptr && entry->rank.measured;
+}
+
 void RecordedTiles::add(const ProblemClass& problem, const TileConfig& tile, const RecordRank& rank) {
   auto made = std::make_unique<Entry>(Entry{problem, tile, rank, nullptr});
   const std::lock_guard guard(mutex_);

@@ -30,6 +30,9 @@ class RecordedTiles final : public TileChooser {
 
   TileConfig choose(const KernelSpec& spec, const Problem& problem) const override;
 
+  // Whether the class has a tile that was measured, and not predicted.
+  bool has_measured(const ProblemClass& problem) const noexcept;
+
   // From now on `tile` is the class's, unless there is one of a greater rank. `tile` is one that check() allows.
   void add(const ProblemClass& problem, const TileConfig& tile, const RecordRank& rank);
 

@@ -18,6 +18,10 @@ Tuning::Tuning(const Settings& settings)
 
 const TileChooser& Tuning::tiles_of(const TunedDevice& device) { return recorded_tiles(device); }
 
+bool Tuning::has_measured(const TunedDevice& device, const ProblemClass& problem) {
+  return recorded_tiles(device).has_measured(problem);
+}
+
 RecordedTiles& Tuning::recorded_tiles(const TunedDevice& device) {
   {
     const std::lock_guard guard(mutex_);

@@ -29,6 +29,9 @@ class Tuning {
   // Reads the device's records at the first call. The chooser lives as long as this object.
   const TileChooser& tiles_of(const TunedDevice& device);
 
+  // Whether a choice for this class follows a record of what was measured.
+  bool has_measured(const TunedDevice& device, const ProblemClass& problem);
+
   // Keeps a record, as RecordStore::publish(), and every later choice on its device uses it.
   void publish(const TuningRecord& record);
 

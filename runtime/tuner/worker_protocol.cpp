@@ -45,26 +45,31 @@ std::optional<double> optional_number(const Json& json) {
 
 std::string line_of(const Json& json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace); }
 
+Json kernel_json(const std::optional<CompiledKernel>& kernel) {
+  if (!kernel) return nullptr;
+  return {{"entry", kernel->entry},
+          {"threads", kernel->threads},
+          {"dynamic_smem", kernel->dynamic_smem},
+          {"image", to_hex(kernel->image)}};
+}
+
+std::optional<CompiledKernel> kernel_of(const Json& json) {
+  if (json.is_null()) return std::nullopt;
+  CompiledKernel kernel;
+  kernel.entry = json.at("entry").get<std::string>();
+  kernel.threads = json.at("threads").get<int>();
+  kernel.dynamic_smem = json.at("dynamic_smem").get<int>();
+  kernel.image = from_hex(json.at("image").get<std::string>());
+  return kernel;
+}
+
 Json candidate_json(const CompiledCandidate& candidate, bool with_kernel) {
-  Json json = {{"tile", candidate.tile.text()}, {"kernel", nullptr}};
-  if (with_kernel && candidate.kernel)
-    json["kernel"] = {{"entry", candidate.kernel->entry},
-                      {"threads", candidate.kernel->threads},
-                      {"dynamic_smem", candidate.kernel->dynamic_smem},
-                      {"image", to_hex(candidate.kernel->image)}};
-  return json;
+  return {{"tile", candidate.tile.text()},
+          {"kernel", kernel_json(with_kernel ? candidate.kernel : std::optional<CompiledKernel>())}};
 }
 
 CompiledCandidate candidate_of(const Json& json) {
-  CompiledCandidate candidate{TileConfig::parse(json.at("tile").get<std::string>()), std::nullopt, ""};
-  const Json& kernel = json.at("kernel");
-  if (kernel.is_null()) return candidate;
-  candidate.kernel.emplace();
-  candidate.kernel->entry = kernel.at("entry").get<std::string>();
-  candidate.kernel->threads = kernel.at("threads").get<int>();
-  candidate.kernel->dynamic_smem = kernel.at("dynamic_smem").get<int>();
-  candidate.kernel->image = from_hex(kernel.at("image").get<std::string>());
-  return candidate;
+  return {TileConfig::parse(json.at("tile").get<std::string>()), kernel_of(json.at("kernel")), ""};
 }
 
 Json earlier_json(const std::optional<CompiledCandidate>& candidate) {
@@ -95,12 +100,15 @@ WorkerSetup setup_of(const Json& json) {
            size("num_heads_k"), size("seqlen_q"), size("seqlen_k")},
           json.at("device").get<int>(),
           {earlier_of(json.at("forward")), earlier_of(json.at("preprocess"))},
-          json.at("measures_memory").get<bool>()};
+          json.at("measures_memory").get<bool>(),
+          kernel_of(json.at("tensor_kernel"))};
 }
 
 Json figures_json(const WorkerFigures& figures) {
   return {{"power_limit_watts", optional_json(figures.power_limit_watts)},
-          {"gigabytes", optional_json(figures.gigabytes)}};
+          {"gigabytes", optional_json(figures.gigabytes)},
+          {"tflops", optional_json(figures.tflops)},
+          {"unknown_state", figures.unknown_state}};
 }
 
 Json checked_json(const CheckedCandidate& checked) {
@@ -131,7 +139,7 @@ class Server {
     if (what == "setup") {
       const WorkerSetup setup = setup_of(asked);
       device_ = make_device_(setup);
-      return {{"figures", figures_json(device_->figures(setup.measures_memory))}};
+      return {{"figures", figures_json(device_->figures(setup))}};
     }
     if (device_ == nullptr) throw Error("'" + what + "' comes before 'setup'");
     const CompiledCandidate& candidate = kept(candidate_of(asked.at("candidate")));
@@ -176,7 +184,8 @@ std::string setup_line(const WorkerSetup& setup) {
                   {"device", setup.device},
                   {"forward", earlier_json(setup.earlier.forward)},
                   {"preprocess", earlier_json(setup.earlier.preprocess)},
-                  {"measures_memory", setup.measures_memory}});
+                  {"measures_memory", setup.measures_memory},
+                  {"tensor_kernel", kernel_json(setup.tensor_kernel)}});
 }
 
 std::string check_line(const CompiledCandidate& candidate, bool with_kernel) {
@@ -195,6 +204,8 @@ WorkerReply parse_reply(const std::string& line) try {
   if (json.contains("figures")) {
     reply.figures.power_limit_watts = optional_number(json["figures"].at("power_limit_watts"));
     reply.figures.gigabytes = optional_number(json["figures"].at("gigabytes"));
+    reply.figures.tflops = optional_number(json["figures"].at("tflops"));
+    reply.figures.unknown_state = json["figures"].at("unknown_state").get<std::string>();
   }
   if (json.contains("checked")) {
     const Json& checked = json["checked"];

@@ -22,11 +22,13 @@ struct WorkerSetup {
   AttentionCase attention;
   int device = 0;
   EarlierKernels earlier;
-  bool measures_memory = false;  // its bandwidth
+  bool measures_memory = false;                 // its bandwidth
+  std::optional<CompiledKernel> tensor_kernel;  // render_tensor_peak()'s; it is timed where it is given
 };
 
 struct WorkerFigures {
-  std::optional<double> power_limit_watts, gigabytes;
+  std::optional<double> power_limit_watts, gigabytes, tflops;
+  std::string unknown_state;  // not empty: why clock, power and temperature are not known
 };
 
 struct WorkerReply {
@@ -48,7 +50,7 @@ WorkerReply parse_reply(const std::string& line);
 class WorkerDevice : public MeasuringDevice {
  public:
   virtual bool is_broken() const = 0;
-  virtual WorkerFigures figures(bool with_memory) = 0;
+  virtual WorkerFigures figures(const WorkerSetup& setup) = 0;
 };
 using MakeWorkerDevice = std::function<std::unique_ptr<WorkerDevice>(const WorkerSetup&)>;
 

@@ -194,6 +194,7 @@ class PlayedDevice {
     stub().reset(12040, {StubDevice{"Tesla T4", 75, 40, memory}});
     driver = std::make_unique<Driver>(kStub);
     stub().run_kernels_with([this, causal](const std::string& name, const void* params) {
+      if (name == "tensor_peak") return 1e-3;
       if (name.starts_with("fwd")) {
         const auto& p = *static_cast<const FlashFwdParams*>(params);
         seen.push_back({name, p.q});
@@ -224,7 +225,7 @@ class PlayedDevice {
 
 TEST_CASE("measuring: a right kernel passes, and its bursts take what the device took") {
   PlayedDevice played;
-  GpuMeasuringDevice device(*played.driver, {problem("fwd hdim16 fp16 causal gqa2 vec16"), 0, {}, true});
+  GpuMeasuringDevice device(*played.driver, {problem("fwd hdim16 fp16 causal gqa2 vec16"), 0, {}, true, {}});
   const CompiledCandidate right = kernel_named("fwd");
   const CheckedCandidate checked = device.check(right, 1);
   CHECK_FALSE(checked.fault);
@@ -236,13 +237,21 @@ TEST_CASE("measuring: a right kernel passes, and its bursts take what the device
   CHECK_FALSE(burst.fault);
   CHECK(burst.sample.seconds == doctest::Approx(1e-3));
   CHECK_FALSE(device.is_broken());
-  CHECK(device.figures(true).gigabytes.value() == doctest::Approx(200).epsilon(0.01));  // read and written
-  CHECK_FALSE(device.figures(false).gigabytes);
+  WorkerSetup asked;
+  CHECK_FALSE(device.figures(asked).gigabytes);
+  CHECK_FALSE(device.figures(asked).tflops);
+  asked.measures_memory = true;
+  asked.tensor_kernel = kernel_named("tensor_peak").kernel;
+  const WorkerFigures figures = device.figures(asked);
+  CHECK(figures.gigabytes.value() == doctest::Approx(200).epsilon(0.01));  // read and written
+  // 40 multiprocessors x 2 blocks of 8 warps, 8192 x 8 products of 2048 operations each, in a millisecond.
+  CHECK(figures.tflops.value() == doctest::Approx(40 * 2 * 8 * 8192.0 * 8 * 2048 / 1e-3 / 1e12).epsilon(0.01));
+  CHECK((figures.unknown_state.empty() || figures.unknown_state == Containing{"libnvidia-ml"}));
 }
 
 TEST_CASE("measuring: a wrong kernel is found on the small problem, or at full size") {
   PlayedDevice played;
-  GpuMeasuringDevice device(*played.driver, {problem("fwd hdim16 fp16 causal gqa2 vec16"), 0, {}, false});
+  GpuMeasuringDevice device(*played.driver, {problem("fwd hdim16 fp16 causal gqa2 vec16"), 0, {}, false, {}});
   CHECK_FALSE(device.check(kernel_named("fwd"), 1).fault);
   CheckedCandidate checked = device.check(kernel_named("fwd_wrong", "m128n24w8q16l0b8k8"), 1);
   REQUIRE(checked.fault);
@@ -257,7 +266,7 @@ TEST_CASE("measuring: a wrong kernel is found on the small problem, or at full s
 
 TEST_CASE("measuring: the first result at full size is itself checked against float64") {
   PlayedDevice played;
-  GpuMeasuringDevice device(*played.driver, {problem("fwd hdim16 fp16 causal gqa2 vec16"), 0, {}, false});
+  GpuMeasuringDevice device(*played.driver, {problem("fwd hdim16 fp16 causal gqa2 vec16"), 0, {}, false, {}});
   const CheckedCandidate checked = device.check(kernel_named("fwd_wrong_everywhere_when_whole"), 1);
   REQUIRE(checked.fault);
   CHECK(checked.fault->reason == Containing{"at full size"});
@@ -270,7 +279,7 @@ TEST_CASE("measuring: every gradient kernel, after the kernels that come before 
     PlayedDevice played;
     const AttentionCase attention = problem(kernel);
     const EarlierKernels earlier{kernel_named("fwd"), kernel_named("preprocess", "m64n0w4q0l0b0k0")};
-    GpuMeasuringDevice device(*played.driver, {attention, 0, earlier, false});
+    GpuMeasuringDevice device(*played.driver, {attention, 0, earlier, false, {}});
     const bool is_dq = attention.spec.kind == KernelKind::kBackwardDq;
     const CheckedCandidate checked = device.check(kernel_named(is_dq ? "dq" : "dkdv"), 1);
     CHECK_MESSAGE(!checked.fault, checked.fault->reason);
@@ -280,14 +289,14 @@ TEST_CASE("measuring: every gradient kernel, after the kernels that come before 
   }
   PlayedDevice played(false);
   const AttentionCase attention = problem("bwd_preprocess hdim16 fp16 full gqa1 vec16");
-  GpuMeasuringDevice device(*played.driver, {attention, 0, {kernel_named("fwd"), std::nullopt}, false});
+  GpuMeasuringDevice device(*played.driver, {attention, 0, {kernel_named("fwd"), std::nullopt}, false, {}});
   const CheckedCandidate checked = device.check(kernel_named("preprocess", "m64n0w4q0l0b0k0"), 1);
   CHECK_MESSAGE(!checked.fault, checked.fault->reason);
 }
 
 TEST_CASE("measuring: a kernel that the device refuses is out; one that ends with an error takes the process along") {
   PlayedDevice played;
-  GpuMeasuringDevice device(*played.driver, {problem("fwd hdim16 fp16 causal gqa2 vec16"), 0, {}, false});
+  GpuMeasuringDevice device(*played.driver, {problem("fwd hdim16 fp16 causal gqa2 vec16"), 0, {}, false, {}});
   stub().fail("cuLaunchKernel", 1);
   CheckedCandidate checked = device.check(kernel_named("fwd"), 1);
   REQUIRE(checked.fault);
@@ -305,7 +314,7 @@ TEST_CASE("measuring: inputs rotate past twice the L2, and everything is given b
   PlayedDevice played;
   {
     const AttentionCase attention = problem("fwd hdim16 fp16 causal gqa2 vec16");
-    GpuMeasuringDevice device(*played.driver, {attention, 0, {}, false});
+    GpuMeasuringDevice device(*played.driver, {attention, 0, {}, false, {}});
     const CompiledCandidate right = kernel_named("fwd");
     CHECK_FALSE(device.check(right, 1).fault);
     played.seen.clear();
@@ -327,7 +336,7 @@ TEST_CASE("measuring: a device whose memory is full says so") {
   attention.batch = 128;
   std::string words;
   try {
-    GpuMeasuringDevice device(*played.driver, {attention, 0, {}, false});
+    GpuMeasuringDevice device(*played.driver, {attention, 0, {}, false, {}});
   } catch (const DriverError& error) {
     words = error.what();
   }

@@ -43,7 +43,7 @@ CompiledCandidate candidate(int block_n, const std::string& image = "image") {
 constexpr const char* kScript = R"(
 while read -r line; do
   case "$line" in
-    *'"do":"setup"'*) echo '{"figures":{"power_limit_watts":70.0,"gigabytes":240.0}}' ;;
+    *'"do":"setup"'*) echo '{"figures":{"power_limit_watts":70.0,"gigabytes":240.0,"tflops":50.5,"unknown_state":""}}' ;;
     *n24w*) exec sleep 100 ;;
     *n32w*) echo 'last words' >&2; kill -SEGV $$ ;;
     *n40w*) exit 3 ;;
@@ -53,7 +53,7 @@ while read -r line; do
 done)";
 
 IsolatedDevice scripted(const std::string& script = kScript) {
-  return IsolatedDevice({"/bin/sh", "-c", script}, {attention(), 0, {}, true});
+  return IsolatedDevice({"/bin/sh", "-c", script}, {attention(), 0, {}, true, {}});
 }
 
 std::string words_of(const std::function<void()>& work) {
@@ -86,7 +86,10 @@ class PlayedWorker final : public WorkerDevice {
     return burst;
   }
   bool is_broken() const override { return broken_; }
-  WorkerFigures figures(bool with_memory) override { return {70, with_memory ? std::optional(300.0) : std::nullopt}; }
+  WorkerFigures figures(const WorkerSetup& setup) override {
+    const auto gigabytes = setup.measures_memory ? std::optional(300.0) : std::nullopt;
+    return {70, gigabytes, setup.tensor_kernel ? std::optional(60.0) : std::nullopt, "no NVML here"};
+  }
 
  private:
   std::vector<CompiledCandidate>& given_;
@@ -110,6 +113,7 @@ TEST_CASE("worker: a check and a burst come back whole") {
   CHECK(burst.sample.throttled_by == std::vector<std::string>{"sw_power_cap"});
   CHECK(device.figures().power_limit_watts == 70);
   CHECK(device.figures().gigabytes == 240);
+  CHECK(device.figures().tflops == 50.5);
   CHECK(device.times_started() == 1);
 }
 
@@ -143,7 +147,7 @@ TEST_CASE("worker: a process that cannot measure at all is an error, in its own 
   CHECK(words_of([&] { ends.check(candidate(16), 20); }) == Containing{"ended with status 7: no such device"});
   IsolatedDevice babbles = scripted("read -r line; echo 'hello'; read -r line");
   CHECK(words_of([&] { babbles.check(candidate(16), 20); }) == Containing{"answered 'hello'"});
-  IsolatedDevice missing({"/no/such/program"}, {attention(), 0, {}, false});
+  IsolatedDevice missing({"/no/such/program"}, {attention(), 0, {}, false, {}});
   CHECK(words_of([&] { missing.check(candidate(16), 20); }) == Containing{"cannot be started"});
   IsolatedDevice slow = scripted("exec sleep 100");
   const CheckedCandidate checked = slow.check(candidate(16), 0.3);
@@ -154,7 +158,7 @@ TEST_CASE("worker: a process that cannot measure at all is an error, in its own 
 TEST_CASE("worker: the other side gets the setup, each kernel once and whole, and answers until it is broken") {
   std::string bytes;
   for (int i = 0; i < 256; ++i) bytes += static_cast<char>(i);
-  WorkerSetup setup{attention(), 2, {candidate(8, "forward"), std::nullopt}, true};
+  WorkerSetup setup{attention(), 2, {candidate(8, "forward"), std::nullopt}, true, candidate(8, "peak").kernel};
   std::istringstream in(setup_line(setup) + "\n" + check_line(candidate(16, bytes), true) + "\n" +
                         time_line(candidate(16), false, 4) + "\n" + check_line(candidate(24), true) + "\n" +
                         check_line(candidate(16), false) + "\n");
@@ -169,6 +173,7 @@ TEST_CASE("worker: the other side gets the setup, each kernel once and whole, an
   CHECK(seen->attention == setup.attention);
   CHECK(seen->device == 2);
   CHECK(seen->measures_memory);
+  CHECK(seen->tensor_kernel.value().image == "peak");
   CHECK(seen->earlier.forward.value().kernel.value().image == "forward");
   CHECK_FALSE(seen->earlier.preprocess);
   REQUIRE(given.size() == 3);
@@ -183,6 +188,8 @@ TEST_CASE("worker: the other side gets the setup, each kernel once and whole, an
   REQUIRE(parsed.size() == 4);  // nothing after it broke
   CHECK(parsed[0].figures.power_limit_watts == 70);
   CHECK(parsed[0].figures.gigabytes == 300);
+  CHECK(parsed[0].figures.tflops == 60);
+  CHECK(parsed[0].figures.unknown_state == "no NVML here");
   CHECK(parsed[1].checked.error == 0.25);
   CHECK(parsed[1].checked.blocks_per_multiprocessor == 3);
   CHECK(parsed[2].burst.sample.seconds == 2);

@@ -41,6 +41,9 @@ class StubControl {
   // Until the next reset. Without one a launch takes no time and does nothing.
   virtual void run_kernels_with(StubKernel kernel) = 0;
 
+  // This stream is being captured, until the next call.
+  virtual void capture(void* stream) = 0;
+
   // Bytes that cuMemAlloc gave and cuMemFree did not get back.
   virtual std::size_t allocated() const = 0;
 
