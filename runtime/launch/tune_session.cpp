@@ -11,6 +11,7 @@
 #include "generator/tile_chooser.h"
 #include "runtime/system/errors.h"
 #include "runtime/tuner/candidates.h"
+#include "runtime/tuner/card_predictions.h"
 #include "runtime/tuner/isolated_device.h"
 #include "runtime/tuner/thread_compiler.h"
 
@@ -77,7 +78,9 @@ class PublishedRecords final : public RecordSink {
 };
 
 Problem problem_of(const AttentionCase& attention, int multiprocessors) {
-  return {attention.seqlen_q, attention.seqlen_k, attention.batch * attention.num_heads, multiprocessors};
+  const auto width = [&](std::int64_t side) { return side < 0 ? attention.seqlen_k : side; };
+  return {attention.seqlen_q, attention.seqlen_k, attention.batch * attention.num_heads, multiprocessors,
+          width(attention.window().left) + width(attention.window().right) + 1};
 }
 
 // One core is left for the process that launches.
@@ -92,6 +95,7 @@ class TuneSession {
         compiler_(compile_threads(), [this](const KernelSpec& spec) { return compile(spec); }) {
     environment_.library = FLASH_ATTN_JIT_VERSION;
     environment_.driver = settings.driver;
+    if (const auto card = card_of(device.tuned_as())) model_.emplace(*card);
   }
 
   std::vector<TunedProblem> run(const std::vector<AttentionCase>& cases) {
@@ -117,7 +121,7 @@ class TuneSession {
     SearchSettings search;
     search.budget_seconds = std::max(budget_seconds - (clock_.now() - begin), 0.0);
     PublishedRecords records(tuning_, compiler_name_, environment_, measuring);
-    const SearchParts parts{clock_, compiler_, measuring, nullptr, &records, watcher};
+    const SearchParts parts{clock_, compiler_, measuring, model_ ? &*model_ : nullptr, &records, watcher};
     SearchResult result = search_tiles(task, parts, search);
     compiler_.forget();
     if (result.newly_measured > 0) result.record->environment = records.environment();
@@ -180,6 +184,7 @@ class TuneSession {
   TuningEnvironment environment_;
   CompilerName compiler_name_;
   ThreadCompiler compiler_;
+  std::optional<CardPredictions> model_;  // of a Turing card
 };
 
 }  // namespace
