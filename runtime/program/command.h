@@ -31,5 +31,6 @@ void add_devices(CLI::App& app, Action& chosen);
 void add_inspect(CLI::App& app, Action& chosen);
 void add_prebuild(CLI::App& app, Action& chosen);
 void add_cache(CLI::App& app, Action& chosen);
+void add_pack(CLI::App& app, Action& chosen);
 
 }  // namespace flash_attn_jit::program

@@ -56,19 +56,12 @@ struct Compiled {
   CompiledKernel kernel;
 };
 
-// Compiles afresh, a spec that is legal: what a cache holds may come from another NVRTC than the one that the flags or
-// variables name.
+// A spec that is legal. What a cache holds may come from another NVRTC than the one that the flags or variables name.
 Compiled compile(const KernelSpec& spec, const CompileTarget& target, const Config& settings) {
-  ScratchFolder scratch("flash-attn-jit-inspect");
-  KernelLibrary library({.config = settings, .cache = {.dir = scratch.path(), .prebuilt = {}}, .driver_version = {}});
+  KernelLibrary library({.config = settings, .cache = cache_settings(settings), .driver_version = {}});
   KernelRequest kernel = library.request(spec);
-  try {
-    FoundKernel made = library.make(library.request(kernel, target));
-    return {std::move(kernel.rendered), std::move(made.kernel)};
-  } catch (const CompileError&) {
-    scratch.keep();  // it holds the source that the error names
-    throw;
-  }
+  CompiledKernel made = library.compile_afresh(library.request(kernel, target));
+  return {std::move(kernel.rendered), std::move(made)};
 }
 
 Json number_json(const std::optional<int>& number) { return number ? Json(*number) : Json("unknown"); }

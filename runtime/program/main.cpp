@@ -52,6 +52,7 @@ int run(int argc, char** argv) {
   add_devices(app, chosen);
   add_inspect(app, chosen);
   add_prebuild(app, chosen);
+  add_pack(app, chosen);
   add_cache(app, chosen);
 
   try {

@@ -156,10 +156,13 @@ void fail_on_file(const std::string& what, const fs::path& path, int error) {
   throw FileError("cannot " + what + " " + path.string() + ": " + std::strerror(error));
 }
 
-std::string read_whole(const Descriptor& file, const fs::path& path) {
+std::string read_whole(const Descriptor& file, const fs::path& path, std::uint64_t most_bytes) {
   struct stat status{};
   if (::fstat(file.get(), &status) != 0) fail_on_file("read", path, errno);
   if (!S_ISREG(status.st_mode)) fail_on_file("read", path, S_ISDIR(status.st_mode) ? EISDIR : EINVAL);
+  if (static_cast<std::uint64_t>(status.st_size) > most_bytes)
+    throw FileError(path.string() + " has " + std::to_string(status.st_size) + " bytes; accepted: at most " +
+                    std::to_string(most_bytes));
   std::string bytes(static_cast<std::size_t>(status.st_size), '\0');
   std::size_t filled = 0;
   while (filled < bytes.size()) {

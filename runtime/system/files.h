@@ -5,7 +5,9 @@
 #include <sys/types.h>
 #include <unistd.h>
 
+#include <cstdint>
 #include <filesystem>
+#include <limits>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -46,8 +48,9 @@ class Descriptor {
 // Names the path and the reason of `error`, an errno.
 [[noreturn]] void fail_on_file(const std::string& what, const std::filesystem::path& path, int error);
 
-// Everything in an open regular file. `path` is for the error.
-std::string read_whole(const Descriptor& file, const std::filesystem::path& path);
+// Everything in an open regular file, which has `most_bytes` at the most. `path` is for the error. Throws FileError.
+std::string read_whole(const Descriptor& file, const std::filesystem::path& path,
+                       std::uint64_t most_bytes = std::numeric_limits<std::int64_t>::max());
 
 // Writes `temporary`, a name that nobody else uses, then renames it to `path`: a reader finds the old file or
 // the whole new one, also after a crash. On failure removes `temporary` and throws FileError.
