@@ -137,7 +137,7 @@ def _kernel_module() -> str | None:
 
 
 def _machine() -> dict[str, Any]:
-    """Of the compiled module: driver, GPUs, NVRTC, the cache's folder and the bundled pack, or why they are not known."""
+    """Of the compiled module: driver, GPUs, NVRTC, the cache's folder, the bundled pack, or why none is known."""
     try:
         core = importlib.import_module(f"{_PACKAGE}._core")
         core.set_python_search_path([folder for folder in sys.path if folder])

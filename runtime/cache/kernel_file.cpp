@@ -15,7 +15,7 @@ using nlohmann::json;
 constexpr std::string_view kMagic = "FAJKERNL";
 constexpr std::size_t kHeaderBytes = 120;
 constexpr std::size_t kMostLogBytes = 128 << 10;  // of a log that is kept; six bytes may stand for one of it
-constexpr std::size_t kDigestsBefore = 88;  // what the header's own digest covers, beside the description
+constexpr std::size_t kDigestsBefore = 88;        // what the header's own digest covers, beside the description
 
 template <typename Integer>
 void append_integer(std::string& out, Integer value) {

@@ -14,8 +14,8 @@ namespace {
 constexpr std::uint32_t kHeaderMark = 0x04034b50, kDirectoryMark = 0x02014b50, kEndMark = 0x06054b50;
 constexpr std::size_t kHeaderBytes = 30, kDirectoryEntryBytes = 46, kEndBytes = 22;
 
-constexpr std::uint64_t kMostBytes = 0xfffffffe;          // beyond: zip64
-constexpr std::size_t kMostFiles = 0xfffe;                // beyond: zip64
+constexpr std::uint64_t kMostBytes = 0xfffffffe;         // beyond: zip64
+constexpr std::size_t kMostFiles = 0xfffe;               // beyond: zip64
 constexpr std::uint64_t kMostDirectoryBytes = 32 << 20;  // of the most files, with long names
 constexpr std::size_t kMostNameBytes = 255;
 
@@ -178,8 +178,7 @@ void StoredZip::read_entries(const Directory& directory) {
 
 // Each file begins where the one before ends, so that none lies in another.
 void StoredZip::find_ends(std::uint64_t directory_begin) {
-  std::sort(files_.begin(), files_.end(),
-            [](const ZippedFile& a, const ZippedFile& b) { return a.begin < b.begin; });
+  std::sort(files_.begin(), files_.end(), [](const ZippedFile& a, const ZippedFile& b) { return a.begin < b.begin; });
   if ((files_.empty() ? directory_begin : files_.front().begin) != 0) refuse("bytes stand before its first file");
   for (std::size_t i = 0; i < files_.size(); ++i) {
     ZippedFile& file = files_[i];

@@ -33,7 +33,9 @@ std::variant<KernelFile, std::string> kernel_of(const std::string& name, const s
   constexpr std::size_t kMachineAt = 18, kHeaderBytes = 64;
   constexpr int kCudaMachine = 190;
   const std::string& image = file.kernel.image;
-  const bool is_elf = image.size() > kHeaderBytes && image.starts_with("\x7f" "ELF");
+  const bool is_elf = image.size() > kHeaderBytes && image.starts_with(
+                                                         "\x7f"
+                                                         "ELF");
   if (!is_elf || static_cast<std::uint8_t>(image[kMachineAt]) != kCudaMachine || image[kMachineAt + 1] != 0)
     return "its code is not for a GPU: a pack holds no host code";
   file.kernel.image.clear();
@@ -96,8 +98,8 @@ class Lister {
   void compare_manifest() {
     if (!manifest_) return fault(kManifestName, "it is missing");
     if (manifest_->size() > most_manifest_bytes(listing_.kernels.size()))
-      return fault(kManifestName, "it is longer than one of " + std::to_string(listing_.kernels.size()) +
-                                      " kernels that verify");
+      return fault(kManifestName,
+                   "it is longer than one of " + std::to_string(listing_.kernels.size()) + " kernels that verify");
     // What lies deeper than in ours is left out: it would only take memory.
     const auto keep = [](int depth, json::parse_event_t event, const json&) {
       const bool opens = event == json::parse_event_t::object_start || event == json::parse_event_t::array_start;
@@ -107,8 +109,8 @@ class Lister {
     if (!manifest.is_object() || !manifest.contains("kernels") || !manifest["kernels"].is_array())
       return fault(kManifestName, "it is no manifest");
     if (manifest.value("format", json()) != kPackFormat || manifest.value("version", json()) != kPackVersion)
-      fault(kManifestName, std::string("its format is not '") + kPackFormat + "', version " +
-                               std::to_string(kPackVersion));
+      fault(kManifestName,
+            std::string("its format is not '") + kPackFormat + "', version " + std::to_string(kPackVersion));
     if (const json library = manifest.value("library", json()); library.is_string())
       listing_.library = library.get<std::string>();
     for (const json& told : manifest["kernels"]) compare_entry(told);

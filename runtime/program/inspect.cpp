@@ -19,8 +19,6 @@
 #include "runtime/program/command.h"
 #include "runtime/program/flag_values.h"
 #include "runtime/system/config.h"
-#include "runtime/system/errors.h"
-#include "runtime/system/files.h"
 
 namespace flash_attn_jit::program {
 namespace {

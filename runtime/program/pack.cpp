@@ -53,7 +53,8 @@ Json faults_json(const PackListing& listing) {
 
 void print_faults(const PackListing& listing) {
   for (const PackFault& fault : listing.faults)
-    std::cout << "FAULT: " << (fault.name.empty() ? "" : printable(fault.name) + ": ") << printable(fault.fault) << "\n";
+    std::cout << "FAULT: " << (fault.name.empty() ? "" : printable(fault.name) + ": ") << printable(fault.fault)
+              << "\n";
 }
 
 Json kernel_json(const PackedKernel& packed) {
@@ -79,8 +80,8 @@ void print_kernel(const PackedKernel& packed) {
 }
 
 std::string summary(const PackListing& listing) {
-  return std::to_string(listing.kernels.size()) + " kernels, " + std::to_string(listing.records) +
-         " tuning records, " + std::to_string(listing.bytes) + " bytes, made by flash-attn-jit " +
+  return std::to_string(listing.kernels.size()) + " kernels, " + std::to_string(listing.records) + " tuning records, " +
+         std::to_string(listing.bytes) + " bytes, made by flash-attn-jit " +
          (listing.library.empty() ? "of unknown version" : printable(listing.library));
 }
 

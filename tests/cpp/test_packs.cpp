@@ -345,7 +345,8 @@ TEST_CASE("verify: every fault of a pack is named") {
           bytes.back() ^= 1;
           write_all(setting.kernel_file(), bytes);
         }) == Containing{"payload's checksum"});
-  CHECK(after([&] { write_all(setting.folder / "run.sh", "rm -rf"); }) == Containing{"run.sh: it is no part of a pack"});
+  CHECK(after([&] { write_all(setting.folder / "run.sh", "rm -rf"); }) ==
+        Containing{"run.sh: it is no part of a pack"});
   CHECK(after([&] { fs::create_directories(setting.folder / "more"); }) == Containing{"more/: it is no part"});
   CHECK(after([&] { write_all(setting.folder / "tuning" / "x.json", "{"); }) ==
         Containing{"tuning/x.json: it is no JSON"});
@@ -433,8 +434,7 @@ TEST_CASE("numbers of a kernel file that no int holds are a fault") {
     std::string header = good.substr(0, 88);
     for (std::size_t i = 0; i < 4; ++i) header[12 + i] = static_cast<char>(description.size() >> 8 * i & 0xff);
     const Sha256Digest digest = sha256(header + description);
-    const std::string bytes =
-        header + std::string(digest.begin(), digest.end()) + description + file.kernel.image;
+    const std::string bytes = header + std::string(digest.begin(), digest.end()) + description + file.kernel.image;
     const auto parsed = parse_kernel_file(bytes);
     REQUIRE(std::holds_alternative<KernelFileFault>(parsed));
     CHECK(std::get<KernelFileFault>(parsed).reason == Containing{"whole number"});

@@ -195,8 +195,8 @@ TEST_CASE("prebuild that cannot compile says so once and stops") {
   fs::create_directory(program.folder() / "no nvrtc");
   const std::string nowhere = "FLASH_ATTN_JIT_NVRTC='" + (program.folder() / "no nvrtc").string() + "'";
   const std::string out = (program.folder() / "pack.zip").string();
-  for (const auto& [variables, reason] :
-       {std::pair{nowhere, "no NVRTC was found"}, {std::string("FLASH_ATTN_JIT_OFFLINE=1"), "FLASH_ATTN_JIT_OFFLINE"}}) {
+  for (const auto& [variables, reason] : {std::pair{nowhere, "no NVRTC was found"},
+                                          {std::string("FLASH_ATTN_JIT_OFFLINE=1"), "FLASH_ATTN_JIT_OFFLINE"}}) {
     const ProgramRun run = program.run("prebuild --arch sm_75 --pack default --jobs 4 --json --out " + out, variables);
     CAPTURE(run.err);
     CHECK(run.exit_code == 1);
@@ -211,14 +211,17 @@ TEST_CASE("pack show and verify, of a pack whose words are meant for a terminal"
   using namespace flash_attn_jit;
   const Program program;
   const KernelId id{make_key({{"source", "text"}}), "x", "\x1b[2Jspec", "sm_75"};
-  CompiledKernel kernel = testing::made_up_kernel(std::string(100, '\0').replace(0, 4, "\x7f" "ELF"));
+  CompiledKernel kernel = testing::made_up_kernel(std::string(100, '\0').replace(0, 4,
+                                                                                 "\x7f"
+                                                                                 "ELF"));
   kernel.image[18] = static_cast<char>(190);
   kernel.built_by = "\x1b]0;title\a";
   const fs::path pack = program.folder() / "pack";
   fs::create_directory(pack);
   std::ofstream(pack / id.file_name(), std::ios::binary) << serialize({id, kernel});
   std::ofstream(pack / "a\x1b[31m.txt") << "";
-  const ProgramRun shown = program.run("pack show " + pack.string()), json = program.run("pack show --json " + pack.string());
+  const ProgramRun shown = program.run("pack show " + pack.string()),
+                   json = program.run("pack show --json " + pack.string());
   CHECK(shown.exit_code == 0);
   CHECK(holds(shown.out, "?[2Jspec"));
   CHECK_FALSE(holds(shown.out, "\x1b"));

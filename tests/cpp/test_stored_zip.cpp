@@ -20,7 +20,9 @@ constexpr std::uint64_t kAll = 1 << 20;
 
 using Files = std::map<std::string, std::string>;
 
-const Files kFiles = {{"a.kernel", std::string("\x7f" "ELF\0 and so on", 14)},
+const Files kFiles = {{"a.kernel", std::string("\x7f"
+                                               "ELF\0 and so on",
+                                               14)},
                       {"empty", ""},
                       {"manifest.json", "{}\n"},
                       {"tuning/tesla_t4/x.json", "{\"format\": 1}"}};
