@@ -29,6 +29,7 @@ inline std::string json_text(const nlohmann::ordered_json& json) {
 // Each adds its command to `app`; when the command is parsed it puts its work into `chosen`.
 void add_devices(CLI::App& app, Action& chosen);
 void add_inspect(CLI::App& app, Action& chosen);
+void add_model(CLI::App& app, Action& chosen);
 void add_prebuild(CLI::App& app, Action& chosen);
 void add_cache(CLI::App& app, Action& chosen);
 void add_pack(CLI::App& app, Action& chosen);

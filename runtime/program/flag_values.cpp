@@ -103,6 +103,19 @@ Config config_with_nvrtc(const std::string& flag, const std::string& path) {
   return settings;
 }
 
+void add_kernel_flags(CLI::App& command, KernelFlags& flags) {
+  command.add_option("--kind", flags.kind, "Kind of kernel: " + kind_words())->capture_default_str();
+  command.add_option("--head-dim", flags.head_dim, "Head dim, 1 to 256")->required();
+  command.add_flag("--causal", flags.causal, "With the causal mask");
+  command.add_flag("--window", flags.window, "With a sliding window instead");
+  for (std::size_t i = 0; i < kFeatures.size(); ++i)
+    command.add_flag("--" + std::string(kFeatures[i].word), flags.features[i],
+                     "The kernel " + std::string(kFeatures[i].phrase));
+  command.add_option("--gqa", flags.gqa, "Group size: num_heads / num_heads_k")->capture_default_str();
+  command.add_option("--tile", flags.tile, "auto (the default for large problems) or a tile like m256n16w8q80l2b4k7")
+      ->capture_default_str();
+}
+
 KernelSpec parse_kernel(const KernelFlags& flags, const ArchLimits& arch) {
   KernelSpec spec;
   spec.kind = parse_kind("--kind", flags.kind);

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include <CLI/CLI.hpp>
+
 #include "generator/kernel_selection.h"
 #include "generator/kernel_spec.h"
 #include "generator/legality.h"
@@ -41,6 +43,7 @@ struct KernelFlags {
   std::string gqa = "1";
   std::string tile = "auto";
 };
+void add_kernel_flags(CLI::App& command, KernelFlags& flags);
 KernelSpec parse_kernel(const KernelFlags& flags, const ArchLimits& arch);
 
 }  // namespace flash_attn_jit::program

@@ -11,13 +11,12 @@
 #include <unistd.h>
 #include <nlohmann/json.hpp>
 
-#include "generator/families/families.h"
 #include "generator/render.h"
 #include "generator/tile_chooser.h"
-#include "runtime/library/kernel_library.h"
 #include "runtime/library/templates_folder.h"
 #include "runtime/program/command.h"
 #include "runtime/program/flag_values.h"
+#include "runtime/program/fresh_kernel.h"
 #include "runtime/system/config.h"
 
 namespace flash_attn_jit::program {
@@ -49,23 +48,10 @@ Emit parse_emit(const std::string& text) {
   throw UsageError("--emit is '" + text + "'; accepted: " + accepted);
 }
 
-struct Compiled {
-  RenderedKernel rendered;
-  CompiledKernel kernel;
-};
-
-// A spec that is legal. What a cache holds may come from another NVRTC than the one that the flags or variables name.
-Compiled compile(const KernelSpec& spec, const CompileTarget& target, const Config& settings) {
-  KernelLibrary library({.config = settings, .cache = cache_settings(settings), .driver_version = {}});
-  KernelRequest kernel = library.request(spec);
-  CompiledKernel made = library.compile_afresh(library.request(kernel, target));
-  return {std::move(kernel.rendered), std::move(made)};
-}
-
 Json number_json(const std::optional<int>& number) { return number ? Json(*number) : Json("unknown"); }
 
-Json resources_json(const KernelSpec& spec, const Compiled& compiled) {
-  const auto& [rendered, kernel] = compiled;
+Json resources_json(const KernelSpec& spec, const FreshKernel& fresh) {
+  const auto& [rendered, kernel] = fresh;
   return {{"threads", kernel.threads},
           {"registers", number_json(kernel.resources.registers)},
           {"static_smem", kernel.resources.static_smem},
@@ -106,7 +92,7 @@ std::string content(const InspectFlags& flags) {
   if (emit == Emit::kSpec) return spec.text() + "\n";
   if (emit == Emit::kSource) return render(spec, load_templates(settings)).source;
   const CodeKind code = emit == Emit::kPtx ? CodeKind::kPtx : CodeKind::kCubin;
-  const Compiled compiled = compile(spec, {.sm = arch.sm, .code = code}, settings);
+  const FreshKernel compiled = compile_afresh(spec, {.sm = arch.sm, .code = code}, settings);
   if (emit != Emit::kResources && flags.resources_output.empty()) return compiled.kernel.image;
   const std::string resources = json_text(resources_json(spec, compiled)) + "\n";
   if (emit == Emit::kResources) return resources;
@@ -133,19 +119,8 @@ int run_inspect(const InspectFlags& flags) {
 void add_inspect(CLI::App& app, Action& chosen) {
   CLI::App* const command = app.add_subcommand("inspect", "Show one kernel: its spec, source, code or resources");
   const auto flags = std::make_shared<InspectFlags>();
-  command->add_option("--kind", flags->kernel.kind, "Kind of kernel: " + kind_words())->capture_default_str();
-  command->add_option("--head-dim", flags->kernel.head_dim, "Head dim, 1 to 256")->required();
-  command->add_flag("--causal", flags->kernel.causal, "With the causal mask");
-  command->add_flag("--window", flags->kernel.window, "With a sliding window instead");
-  for (std::size_t i = 0; i < kFeatures.size(); ++i)
-    command->add_flag("--" + std::string(kFeatures[i].word), flags->kernel.features[i],
-                      "The kernel " + std::string(kFeatures[i].phrase));
-  command->add_option("--gqa", flags->kernel.gqa, "Group size: num_heads / num_heads_k")->capture_default_str();
+  add_kernel_flags(*command, flags->kernel);
   command->add_option("--arch", flags->arch, "Architecture to compile for")->capture_default_str();
-  command
-      ->add_option("--tile", flags->kernel.tile,
-                   "auto (the default for large problems) or a tile like m256n16w8q80l2b4k7")
-      ->capture_default_str();
   command
       ->add_option("--emit", flags->emit,
                    "tiles (the default ones, that for large problems first), spec, source, ptx, cubin "

@@ -1,4 +1,4 @@
-// flash-attn-jit: shows what is there, shows one kernel, builds packs, looks after the cache.
+// flash-attn-jit: shows what is there, shows one kernel, predicts its speed, builds packs, looks after the cache.
 #include <cstdlib>
 #include <exception>
 #include <iostream>
@@ -51,6 +51,7 @@ int run(int argc, char** argv) {
   Action chosen;
   add_devices(app, chosen);
   add_inspect(app, chosen);
+  add_model(app, chosen);
   add_prebuild(app, chosen);
   add_pack(app, chosen);
   add_cache(app, chosen);

@@ -24,8 +24,8 @@ struct TunedDevice {
 
 // How candidates were timed. Figures of different policies are not compared.
 struct MeasurementPolicy {
-  std::string timer = "events";      // around bursts of launches; "model": predicted, nothing ran
-  std::string l2 = "rotated inputs"; // each launch of a burst reads others, past the L2
+  std::string timer = "events";       // around bursts of launches; "model": predicted, nothing ran
+  std::string l2 = "rotated inputs";  // each launch of a burst reads others, past the L2
 
   friend auto operator<=>(const MeasurementPolicy&, const MeasurementPolicy&) = default;
 };
@@ -52,13 +52,13 @@ struct TuningEnvironment {
 
 enum class Outcome {
   kMeasured,
-  kPruned,         // the model says that it cannot win
+  kPruned,  // the model says that it cannot win
   kCompileFailed,
-  kLaunchFailed,   // the driver refused it, or the kernel ended with an error
+  kLaunchFailed,  // the driver refused it, or the kernel ended with an error
   kWrongResult,
   kTimedOut,
-  kCrashed,        // it took the child process with it
-  kNotReached,     // the budget ended before it
+  kCrashed,     // it took the child process with it
+  kNotReached,  // the budget ended before it
 };
 
 // One burst of launches.
@@ -81,7 +81,8 @@ struct Candidate {
   std::optional<double> compile_seconds;
   std::optional<double> error, error_allowed;  // maximum against float64, on a small problem
   std::vector<Sample> samples;
-  std::optional<double> median_seconds, low_seconds, high_seconds;  // of the samples; the interval of the median at 95 %
+  std::optional<double> median_seconds, low_seconds,
+      high_seconds;  // of the samples; the interval of the median at 95 %
 };
 
 struct TuningRecord {
@@ -92,7 +93,7 @@ struct TuningRecord {
   std::string when;    // UTC, "2026-11-27T08:00:00Z"
   double seconds = 0;  // that tuning took
   TileConfig default_tile, winner;
-  std::string rule;    // why the winner won, in words
+  std::string rule;  // why the winner won, in words
   int rounds = 0;
   std::vector<Candidate> candidates;  // the default is one of them
   // What PyTorch's own attention takes for the same pass and problem, where it was measured: "sdpa_efficient", seconds.

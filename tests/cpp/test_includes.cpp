@@ -17,10 +17,11 @@ namespace {
 
 // From the ground up. A file may include its own folder's and those of lower floors; folders of one floor do not know
 // each other.
-const std::map<std::string, int> kFloors = {{"templates", 0},       {"generator", 1},           {"runtime/system", 2},
-                                            {"runtime/request", 3}, {"runtime/cuda", 4},        {"runtime/compile", 5},
-                                            {"runtime/cache", 6},   {"runtime/interpreter", 6}, {"runtime/library", 7},
-                                            {"runtime/launch", 8},  {"runtime/program", 9},     {"python", 9}};
+const std::map<std::string, int> kFloors = {
+    {"templates", 0},        {"generator", 1},       {"runtime/system", 2}, {"runtime/request", 3},
+    {"runtime/cuda", 4},     {"runtime/compile", 5}, {"runtime/cache", 6},  {"runtime/interpreter", 6},
+    {"runtime/model", 6},    {"runtime/library", 7}, {"runtime/tuner", 8},  {"runtime/launch", 9},
+    {"runtime/program", 10}, {"python", 10}};
 
 // The families' files are the generator's.
 std::string room_of(const std::string& path) {

@@ -1,0 +1,340 @@
+// The card's model: machine code -> cycles -> seconds.
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <doctest/doctest.h>
+#include <nlohmann/json.hpp>
+
+#include "generator/families/families.h"
+#include "generator/tile_chooser.h"
+#include "generator/tile_layout.h"
+#include "runtime/model/card.h"
+#include "runtime/model/control_flow.h"
+#include "runtime/model/kernel_model.h"
+#include "runtime/model/problem_model.h"
+
+namespace flash_attn_jit {
+namespace {
+
+namespace fs = std::filesystem;
+
+const fs::path kKernels = fs::path(FLASH_ATTN_JIT_SOURCE_DIR) / "tests/data/card_model";
+
+std::string bytes_of(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  REQUIRE(file);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+// A kernel as it was compiled once, and what an independent model says of it.
+struct MeasuredKernel {
+  nlohmann::json facts;
+  CompiledKernel kernel;
+};
+
+std::vector<MeasuredKernel> kernels_with_figures() {
+  std::vector<MeasuredKernel> kernels;
+  const auto figures = nlohmann::json::parse(bytes_of(kKernels / "figures.json"));
+  for (const nlohmann::json& facts : figures["kernels"]) {
+    CompiledKernel kernel;
+    kernel.image = bytes_of(kKernels / facts["file"].get<std::string>());
+    kernel.entry = facts["entry"];
+    kernel.threads = facts["threads"];
+    kernel.dynamic_smem = facts["dynamic_smem"];
+    kernels.push_back({facts, std::move(kernel)});
+  }
+  return kernels;
+}
+
+void check_near(double value, double expected) { CHECK(value == doctest::Approx(expected).epsilon(0.01).scale(0.1)); }
+
+Instruction instruction(std::string_view name, Pipe pipe, std::uint32_t address, int stall = 1) {
+  Instruction made;
+  made.name = name;
+  made.pipe = pipe;
+  made.address = address;
+  made.stall = stall;
+  return made;
+}
+
+std::vector<Instruction> repeated(std::string_view name, Pipe pipe, int count, int width = 0) {
+  std::vector<Instruction> code;
+  for (int i = 0; i < count; ++i) {
+    code.push_back(instruction(name, pipe, static_cast<std::uint32_t>(i) * kInstructionBytes));
+    code.back().width = width;
+  }
+  return code;
+}
+
+Stream stream(const std::vector<Instruction>& code) {
+  Stream pointers;
+  for (const Instruction& each : code) pointers.push_back(&each);
+  return pointers;
+}
+
+double share(const Usage& usage, Pipe pipe) { return usage.busy[static_cast<std::size_t>(pipe)]; }
+
+TEST_CASE("agrees with the figures of an independent model") {
+  const std::vector<MeasuredKernel> kernels = kernels_with_figures();
+  REQUIRE(kernels.size() >= 8);
+  for (const auto& [facts, kernel] : kernels) {
+    CAPTURE(facts["file"]);
+    const KernelModel model(kernel, facts["useful_mma"], find_card("t4"));
+    CHECK(model.registers() == facts["registers"]);
+    CHECK(model.blocks_per_multiprocessor() == facts["blocks"]);
+    const auto loop = model.loop();
+    REQUIRE(loop);
+    CHECK(loop->instructions == facts["loop_instructions"]);
+    CHECK(loop->tensor_instructions == facts["loop_tensor"]);
+    CHECK(loop->spill_instructions == facts["loop_spills"]);
+    CHECK(loop->code_bytes == facts["code_bytes"]);
+    CHECK(loop->limit == facts["limit"]);
+    check_near(loop->useful, facts["useful"]);
+    check_near(loop->under_stress, facts["useful_under_stress"]);
+    check_near(loop->usage.load_store, facts["lsu"]);
+    check_near(loop->usage.issue, facts["issue"]);
+    for (const Pipe pipe : {Pipe::kTensor, Pipe::kFma, Pipe::kAlu, Pipe::kXu, Pipe::kFp16})
+      check_near(share(loop->usage, pipe), facts["pipes"].value(std::string(to_text(pipe)), 0.0));
+    CHECK(loop->usage.cycles == doctest::Approx(facts["cycles"].get<double>()).epsilon(0.01));
+    if (facts.contains("lowest")) {
+      check_near(loop->lowest, facts["lowest"]);
+      check_near(loop->highest, facts["highest"]);
+    }
+  }
+}
+
+TEST_CASE("agrees with the figures of whole blocks") {
+  int compared = 0;
+  for (const auto& [facts, kernel] : kernels_with_figures()) {
+    if (!facts.contains("block_cycles")) continue;
+    CAPTURE(facts["file"]);
+    const BlockCost cost = KernelModel(kernel, facts["useful_mma"], find_card("t4")).costs().back();
+    CHECK(cost.block == doctest::Approx(facts["block_cycles"].get<double>()).epsilon(0.01));
+    CHECK(cost.iteration == doctest::Approx(facts["iteration_cycles"].get<double>()).epsilon(0.01));
+    ++compared;
+  }
+  CHECK(compared >= 2);
+}
+
+TEST_CASE("a GeForce RTX 20 takes twice as long for a tensor instruction") {
+  const std::vector<Instruction> code = repeated("HMMA", Pipe::kTensor, 64);
+  for (const auto& [word, cycles] : {std::pair("t4", 8.0), {"rtx2080ti", 16.0}}) {
+    const Usage usage = play_loop(multiprocessor_of(find_card(word)), stream(code), {.blocks = 1, .warps = 4});
+    CHECK(share(usage, Pipe::kTensor) == doctest::Approx(1.0).epsilon(0.02));
+    CHECK(usage.cycles == doctest::Approx(64 * cycles).epsilon(0.02));
+  }
+}
+
+TEST_CASE("pipes: what streams of one instruction cost") {
+  const MultiprocessorModel model;
+  constexpr int kCount = 512;
+  const auto cycles = [&](std::string_view name, Pipe pipe, int width = 0) {
+    std::vector<Instruction> code = repeated(name, pipe, kCount, width);
+    code.push_back(instruction("BAR", Pipe::kControl, kCount * kInstructionBytes));  // no warp starves the others
+    return play_loop(model, stream(code), {.blocks = 1, .warps = 16}).cycles / kCount;
+  };
+  // 16 warps, four on each sub-partition.
+  CHECK(cycles("FFMA", Pipe::kFma) == doctest::Approx(4 * 2).epsilon(0.02));
+  CHECK(cycles("MUFU", Pipe::kXu) == doctest::Approx(4 * 8).epsilon(0.02));
+  // 32 lanes of 16 bytes at 64 a cycle, of the multiprocessor's one unit.
+  CHECK(cycles("LDSM", Pipe::kMemory, 16) == doctest::Approx(16 * 8).epsilon(0.02));
+  CHECK(cycles("SHFL", Pipe::kMemory) == doctest::Approx(16 * 2).epsilon(0.02));
+}
+
+TEST_CASE("a loop that does not fit the instruction cache is slower for each instruction") {
+  const MultiprocessorModel model;
+  const auto cycles = [&](int count) {
+    // On two pipes in turn, an instruction a cycle.
+    std::vector<Instruction> code = repeated("FFMA", Pipe::kFma, count);
+    for (std::size_t i = 0; i < code.size(); i += 2) code[i].pipe = Pipe::kAlu;
+    return play_loop(model, stream(code), {.blocks = 1, .warps = 4}).cycles / count;
+  };
+  CHECK(cycles(1000) == doctest::Approx(1).epsilon(0.02));
+  CHECK(cycles(2000) > 1.2);
+}
+
+TEST_CASE("a scoreboard is waited for, and a barrier holds every warp of its block") {
+  const MultiprocessorModel model;
+  std::vector<Instruction> code = repeated("FFMA", Pipe::kFma, 3);
+  code[0] = instruction("LDG", Pipe::kMemory, 0);
+  code[0].width = 4;
+  code[0].result_board = 0;
+  code[1].waits_for = 1;
+  CHECK(play_loop(model, stream(code), {.blocks = 1, .warps = 1}).cycles > model.global_latency);
+  code[1].waits_for = 2;
+  CHECK(play_loop(model, stream(code), {.blocks = 1, .warps = 1}).cycles < 20);
+  code[0] = instruction("BAR", Pipe::kControl, 0);
+  CHECK(play_loop(model, stream(code), {.blocks = 1, .warps = 8}).cycles > model.barrier_latency);
+  Waits waits;
+  play_loop(model, stream(code), {.blocks = 1, .warps = 8}, {}, &waits);
+  CHECK(waits.contains({0, "barrier"}));
+}
+
+TEST_CASE("resident blocks are bound by registers, shared memory, threads and slots") {
+  CHECK(resident_blocks(255, 0, 256) == 1);
+  CHECK(resident_blocks(255, 0, 128) == 2);
+  CHECK(resident_blocks(128, 0, 256) == 2);
+  CHECK(resident_blocks(32, 32768, 128) == 2);
+  CHECK(resident_blocks(32, 32769, 128) == 1);
+  CHECK(resident_blocks(32, 65537, 128) == 0);
+  CHECK(resident_blocks(32, 0, 512) == 2);
+  CHECK(resident_blocks(16, 0, 32) == 16);
+}
+
+TEST_CASE("bytes that are no cubin are refused, and never read beyond") {
+  const std::string cubin = bytes_of(kKernels / kernels_with_figures().front().facts["file"].get<std::string>());
+  const std::string entry = kernels_with_figures().front().facts["entry"];
+  CHECK_NOTHROW(read_machine_code(cubin, entry));
+  CHECK_THROWS_AS(read_machine_code(cubin, "other"), MachineCodeError);
+  CHECK_THROWS_AS(read_machine_code("", entry), MachineCodeError);
+  std::mt19937 random(1);
+  int refused = 0;
+  for (int i = 0; i < 400; ++i) {
+    // In memory of its own, so that a sanitizer sees the end.
+    std::string bad(cubin.data(), random() % 2 == 0 ? cubin.size() : random() % cubin.size());
+    for (int flips = static_cast<int>(random() % 4); flips > 0; --flips) {
+      // The header and the section table, which stands at the end, are what is believed.
+      const std::size_t at =
+          random() % 2 == 0 ? random() % 64 : bad.size() - 1 - random() % std::min<std::size_t>(bad.size(), 2048);
+      if (at < bad.size()) bad[at] = static_cast<char>(random());
+    }
+    try {
+      const MachineCode code = read_machine_code(bad, entry);
+      CHECK(code.instructions.size() * kInstructionBytes <= bad.size());
+    } catch (const MachineCodeError&) {
+      ++refused;
+    }
+  }
+  CHECK(refused > 100);
+}
+
+// ---- whole problems ----
+
+KernelSpec spec_of(KernelKind kind, int head_dim, Mask mask, const TileConfig& tile) {
+  KernelSpec spec;
+  spec.kind = kind;
+  spec.head_dim = head_dim;
+  spec.mask = mask;
+  spec.tile = tile;
+  return spec;
+}
+
+bool sees(const KernelSpec& spec, const ProblemSize& size, std::int64_t query, std::int64_t key) {
+  const std::int64_t distance = key - (query + size.seqlen_k - size.seqlen_q);
+  if (spec.mask == Mask::kCausal) return distance <= 0;
+  if (spec.mask == Mask::kNone) return true;
+  return (size.window_left < 0 || distance >= -size.window_left) &&
+         (size.window_right < 0 || distance <= size.window_right);
+}
+
+struct Counted {
+  double whole = 0, cut = 0, scores = 0;
+};
+
+// Tiles of the first block whose scores are all, or some but not all, seen.
+Counted count(const KernelSpec& spec, const ProblemSize& size) {
+  const bool owns_keys = family_of(spec.kind).rows == RowSide::kKeys;
+  const std::int64_t rows = owns_keys ? size.seqlen_k : size.seqlen_q,
+                     columns = owns_keys ? size.seqlen_q : size.seqlen_k;
+  Counted counted;
+  for (std::int64_t tile = 0; tile < columns; tile += spec.tile.block_n) {
+    std::int64_t seen = 0;
+    for (std::int64_t row = 0; row < rows; ++row)
+      for (std::int64_t column = tile; column < std::min<std::int64_t>(columns, tile + spec.tile.block_n); ++column)
+        seen += owns_keys ? sees(spec, size, column, row) : sees(spec, size, row, column);
+    counted.scores += static_cast<double>(seen);
+    if (seen == rows * spec.tile.block_n)
+      ++counted.whole;
+    else if (seen > 0)
+      ++counted.cut;
+  }
+  return counted;
+}
+
+TEST_CASE("iterations are those of the tiles that are seen") {
+  std::mt19937 random(2);
+  const auto below = [&](int end) { return static_cast<std::int64_t>(random() % static_cast<unsigned>(end)); };
+  int with_whole = 0, with_cut = 0;
+  for (int i = 0; i < 3000; ++i) {
+    const KernelKind kind =
+        std::array{KernelKind::kForward, KernelKind::kBackwardDkDv, KernelKind::kBackwardDq}[below(3)];
+    const Mask mask = kAllMasks[static_cast<std::size_t>(below(3))];
+    const KernelSpec spec = spec_of(kind, 64, mask, {64, 8, 1, 64, {}});
+    ProblemSize size{.seqlen_q = 1 + below(100), .seqlen_k = 1 + below(100)};
+    if (mask == Mask::kWindow) {
+      size.window_left = below(60) - 1;
+      size.window_right = below(60) - 1;
+    }
+    const bool owns_keys = family_of(kind).rows == RowSide::kKeys;
+    if ((owns_keys ? size.seqlen_k : size.seqlen_q) > 64) continue;  // one block
+    CAPTURE(spec.text());
+    CAPTURE(size.seqlen_q);
+    CAPTURE(size.seqlen_k);
+    CAPTURE(size.window_left);
+    CAPTURE(size.window_right);
+    const Counted counted = count(spec, size);
+    const ProblemPrediction predicted = predict(spec, size, {BlockCost{1, 1, 1}}, find_card("t4"));
+    CHECK(predicted.iterations == counted.whole);
+    CHECK(predicted.masked_iterations == counted.cut);  // one warp: it leaves out none that the block does not
+    CHECK(predicted.useful_flops == counted.scores * 2 * 64 * family_of(kind).products);
+    with_whole += counted.whole > 0;
+    with_cut += counted.cut > 0;
+  }
+  CHECK(with_whole > 300);
+  CHECK(with_cut > 300);
+}
+
+TEST_CASE("a problem takes as long as its waves") {
+  const KernelSpec spec = spec_of(KernelKind::kForward, 64, Mask::kNone, {128, 32, 4, 64, {}});
+  const Card& card = find_card("t4");
+  const std::vector<BlockCost> costs = {{1000, 500, 800}, {900, 450, 700}};
+  const auto cycles = [&](std::int64_t batch) {
+    return predict(spec, {.batch = batch, .seqlen_q = 128, .seqlen_k = 320}, costs, card).cycles;
+  };
+  // 10 iterations a block; what a block reads and writes once comes on top, and is the same for all.
+  const double extra = cycles(40) - 6000;
+  CHECK(extra >= 0);
+  CHECK(cycles(1) == doctest::Approx(6000 + extra));
+  CHECK(cycles(41) == doctest::Approx(2 * (5400 + extra)));
+  CHECK(cycles(80) == doctest::Approx(2 * (5400 + extra)));
+  CHECK(cycles(81) == doctest::Approx(2 * (5400 + extra) + 6000 + extra));
+}
+
+TEST_CASE("no problem is faster than DRAM or the tensor cores") {
+  std::mt19937 random(3);
+  const Card& card = find_card("t4");
+  for (int i = 0; i < 200; ++i) {
+    const Mask mask = kAllMasks[random() % 3];
+    KernelSpec spec = spec_of(kKernelKinds[random() % kKernelKinds.size()], 64, mask, {});
+    spec.tile = default_tiles(spec).front();
+    const ProblemSize size{.batch = 1 + static_cast<std::int64_t>(random() % 9),
+                           .num_heads = 4,
+                           .num_heads_k = 2,
+                           .seqlen_q = 1 + static_cast<std::int64_t>(random() % 3000),
+                           .seqlen_k = 1 + static_cast<std::int64_t>(random() % 3000)};
+    // Iterations at the tensor cores' peak, and nothing beside them.
+    const double iteration = useful_mma_per_iteration(spec) * spec.tile.warps * 8 / 4.0;
+    const ProblemPrediction predicted = predict(spec, size, {BlockCost{0, iteration, iteration}}, card);
+    CHECK(predicted.seconds >= predicted.dram_seconds);
+    CHECK(predicted.seconds >= predicted.seconds_at_boost);
+    CHECK(predicted.dram_seconds > 0);
+    if (mask == Mask::kNone) CHECK(predicted.share_of_peak <= 1.0 + 1e-9);
+  }
+}
+
+TEST_CASE("bad sizes and cards are refused by name") {
+  const KernelSpec spec = spec_of(KernelKind::kForward, 64, Mask::kNone, {128, 32, 4, 64, {}});
+  const std::vector<BlockCost> costs = {{1, 1, 1}};
+  CHECK_THROWS_AS(predict(spec, {.seqlen_q = 0}, costs, find_card("t4")), UnsupportedError);
+  CHECK_THROWS_AS(predict(spec, {.num_heads = 3, .num_heads_k = 2}, costs, find_card("t4")), UnsupportedError);
+  CHECK_THROWS_AS(find_card("a100"), UnsupportedError);
+}
+
+}  // namespace
+}  // namespace flash_attn_jit
