@@ -25,7 +25,7 @@ TO_RUN = {
     "python -m flash_attn_jit [--json]": "this text",
     "python -m flash_attn_jit.bench": "speed, whole models, accuracy, memory and host cost beside PyTorch's attention",
     "python -m flash_attn_jit.demo": "builds a T4's kernels for some models, runs and checks them, on any machine",
-    _PROGRAM: "the program: devices, inspect, prebuild, pack, cache",
+    _PROGRAM: "the program: devices, inspect, model, prebuild, pack, cache",
 }
 # By their distributions' names: other attention kernels, then those who call them, then what brings NVRTC.
 PACKAGES = (

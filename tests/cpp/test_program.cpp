@@ -81,7 +81,7 @@ TEST_CASE("a wrong call names the flag, what came and what is accepted, and exit
     CHECK(holds(run.err, came));
     CHECK(holds(run.err, accepted));
   };
-  refused("", "subcommand", "", "devices, inspect, prebuild, pack, cache");
+  refused("", "subcommand", "", "devices, inspect, model, prebuild, pack, cache");
   refused("inspect --emit spec", "--head-dim", "required", "--gqa");
   refused("inspect --head-dim 64 --emit elf", "--emit", "'elf'", "tiles, spec, source, ptx, cubin, resources");
   refused("inspect --head-dim 64 --tile m64n16w4q64l2b4k7 --emit tiles", "--tile", "--emit tiles", "leave it out");
