@@ -13,7 +13,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::size_t kMostFiles = 0xfffe;  // as many as a zip holds
+constexpr std::size_t kMostPackedFiles = 0xfffe;  // as many as a zip holds
 constexpr std::size_t kKeyLetters = 64;
 constexpr std::string_view kKernelSuffix = ".kernel";
 
@@ -25,7 +25,7 @@ class PackFolder final : public PackFiles {
 
   std::vector<std::string> names() const override {
     std::vector<std::string> names;
-    for (const TrustedFolder::Entry& entry : folder_.entries(kMostFiles))
+    for (const TrustedFolder::Entry& entry : folder_.entries(kMostPackedFiles))
       if (entry.is_folder && entry.name == kRecordFolder)
         append_records(folder_, entry.name, "", names);
       else
@@ -43,7 +43,7 @@ class PackFolder final : public PackFiles {
     const auto folder = parent.folder(name);
     if (!folder) return;
     const std::string path = prefix + name + "/";
-    for (const TrustedFolder::Entry& entry : folder->entries(kMostFiles))
+    for (const TrustedFolder::Entry& entry : folder->entries(kMostPackedFiles))
       if (!entry.is_folder)
         names.push_back(path + entry.name);
       else if (is_plain_path(path + entry.name))  // no deeper than a path may be long

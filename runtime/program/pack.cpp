@@ -40,9 +40,9 @@ std::string printable(std::string text) {
   return text;
 }
 
-std::string number_text(const std::optional<int>& number) { return number ? std::to_string(*number) : "?"; }
+std::string optional_text(const std::optional<int>& number) { return number ? std::to_string(*number) : "?"; }
 
-Json number_json(const std::optional<int>& number) { return number ? Json(*number) : Json(); }
+Json optional_json(const std::optional<int>& number) { return number ? Json(*number) : Json(); }
 
 Json faults_json(const PackListing& listing) {
   Json faults = Json::array();
@@ -65,18 +65,18 @@ Json kernel_json(const PackedKernel& packed) {
           {"target", packed.file.id.target},
           {"built_by", kernel.built_by},
           {"min_driver", kernel.min_driver},
-          {"registers", number_json(kernel.resources.registers)},
-          {"spill_stores", number_json(kernel.resources.spill_stores)},
-          {"spill_loads", number_json(kernel.resources.spill_loads)}};
+          {"registers", optional_json(kernel.resources.registers)},
+          {"spill_stores", optional_json(kernel.resources.spill_stores)},
+          {"spill_loads", optional_json(kernel.resources.spill_loads)}};
 }
 
 void print_kernel(const PackedKernel& packed) {
   const CompiledKernel& kernel = packed.file.kernel;
   std::cout << printable(packed.file.id.spec) << "  " << printable(packed.file.id.target) << "  "
             << printable(kernel.built_by) << "  driver " << kernel.min_driver / 1000 << "."
-            << kernel.min_driver % 1000 / 10 << "  " << number_text(kernel.resources.registers) << " registers  spills "
-            << number_text(kernel.resources.spill_stores) << "/" << number_text(kernel.resources.spill_loads)
-            << " bytes  " << packed.bytes << " bytes\n";
+            << kernel.min_driver % 1000 / 10 << "  " << optional_text(kernel.resources.registers)
+            << " registers  spills " << optional_text(kernel.resources.spill_stores) << "/"
+            << optional_text(kernel.resources.spill_loads) << " bytes  " << packed.bytes << " bytes\n";
 }
 
 std::string summary(const PackListing& listing) {
