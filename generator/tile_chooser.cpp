@@ -5,40 +5,82 @@
 #include <optional>
 
 #include "generator/families/families.h"
+#include "generator/tile_costs.h"
 #include "generator/tile_layout.h"
 
 namespace flash_attn_jit {
 namespace {
 
-// Beside warps of 32 rows, those of 16 read shared memory twice as often for the same products: of the tensor cores' peak
-// the cycle model of the T4 gives default kernels of head dim 64 to 128 0.55 to 0.80, most about 0.67, where it gives the
-// others 0.79 to 0.94 (tools/tile_search/records).
-constexpr double kCostOf16Rows = 1.3;
-
-// What a multiprocessor loses for every block that it could hold and does not: the others run faster, but not so much that
-// they make up for it.
-constexpr double kCostOfMissingBlock = 1.0 / 3;
-
-// What each block beside another costs, because each copies the same columns to shared memory for itself. It decides where
-// nothing else does.
-constexpr double kCostOfOwnColumns = 0.05;
+// Of a time: the model's noise is several times as much (a kernel moves by up to 7 % with the compiler).
+constexpr std::int64_t kIndistinguishable = 32;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// How long a problem takes with a tile, in query rows (or rows of keys) of a whole multiprocessor: rounds of blocks, rows
-// beyond the sequence's end counted, as they are computed.
-double rows_of_time(const KernelSpec& spec, const TileConfig& tile, const Problem& problem) {
-  const KernelFamily& family = family_of(spec.kind);
-  const bool owns_keys = family.rows == RowSide::kKeys;
-  const std::int64_t rows = owns_keys ? problem.seqlen_k : problem.seqlen_q;
-  const std::int64_t heads = owns_keys ? ceil_div(problem.batch_heads, spec.group_size) : problem.batch_heads;
-  const std::int64_t blocks = ceil_div(rows, tile.block_m) * heads * family.output_splits(spec);
-  const int capacity = blocks_per_multiprocessor(tile);
-  const std::int64_t resident = std::clamp<std::int64_t>(ceil_div(blocks, problem.multiprocessors), 1, capacity);
-  const std::int64_t rounds = std::max<std::int64_t>(1, ceil_div(blocks, problem.multiprocessors * resident));
-  const double slots = static_cast<double>(resident) + kCostOfMissingBlock * static_cast<double>(capacity - resident);
-  const double cost = (tile.rows_per_warp() == 16 ? kCostOf16Rows : 1.0) * (1 + kCostOfOwnColumns * (capacity - 1));
-  return static_cast<double>(rounds) * slots * tile.block_m * cost;
+// A kernel's side of a problem: rows are those that its blocks own, columns what its main loop goes over.
+struct Sides {
+  std::int64_t rows, columns, heads;
+  std::int64_t seen;   // columns that a row sees, in the mean
+  std::int64_t group;  // times that a block goes over the columns
+};
+
+// The columns that all rows of a triangle see together: the last row sees all, each one before it one less, none less
+// than none.
+std::int64_t triangle(std::int64_t rows, std::int64_t columns) {
+  const std::int64_t steps = std::min(rows, columns);
+  return steps * (columns - steps) + steps * (steps + 1) / 2;
+}
+
+Sides sides_of(const KernelSpec& spec, const Problem& problem) {
+  const bool owns_keys = family_of(spec.kind).rows == RowSide::kKeys;
+  Sides sides{problem.seqlen_q, problem.seqlen_k, problem.batch_heads, problem.seqlen_k, 1};
+  if (owns_keys)
+    sides = {problem.seqlen_k, problem.seqlen_q, ceil_div(problem.batch_heads, spec.group_size), problem.seqlen_q,
+             spec.group_size};
+  sides.rows = std::max<std::int64_t>(1, sides.rows);
+  // Scores are the same, whichever side they are counted from.
+  if (spec.mask == Mask::kCausal) sides.seen = triangle(problem.seqlen_q, problem.seqlen_k) / sides.rows;
+  if (spec.mask == Mask::kWindow) sides.seen = std::min(sides.columns, problem.window);
+  return sides;
+}
+
+// Cycles of one of `sharing` blocks, whose rows see `seen` columns in the mean.
+std::int64_t cycles_of(const KernelSpec& spec, const TileCost& cost, const TileConfig& tile, const Sides& sides,
+                       std::int64_t seen, std::int64_t sharing) {
+  // Where a mask cuts tiles, along one edge of what is seen or along two, its first and last row see others than the mean.
+  const std::int64_t rows = std::min<std::int64_t>(tile.block_m, sides.rows);
+  const std::int64_t spread = spec.mask == Mask::kNone ? 0 : spec.mask == Mask::kCausal ? rows / 2 : rows;
+  const std::int64_t whole = std::max<std::int64_t>(0, seen - spread) / tile.block_n;
+  const std::int64_t tiles = ceil_div(std::min(sides.columns, seen + spread), tile.block_n);
+  // A warp leaves out those that none of its rows sees: half of them.
+  const std::int64_t cut = spread > 0 ? (tiles - whole + 1) / 2 : tiles - whole;
+  const auto of = [&](int BlockCycles::* part) {
+    const std::int64_t alone = cost.alone.*part, shared = cost.sharing.*part;
+    return cost.resident > 1 ? alone + (shared - alone) * (sharing - 1) / (cost.resident - 1) : alone;
+  };
+  return of(&BlockCycles::block) +
+         (of(&BlockCycles::iteration) * whole + of(&BlockCycles::masked_iteration) * cut) * sides.group;
+}
+
+// How long a problem takes with a tile, in cycles of a Turing card with the device's number of multiprocessors.
+std::int64_t cycles_of(const KernelSpec& spec, const TileConfig& tile, const Problem& problem) {
+  if (family_of(spec.kind).products == 0) return 0;  // no main loop, one tile
+  const TileCost& cost = tile_cost(spec, tile);
+  const Sides sides = sides_of(spec, problem);
+  const std::int64_t row_blocks = ceil_div(sides.rows, tile.block_m);
+  const std::int64_t blocks = row_blocks * sides.heads * family_of(spec.kind).output_splits(spec);
+  const auto round = [&](std::int64_t seen, std::int64_t sharing) {
+    return sharing * cycles_of(spec, cost, tile, sides, seen, sharing);
+  };
+  const std::int64_t sharing = std::clamp<std::int64_t>(ceil_div(blocks, problem.multiprocessors), 1, cost.resident);
+  const std::int64_t at_once = problem.multiprocessors * sharing;
+  if (spec.mask != Mask::kCausal || row_blocks == 1) {
+    const std::int64_t rest = blocks % at_once;
+    return blocks / at_once * round(sides.seen, sharing) +
+           (rest > 0 ? round(sides.seen, ceil_div(rest, problem.multiprocessors)) : 0);
+  }
+  // Long blocks go first, so that short ones fill the end; the longest bounds it.
+  const std::int64_t mean = round(sides.seen, sharing);
+  return std::max(round(sides.columns, sharing), blocks * mean / at_once + mean / 2);
 }
 
 // The tables of a family, the one for large problems first.
@@ -56,13 +98,14 @@ class DefaultTileChooser final : public TileChooser {
   TileConfig choose(const KernelSpec& spec, const Problem& problem) const override {
     require_head_dim(spec.head_dim);
     std::optional<TileConfig> best;
-    double least = 0;
+    std::int64_t least = 0;
     for (const std::optional<TileConfig>& tile : find_default_tiles(spec)) {
       if (!tile) continue;
-      const double time = rows_of_time(spec, *tile, problem);
-      if (best && time >= least) continue;
+      const std::int64_t time = cycles_of(spec, *tile, problem);
+      // What the model cannot tell apart goes to the smaller tile, whose blocks leave less of the device idle at the end.
+      if (best && time - time / kIndistinguishable >= least) continue;
+      least = best ? std::min(least, time) : time;
       best = tile;
-      least = time;
     }
     return best.value();
   }

@@ -15,6 +15,7 @@ struct Problem {
   std::int64_t seqlen_q = 0, seqlen_k = 0;
   std::int64_t batch_heads = 0;  // batch x num_heads
   int multiprocessors = 0;       // of the device
+  std::int64_t window = 0;       // columns that a row sees at the most, where the mask is a window
 };
 
 class TileChooser {
@@ -26,7 +27,7 @@ class TileChooser {
   virtual TileConfig choose(const KernelSpec& spec, const Problem& problem) const = 0;
 };
 
-// Of the default tiles, the one that would be done first on a T4-like device.
+// Of the default tiles, the one that would be done first on a Turing card with as many multiprocessors.
 const TileChooser& default_tile_chooser();
 
 // Every default tile for `spec`'s kind, head dim, access, mask and features, the one for large problems first.

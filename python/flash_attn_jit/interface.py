@@ -21,6 +21,8 @@ from ._arguments import (
 from ._autograd import Result, attention, attention_kvpacked, attention_qkvpacked
 from ._options import Options
 
+_is_compiling = torch.compiler.is_compiling
+
 # out, or (out, softmax_lse, S_dmask) with return_attn_probs
 Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -96,8 +98,8 @@ def _read_options(
         softmax_scale = read_scale(softmax_scale)
     if causal is not True and causal is not False:
         causal = truth("causal", causal)
-    # Its type first: torch.compile of 2.4 compares no list with a tuple.
-    unbounded = type(window_size) is tuple and window_size is UNBOUNDED
+    # Not every torch.compile traces a question about a tuple's identity.
+    unbounded = not _is_compiling() and window_size is UNBOUNDED
     left, right = UNBOUNDED if unbounded else read_window(window_size)
     if type(softcap) is not float or softcap != 0.0:
         softcap = number("softcap", softcap)

@@ -112,7 +112,10 @@ void add_kernel_flags(CLI::App& command, KernelFlags& flags) {
     command.add_flag("--" + std::string(kFeatures[i].word), flags.features[i],
                      "The kernel " + std::string(kFeatures[i].phrase));
   command.add_option("--gqa", flags.gqa, "Group size: num_heads / num_heads_k")->capture_default_str();
-  command.add_option("--tile", flags.tile, "auto (the default for large problems) or a tile like m256n16w8q80l2b4k7")
+  command
+      .add_option("--tile", flags.tile,
+                  "auto (the default: for the problem, where one is given, else for large ones) or a tile like "
+                  "m256n16w8q80l2b4k7")
       ->capture_default_str();
 }
 

@@ -12,7 +12,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include "generator/families/families.h"
+#include "generator/tile_chooser.h"
 #include "runtime/model/kernel_model.h"
 #include "runtime/model/problem_model.h"
 #include "runtime/program/command.h"
@@ -67,7 +67,8 @@ std::optional<ProblemSize> parse_size(const ModelFlags& flags, const KernelSpec&
   const auto number = [](const char* flag, const std::string& text, std::int64_t otherwise) {
     return text.empty() ? otherwise : parse_number(flag, text, 1, kMostSize);
   };
-  if (flags.seqlen_q.empty()) throw UsageError("--seqlen-q is missing; a problem has one");
+  if (flags.seqlen_q.empty())
+    throw UsageError("--seqlen-q is missing; accepted with a problem's other sizes: a length");
   ProblemSize size;
   size.batch = number("--batch", flags.batch, 1);
   size.num_heads = number("--heads", flags.heads, spec.group_size);
@@ -83,9 +84,15 @@ std::optional<ProblemSize> parse_size(const ModelFlags& flags, const KernelSpec&
       throw UsageError("--window-size is missing: a problem with a window has one; accepted: keys on each side");
     size.window_left = size.window_right = parse_number("--window-size", flags.window, 0, kMostSize);
   } else if (!flags.window.empty()) {
-    throw UsageError("--window-size is given without --window");
+    throw UsageError("--window-size is given without --window; accepted: both or neither");
   }
   return size;
+}
+
+// That the library takes for the problem where nothing is measured.
+TileConfig chosen_tile(const KernelSpec& spec, const ProblemSize& size, const Card& card) {
+  return default_tile_chooser().choose(spec, {size.seqlen_q, size.seqlen_k, size.batch * size.num_heads,
+                                              card.multiprocessors, size.window_left + size.window_right + 1});
 }
 
 Prediction predict_all(const ModelFlags& flags) {
@@ -93,6 +100,8 @@ Prediction predict_all(const ModelFlags& flags) {
   prediction.spec = parse_kernel(flags.kernel, arch_limits(kOldestSm));
   prediction.card = &parse_card(flags.gpu);
   const std::optional<ProblemSize> size = parse_size(flags, prediction.spec);
+  if (size && flags.kernel.tile == KernelFlags().tile)
+    prediction.spec.tile = chosen_tile(prediction.spec, *size, *prediction.card);
   FreshKernel fresh = compile_afresh(prediction.spec, {.sm = kOldestSm, .code = CodeKind::kCubin},
                                      config_with_nvrtc("--nvrtc", flags.nvrtc));
   prediction.kernel = std::move(fresh.kernel);

@@ -69,6 +69,15 @@ void set_mask(AttentionOptions& options, bool causal, Window window) {
     options.mask = window.right < 0 ? Mask::kNone : window.right == 0 ? Mask::kCausal : Mask::kWindow;
 }
 
+Problem problem_of(const TensorView& q, const TensorView& k, const AttentionOptions& options, int multiprocessors) {
+  const ProblemShape shape = problem_shape(q, k, options);
+  Problem problem{shape.seqlen_q, shape.seqlen_k, shape.batch * q.shape[kHeads], multiprocessors};
+  // A side without end sees half of the keys in the mean.
+  const auto width = [&](std::int64_t side) { return side < 0 ? shape.seqlen_k / 2 : std::min(side, shape.seqlen_k); };
+  problem.window = width(options.window.left) + width(options.window.right) + 1;
+  return problem;
+}
+
 void require_options(const AttentionOptions& options, const ProblemShape& shape, std::int64_t num_heads) {
   if (!(std::fabs(options.softmax_scale) <= kMostScale))
     throw ArgumentError({"softmax_scale", "is " + number_text(options.softmax_scale), accepted_scales()});

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "generator/kernel_spec.h"
+#include "generator/tile_chooser.h"
 #include "runtime/request/tensor_view.h"
 #include "templates/attention_params.cuh"
 
@@ -61,6 +62,9 @@ struct ProblemShape {
   std::int64_t batch, seqlen_q, seqlen_k;
 };
 ProblemShape problem_shape(const TensorView& q, const TensorView& k, const AttentionOptions& options);
+
+// What a tile is chosen by. `q` and `k` are the problem's.
+Problem problem_of(const TensorView& q, const TensorView& k, const AttentionOptions& options, int multiprocessors);
 
 // A tensor of 4-byte numbers that an option reads.
 struct OptionTensor {

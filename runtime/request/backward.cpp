@@ -103,7 +103,7 @@ BackwardPlan plan_backward(const BackwardRequest& request, const PlanTarget& tar
   all_rows.seqlen_q = static_cast<int>(request.q.shape[kSeqlen]);
   const Side rows{q, request.q.shape[kBatch], request.q.shape[kSeqlen]}, queries{q, shape.batch, shape.seqlen_q},
       keys{k, shape.batch, shape.seqlen_k};
-  const Problem problem{shape.seqlen_q, shape.seqlen_k, shape.batch * request.q.shape[kHeads], target.multiprocessors};
+  const Problem problem = problem_of(request.q, request.k, request.options, target.multiprocessors);
   BackwardPlan plan = {
       lay_out(spec, KernelKind::kBackwardPreprocess, request.preprocess_tile, rows, all_rows, target, problem),
       lay_out(spec, KernelKind::kBackwardDkDv, request.dkdv_tile, keys, params, target, problem),

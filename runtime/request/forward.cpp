@@ -44,7 +44,7 @@ LaunchPlan plan_forward(const ForwardRequest& request, const PlanTarget& target)
   LaunchPlan plan;
   plan.spec = problem_spec(request.q, request.k, request.options, access_of(request));
   const ProblemShape shape = problem_shape(request.q, request.k, request.options);
-  const Problem problem{shape.seqlen_q, shape.seqlen_k, shape.batch * request.q.shape[kHeads], target.multiprocessors};
+  const Problem problem = problem_of(request.q, request.k, request.options, target.multiprocessors);
   plan.spec.tile = request.tile ? *request.tile : target.tiles.choose(plan.spec, problem);
   if (plan.spec.tile.block_m < 1) throw UnsupportedError(check(plan.spec, target.arch).value());
   const std::int64_t num_m_blocks = (shape.seqlen_q + plan.spec.tile.block_m - 1) / plan.spec.tile.block_m;

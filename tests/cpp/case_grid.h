@@ -107,7 +107,7 @@ std::vector<Case> pick_of_grid(const std::vector<Case>& cases) {
   return kept;
 }
 
-// Runs cases on two threads; `run` returns a fault or "". Faults are told as they come, so that a long run that is broken
+// Runs cases on as many threads as there are cores, two at the least; `run` returns a fault or "". Faults are told as they come, so that a long run that is broken
 // off has told what it found.
 template <class Case, class Run>
 int count_faults(const std::vector<Case>& cases, Run run) {
@@ -121,9 +121,10 @@ int count_faults(const std::vector<Case>& cases, Run run) {
       std::fprintf(stderr, "%s\n", fault.c_str());
     }
   };
-  std::thread other(work);
+  std::vector<std::thread> others(std::max(2u, std::thread::hardware_concurrency()) - 1);
+  for (std::thread& other : others) other = std::thread(work);
   work();
-  other.join();
+  for (std::thread& other : others) other.join();
   return faults;
 }
 

@@ -86,15 +86,15 @@ TEST_CASE("agrees with the figures of an independent model") {
   for (const auto& [facts, kernel] : kernels) {
     CAPTURE(facts["file"]);
     const KernelModel model(kernel, facts["useful_mma"], find_card("t4"));
-    CHECK(model.registers() == facts["registers"]);
-    CHECK(model.blocks_per_multiprocessor() == facts["blocks"]);
+    CHECK(model.registers() == facts["registers"].get<int>());
+    CHECK(model.blocks_per_multiprocessor() == facts["blocks"].get<int>());
     const auto loop = model.loop();
     REQUIRE(loop);
-    CHECK(loop->instructions == facts["loop_instructions"]);
-    CHECK(loop->tensor_instructions == facts["loop_tensor"]);
-    CHECK(loop->spill_instructions == facts["loop_spills"]);
-    CHECK(loop->code_bytes == facts["code_bytes"]);
-    CHECK(loop->limit == facts["limit"]);
+    CHECK(loop->instructions == facts["loop_instructions"].get<int>());
+    CHECK(loop->tensor_instructions == facts["loop_tensor"].get<int>());
+    CHECK(loop->spill_instructions == facts["loop_spills"].get<int>());
+    CHECK(loop->code_bytes == facts["code_bytes"].get<int>());
+    CHECK(loop->limit == facts["limit"].get<std::string>());
     check_near(loop->useful, facts["useful"]);
     check_near(loop->under_stress, facts["useful_under_stress"]);
     check_near(loop->usage.load_store, facts["lsu"]);

@@ -1,11 +1,17 @@
-// The default tiles are legal wherever they apply, and the one for small problems fills a T4 where the large one does not.
+// The default tiles are legal wherever they apply, and the one that is done first is chosen.
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
+#include <random>
+#include <vector>
 
 #include "generator/errors.h"
 #include "generator/families/families.h"
 #include "generator/tile_chooser.h"
+#include "generator/tile_costs.h"
+#include "runtime/model/problem_model.h"
 
 using namespace flash_attn_jit;
 
@@ -50,35 +56,89 @@ TEST_CASE("every default tile and every tile of the space is legal on a T4, and 
     });
 }
 
-TEST_CASE("a problem that fills the device gets the large tile, a small one the small tile") {
-  for_every_problem([&](const KernelSpec& spec) {
-    const auto tiles = default_tiles(spec);
-    CHECK(tiles.front().block_m > tiles.back().block_m);
-    CHECK(chosen(spec, {4096, 4096, 64, kT4Multiprocessors}) == tiles.front());
-    CHECK(chosen(spec, {128, 128, 12, kT4Multiprocessors}) == tiles.back());
-    CHECK(chosen(spec, {1, 1, 1, kT4Multiprocessors}) == tiles.back());
-  });
+// What the card's model says of a problem, from the costs that stand beside the tiles.
+double predicted_cycles(KernelSpec spec, const TileConfig& tile, const ProblemSize& size, int multiprocessors) {
+  spec.tile = tile;
+  const TileCost& cost = tile_cost(spec, tile);
+  std::vector<BlockCost> costs;
+  for (int sharing = 1; sharing <= cost.resident; ++sharing) {
+    const auto of = [&](int BlockCycles::* part) {
+      const double alone = cost.alone.*part, shared = cost.sharing.*part;
+      return cost.resident > 1 ? alone + (shared - alone) * (sharing - 1) / (cost.resident - 1) : alone;
+    };
+    costs.push_back({of(&BlockCycles::block), of(&BlockCycles::iteration), of(&BlockCycles::masked_iteration)});
+  }
+  Card card = find_card("t4");
+  card.multiprocessors = multiprocessors;
+  card.dram_bytes_per_second = 1e15;  // the choice looks at the multiprocessors alone
+  return predict(spec, size, costs, card).cycles;
 }
 
-TEST_CASE(
-    "rows that a tile computes for nothing count: where the large tile would stand half empty, another is chosen") {
-  for (const KernelKind kind : {KernelKind::kForward, KernelKind::kBackwardDkDv, KernelKind::kBackwardDq}) {
+TEST_CASE("every default tile has a cost of its own") {
+  for (const KernelKind kind : {KernelKind::kForward, KernelKind::kBackwardDkDv, KernelKind::kBackwardDq})
+    for (const Mask mask : kAllMasks)
+      for (int head_dim = 8; head_dim <= 256; head_dim += 8) {
+        KernelSpec spec;
+        spec.kind = kind;
+        spec.mask = mask;
+        spec.head_dim = head_dim;
+        CAPTURE(spec.text());
+        for (const TileConfig& tile : default_tiles(spec)) {
+          const TileCost& cost = tile_cost(spec, tile);
+          CHECK(cost.block_m == tile.block_m);
+          CHECK(cost.warps == tile.warps);
+          CHECK(cost.resident >= 1);
+          CHECK(cost.alone.iteration > 0);
+          CHECK(cost.sharing.iteration > 0);
+        }
+      }
+}
+
+TEST_CASE("of the default tiles the one is chosen that the model says is done first, nearly always") {
+  std::mt19937 random(1);
+  const auto size = [&](int most) {  // as many small as large ones
+    return std::max<std::int64_t>(1, static_cast<std::int64_t>(std::pow(most, (random() % 1000) / 1000.0)));
+  };
+  int problems = 0, late = 0, other_than_large = 0;
+  double worst = 1;
+  for (int i = 0; i < 4000; ++i) {
     KernelSpec spec;
-    spec.kind = kind;
-    spec.head_dim = 64;
-    const TileConfig large = default_tiles(spec).front();
-    REQUIRE(large.block_m == 256);
-    for (const int multiprocessors : {kT4Multiprocessors, 132}) {
-      CHECK(chosen(spec, {128, 128, 384, multiprocessors}).block_m <= 128);
-      CHECK(chosen(spec, {256, 256, 3960, multiprocessors}) == large);
+    spec.kind = std::array{KernelKind::kForward, KernelKind::kBackwardDkDv, KernelKind::kBackwardDq}[random() % 3];
+    spec.mask = kAllMasks[random() % 3];
+    spec.head_dim = 8 * static_cast<int>(1 + random() % 32);
+    spec.group_size = 1 << random() % 3;
+    ProblemSize problem{.batch = size(64), .num_heads = 8, .num_heads_k = 8 / spec.group_size, .seqlen_q = size(4096)};
+    problem.seqlen_k = random() % 2 == 0 ? problem.seqlen_q : size(4096);
+    problem.window_left = problem.window_right = size(1024);
+    const int multiprocessors = std::array{40, 68, 132}[random() % 3];
+    const TileConfig tile = chosen(spec, {problem.seqlen_q, problem.seqlen_k, problem.batch * 8, multiprocessors,
+                                          problem.window_left + problem.window_right + 1});
+    double least = 0, time = 0;
+    for (const TileConfig& each : default_tiles(spec)) {
+      const double cycles = predicted_cycles(spec, each, problem, multiprocessors);
+      least = least == 0 ? cycles : std::min(least, cycles);
+      if (each == tile) time = cycles;
     }
-    // The rows are keys where dK and dV are made, and there is a block for each key head.
-    const bool owns_keys = kind == KernelKind::kBackwardDkDv;
-    CHECK((chosen(spec, {4096, 128, 384, kT4Multiprocessors}) == large) == !owns_keys);
-    CHECK((chosen(spec, {128, 4096, 384, kT4Multiprocessors}) == large) == owns_keys);
-    spec.group_size = 8;
-    CHECK((chosen(spec, {256, 256, 40, kT4Multiprocessors}) == large) == !owns_keys);
+    REQUIRE(time > 0);
+    ++problems;
+    late += time > 1.1 * least;
+    other_than_large += tile != default_tiles(spec).front();
+    worst = std::max(worst, time / least);
   }
+  CHECK(late < problems / 40);
+  CHECK(worst < 2);
+  CHECK(other_than_large > problems / 10);
+  CHECK(other_than_large < problems * 9 / 10);
+}
+
+TEST_CASE("sizes at their ends: a tile is chosen") {
+  for (const KernelKind kind : kKernelKinds)
+    for_every_problem([&](KernelSpec spec) {
+      spec.kind = kind;
+      for (const std::int64_t length : {std::int64_t{0}, std::int64_t{1}, std::int64_t{1} << 24})
+        for (const std::int64_t heads : {std::int64_t{0}, std::int64_t{1}, std::int64_t{1} << 20})
+          CHECK(chosen(spec, {length, length, heads, kT4Multiprocessors}).block_m > 0);
+    });
 }
 
 TEST_CASE("there is no tile above head dim 256") {

@@ -1,0 +1,101 @@
+"""flash-attn-jit model: what it says of a kernel and of a problem; and the data that the library took from it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TESTS_ALL, find_nvrtc, program_path, run_program
+
+REPOSITORY = Path(__file__).parents[2]
+PROBLEM = ["--batch", 4, "--heads", 16, "--seqlen-q", 1024]
+
+
+def model(*arguments, **changes):
+    done = run_program("model", *arguments, FLASH_ATTN_JIT_NVRTC=find_nvrtc(12), **changes)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+def prediction(*arguments):
+    return json.loads(model(*arguments, "--json"))
+
+
+def test_a_prediction_in_words_and_in_json():
+    flags = ["--head-dim", 64, *PROBLEM, "--profile", 3]
+    text, found = model(*flags), prediction(*flags)
+    assert "Tesla T4, predicted" in text and "MHz" in text and "limited by" in text
+    assert found["predicted"] is True and found["card"]["name"] == "Tesla T4"
+    assert 0.7 < found["useful"] < 1 and 0.7 < found["useful_under_stress"] < 1
+    assert found["pipes"][found["limit"]] == max(v for pipe, v in found["pipes"].items() if pipe != "issue")
+    assert len(found["loop"]["waits"]) == 3
+    assert sum(found["loop"]["waits_by_reason"].values()) == pytest.approx(1)
+    assert found["seconds"] > found["seconds_at_boost"] > found["problem"]["dram_seconds"] > 0
+    assert found["problem"]["useful_flops"] == 4 * 4 * 16 * 1024 * 1024 * 64
+    # A whole problem reaches less than its main loop does.
+    assert found["problem"]["share_of_peak"] < found["useful"]
+
+
+def test_longer_sequences_take_longer_and_get_closer_to_the_loop():
+    of = [prediction("--head-dim", 64, "--heads", 16, "--seqlen-q", length) for length in (512, 2048, 8192)]
+    assert of[0]["seconds"] < of[1]["seconds"] < of[2]["seconds"]
+    assert of[0]["problem"]["share_of_peak"] < of[2]["problem"]["share_of_peak"]
+    causal = prediction("--head-dim", 64, "--causal", "--heads", 16, "--seqlen-q", 8192)
+    assert 0.5 < causal["seconds"] / of[2]["seconds"] < 0.7
+
+
+def test_cards():
+    t4, geforce = (prediction("--head-dim", 64, *PROBLEM, "--gpu", gpu) for gpu in ("t4", "rtx2080ti"))
+    # Half the rate of tensor instructions with float32 accumulators, over 68 multiprocessors and not 40.
+    assert geforce["card"]["multiprocessors"] == 68
+    assert geforce["loop"]["cycles"] > 1.7 * t4["loop"]["cycles"]
+
+
+def test_kernels_without_a_main_loop_and_with_a_window():
+    preprocess = prediction("--kind", "bwd_preprocess", "--head-dim", 64, *PROBLEM)
+    assert "useful" not in preprocess and preprocess["seconds"] > 0
+    narrow, wide = (
+        prediction("--head-dim", 64, "--window", *PROBLEM, "--window-size", size)["seconds"] for size in (64, 512)
+    )
+    assert narrow < wide
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--gpu", "a100"], "--gpu"),
+        (["--batch", "4"], "--seqlen-q"),
+        (["--seqlen-q", "0"], "--seqlen-q"),
+        (["--seqlen-q", "64", "--gqa", "4", "--heads", "6"], "--heads"),
+        (["--seqlen-q", "64", "--window"], "--window-size"),
+        (["--seqlen-q", "64", "--window-size", "3"], "--window-size"),
+        (["--profile", "0"], "--profile"),
+        (["--tile", "m1"], "--tile"),
+    ],
+)
+def test_wrong_flags_are_named(flags, named):
+    done = run_program("model", "--head-dim", 64, *flags)
+    assert done.returncode == 2
+    assert named in done.stderr.decode() and "accepted" in done.stderr.decode()
+
+
+def numbers(row):
+    return [int(number) for number in re.findall(r"\d+", row.split("//")[0])]
+
+
+def test_the_costs_of_default_tiles_are_the_models():
+    """Another NVRTC makes other code: a tenth is allowed."""
+    source = REPOSITORY / "generator" / "tile_costs.inc"
+    rows = {row.split("// ")[1].strip(): row for row in source.read_text().splitlines() if row.startswith("{")}
+    assert len(rows) == 3 * 3 * 16
+    chosen = list(rows) if TESTS_ALL else ["fwd causal 64", "bwd_dkdv full 32", "bwd_dq window 32"]
+    command = [sys.executable, REPOSITORY / "tools" / "tile_costs" / "tile_costs.py", "--program", program_path()]
+    made = subprocess.run(
+        [*command, "--nvrtc", find_nvrtc(12), "--only", ",".join(chosen)], capture_output=True, text=True, check=True
+    )
+    found = {row.split("// ")[1].strip(): row for row in made.stdout.splitlines() if row.startswith("{")}
+    assert list(found) == chosen
+    for problem, row in found.items():
+        assert numbers(row) == pytest.approx(numbers(rows[problem]), rel=0.1, abs=20), problem

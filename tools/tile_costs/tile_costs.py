@@ -1,0 +1,86 @@
+#!/usr/bin/env python3
+"""Makes generator/tile_costs.inc: what a block of every default tile costs on a Turing multiprocessor, as
+`flash-attn-jit model` says. The library chooses among default tiles by it.
+
+    tile_costs.py --nvrtc PATH > generator/tile_costs.inc
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+KINDS = ("fwd", "bwd_dkdv", "bwd_dq")
+MASKS = ("full", "causal", "window")
+DIMS = range(16, 257, 16)
+
+
+class Problem(NamedTuple):
+    kind: str
+    mask: str
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.mask} {self.head_dim}"
+
+    def flags(self) -> list[str]:
+        mask = [] if self.mask == "full" else [f"--{self.mask}"]
+        return ["--kind", self.kind, "--head-dim", str(self.head_dim), *mask]
+
+
+def output_of(args: argparse.Namespace, *command: str) -> str:
+    nvrtc = ["--nvrtc", args.nvrtc] if args.nvrtc and command[0] == "model" else []
+    return subprocess.check_output([args.program, *command, *nvrtc], text=True)
+
+
+def default_tiles(args: argparse.Namespace, problem: Problem) -> list[str]:
+    return output_of(args, "inspect", *problem.flags(), "--emit", "tiles").split()
+
+
+def cost_of(args: argparse.Namespace, problem: Problem, tile: str) -> dict[str, Any]:
+    prediction: dict[str, Any] = json.loads(output_of(args, "model", *problem.flags(), "--tile", tile, "--json"))
+    return prediction
+
+
+def text_of(prediction: dict[str, Any]) -> str:
+    costs = prediction["cycles_of_a_block"]
+    alone, sharing = (
+        "{" + ", ".join(str(round(cost[name])) for name in ("block", "iteration", "masked_iteration")) + "}"
+        for cost in (costs[0], costs[-1])
+    )
+    rows, warps = re.match(r"m(\d+)n\d+w(\d+)", prediction["tile"]).groups()  # type: ignore[union-attr]
+    return f"{{{rows}, {warps}, {len(costs)}, {alone}, {sharing}}}"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--program", default="flash-attn-jit")
+    parser.add_argument("--nvrtc", help="as for `flash-attn-jit model`")
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), help="problems, such as 'fwd full 64,bwd_dq causal 32'"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    problems = [Problem(*each) for each in itertools.product(KINDS, MASKS, DIMS)]
+    if args.only:
+        problems = [problem for problem in problems if str(problem) in args.only]
+    tiles = [(problem, tile) for problem in problems for tile in default_tiles(args, problem)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        predictions = list(pool.map(lambda each: cost_of(args, *each), tiles))
+    print("// Made by tools/tile_costs. Kinds, masks and head dims in their order; of each its default tiles:")
+    print("// {rows, warps, blocks that share a multiprocessor, {block, iteration, masked iteration} alone, sharing}")
+    for problem, texts in itertools.groupby(zip(tiles, predictions), key=lambda each: each[0][0]):
+        row = ", ".join(text_of(prediction) for _, prediction in texts)
+        print(f"{{{{{row}}}}},  // {problem}")
+
+
+if __name__ == "__main__":
+    main()
