@@ -133,6 +133,8 @@ setup: $(stamps)/lint $(stamps)/package
 demo: $(stamps)/package
 	@echo '== demo'
 	@$(python) -m flash_attn_jit.demo
+	@echo '== a tuning report, of what the model of a T4 predicts'
+	@$(python) -m flash_attn_jit.report --demo
 
 lint: $(stamps)/lint
 	@echo '== clang-format, ruff and mypy'

@@ -1,7 +1,5 @@
 #include "generator/render.h"
 
-#include <set>
-
 #include "generator/errors.h"
 #include "generator/families/families.h"
 #include "generator/tile_layout.h"
@@ -66,6 +64,13 @@ std::string traits(const KernelSpec& spec) {
 }
 
 }  // namespace
+
+std::set<std::string, std::less<>> templates_of(KernelKind kind, const TemplateSet& templates) {
+  std::set<std::string, std::less<>> files;
+  std::string source;
+  inline_template(family_of(kind).template_file, "the kernel", templates, files, source);
+  return files;
+}
 
 RenderedKernel render(const KernelSpec& spec, const TemplateSet& templates) {
   const KernelFamily& family = family_of(spec.kind);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <map>
+#include <set>
 #include <string>
 #include <string_view>
 
@@ -22,6 +23,9 @@ struct RenderedKernel {
 
 // The templates embedded at build time.
 const TemplateSet& embedded_templates();
+
+// The files that a kernel of this kind is made of. Throws Error where a template includes one that is not in the set.
+std::set<std::string, std::less<>> templates_of(KernelKind kind, const TemplateSet& templates);
 
 // Renders a spec. Does not check legality. Throws Error where a template includes one that is not in the set.
 RenderedKernel render(const KernelSpec& spec, const TemplateSet& templates);

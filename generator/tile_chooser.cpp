@@ -12,7 +12,7 @@ namespace flash_attn_jit {
 namespace {
 
 // Of a time: the model's noise is several times as much (a kernel moves by up to 7 % with the compiler).
-constexpr std::int64_t kIndistinguishable = 32;
+constexpr double kIndistinguishable = 0.03;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -62,25 +62,25 @@ std::int64_t cycles_of(const KernelSpec& spec, const TileCost& cost, const TileC
 }
 
 // How long a problem takes with a tile, in cycles of a Turing card with the device's number of multiprocessors.
-std::int64_t cycles_of(const KernelSpec& spec, const TileConfig& tile, const Problem& problem) {
+double cycles_of(const KernelSpec& spec, const TileConfig& tile, const Problem& problem) {
   if (family_of(spec.kind).products == 0) return 0;  // no main loop, one tile
   const TileCost& cost = tile_cost(spec, tile);
   const Sides sides = sides_of(spec, problem);
   const std::int64_t row_blocks = ceil_div(sides.rows, tile.block_m);
   const std::int64_t blocks = row_blocks * sides.heads * family_of(spec.kind).output_splits(spec);
   const auto round = [&](std::int64_t seen, std::int64_t sharing) {
-    return sharing * cycles_of(spec, cost, tile, sides, seen, sharing);
+    return static_cast<double>(sharing * cycles_of(spec, cost, tile, sides, seen, sharing));
   };
   const std::int64_t sharing = std::clamp<std::int64_t>(ceil_div(blocks, problem.multiprocessors), 1, cost.resident);
   const std::int64_t at_once = problem.multiprocessors * sharing;
-  if (spec.mask != Mask::kCausal || row_blocks == 1) {
-    const std::int64_t rest = blocks % at_once;
-    return blocks / at_once * round(sides.seen, sharing) +
+  const auto rounds = static_cast<double>(blocks / at_once);
+  const std::int64_t rest = blocks % at_once;
+  if (spec.mask != Mask::kCausal || row_blocks == 1)
+    return rounds * round(sides.seen, sharing) +
            (rest > 0 ? round(sides.seen, ceil_div(rest, problem.multiprocessors)) : 0);
-  }
   // Long blocks go first, so that short ones fill the end; the longest bounds it.
-  const std::int64_t mean = round(sides.seen, sharing);
-  return std::max(round(sides.columns, sharing), blocks * mean / at_once + mean / 2);
+  const double mean = round(sides.seen, sharing), part = static_cast<double>(rest) / static_cast<double>(at_once);
+  return std::max(round(sides.columns, sharing), (rounds + part + 0.5) * mean);
 }
 
 // The tables of a family, the one for large problems first.
@@ -98,12 +98,12 @@ class DefaultTileChooser final : public TileChooser {
   TileConfig choose(const KernelSpec& spec, const Problem& problem) const override {
     require_head_dim(spec.head_dim);
     std::optional<TileConfig> best;
-    std::int64_t least = 0;
+    double least = 0;
     for (const std::optional<TileConfig>& tile : find_default_tiles(spec)) {
       if (!tile) continue;
-      const std::int64_t time = cycles_of(spec, *tile, problem);
+      const double time = cycles_of(spec, *tile, problem);
       // What the model cannot tell apart goes to the smaller tile, whose blocks leave less of the device idle at the end.
-      if (best && time - time / kIndistinguishable >= least) continue;
+      if (best && time * (1 - kIndistinguishable) >= least) continue;
       least = best ? std::min(least, time) : time;
       best = tile;
     }

@@ -1,5 +1,5 @@
 // Which tile for a spec and a problem: one question, whoever answers it. The default tables, which the families hold, do;
-// measured records can stand before them.
+// on GPUs measured records stand before them.
 #pragma once
 
 #include <cstdint>

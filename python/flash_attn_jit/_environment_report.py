@@ -25,7 +25,9 @@ TO_RUN = {
     "python -m flash_attn_jit [--json]": "this text",
     "python -m flash_attn_jit.bench": "speed, whole models, accuracy, memory and host cost beside PyTorch's attention",
     "python -m flash_attn_jit.demo": "builds a T4's kernels for some models, runs and checks them, on any machine",
-    _PROGRAM: "the program: devices, inspect, model, prebuild, pack, cache",
+    "python -m flash_attn_jit.report": "a page of what tuning tried and why the winners won; --demo without a GPU",
+    "python -m flash_attn_jit.check": "is this GPU right, and how fast: one JSON to attach to an issue",
+    _PROGRAM: "the program: devices, inspect, model, prebuild, pack, tune, report, cache",
 }
 # By their distributions' names: other attention kernels, then those who call them, then what brings NVRTC.
 PACKAGES = (
@@ -90,14 +92,17 @@ def _import_error() -> str | None:
     return None
 
 
-def _package() -> dict[str, Any]:
+def program_path() -> str | None:
     beside_python = Path(sysconfig.get_path("scripts")) / _PROGRAM
-    program = str(beside_python) if beside_python.exists() else shutil.which(_PROGRAM)
+    return str(beside_python) if beside_python.exists() else shutil.which(_PROGRAM)
+
+
+def _package() -> dict[str, Any]:
     return {
         "version": _version_of("flash-attn-jit"),
         "folder": str(Path(__file__).parent),
         "import_error": _import_error(),
-        "program": program,
+        "program": program_path(),
     }
 
 
@@ -145,6 +150,14 @@ def _machine() -> dict[str, Any]:
     except Exception as error:
         return {"error": _words(error)}
     return machine
+
+
+def cache_folder() -> Path | None:
+    """None where kernels stay in memory. Raises RuntimeError where it is not known."""
+    machine = _machine()
+    if reason := machine.get("error") or machine.get("configuration_error"):
+        raise RuntimeError(reason)
+    return Path(machine["cache"]) if machine.get("cache") else None
 
 
 def _cache(folder: str | None) -> dict[str, Any] | None:

@@ -1,6 +1,8 @@
-"""Attention and its gradients in float64, the yardstick of the bench and the demo."""
+"""Attention and its gradients in float64, the yardstick of the bench, the demo and the check."""
 
+from dataclasses import dataclass
 from math import sqrt
+from typing import NamedTuple
 
 import torch
 
@@ -32,3 +34,87 @@ def reference_gradients(
     dp = dout @ v.transpose(-1, -2)
     ds = p * (dp - (p * dp).sum(-1, keepdim=True)) / sqrt(q.shape[-1])
     return ds @ k, ds.transpose(-1, -2) @ q, dv
+
+
+class Exact(NamedTuple):
+    """A result in float64, and by how much float16 and float32 arithmetic may miss each of its elements."""
+
+    value: torch.Tensor
+    allowed: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is done to the scores. Masks and distances are aligned bottom-right; a negative width of a
+    window is no bound."""
+
+    causal: bool = False
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    alibi_slopes: torch.Tensor | None = None  # (num_heads)
+
+    def hidden(self, distance: torch.Tensor) -> torch.Tensor:
+        """Of a query and a key that are so far apart (the key behind, where it is positive)."""
+        left, right = self.window[0], 0 if self.causal else self.window[1]
+        hidden = torch.zeros_like(distance, dtype=torch.bool)
+        if left >= 0:
+            hidden |= distance > left
+        if right >= 0:
+            hidden |= distance < -right
+        return hidden
+
+
+_HALF = 2.0**-11  # half a unit in the last place of a float16, relative
+_LEAST_HALF = 2.0**-24  # twice that of a float16 near 0, absolute
+_SCORE = 2.0**-15  # of a probability, for what float32 does to its score
+_SAFETY = 2.0  # several roundings come together
+
+
+def exact_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, scores: Scores
+) -> dict[str, Exact]:
+    """out, dq, dk and dv of one sequence, (seqlen, heads, head_dim) each. A query that sees no key has out 0.
+
+    What is allowed follows the roundings that the kernels cannot avoid: P, dS and the results become float16, out does
+    before it is multiplied with dout.
+    """
+    group_size, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
+    q, k, v, dout = (x.double().transpose(0, 1) for x in (q, k, v, dout))
+    k, v = (x.repeat_interleave(group_size, 0) for x in (k, v))
+    s = q @ k.transpose(1, 2) * scale
+    slope = torch.ones_like(s)  # of the softcap: what a change of the score makes of one before it
+    if scores.softcap:
+        bent = torch.tanh(s / scores.softcap)
+        s, slope = scores.softcap * bent, 1 - bent * bent
+    queries, keys = s.shape[1:]
+    distance = (torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)).to(q.device)
+    if scores.alibi_slopes is not None:
+        s = s - scores.alibi_slopes.double()[:, None, None] * distance.abs()
+    p = torch.softmax(s.masked_fill(scores.hidden(distance), float("-inf")), -1).nan_to_num(0.0)  # a row without keys
+    seen = (p > 0).double()
+
+    out, dv = p @ v, p.transpose(1, 2) @ dout
+    dp = dout @ v.transpose(1, 2)
+    delta = (dout * out).sum(-1, keepdim=True)
+    ds = p * (dp - delta) * slope
+    dq, dk = ds @ k * scale, ds.transpose(1, 2) @ q * scale
+
+    p_error = (_HALF + _SCORE) * p + _LEAST_HALF * seen
+    delta_error = _HALF * (dout.abs() * out.abs()).sum(-1, keepdim=True)
+    ds_error = _HALF * ds.abs() + p * slope * (delta_error + _SCORE * (dp.abs() + delta.abs())) + _LEAST_HALF * seen
+    errors = {
+        "out": (out, p_error @ v.abs()),
+        "dq": (dq, ds_error @ k.abs() * scale),
+        "dk": (dk, ds_error.transpose(1, 2) @ q.abs() * scale),
+        "dv": (dv, p_error.transpose(1, 2) @ dout.abs()),
+    }
+    return {
+        name: _summed(value, error, group_size if name in ("dk", "dv") else 1)
+        for name, (value, error) in errors.items()
+    }
+
+
+def _summed(value: torch.Tensor, error: torch.Tensor, group_size: int) -> Exact:
+    """Over the query heads of each key head; back to (seqlen, heads, head_dim)."""
+    value, error = (x.unflatten(0, (-1, group_size)).sum(1).transpose(0, 1) for x in (value, error))
+    return Exact(value, _SAFETY * (error + _HALF * value.abs() + _LEAST_HALF))

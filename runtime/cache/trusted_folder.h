@@ -1,12 +1,11 @@
-// Reading kernels from a folder, and only those that nobody else can have put there: they run with the rights of this
-// process.
+// Reading kernels, and the records that choose among them, from a folder, and only those that nobody else can have put
+// there: they run with the rights of this process.
 #pragma once
 
 #include <sys/types.h>
 
 #include <cstdint>
 #include <filesystem>
-#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -52,8 +51,7 @@ class TrustedFolder {
 
   // The whole file; nothing where there is none. Throws FileError, also where somebody else than the folder's owner, root
   // or this process's user may have written it, and where it has more than `most_bytes`.
-  std::optional<std::string> read(const std::string& name,
-                                  std::uint64_t most_bytes = std::numeric_limits<std::int64_t>::max()) const;
+  std::optional<std::string> read(const std::string& name, std::uint64_t most_bytes = kAnyBytes) const;
 
   // A folder in it, under the conditions of a file. Nothing where there is none.
   std::optional<TrustedFolder> folder(const std::string& name) const;

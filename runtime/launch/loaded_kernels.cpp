@@ -51,12 +51,17 @@ const LoadedKernel& LoadedKernelTable::insert(const LoadedKernel& kernel) {
   return *owned_.emplace_back(std::move(owned));
 }
 
-Device::Device(Driver& driver, KernelLibrary& library, TargetChoice target, const TileChooser& tiles, int ordinal)
+TunedDevice tuned_device(const DeviceInfo& info, TargetChoice target) {
+  return {info.name, info.sm, info.multiprocessors,
+          std::string(target == TargetChoice::kCompute75 ? kTuringCode : kNativeCode)};
+}
+
+Device::Device(Driver& driver, KernelLibrary& library, TargetChoice target, const TilesOfDevice& tiles_of, int ordinal)
     : driver_(driver),
       library_(library),
       target_(target),
       info_(driver.device_info(ordinal)),
-      plan_target_{limits_of(info_, target), info_.multiprocessors, tiles},
+      plan_target_{limits_of(info_, target), info_.multiprocessors, tiles_of(tuned_device(info_, target))},
       context_(driver.primary_context(ordinal)) {}
 
 void Device::launch(const LoadedKernel& kernel, std::int64_t blocks, const void* params, StreamHandle stream) {
@@ -150,12 +155,15 @@ CompiledKernel Device::machine_code_of(CompiledKernel ptx) {
   return kernel;
 }
 
-DeviceRuntime::DeviceRuntime(Driver& driver, KernelLibrary& library, TargetChoice target, const TileChooser& tiles)
+DeviceRuntime::DeviceRuntime(Driver& driver, KernelLibrary& library, TargetChoice target, TilesOfDevice tiles_of)
     : driver_(driver),
       library_(library),
       target_(target),
-      tiles_(tiles),
+      tiles_of_(std::move(tiles_of)),
       slots_(static_cast<std::size_t>(driver.device_count())) {}
+
+DeviceRuntime::DeviceRuntime(Driver& driver, KernelLibrary& library, TargetChoice target, const TileChooser& tiles)
+    : DeviceRuntime(driver, library, target, [&tiles](const TunedDevice&) -> const TileChooser& { return tiles; }) {}
 
 Device& DeviceRuntime::device(int ordinal) {
   if (ordinal >= 0 && static_cast<std::size_t>(ordinal) < slots_.size())
@@ -165,7 +173,7 @@ Device& DeviceRuntime::device(int ordinal) {
 
 Device& DeviceRuntime::set_up(int ordinal) {
   const std::lock_guard lock(mutex_);
-  auto device = std::make_unique<Device>(driver_, library_, target_, tiles_, ordinal);
+  auto device = std::make_unique<Device>(driver_, library_, target_, tiles_of_, ordinal);
   Slot& slot = slots_.at(static_cast<std::size_t>(ordinal));
   if (slot.device == nullptr) slot.device = std::move(device);
   slot.ready.store(slot.device.get(), std::memory_order_release);

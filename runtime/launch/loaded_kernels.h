@@ -3,6 +3,7 @@
 
 #include <array>
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -13,6 +14,7 @@
 #include "runtime/library/kernel_library.h"
 #include "runtime/request/kernel_launch.h"
 #include "runtime/system/config.h"
+#include "runtime/tuner/record.h"
 
 namespace flash_attn_jit {
 
@@ -39,13 +41,21 @@ class LoadedKernelTable {
   std::vector<std::unique_ptr<const LoadedKernel>> owned_;
 };
 
+// What tuning records know a GPU by. Where Turing code stands in for what no NVRTC can make, it is still the GPU's own
+// code that was asked for.
+TunedDevice tuned_device(const DeviceInfo& info, TargetChoice target);
+
+// Who chooses the tiles of a device's launches; lives as long as the process's devices.
+using TilesOfDevice = std::function<const TileChooser&(const TunedDevice&)>;
+
 // One GPU: which code it runs, what it has loaded.
 class Device {
  public:
   // Throws UnsupportedError, which names the device, below sm_75.
-  Device(Driver& driver, KernelLibrary& library, TargetChoice target, const TileChooser& tiles, int ordinal);
+  Device(Driver& driver, KernelLibrary& library, TargetChoice target, const TilesOfDevice& tiles_of, int ordinal);
 
   const DeviceInfo& info() const { return info_; }
+  TunedDevice tuned_as() const { return tuned_device(info_, target_); }
 
   // What its launches are planned for. The limits are its own, or those of the Turing code that it runs.
   const PlanTarget& plan_target() const { return plan_target_; }
@@ -99,6 +109,8 @@ class Device {
 // The GPUs of a process, each set up when first used.
 class DeviceRuntime {
  public:
+  DeviceRuntime(Driver& driver, KernelLibrary& library, TargetChoice target, TilesOfDevice tiles_of);
+  // The same chooser for all devices.
   DeviceRuntime(Driver& driver, KernelLibrary& library, TargetChoice target, const TileChooser& tiles);
 
   // Throws DriverError where there is no such device.
@@ -114,7 +126,7 @@ class DeviceRuntime {
   Driver& driver_;
   KernelLibrary& library_;
   TargetChoice target_;
-  const TileChooser& tiles_;
+  TilesOfDevice tiles_of_;
   std::vector<Slot> slots_;
   std::mutex mutex_;
 };

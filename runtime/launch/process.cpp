@@ -87,10 +87,20 @@ HostKernels& process_host_kernels() {
 
 const TileChooser& process_tile_chooser() { return default_tile_chooser(); }
 
+Tuning& process_tuning() {
+  static constinit ProcessOwn<Tuning> tuning;
+  return tuning.get([] {
+    const TemplateSet templates = load_templates(config());
+    return Tuning({config().cache_dir, config().prebuilt, templates, process_tile_chooser()});
+  });
+}
+
 DeviceRuntime& process_devices() {
   static DeviceRuntime& devices = *[] {
     if (process_driver() == nullptr) throw DriverError(process_driver_absence());
-    return new DeviceRuntime(*process_driver(), process_library(), config().target, process_tile_chooser());
+    return new DeviceRuntime(
+        *process_driver(), process_library(), config().target,
+        [](const TunedDevice& device) -> const TileChooser& { return process_tuning().tiles_of(device); });
   }();
   return devices;
 }

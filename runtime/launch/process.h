@@ -12,6 +12,7 @@
 #include "runtime/library/host_kernels.h"
 #include "runtime/library/kernel_library.h"
 #include "runtime/system/config.h"
+#include "runtime/tuner/tuning.h"
 
 namespace flash_attn_jit {
 
@@ -32,8 +33,12 @@ const std::optional<BundledPack>& process_bundled_pack();
 KernelLibrary& process_library();
 HostKernels& process_host_kernels();
 
-// Chooses the tile of every launch, on GPUs and in the interpreter.
+// Chooses tiles where there is no tuning record. In the interpreter always: it plays a T4, but what it runs is to be the
+// same on every machine, whatever was tuned there.
 const TileChooser& process_tile_chooser();
+
+// Chooses the tiles of launches on GPUs, and keeps what tuning finds.
+Tuning& process_tuning();
 
 // Throws DriverError where there is no driver.
 DeviceRuntime& process_devices();

@@ -4,6 +4,7 @@
 
 #include "generator/families/families.h"
 #include "generator/legality.h"
+#include "generator/tile_chooser.h"
 #include "runtime/compile/compiler.h"
 #include "runtime/compile/slow_compile.h"
 #include "runtime/cuda/nvrtc_choice.h"
@@ -55,13 +56,17 @@ std::optional<FoundKernel> with_launch_shape(std::optional<FoundKernel> found, c
 }
 
 std::string prebuild_command(const KernelSpec& spec, int sm) {
+  const std::string program = "flash-attn-jit prebuild --arch sm_" + std::to_string(sm);
+  const std::vector<TileConfig> tiles = default_tiles(spec);
+  if (std::find(tiles.begin(), tiles.end(), spec.tile) == tiles.end())  // a tuning record chose it
+    return "flash-attn-jit tune --export FILE && " + program + " --tuned FILE --out DIR";
   std::string features;
   for (const FeatureInfo& info : kFeatures)
     if (spec.has(info.feature)) features += " --" + std::string(info.word) + " yes";
-  return "flash-attn-jit prebuild --arch sm_" + std::to_string(sm) + " --kinds " +
-         std::string(family_of(spec.kind).pack_group) + " --head-dims " + std::to_string(spec.head_dim) + " --causal " +
-         (spec.mask == Mask::kCausal ? "yes" : "no") + (spec.mask == Mask::kWindow ? " --window" : "") + features +
-         " --gqa " + std::to_string(spec.group_size) + " --out DIR";
+  return program + " --kinds " + std::string(family_of(spec.kind).pack_group) + " --head-dims " +
+         std::to_string(spec.head_dim) + " --causal " + (spec.mask == Mask::kCausal ? "yes" : "no") +
+         (spec.mask == Mask::kWindow ? " --window" : "") + features + " --gqa " + std::to_string(spec.group_size) +
+         " --out DIR";
 }
 
 // Where a kernel was looked for in vain.

@@ -113,14 +113,6 @@ PackWriter::PackWriter(const Config& config, const fs::path& out, std::optional<
   library_ = library_into(folder_, config, driver_version, open_own(out) ? std::optional(out) : std::nullopt);
 }
 
-void PackWriter::add_record(const std::string& name, std::string_view text) {
-  if (packed_file_kind(name) != PackedFileKind::kRecord)
-    throw Error("'" + name + "' is no name of a record in a pack; accepted: " + kRecordFolder + "/....json");
-  const fs::path path = folder_ / name;
-  create_folders(path.parent_path(), 0755);
-  write_file(path, path.parent_path() / temporary_name(make_key({{"record", name}})), text, 0644);
-}
-
 void PackWriter::finish() {
   if (is_zip_)
     write_zip();

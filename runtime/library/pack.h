@@ -4,8 +4,6 @@
 #include <filesystem>
 #include <memory>
 #include <optional>
-#include <string>
-#include <string_view>
 
 #include "runtime/library/kernel_library.h"
 #include "runtime/system/config.h"
@@ -33,8 +31,8 @@ class PackWriter {
   // Of what find_or_compile() gives, all that is kCompiled was not in the pack.
   KernelLibrary& library() { return *library_; }
 
-  // Puts a tuning record into the pack, under a name like "tuning/tesla_t4/x.json".
-  void add_record(const std::string& name, std::string_view text);
+  // The folder that becomes the pack, for tuning records to be put in.
+  const std::filesystem::path& folder() const { return folder_; }
 
   // Writes the manifest, and the zip file where it is one.
   void finish();

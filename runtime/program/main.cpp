@@ -1,4 +1,5 @@
-// flash-attn-jit: shows what is there, shows one kernel, predicts its speed, builds packs, looks after the cache.
+// flash-attn-jit: shows what is there, shows one kernel, predicts its speed, builds packs, shows and moves tuning records,
+// looks after the cache.
 #include <cstdlib>
 #include <exception>
 #include <iostream>
@@ -42,8 +43,9 @@ void print_warnings(LogLevel level, const std::string& message) {
 
 int run(int argc, char** argv) {
   set_log_sink(print_warnings);
-  CLI::App app("FlashAttention kernels for Turing GPUs: what this machine has, one kernel, packs, the cache.",
-               "flash-attn-jit");
+  CLI::App app(
+      "FlashAttention kernels for Turing GPUs: what this machine has, one kernel, packs, tuning records, the cache.",
+      "flash-attn-jit");
   app.set_version_flag("--version", FLASH_ATTN_JIT_VERSION);
   app.require_subcommand(1);
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::Throw);
@@ -54,6 +56,8 @@ int run(int argc, char** argv) {
   add_model(app, chosen);
   add_prebuild(app, chosen);
   add_pack(app, chosen);
+  add_tune(app, chosen);
+  add_report(app, chosen);
   add_cache(app, chosen);
 
   try {

@@ -1,4 +1,5 @@
-// flash-attn-jit prebuild: makes a pack, every kernel that the runtime may choose for the problems named.
+// flash-attn-jit prebuild: makes a pack, every kernel that the runtime may choose for the problems named, or those that
+// tuning found best.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -17,6 +18,7 @@
 
 #include "generator/families/families.h"
 #include "generator/kernel_selection.h"
+#include "runtime/launch/process.h"
 #include "runtime/library/kernel_library.h"
 #include "runtime/library/pack.h"
 #include "runtime/program/command.h"
@@ -25,6 +27,7 @@
 #include "runtime/system/config.h"
 #include "runtime/system/errors.h"
 #include "runtime/system/log.h"
+#include "runtime/tuner/database.h"
 
 namespace flash_attn_jit::program {
 namespace {
@@ -43,6 +46,7 @@ struct PrebuildFlags {
   std::array<std::string, kFeatures.size()> features;
   bool window = false;
   std::vector<std::string> gqa;
+  std::string tuned;  // a database
   std::string out;
   std::string jobs;
   std::string nvrtc;
@@ -63,22 +67,9 @@ struct Outcome {
 
 std::string flag_of(const FeatureInfo& info) { return "--" + std::string(info.word); }
 
-// What is asked for by a name stands alone; without one, all that names the problems is needed.
 KernelSelection parse_selection(const PrebuildFlags& flags) {
-  const std::pair<const char*, bool> needed[] = {{"--kinds", flags.kinds.empty()},
-                                                 {"--head-dims", flags.head_dims.empty()},
-                                                 {"--causal", flags.causal.empty()},
-                                                 {"--gqa", flags.gqa.empty()}};
-  if (!flags.pack.empty()) {
-    if (flags.pack != "default") throw UsageError("--pack is '" + flags.pack + "'; accepted: default");
-    for (const auto& [flag, is_missing] : needed)
-      if (!is_missing) throw UsageError(std::string(flag) + " is given with --pack, which names them; leave one out");
-    return default_pack();
-  }
-  for (const auto& [flag, is_missing] : needed)
-    if (is_missing)
-      throw UsageError(std::string(flag) + " is required, like --kinds, --head-dims, --causal and --gqa, unless " +
-                       "--pack default stands for all");
+  if (flags.pack == "default") return default_pack();
+  if (!flags.pack.empty()) throw UsageError("--pack is '" + flags.pack + "'; accepted: default");
   KernelSelection selection;
   selection.kinds = parse_kinds("--kinds", flags.kinds);
   selection.head_dims = parse_numbers("--head-dims", flags.head_dims, 1, kMostHeadDim);
@@ -92,13 +83,75 @@ KernelSelection parse_selection(const PrebuildFlags& flags) {
   return selection;
 }
 
+// What a pack is to hold.
+struct Content {
+  std::vector<KernelSpec> kernels;
+  std::vector<TuningRecord> records;
+};
+
 // What is illegal about a selection that parsed is its head dims.
-std::vector<KernelSpec> kernels_of(const PrebuildFlags& flags, const ArchLimits& arch) {
+std::vector<KernelSpec> selected_kernels(const PrebuildFlags& flags, const ArchLimits& arch) {
   try {
     return select_kernels(parse_selection(flags), arch);
   } catch (const UnsupportedError& error) {
     throw UsageError(std::string("--head-dims: ") + error.what());
   }
+}
+
+// Why a launch that uses the record would not find the kernel in the pack, or nothing where it would.
+std::optional<std::string> no_use_in_pack(const TuningRecord& record, const ArchLimits& arch) {
+  if (record.key.device.code != kNativeCode)
+    return "it is of the Turing code, which each driver links for itself; packs hold machine code";
+  if (record.key.device.sm != arch.sm)
+    return "it is for sm_" + std::to_string(record.key.device.sm) + ", and --arch is sm_" + std::to_string(arch.sm);
+  if (!process_tuning().has_templates_in_use(record.key)) return "it was made with other templates than this library's";
+  return check_winner(record);
+}
+
+Content tuned_content(const PrebuildFlags& flags, const ArchLimits& arch) {
+  Database database = read_database(flags.tuned);
+  for (const RefusedRecord& refused : database.refused)
+    log(LogLevel::kWarning, flags.tuned + ": " + refused.what + " is passed over: " + refused.reason);
+  Content content;
+  for (TuningRecord& record : database.records) {
+    const std::string name = "the record of '" + record.key.problem.text() + "' for " + record.key.device.text();
+    if (const auto reason = no_use_in_pack(record, arch)) {
+      log(LogLevel::kWarning, flags.tuned + ": " + name + " is passed over: " + *reason);
+      continue;
+    }
+    KernelSpec spec = record.key.problem.spec;
+    spec.tile = record.winner;
+    if (std::find(content.kernels.begin(), content.kernels.end(), spec) == content.kernels.end())
+      content.kernels.push_back(spec);
+    content.records.push_back(std::move(record));
+  }
+  if (content.kernels.empty())
+    throw UsageError("--tuned is '" + flags.tuned + "', which has no record for sm_" + std::to_string(arch.sm) +
+                     " that this library can use; accepted: a database of tune --export");
+  return content;
+}
+
+// --pack or --tuned stands for all that selects kernels; without them those flags that have no default are needed.
+void require_selection(const CLI::App& command) {
+  std::vector<std::string> selecting{"--kinds", "--head-dims", "--causal", "--gqa"};
+  const bool tuned = command.count("--tuned") > 0, named = command.count("--pack") > 0;
+  if (!tuned && !named) {
+    for (const std::string& flag : selecting)
+      if (command.count(flag) == 0) throw CLI::RequiredError(flag);
+    return;
+  }
+  selecting.emplace_back("--window");
+  for (const FeatureInfo& info : kFeatures) selecting.push_back(flag_of(info));
+  if (tuned) selecting.emplace_back("--pack");
+  const std::string reason = tuned ? " is given with --tuned, whose records say which kernels; accepted: one of them"
+                                   : " is given with --pack, which names the kernels; accepted: one of them";
+  for (const std::string& flag : selecting)
+    if (command.count(flag) > 0) throw UsageError(flag + reason);
+}
+
+void write_records(const std::vector<TuningRecord>& records, const std::filesystem::path& out_dir) {
+  RecordStore store(out_dir, FolderUse::kPack);
+  for (const TuningRecord& record : records) store.publish(record);
 }
 
 int parse_jobs(const std::string& text) {
@@ -195,14 +248,15 @@ Json outcome_json(const Outcome& outcome, const std::string& out, const CompileT
 
 int run_prebuild(const PrebuildFlags& flags) {
   const ArchLimits arch = parse_arch_flag("--arch", flags.arch);
-  const std::vector<KernelSpec> specs = kernels_of(flags, arch);
+  const Content content = flags.tuned.empty() ? Content{selected_kernels(flags, arch), {}} : tuned_content(flags, arch);
   const int jobs = parse_jobs(flags.jobs);
   const CompileTarget target{.sm = arch.sm, .code = CodeKind::kCubin};
 
   const Config settings = config_with_nvrtc("--nvrtc", flags.nvrtc);
   const auto driver = flags.driver.empty() ? std::nullopt : std::optional(parse_driver("--driver", flags.driver));
   PackWriter pack(settings, flags.out, driver);
-  const Outcome outcome = PackBuilder(pack.library(), specs, target).run(jobs);
+  const Outcome outcome = PackBuilder(pack.library(), content.kernels, target).run(jobs);
+  write_records(content.records, pack.folder());
   pack.finish();
 
   print_failures(outcome);
@@ -234,6 +288,8 @@ void add_prebuild(CLI::App& app, Action& chosen) {
                      "Kernels " + std::string(kFeatures[i].phrase) + ": both, yes or no")
         ->capture_default_str();
   command->add_option("--gqa", flags->gqa, "Group sizes (num_heads / num_heads_k): 1,2,4,8")->delimiter(',');
+  command->add_option("--tuned", flags->tuned,
+                      "In the place of all those: the winners of this database of tune --export, which the pack keeps");
   command->add_option("--out", flags->out, "The pack: a folder, or a zip file (FILE.zip); what is there is added to")
       ->required();
   command->add_option("--jobs", flags->jobs, "Kernels to compile at once; default: one a core");
@@ -242,7 +298,10 @@ void add_prebuild(CLI::App& app, Action& chosen) {
                       "The oldest CUDA driver that has to load the pack, such as 12.0: an NVRTC too new for it is not "
                       "taken");
   command->add_flag("--json", flags->json, "Print JSON");
-  command->callback([&chosen, flags] { chosen = [flags] { return run_prebuild(*flags); }; });
+  command->callback([&chosen, flags, command] {
+    require_selection(*command);
+    chosen = [flags] { return run_prebuild(*flags); };
+  });
 }
 
 }  // namespace flash_attn_jit::program

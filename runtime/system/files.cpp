@@ -160,9 +160,7 @@ std::string read_whole(const Descriptor& file, const fs::path& path, std::uint64
   struct stat status{};
   if (::fstat(file.get(), &status) != 0) fail_on_file("read", path, errno);
   if (!S_ISREG(status.st_mode)) fail_on_file("read", path, S_ISDIR(status.st_mode) ? EISDIR : EINVAL);
-  if (static_cast<std::uint64_t>(status.st_size) > most_bytes)
-    throw FileError(path.string() + " has " + std::to_string(status.st_size) + " bytes; accepted: at most " +
-                    std::to_string(most_bytes));
+  if (static_cast<std::uint64_t>(status.st_size) > most_bytes) fail_on_file("read", path, EFBIG);
   std::string bytes(static_cast<std::size_t>(status.st_size), '\0');
   std::size_t filled = 0;
   while (filled < bytes.size()) {
@@ -176,14 +174,14 @@ std::string read_whole(const Descriptor& file, const fs::path& path, std::uint64
   return bytes;
 }
 
-std::optional<std::string> read_file(const fs::path& path) {
+std::optional<std::string> read_file(const fs::path& path, std::uint64_t most_bytes) {
   // Not blocking, so that a pipe which somebody put there is met with an error instead of a wait.
   const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (file.get() < 0) {
     if (errno == ENOENT || errno == ENOTDIR) return std::nullopt;
     fail_on_file("open", path, errno);
   }
-  return read_whole(file, path);
+  return read_whole(file, path, most_bytes);
 }
 
 void write_file(const fs::path& path, const fs::path& temporary, std::string_view bytes, mode_t mode) {

@@ -7,7 +7,6 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <limits>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -22,8 +21,10 @@ struct FileError : Error {
   using Error::Error;
 };
 
-// The whole file; nothing where there is none. Throws FileError.
-std::optional<std::string> read_file(const std::filesystem::path& path);
+inline constexpr std::uint64_t kAnyBytes = UINT64_MAX;
+
+// The whole file; nothing where there is none. Throws FileError, also where it has more than `most_bytes`.
+std::optional<std::string> read_file(const std::filesystem::path& path, std::uint64_t most_bytes = kAnyBytes);
 
 // A descriptor that closes on every way out; a writer closes earlier, to see the error.
 class Descriptor {
@@ -48,9 +49,8 @@ class Descriptor {
 // Names the path and the reason of `error`, an errno.
 [[noreturn]] void fail_on_file(const std::string& what, const std::filesystem::path& path, int error);
 
-// Everything in an open regular file, which has `most_bytes` at the most. `path` is for the error. Throws FileError.
-std::string read_whole(const Descriptor& file, const std::filesystem::path& path,
-                       std::uint64_t most_bytes = std::numeric_limits<std::int64_t>::max());
+// Everything in an open regular file of at most `most_bytes`. `path` is for the error.
+std::string read_whole(const Descriptor& file, const std::filesystem::path& path, std::uint64_t most_bytes = kAnyBytes);
 
 // Writes `temporary`, a name that nobody else uses, then renames it to `path`: a reader finds the old file or
 // the whole new one, also after a crash. On failure removes `temporary` and throws FileError.

@@ -1,9 +1,13 @@
 // What tuning found for one problem class on one device: every candidate, how it was measured, and which tile won.
 #pragma once
 
+#include <array>
+#include <compare>
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "generator/kernel_spec.h"
@@ -12,20 +16,28 @@
 
 namespace flash_attn_jit {
 
+inline constexpr std::string_view kNativeCode = "native", kTuringCode = "compute_75";
+
 // The device a record is for. Two cards of one model are one device.
 struct TunedDevice {
   std::string name;  // "Tesla T4"
   int sm = 0;        // compute capability x 10
   int multiprocessors = 0;
-  std::string code;  // "native", or "compute_75" where it runs the Turing code
+  std::string code = std::string(kNativeCode);  // what it is asked to run: that, or kTuringCode
+
+  std::string text() const;  // "Tesla T4 (sm_75, 40 multiprocessors)", and the code where it is not its own
 
   friend auto operator<=>(const TunedDevice&, const TunedDevice&) = default;
 };
 
+inline constexpr std::string_view kModelTimer = "model";
+
 // How candidates were timed. Figures of different policies are not compared.
 struct MeasurementPolicy {
-  std::string timer = "events";       // around bursts of launches; "model": predicted, nothing ran
+  std::string timer = "events";       // around bursts of launches; kModelTimer: predicted, nothing ran
   std::string l2 = "rotated inputs";  // each launch of a burst reads others, past the L2
+
+  bool is_prediction() const { return timer == kModelTimer; }
 
   friend auto operator<=>(const MeasurementPolicy&, const MeasurementPolicy&) = default;
 };
@@ -48,6 +60,8 @@ struct TuningEnvironment {
   std::optional<double> power_limit_watts;
   std::optional<double> peak_tflops;     // measured: tensor instructions of the kernels' kind alone, whole device
   std::optional<double> peak_gigabytes;  // a second from DRAM, measured
+
+  friend bool operator==(const TuningEnvironment&, const TuningEnvironment&) = default;
 };
 
 enum class Outcome {
@@ -60,6 +74,10 @@ enum class Outcome {
   kCrashed,     // it took the child process with it
   kNotReached,  // the budget ended before it
 };
+inline constexpr std::array kOutcomes = {Outcome::kMeasured,     Outcome::kPruned,      Outcome::kCompileFailed,
+                                         Outcome::kLaunchFailed, Outcome::kWrongResult, Outcome::kTimedOut,
+                                         Outcome::kCrashed,      Outcome::kNotReached};
+std::string_view to_text(Outcome);  // "measured", "compile failed"
 
 // One burst of launches.
 struct Sample {
@@ -90,14 +108,20 @@ struct TuningRecord {
   TuningEnvironment environment;
   // The problem that was measured, one of its class.
   std::int64_t batch = 0, num_heads = 0, num_heads_k = 0, seqlen_q = 0, seqlen_k = 0;
-  std::string when;    // UTC, "2026-11-27T08:00:00Z"
-  double seconds = 0;  // that tuning took
+  std::int64_t window_left = -1, window_right = -1;  // where the mask is a window; negative: without end
+  std::string when;                                  // UTC, "2026-11-27T08:00:00Z"
+  double seconds = 0;                                // that tuning took
   TileConfig default_tile, winner;
   std::string rule;  // why the winner won, in words
   int rounds = 0;
   std::vector<Candidate> candidates;  // the default is one of them
   // What PyTorch's own attention takes for the same pass and problem, where it was measured: "sdpa_efficient", seconds.
   std::vector<std::pair<std::string, double>> others;
+
+  Problem measured_problem() const { return {seqlen_q, seqlen_k, batch * num_heads, key.device.multiprocessors}; }
+
+  // Null where the tile is none of the candidates.
+  const Candidate* candidate(const TileConfig& tile) const;
 };
 
 }  // namespace flash_attn_jit

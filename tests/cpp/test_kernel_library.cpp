@@ -218,6 +218,7 @@ TEST_CASE("without a compiler and without the kernel, the error names the comman
   KernelSpec spec = tiny_spec(128);
   spec.mask = Mask::kCausal;
   spec.group_size = 4;
+  spec.tile = default_tiles(spec).front();
   bool missing = false;
   try {
     KernelLibrary(setting.settings(12040)).find_or_compile(spec, kCubin);
@@ -240,9 +241,17 @@ TEST_CASE("without a compiler and without the kernel, the error names the comman
     features += " --" + std::string(info.word) + " yes";
   }
   CHECK(features == Containing{"--softcap yes --alibi yes"});
+  spec.tile = default_tiles(spec).front();
   const std::string command = "--head-dims 128 --causal no --window" + features + " --gqa 4";
   CHECK_THROWS_WITH_AS(KernelLibrary(setting.settings(12040)).find_or_compile(spec, kCubin),
                        doctest::Contains(command.c_str()), MissingKernelError);
+
+  spec.tile = tile_space(spec, arch_limits(75)).front();  // as a tuning record may choose
+  CHECK(default_tiles(spec).front() != spec.tile);
+  CHECK_THROWS_WITH_AS(
+      KernelLibrary(setting.settings(12040)).find_or_compile(spec, kCubin),
+      doctest::Contains("tune --export FILE && flash-attn-jit prebuild --arch sm_75 --tuned FILE --out DIR"),
+      MissingKernelError);
 }
 
 TEST_CASE("an illegal spec is refused with check()'s reason") {

@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstdlib>
@@ -16,7 +17,10 @@
 
 #include <nlohmann/json.hpp>
 
+#include "runtime/tuner/database.h"
+#include "runtime/tuner/record_store.h"
 #include "tests/cpp/cache_fixture.h"
+#include "tests/cpp/tuning_fixture.h"
 
 namespace {
 
@@ -81,7 +85,7 @@ TEST_CASE("a wrong call names the flag, what came and what is accepted, and exit
     CHECK(holds(run.err, came));
     CHECK(holds(run.err, accepted));
   };
-  refused("", "subcommand", "", "devices, inspect, model, prebuild, pack, cache");
+  refused("", "subcommand", "", "devices, inspect, model, prebuild, pack, tune, report, cache");
   refused("inspect --emit spec", "--head-dim", "required", "--gqa");
   refused("inspect --head-dim 64 --emit elf", "--emit", "'elf'", "tiles, spec, source, ptx, cubin, resources");
   refused("inspect --head-dim 64 --tile m64n16w4q64l2b4k7 --emit tiles", "--tile", "--emit tiles", "leave it out");
@@ -104,15 +108,25 @@ TEST_CASE("a wrong call names the flag, what came and what is accepted, and exit
   refused(pack + " --kinds fwd --head-dims 64,300 --causal no --gqa 1", "--head-dims", "300", "1 to 256");
   refused(pack + " --kinds fwd --head-dims 64 --causal no --gqa 1,x", "--gqa", "'x'", "a whole number");
   refused(pack + " --kinds fwd --head-dims 64 --causal no --gqa 1 --jobs 0", "--jobs", "'0'", "from 1");
-  refused(pack + " --kinds fwd", "--head-dims", "required", "--pack default");
+  refused(pack + " --kinds fwd", "--head-dims", "required", "--pack");
   refused(pack + " --pack all", "--pack", "'all'", "default");
-  refused(pack + " --pack default --gqa 1", "--gqa", "--pack", "leave one out");
+  refused(pack + " --pack default --gqa 1", "--gqa", "--pack", "one of them");
   for (const char* driver : {"11.8", "twelve", "12.", "12.4.1", "-12", "12.400"})
     refused(pack + " --pack default --driver=" + driver, "--driver", driver, "12.4");
   refused("pack", "subcommand", "", "show, verify");
   refused("pack show", "PACK", "required", "--json");
   refused("pack verify /no/such/pack", "PACK", "/no/such/pack", "folder or zip");
   refused("pack verify /tmp --nvrtc /tmp", "--nvrtc", "--rebuild", "both, or neither");
+  refused(pack + " --kinds fwd --head-dims 64 --causal no", "--gqa", "required", "--tuned");
+  refused(pack + " --head-dims 64 --causal no --gqa 1", "--kinds", "required", "--tuned");
+  for (const char* flag : {"--kinds fwd", "--head-dims 64", "--causal no", "--gqa 1", "--window", "--softcap yes"})
+    refused(pack + " --tuned db.json " + flag, std::string(flag).substr(0, std::string(flag).find(' ')), "--tuned",
+            "one of them");
+  refused("tune", "--export FILE", "nothing is asked for", "--import FILE");
+  refused("tune --export a --import b", "--export", "--import", "one of them");
+  refused("tune --any-device", "--any-device", "without --import", "both together");
+  refused("report --json --csv", "--json", "--csv", "one of them");
+  refused("report --device 'Tesla T4'", "--device", "'Tesla T4'", "there are no records");
   refused("cache prune --max-bytes lots", "--max-bytes", "'lots'", "a whole number");
   refused("cache list --max-bytes 5", "--max-bytes", "", "--json");
   refused("cache clear --built-by ''", "--built-by", "''", "nvrtc 12.9");
@@ -344,4 +358,154 @@ TEST_CASE("devices lists every place where NVRTC was looked for, with or without
   CHECK(json["devices"].is_array());
   CHECK((json["driver"]["found"] || !json["driver"]["reason"].get<std::string>().empty()));
   CHECK(holds(Program().run("devices").out, "NVRTC"));
+}
+
+namespace {
+
+using flash_attn_jit::FolderUse;
+using flash_attn_jit::RecordStore;
+using flash_attn_jit::TuningRecord;
+using flash_attn_jit::testing::made_up_record;
+
+// As tuning leaves them in a program's cache.
+void keep_records(const Program& program, const std::vector<TuningRecord>& records) {
+  RecordStore store(program.folder() / "cache", FolderUse::kCache);
+  for (const TuningRecord& record : records) store.publish(record);
+}
+
+}  // namespace
+
+TEST_CASE("tune --export and --import move records; --import takes another GPU's only where it is told to") {
+  const Program here, there;
+  const std::string file = "'" + (here.folder() / "db.json").string() + "'";
+  const ProgramRun nothing = here.run("tune --export " + file);
+  CHECK(nothing.exit_code == 1);
+  CHECK(holds(nothing.err, "no records"));
+  TuningRecord other_templates = made_up_record(128);
+  other_templates.key.templates = std::string(64, '0');
+  keep_records(here, {made_up_record(64), other_templates});
+  const ProgramRun exported = here.run("tune --export " + file);
+  CHECK(exported.exit_code == 0);
+  CHECK(holds(exported.out, "2 records"));
+  CHECK(holds(exported.out, "Tesla T4 (sm_75, 40 multiprocessors)"));
+  CHECK(here.run("tune --export '" + (here.folder() / "no/db.json").string() + "'").exit_code == 1);
+
+  const ProgramRun refused = there.run("tune --import " + file + " --json");
+  CHECK(refused.exit_code == 1);
+  CHECK(Json::parse(refused.out)["refused"].size() == 2);
+  CHECK(holds(refused.err, "fwd hdim64 fp16 full gqa1 vec16 q1024 k1024 bh64 for Tesla T4"));
+  CHECK(holds(refused.err, "this machine has"));
+  CHECK(holds(refused.err, "--any-device"));
+  const Json taken = Json::parse(there.run("tune --import " + file + " --any-device --json").out);
+  CHECK(taken["taken"] == 2);
+  CHECK(taken["other_templates"] == 1);
+  const ProgramRun again = there.run("tune --any-device --import " + file);
+  CHECK(again.exit_code == 0);
+  CHECK(holds(again.out, "0 records taken, 2 there already, 0 older than what is there, 0 refused"));
+  CHECK(there.run("tune --export '" + (there.folder() / "db.json").string() + "'").exit_code == 0);
+  CHECK(content(there.folder() / "db.json") == content(here.folder() / "db.json"));
+
+  std::ofstream(here.folder() / "db.json", std::ios::trunc) << "{\"format\": 1}";
+  const ProgramRun bad = there.run("tune --any-device --import " + file);
+  CHECK(bad.exit_code == 1);
+  CHECK(holds(bad.err, "is no tuning database: format is 1"));
+  CHECK(there.run("tune --any-device --import nowhere.json").exit_code == 1);
+}
+
+TEST_CASE("report: a table, JSON and CSV of the same records") {
+  const Program program;
+  CHECK(holds(program.run("report").out, "0 records"));
+  TuningRecord other_templates = made_up_record(128);
+  other_templates.key.templates = std::string(64, '0');
+  other_templates.key.device.name = "Tesla T4, \"the other\"";
+  keep_records(program, {made_up_record(64), flash_attn_jit::testing::predicted_record(80), other_templates});
+  const ProgramRun table = program.run("report");
+  CHECK(table.exit_code == 0);
+  for (const char* part :
+       {"== Tesla T4 (sm_75, 40 multiprocessors)\n", "fwd hdim64 fp16 full gqa1 vec16 q1024 k1024 bh64\n",
+        "13.7 TFLOP/s", "27.3 % of the measured peak", "250 registers, no spills, 1 blocks a multiprocessor",
+        "4.2 % slower: told apart", "loses 4.2 %", "chose the winner; predicted 1.05",
+        "1 pruned: predicted 2.1 times the best", "sdpa_efficient, 2.5 ms, 2.08 times the winner's",
+        "TFLOP/s as predicted", "NOT USED: made with other templates", "3 records"})
+    CHECK_MESSAGE(holds(table.out, part), (std::string(part) + " in " + table.out));
+
+  const Json json = Json::parse(program.run("report --json").out);
+  REQUIRE(json["classes"].size() == 3);
+  const Json& row = json["classes"][0];
+  CHECK(row["class"] == "fwd hdim64 fp16 full gqa1 vec16 q1024 k1024 bh64");
+  CHECK(row["winner"]["time"]["seconds"] == 1.2e-3);
+  CHECK(row["runner_up"]["told_apart"] == true);
+  CHECK(row["rejected"][0]["reasons"][0] == "predicted 2.1 times the best");
+  CHECK(json["classes"][1]["winner"]["time"].is_null());
+  CHECK(json["classes"][2]["in_use"] == false);
+
+  const std::string csv = program.run("report --csv").out;
+  CHECK(std::count(csv.begin(), csv.end(), '\n') == 4);
+  CHECK(csv.starts_with("device.name,device.sm,"));
+  CHECK(holds(csv, "\n\"Tesla T4, \"\"the other\"\"\",75,40,native,fwd hdim128 fp16 full gqa1 vec16,1024,1024,64,"));
+  CHECK(Json::parse(program.run("report --json --device 'Tesla T4'").out)["classes"].size() == 2);
+  CHECK(holds(program.run("report --device T4").err, "accepted: Tesla T4"));
+
+  const std::string file = "'" + (program.folder() / "db.json").string() + "'";
+  REQUIRE(program.run("tune --export " + file).exit_code == 0);
+  CHECK(Json::parse(Program().run("report --json --database " + file).out)["classes"] == json["classes"]);
+}
+
+TEST_CASE("report --against: two databases side by side") {
+  using flash_attn_jit::testing::measured_candidate;
+  const Program program;
+  TuningRecord faster = made_up_record(64);
+  faster.candidates[0] = measured_candidate(faster.winner, 1.0e-3);
+  keep_records(program, {faster, made_up_record(96)});
+  flash_attn_jit::write_database(program.folder() / "before.json", {made_up_record(64), made_up_record(128)});
+  const std::string command = "report --against '" + (program.folder() / "before.json").string() + "'";
+  const ProgramRun table = program.run(command);
+  CHECK(table.exit_code == 0);
+  CHECK(holds(table.out, "faster, takes -16.7 %"));
+  CHECK(holds(table.out, "1 faster, 1 only after, 1 only before"));
+  const Json json = Json::parse(program.run(command + " --json").out);
+  CHECK(json["classes"][0]["verdict"] == "faster");
+  CHECK(json["classes"][0]["before"]["time"]["seconds"] == 1.2e-3);
+  const std::string csv = program.run(command + " --csv").out;
+  CHECK(std::count(csv.begin(), csv.end(), '\n') == 4);
+}
+
+TEST_CASE("prebuild --tuned builds the winners of a database, and the pack keeps their records") {
+  const Program program;
+  const fs::path pack = program.folder() / "pack", file = program.folder() / "db.json";
+  const std::string command =
+      "prebuild --arch sm_75 --json --tuned '" + file.string() + "' --out '" + pack.string() + "'";
+  TuningRecord ampere = made_up_record(96), turing_code = made_up_record(96), other_templates = made_up_record(128),
+               shares_a_kernel = made_up_record(64, 4096);
+  ampere.key.device = {"NVIDIA A100", 80, 108, "native"};
+  turing_code.key.device = {"NVIDIA H100", 90, 132, "compute_75"};
+  other_templates.key.templates = std::string(64, '0');
+  flash_attn_jit::write_database(file, {ampere, turing_code, other_templates});
+  const ProgramRun nothing = program.run(command);
+  CHECK(nothing.exit_code == 2);
+  CHECK(holds(nothing.err, "no record for sm_75"));
+  for (const char* part : {"--arch is sm_75", "of the Turing code", "other templates"}) CHECK(holds(nothing.err, part));
+  CHECK_FALSE(fs::exists(pack));
+  if (nvrtc_12().empty()) return;
+
+  const std::vector<TuningRecord> used = {made_up_record(64), shares_a_kernel, made_up_record(80)};
+  std::vector<TuningRecord> all = used;
+  all.insert(all.end(), {ampere, turing_code, other_templates});
+  flash_attn_jit::write_database(file, all);
+  const ProgramRun run = program.run(command, nvrtc_12());
+  CAPTURE(run.err);
+  CHECK(run.exit_code == 0);
+  CHECK(Json::parse(run.out)["built"] == 2);
+  std::string specs, expected;
+  const Json manifest = Json::parse(content(pack / "manifest.json"));
+  for (const Json& kernel : manifest["kernels"]) specs += kernel["spec"].get<std::string>() + "\n";
+  for (const TuningRecord& record : {used[0], used[2]}) {
+    flash_attn_jit::KernelSpec spec = record.key.problem.spec;
+    spec.tile = record.winner;
+    expected += spec.text() + "\n";
+  }
+  CHECK(specs == expected);
+  const auto kept = RecordStore(pack, FolderUse::kPack).read(used[0].key.device);
+  REQUIRE(kept.size() == 3);
+  for (const TuningRecord& record : kept) CHECK(record.key.device == used[0].key.device);
 }

@@ -1,0 +1,167 @@
+"""Problems of every family of kernels, compared with float64: masks, features, varlen, classes of head dims."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .. import flash_attn_func, flash_attn_varlen_func
+from .._reference import Exact, Scores, exact_attention
+
+
+@dataclass(frozen=True)
+class Case:
+    """Lengths of several sequences make a varlen problem; else the batch is `batch` of one length."""
+
+    name: str
+    head_dim: int = 64
+    heads: int = 4
+    heads_k: int = 4
+    batch: int = 2
+    seqlens_q: tuple[int, ...] = (333,)
+    seqlens_k: tuple[int, ...] = (333,)
+    causal: bool = False
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    alibi: bool = False
+    aligned: bool = True
+
+    @property
+    def is_varlen(self) -> bool:
+        return len(self.seqlens_q) > 1
+
+    def small(self) -> "Case":
+        """The same at a size that the interpreter runs in a moment."""
+
+        def shortened(lengths: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(min(length, 20 + length // 20) for length in lengths)
+
+        window = tuple(min(width, 11) for width in self.window)
+        return replace(
+            self,
+            heads=2,
+            heads_k=max(1, 2 * self.heads_k // self.heads),
+            batch=1,
+            seqlens_q=shortened(self.seqlens_q),
+            seqlens_k=shortened(self.seqlens_k),
+            window=(window[0], window[1]),
+        )
+
+
+_FEATURES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal": True},
+    "causal, longer keys": {"causal": True, "seqlens_k": (500,)},
+    "causal, grouped heads": {"causal": True, "heads_k": 1},
+    "window": {"window": (100, 40)},
+    "softcap, causal": {"softcap": 20.0, "causal": True},
+    "ALiBi, causal": {"alibi": True, "causal": True},
+    "varlen, causal": {"seqlens_q": (200, 0, 77, 333), "seqlens_k": (200, 40, 130, 333), "causal": True},
+    "varlen": {"seqlens_q": (129, 256, 1), "seqlens_k": (129, 300, 17)},
+    "unaligned rows, causal": {"causal": True, "aligned": False},
+}
+_OTHER_HEAD_DIMS = (32, 96, 80, 256, 40, 112, 160, 192, 33, 8, 224)
+
+
+def cases() -> list[Case]:
+    """The most important first: the time may end before the last."""
+    found = [Case(name, head_dim, **options) for name, options in _FEATURES.items() for head_dim in (64, 128)]
+    return found + [
+        Case("causal" if i % 2 else "full", head_dim, causal=bool(i % 2)) for i, head_dim in enumerate(_OTHER_HEAD_DIMS)
+    ]
+
+
+def small_cases() -> list[Case]:
+    """For the interpreter: each feature once."""
+    return [case.small() for case in cases() if case.head_dim == 64]
+
+
+def _inputs(case: Case, device: str) -> dict[str, torch.Tensor]:
+    """From N(0, 1); (batch, seqlen, heads, head_dim), or (total, heads, head_dim) for varlen."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(lengths: tuple[int, ...], heads: int) -> torch.Tensor:
+        rows = (sum(lengths),) if case.is_varlen else (case.batch, lengths[0])
+        width = case.head_dim + (0 if case.aligned else 1)  # rows that begin anywhere
+        made = torch.randn((*rows, heads, width), generator=generator).to(device, torch.float16)
+        return made[..., : case.head_dim]
+
+    return {
+        "q": normal(case.seqlens_q, case.heads),
+        "k": normal(case.seqlens_k, case.heads_k),
+        "v": normal(case.seqlens_k, case.heads_k),
+        "dout": normal(case.seqlens_q, case.heads),
+    }
+
+
+def _cumulative(lengths: tuple[int, ...], device: str) -> torch.Tensor:
+    return torch.tensor((0, *lengths)).cumsum(0).to(device, torch.int32)
+
+
+def _slopes(case: Case, device: str) -> torch.Tensor | None:
+    return torch.tensor([2.0**-head for head in range(1, case.heads + 1)], device=device) if case.alibi else None
+
+
+def _run(case: Case, inputs: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
+    q, k, v = (inputs[name].detach().requires_grad_() for name in "qkv")
+    options: dict[str, Any] = {
+        "causal": case.causal,
+        "window_size": case.window,
+        "softcap": case.softcap,
+        "alibi_slopes": _slopes(case, device),
+    }
+    if case.is_varlen:
+        starts = _cumulative(case.seqlens_q, device), _cumulative(case.seqlens_k, device)
+        out = flash_attn_varlen_func(q, k, v, *starts, max(case.seqlens_q), max(case.seqlens_k), **options)
+    else:
+        out = flash_attn_func(q, k, v, **options)
+    assert isinstance(out, torch.Tensor)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), inputs["dout"])
+    return {"out": out.detach(), "dq": dq, "dk": dk, "dv": dv}
+
+
+def _sequences(case: Case) -> Iterator[tuple[Any, Any]]:
+    """What selects each sequence's rows of q and of k."""
+    if not case.is_varlen:
+        for b in range(case.batch):
+            yield b, b
+        return
+    at_q = at_k = 0
+    for length_q, length_k in zip(case.seqlens_q, case.seqlens_k):
+        yield slice(at_q, at_q + length_q), slice(at_k, at_k + length_k)
+        at_q, at_k = at_q + length_q, at_k + length_k
+
+
+def _worst(got: torch.Tensor, exact: Exact) -> tuple[float, float]:
+    """The greatest error, and the greatest share that an error takes of what is allowed: NaN where one is."""
+    if not got.numel():
+        return 0.0, 0.0
+    error = (got.double() - exact.value).abs()
+    return error.max().item(), (error / exact.allowed).max().item()
+
+
+def compare(case: Case, results: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """By tensor, its greatest error and the greatest share of what is allowed; and whether all are right."""
+    device = inputs["q"].device.type
+    scores = Scores(case.causal, case.window, case.softcap, _slopes(case, device))
+    worst = {name: [(0.0, 0.0)] for name in results}
+    for rows_q, rows_k in _sequences(case):
+        q, dout, k, v = inputs["q"][rows_q], inputs["dout"][rows_q], inputs["k"][rows_k], inputs["v"][rows_k]
+        for name, exact in exact_attention(q, k, v, dout, scores).items():
+            worst[name].append(_worst(results[name][rows_k if name in ("dk", "dv") else rows_q], exact))
+    tensors = {}
+    for name, found in worst.items():
+        error, share = torch.tensor(found, dtype=torch.float64).amax(0).tolist()  # unlike max(), it keeps a NaN
+        tensors[name] = {"max_error": error, "share_of_allowed": share}
+    return {"tensors": tensors, "right": all(each["share_of_allowed"] <= 1 for each in tensors.values())}
+
+
+def check(case: Case, device: str) -> dict[str, Any]:
+    """What came of it; an exception is a result too."""
+    row: dict[str, Any] = {"case": case.name, "head_dim": case.head_dim}
+    try:
+        inputs = _inputs(case, device)
+        return {**row, **compare(case, _run(case, inputs, device), inputs)}
+    except Exception as error:
+        return {**row, "right": False, "error": f"{type(error).__name__}: {error}"}

@@ -1,0 +1,46 @@
+"""What the model of the card says of a problem: the program is asked, which needs no GPU for it."""
+
+import json
+import re
+import subprocess
+from typing import Any
+
+from .._environment_report import program_path
+from ..bench.problem import BACKWARD, FORWARD, Problem
+
+_KINDS = {FORWARD: ("fwd",), BACKWARD: ("bwd_preprocess", "bwd_dkdv", "bwd_dq")}
+
+
+def card_word(name: str) -> str:
+    """Of a GPU's name, as `--gpu` takes it: "NVIDIA GeForce RTX 2080 Ti" is rtx2080ti."""
+    return re.sub(r"nvidia|tesla|geforce|quadro|[^a-z0-9]", "", name.lower())
+
+
+def _ask(kind: str, problem: Problem, card: str, seconds: float) -> dict[str, Any]:
+    program = program_path()
+    if program is None:
+        return {"error": "there is no program flash-attn-jit"}
+    command = [program, "model", "--kind", kind, "--head-dim", str(problem.head_dim), "--gpu", card, "--json"]
+    command += ["--causal"] if problem.causal else []
+    command += ["--gqa", str(problem.num_heads // problem.num_heads_k)]
+    command += ["--batch", str(problem.batch), "--heads", str(problem.num_heads)]
+    command += ["--seqlen-q", str(problem.seqlen), "--seqlen-k", str(problem.seqlen)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        if done.returncode != 0:
+            return {"error": done.stderr.strip()[:300]}
+        answer = json.loads(done.stdout)
+        return {"kernel": str(answer["kernel"]), "seconds": float(answer["seconds"])}
+    except (OSError, ValueError, KeyError, TypeError, subprocess.TimeoutExpired) as error:
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
+
+
+def predict(problem: Problem, which: str, card: str, seconds: float) -> dict[str, Any]:
+    """The sum over the kernels of the pass, "ms", or "error" where one is not to be had within these seconds."""
+    parts = []
+    for kind in _KINDS[which]:
+        part = _ask(kind, problem, card, seconds)
+        if "error" in part:
+            return part
+        parts.append(part)
+    return {"ms": 1e3 * sum(part["seconds"] for part in parts), "kernels": [part["kernel"] for part in parts]}

@@ -1,0 +1,62 @@
+"""What a kernel has to do: the one place that counts floating-point operations and bytes of a problem."""
+
+from .records import Kernel, Record, Sizes
+
+# Matrix products over the visible pairs of a query and a key. The backward kernels make S and dP anew, each for itself.
+_PRODUCTS = {"fwd": 2, "bwd_dkdv": 4, "bwd_dq": 3, "bwd_preprocess": 0}
+# Head-dim-wide fp16 rows that are read or written, by query row and by key row, and float32 numbers by query row.
+_ROWS = {
+    "fwd": (2, 2, 1),  # q, out; k, v; softmax_lse
+    "bwd_preprocess": (2, 0, 1),  # out, dout; delta
+    "bwd_dkdv": (2, 4, 2),  # q, dout; k, v, dk, dv; softmax_lse, delta
+    "bwd_dq": (3, 2, 2),  # q, dout, dq; k, v; softmax_lse, delta
+}
+
+
+def _sum_of_clamped(offset: int, count: int, most: int) -> int:
+    """The sum over i < count of offset + i, held between 0 and most."""
+
+    def up_to(n: int) -> int:
+        """The sum over 0 <= x < n of min(x, most)."""
+        small = min(n, most + 1)
+        return small * (small - 1) // 2 + (n - small) * most if n > 0 else 0
+
+    return up_to(offset + count) - up_to(offset)
+
+
+def visible_pairs(sizes: Sizes, mask: str) -> int | None:
+    """Of a query and a key of one head that the mask leaves. Masks are aligned bottom-right. None where the record does
+    not tell a window's widths."""
+    queries, keys = sizes.seqlen_q, sizes.seqlen_k
+    if mask == "full":
+        return queries * keys
+    left, right = (-1, 0) if mask == "causal" else (sizes.window_left, sizes.window_right)
+    if left is None or right is None:
+        return None
+    # Query i sees the keys from first(i) to before end(i), both held between 0 and `keys`.
+    diagonal = keys - queries
+    ends = queries * keys if right < 0 else _sum_of_clamped(diagonal + right + 1, queries, keys)
+    firsts = 0 if left < 0 else _sum_of_clamped(diagonal - left, queries, keys)
+    return max(0, ends - firsts)
+
+
+def flops(kernel: Kernel, sizes: Sizes) -> int | None:
+    """That the problem needs of this kernel: what a tile pads or a mask cuts away is not counted."""
+    heads = sizes.batch * sizes.num_heads
+    if kernel.kind == "bwd_preprocess":
+        return 2 * heads * sizes.seqlen_q * kernel.head_dim
+    pairs = visible_pairs(sizes, kernel.mask)
+    return None if pairs is None else 2 * _PRODUCTS[kernel.kind] * heads * pairs * kernel.head_dim
+
+
+def bytes_moved(kernel: Kernel, sizes: Sizes) -> int:
+    """At least: every tensor once."""
+    by_query, by_key, floats = _ROWS[kernel.kind]
+    of_queries = sizes.num_heads * sizes.seqlen_q * (2 * by_query * kernel.head_dim + 4 * floats)
+    of_keys = sizes.num_heads_k * sizes.seqlen_k * 2 * by_key * kernel.head_dim
+    return sizes.batch * (of_queries + of_keys)
+
+
+def tflops(record: Record, seconds: float | None) -> float | None:
+    needed = flops(record.problem.kernel, record.sizes)
+    return None if needed is None or seconds is None else needed / seconds * 1e-12

@@ -1,0 +1,57 @@
+#include "runtime/tuner/tuning.h"
+
+#include <mutex>
+
+#include "generator/legality.h"
+#include "runtime/system/log.h"
+#include "runtime/tuner/template_digest.h"
+
+namespace flash_attn_jit {
+
+Tuning::Tuning(const Settings& settings)
+    : own_(settings.home, FolderUse::kCache),
+      pack_(settings.pack ? std::make_unique<RecordStore>(*settings.pack, FolderUse::kPack) : nullptr),
+      otherwise_(settings.otherwise) {
+  for (const KernelKind kind : kKernelKinds)
+    digests_[static_cast<std::size_t>(kind)] = template_digest(kind, settings.templates);
+}
+
+const TileChooser& Tuning::tiles_of(const TunedDevice& device) { return recorded_tiles(device); }
+
+RecordedTiles& Tuning::recorded_tiles(const TunedDevice& device) {
+  {
+    const std::lock_guard guard(mutex_);
+    if (const auto known = devices_.find(device); known != devices_.end()) return *known->second;
+  }
+  auto made = std::make_unique<RecordedTiles>(otherwise_);
+  if (pack_)
+    for (const TuningRecord& record : pack_->read(device)) use(*made, record, false);
+  for (const TuningRecord& record : own_.read(device)) use(*made, record, true);
+  const std::lock_guard guard(mutex_);
+  return *devices_.try_emplace(device, std::move(made)).first->second;
+}
+
+void Tuning::publish(const TuningRecord& record) {
+  // The device's chooser before the file: one that is made meanwhile may have read the folder too early.
+  RecordedTiles& tiles = recorded_tiles(record.key.device);
+  own_.publish(record);
+  use(tiles, record, true);
+}
+
+void Tuning::use(RecordedTiles& tiles, const TuningRecord& record, bool own) const {
+  if (!has_templates_in_use(record.key)) return;
+  if (const auto reason = check_winner(record)) {
+    warn_once("the tuning record of '" + record.key.problem.text() + "' for " + record.key.device.text() +
+              " is passed over: " + *reason);
+    return;
+  }
+  tiles.add(record.key.problem, record.winner, {!record.key.policy.is_prediction(), own, record.when});
+}
+
+std::optional<std::string> check_winner(const TuningRecord& record) {
+  KernelSpec spec = record.key.problem.spec;
+  spec.tile = record.winner;
+  return check(spec, arch_limits(record.key.device.code == kTuringCode ? kOldestSm : record.key.device.sm));
+}
+
+}  // namespace flash_attn_jit
