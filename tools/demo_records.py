@@ -95,9 +95,9 @@ def candidate(tile: str, answer: dict[str, Any]) -> dict[str, Any]:
         "error": None,
         "error_allowed": None,
         "samples": [],
-        "median_seconds": None,
-        "low_seconds": None,
-        "high_seconds": None,
+        "median_seconds": answer["seconds"],
+        "low_seconds": answer["seconds"],
+        "high_seconds": answer["seconds"],
     }
 
 
@@ -150,11 +150,11 @@ def record(problem: Problem, defaults: list[str], answers: dict[str, dict[str, A
                 "seqlen_k": power_of_two(problem.seqlen),
                 "batch_heads": power_of_two(problem.batch * problem.heads),
             },
-            "policy": {"timer": "model", "l2": ""},
+            "policy": {"timer": "model", "l2": "none"},
         },
         "environment": {
             "library": version(),
-            "driver": None,
+            "driver": "",
             "nvrtc": first.get("built_by"),
             "power_limit_watts": None,
             **peaks([first]),
@@ -165,6 +165,8 @@ def record(problem: Problem, defaults: list[str], answers: dict[str, dict[str, A
             "num_heads_k": problem.heads,
             "seqlen_q": problem.seqlen,
             "seqlen_k": problem.seqlen,
+            "window_left": -1,
+            "window_right": -1,
         },
         "when": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "seconds": 0.0,

@@ -1,8 +1,10 @@
 #include "runtime/cuda/driver.h"
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <mutex>
+#include <utility>
 
 #include "runtime/system/errors.h"
 
@@ -16,7 +18,11 @@ namespace {
 // The numbers of cuda.h, from NVIDIA's driver API documentation.
 constexpr int kSuccess = 0;
 constexpr int kErrorNoDevice = 100;
+constexpr int kAttributeClock = 13;
 constexpr int kAttributeMultiprocessors = 16;
+constexpr int kAttributeMemoryClock = 36;
+constexpr int kAttributeMemoryBus = 37;
+constexpr int kAttributeL2 = 38;
 constexpr int kAttributeMajor = 75;
 constexpr int kAttributeMinor = 76;
 constexpr int kFunctionStaticSmem = 1;
@@ -27,7 +33,12 @@ constexpr int kJitErrorLogBuffer = 5;
 constexpr int kJitErrorLogBytes = 6;
 constexpr int kCaptureRelaxed = 2;
 
+constexpr unsigned kStreamDefault = 0;  // in order with copies and fills
+
 using DeviceHandle = int;
+using DevicePointer = std::uint64_t;
+
+DevicePointer device_pointer(const void* memory) { return reinterpret_cast<DevicePointer>(memory); }
 
 }  // namespace
 
@@ -62,6 +73,23 @@ struct Driver::Api {
   int (*link_complete)(CudaLinkState, void** cubin, std::size_t* bytes);
   int (*link_destroy)(CudaLinkState);
   int (*exchange_capture_mode)(int* mode);
+  int (*device_bus_id)(char* id, int bytes, DeviceHandle);
+  int (*occupancy)(int* blocks, CudaFunction, int threads, std::size_t dynamic_smem);
+  int (*memory_info)(std::size_t* free, std::size_t* total);
+  int (*memory_alloc)(DevicePointer*, std::size_t bytes);
+  int (*memory_free)(DevicePointer);
+  int (*copy_to_device)(DevicePointer, const void*, std::size_t bytes);
+  int (*copy_to_host)(void*, DevicePointer, std::size_t bytes);
+  int (*memory_set)(DevicePointer, unsigned char, std::size_t bytes);
+  int (*copy_on_device)(DevicePointer to, DevicePointer from, std::size_t bytes, StreamHandle);
+  int (*stream_create)(StreamHandle*, unsigned flags);
+  int (*stream_destroy)(StreamHandle);
+  int (*stream_synchronize)(StreamHandle);
+  int (*event_create)(void** event, unsigned flags);
+  int (*event_destroy)(void* event);
+  int (*event_record)(void* event, StreamHandle);
+  int (*event_synchronize)(void* event);
+  int (*event_elapsed)(float* milliseconds, void* from, void* to);
 
   explicit Api(const std::filesystem::path& path) : library(DynamicLibrary::open(path)) {
     resolve("cuInit", init);
@@ -86,6 +114,23 @@ struct Driver::Api {
     resolve("cuLinkComplete", link_complete);
     resolve("cuLinkDestroy", link_destroy);
     resolve("cuThreadExchangeStreamCaptureMode", exchange_capture_mode);
+    resolve("cuDeviceGetPCIBusId", device_bus_id);
+    resolve("cuOccupancyMaxActiveBlocksPerMultiprocessor", occupancy);
+    resolve("cuMemGetInfo_v2", memory_info);
+    resolve("cuMemAlloc_v2", memory_alloc);
+    resolve("cuMemFree_v2", memory_free);
+    resolve("cuMemcpyHtoD_v2", copy_to_device);
+    resolve("cuMemcpyDtoH_v2", copy_to_host);
+    resolve("cuMemsetD8_v2", memory_set);
+    resolve("cuMemcpyDtoDAsync_v2", copy_on_device);
+    resolve("cuStreamCreate", stream_create);
+    resolve("cuStreamDestroy_v2", stream_destroy);
+    resolve("cuStreamSynchronize", stream_synchronize);
+    resolve("cuEventCreate", event_create);
+    resolve("cuEventDestroy_v2", event_destroy);
+    resolve("cuEventRecord", event_record);
+    resolve("cuEventSynchronize", event_synchronize);
+    resolve("cuEventElapsedTime", event_elapsed);
   }
 
  private:
@@ -153,6 +198,24 @@ DeviceInfo Driver::device_info(int ordinal) {
           .multiprocessors = attribute(kAttributeMultiprocessors)};
 }
 
+DeviceFigures Driver::device_figures(int ordinal) {
+  device_info(ordinal);
+  DeviceHandle device = 0;
+  require(api_->device_get(&device, ordinal), "cuDeviceGet");
+  std::array<char, 64> bus_id{};
+  require(api_->device_bus_id(bus_id.data(), static_cast<int>(bus_id.size()), device), "cuDeviceGetPCIBusId");
+  const auto attribute = [&](int which) {
+    int value = 0;
+    require(api_->device_attribute(&value, which, device), "cuDeviceGetAttribute");
+    return value;
+  };
+  return {.l2_bytes = attribute(kAttributeL2),
+          .clock_khz = attribute(kAttributeClock),
+          .memory_clock_khz = attribute(kAttributeMemoryClock),
+          .memory_bus_bits = attribute(kAttributeMemoryBus),
+          .pci_bus_id = bus_id.data()};
+}
+
 CudaContext Driver::primary_context(int ordinal) {
   device_info(ordinal);
   const std::lock_guard lock(api_->mutex);
@@ -191,6 +254,84 @@ FunctionAttributes Driver::attributes(CudaFunction function) {
     return value;
   };
   return {.registers = attribute(kFunctionRegisters), .static_smem = attribute(kFunctionStaticSmem)};
+}
+
+int Driver::blocks_per_multiprocessor(CudaFunction function, int threads, int dynamic_smem) {
+  int blocks = 0;
+  require(api_->occupancy(&blocks, function, threads, static_cast<std::size_t>(dynamic_smem)),
+          "cuOccupancyMaxActiveBlocksPerMultiprocessor");
+  return blocks;
+}
+
+DeviceMemoryInfo Driver::memory_info() {
+  DeviceMemoryInfo info;
+  require(api_->memory_info(&info.free, &info.total), "cuMemGetInfo");
+  return info;
+}
+
+Driver::Memory::Memory(Driver& driver, std::size_t bytes) : driver_(&driver), bytes_(bytes) {
+  DevicePointer pointer = 0;
+  driver.require(driver.api_->memory_alloc(&pointer, std::max<std::size_t>(bytes, 1)),
+                 std::to_string(bytes) + " bytes of the device's memory");
+  data_ = reinterpret_cast<void*>(pointer);
+}
+
+Driver::Memory::Memory(Memory&& other) noexcept
+    : driver_(other.driver_), data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+
+Driver::Memory& Driver::Memory::operator=(Memory&& other) noexcept {
+  std::swap(driver_, other.driver_);
+  std::swap(data_, other.data_);
+  std::swap(bytes_, other.bytes_);
+  return *this;
+}
+
+Driver::Memory::~Memory() {
+  if (data_ != nullptr) driver_->api_->memory_free(device_pointer(data_));
+}
+
+void Driver::copy_to_device(void* device, const void* host, std::size_t bytes) {
+  require(api_->copy_to_device(device_pointer(device), host, bytes), "a copy to the device");
+}
+
+void Driver::copy_to_host(void* host, const void* device, std::size_t bytes) {
+  require(api_->copy_to_host(host, device_pointer(device), bytes), "a copy from the device");
+}
+
+void Driver::fill(void* device, unsigned char byte, std::size_t bytes) {
+  require(api_->memory_set(device_pointer(device), byte, bytes), "cuMemsetD8");
+}
+
+void Driver::copy_on_device(void* to, const void* from, std::size_t bytes, StreamHandle stream) {
+  require(api_->copy_on_device(device_pointer(to), device_pointer(from), bytes, stream), "a copy on the device");
+}
+
+void Driver::synchronize(StreamHandle stream) { require(api_->stream_synchronize(stream), "what a stream was given"); }
+
+Driver::Stream::Stream(Driver& driver) : driver_(driver) {
+  driver.require(driver.api_->stream_create(&stream_, kStreamDefault), "cuStreamCreate");
+}
+
+Driver::Stream::~Stream() { driver_.api_->stream_destroy(stream_); }
+
+Driver::Event::Event(Driver& driver) : driver_(driver) {
+  driver.require(driver.api_->event_create(&event_, 0), "cuEventCreate");
+}
+
+Driver::Event::~Event() { driver_.api_->event_destroy(event_); }
+
+void Driver::Event::record(StreamHandle stream) {
+  driver_.require(driver_.api_->event_record(event_, stream), "cuEventRecord");
+}
+
+void Driver::Event::synchronize() {
+  driver_.require(driver_.api_->event_synchronize(event_), "what came before an event");
+}
+
+double Driver::Event::seconds_since(const Event& earlier) const {
+  float milliseconds = 0;
+  driver_.require(driver_.api_->event_elapsed(&milliseconds, earlier.event_, event_), "cuEventElapsedTime");
+  return milliseconds / 1e3;
 }
 
 std::string Driver::link_ptx(const std::string& ptx, const std::string& name) {

@@ -31,11 +31,26 @@ struct FunctionAttributes {
   int static_smem = 0;  // bytes
 };
 
+// What measuring has to know of a device.
+struct DeviceFigures {
+  std::int64_t l2_bytes = 0;
+  int clock_khz = 0, memory_clock_khz = 0;  // the highest
+  int memory_bus_bits = 0;
+  std::string pci_bus_id;  // "0000:00:1E.0"
+};
+
+struct DeviceMemoryInfo {
+  std::size_t free = 0, total = 0;  // bytes
+};
+
 struct LaunchShape {
   unsigned blocks = 0;
   unsigned threads = 0;
   unsigned dynamic_smem = 0;  // bytes
 };
+
+// Shared memory that a block gets without asking for more, bytes: CUDA C++ programming guide, "Shared memory".
+inline constexpr int kSmemWithoutOptIn = 48 * 1024;
 
 class Driver {
  public:
@@ -51,6 +66,7 @@ class Driver {
   // Initialises the driver; 0 where it sees no device.
   int device_count();
   DeviceInfo device_info(int ordinal);
+  DeviceFigures device_figures(int ordinal);
 
   // The device's primary context, retained for the life of the process.
   CudaContext primary_context(int ordinal);
@@ -74,6 +90,69 @@ class Driver {
 
   void allow_dynamic_smem(CudaFunction function, int bytes);
   FunctionAttributes attributes(CudaFunction function);
+
+  // Blocks of a kernel that one multiprocessor holds at a time.
+  int blocks_per_multiprocessor(CudaFunction function, int threads, int dynamic_smem);
+
+  // ---- memory and time, in the current context: what tuning takes, and nothing else ----
+
+  DeviceMemoryInfo memory_info();
+
+  // Memory of the device, freed when destroyed.
+  class Memory {
+   public:
+    Memory(Driver& driver, std::size_t bytes);
+    Memory(Memory&& other) noexcept;
+    Memory& operator=(Memory&& other) noexcept;
+    ~Memory();
+
+    void* data() const { return data_; }
+    std::size_t bytes() const { return bytes_; }
+
+   private:
+    Driver* driver_;
+    void* data_ = nullptr;
+    std::size_t bytes_ = 0;
+  };
+
+  void copy_to_device(void* device, const void* host, std::size_t bytes);
+  void copy_to_host(void* host, const void* device, std::size_t bytes);
+  void fill(void* device, unsigned char byte, std::size_t bytes);
+  void copy_on_device(void* to, const void* from, std::size_t bytes, StreamHandle stream);  // does not wait
+
+  // Waits for what the stream was given, and throws what became of it.
+  void synchronize(StreamHandle stream);
+
+  class Stream {
+   public:
+    explicit Stream(Driver& driver);
+    ~Stream();
+    Stream(const Stream&) = delete;
+    Stream& operator=(const Stream&) = delete;
+
+    StreamHandle get() const { return stream_; }
+
+   private:
+    Driver& driver_;
+    StreamHandle stream_ = nullptr;
+  };
+
+  // A place in a stream, with the time when the device passed it.
+  class Event {
+   public:
+    explicit Event(Driver& driver);
+    ~Event();
+    Event(const Event&) = delete;
+    Event& operator=(const Event&) = delete;
+
+    void record(StreamHandle stream);
+    void synchronize();
+    double seconds_since(const Event& earlier) const;  // of two that were passed
+
+   private:
+    Driver& driver_;
+    void* event_ = nullptr;
+  };
 
   // Machine code for the current context's device, from PTX.
   std::string link_ptx(const std::string& ptx, const std::string& name);

@@ -32,6 +32,7 @@ void add_inspect(CLI::App& app, Action& chosen);
 void add_model(CLI::App& app, Action& chosen);
 void add_prebuild(CLI::App& app, Action& chosen);
 void add_tune(CLI::App& app, Action& chosen);
+void add_tune_worker(CLI::App& app, Action& chosen);
 void add_report(CLI::App& app, Action& chosen);
 void add_cache(CLI::App& app, Action& chosen);
 void add_pack(CLI::App& app, Action& chosen);

@@ -15,7 +15,8 @@ namespace {
 std::string accepted_by(const CLI::App& app) {
   std::string names;
   const auto add = [&names](const std::string& name) { names += (names.empty() ? "" : ", ") + name; };
-  for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) add(command->get_name());
+  for (const CLI::App* command : app.get_subcommands([](const CLI::App* c) { return !c->get_group().empty(); }))
+    add(command->get_name());
   for (const CLI::Option* option : app.get_options()) add(option->get_name());
   return names;
 }
@@ -57,6 +58,7 @@ int run(int argc, char** argv) {
   add_prebuild(app, chosen);
   add_pack(app, chosen);
   add_tune(app, chosen);
+  add_tune_worker(app, chosen);
   add_report(app, chosen);
   add_cache(app, chosen);
 

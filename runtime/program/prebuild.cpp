@@ -159,7 +159,7 @@ int parse_jobs(const std::string& text) {
   return static_cast<int>(parse_number("--jobs", text, 1, kMostJobs));
 }
 
-std::string seconds_text(double seconds) {
+std::string took_text(double seconds) {
   char text[32];
   std::snprintf(text, sizeof text, "%.2f s", seconds);
   return text;
@@ -202,7 +202,7 @@ class PackBuilder {
       const bool is_new = found.origin == KernelOrigin::kCompiled;
       const std::lock_guard lock(mutex_);
       ++(is_new ? outcome_.built : outcome_.skipped);
-      progress_.step(is_new ? "built " + spec.name() + " in " + seconds_text(found.kernel.seconds)
+      progress_.step(is_new ? "built " + spec.name() + " in " + took_text(found.kernel.seconds)
                             : "there already: " + spec.name());
     } catch (const MissingKernelError& error) {
       // The same for every kernel that is not there yet.
@@ -264,7 +264,7 @@ int run_prebuild(const PrebuildFlags& flags) {
     std::cout << json_text(outcome_json(outcome, flags.out, target)) << "\n";
   else
     std::cout << flags.out << ": " << outcome.built << " built, " << outcome.skipped << " there already, "
-              << outcome.failures.size() << " failed, " << seconds_text(outcome.seconds) << "\n";
+              << outcome.failures.size() << " failed, " << took_text(outcome.seconds) << "\n";
   return outcome.failures.empty() && outcome.stopped_by.empty() ? kSuccess : kFailure;
 }
 

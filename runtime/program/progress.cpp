@@ -27,18 +27,27 @@ Progress::Progress(std::size_t total) : total_(total), on_terminal_(isatty(STDER
 void Progress::step(const std::string& what) {
   const std::lock_guard lock(mutex_);
   ++done_;
+  if (on_terminal_) return draw(what);
+  std::cerr << "[" << done_ << "/" << total_ << "] " << what << std::endl;
+}
+
+void Progress::show(const std::string& what) {
+  const std::lock_guard lock(mutex_);
+  const auto now = std::chrono::steady_clock::now();
+  if (!on_terminal_ || now < next_show_) return;
+  next_show_ = now + std::chrono::milliseconds(150);
+  draw(what);
+}
+
+void Progress::draw(const std::string& what) {
   const std::string count = std::to_string(done_) + "/" + std::to_string(total_);
-  if (!on_terminal_) {
-    std::cerr << "[" << count << "] " << what << std::endl;
-    return;
-  }
   const std::string line = (bar(done_, total_) + " " + count + " " + what).substr(0, terminal_columns() - 1);
   std::cerr << "\r\x1b[K" << line << std::flush;
 }
 
 void Progress::finish() {
   const std::lock_guard lock(mutex_);
-  if (on_terminal_ && done_ > 0) std::cerr << "\r\x1b[K" << std::flush;
+  if (on_terminal_) std::cerr << "\r\x1b[K" << std::flush;
 }
 
 }  // namespace flash_attn_jit::program

@@ -123,6 +123,16 @@ TEST_CASE("a wrong call names the flag, what came and what is accepted, and exit
     refused(pack + " --tuned db.json " + flag, std::string(flag).substr(0, std::string(flag).find(' ')), "--tuned",
             "one of them");
   refused("tune", "--export FILE", "nothing is asked for", "--import FILE");
+  refused("tune --preset eliza", "--preset", "'eliza'", "llama-3-8b, ");
+  refused("tune --preset gpt2 --head-dims 64", "--preset", "--head-dims", "one of them");
+  refused("tune --preset gpt2 --export db.json", "--export", "problems to tune", "one of them");
+  refused("tune --preset gpt2 --kinds all", "--kinds", "'all'", "fwd, bwd");
+  refused("tune --preset gpt2 --seqlens 0", "--seqlens", "'0'", "from 1");
+  refused("tune --preset gpt2 --budget soon", "--budget", "'soon'", "a whole number");
+  refused("tune --head-dims 64", "--seqlens", "missing", "512,2048");
+  refused("tune --head-dims 300 --seqlens 512", "--head-dims", "'300'", "to 256");
+  refused("tune --head-dims 64 --seqlens 512 --heads 12 --gqa 5", "--gqa", "'5'", "divide --heads, 12");
+  refused("tune --head-dims 64 --seqlens 512 --causal perhaps", "--causal", "'perhaps'", "both, yes, no");
   refused("tune --export a --import b", "--export", "--import", "one of them");
   refused("tune --any-device", "--any-device", "without --import", "both together");
   refused("report --json --csv", "--json", "--csv", "one of them");
@@ -374,6 +384,20 @@ void keep_records(const Program& program, const std::vector<TuningRecord>& recor
 }
 
 }  // namespace
+
+TEST_CASE("tune without a driver says so; the command that it starts is not for people") {
+  const Program program;
+  const std::string without_driver = "LD_LIBRARY_PATH='" + program.folder().string() + "'";
+  std::ofstream(program.folder() / "libcuda.so.1") << "no library";
+  const ProgramRun run = program.run("tune --preset gpt2 --budget 10", without_driver);
+  CHECK(run.exit_code == 1);
+  CHECK(holds(run.err, "no CUDA driver"));
+  CHECK(run.out.empty());
+  CHECK_FALSE(holds(program.run("--help").out, "tune-worker"));
+  const ProgramRun worker = program.run("tune-worker");  // its stdin is empty
+  CHECK(worker.exit_code == 0);
+  CHECK(worker.out.empty());
+}
 
 TEST_CASE("tune --export and --import move records; --import takes another GPU's only where it is told to") {
   const Program here, there;

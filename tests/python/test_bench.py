@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_reference import attention, exact_gradients, normal, normal_qkv
-from conftest import needs_enable_gqa, run_module
+from conftest import find_nvrtc, needs_enable_gqa, run_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn_jit.bench import accuracy, backends, memory, options, problem, timing
@@ -351,3 +351,21 @@ def test_plot_of_no_timings(tmp_path):
     (tmp_path / "cost.json").write_text(json.dumps({"kind": "host_cost", "machine": {}, "rows": []}))
     done = run_module("bench", "--plot", "cost.json", cwd=tmp_path)
     assert done.returncode != 0 and "no timings" in done.stderr
+
+
+def test_predictions_of_a_card(tmp_path):
+    problems = ["--head-dims", 64, "--seqlens", "256,1024", "--causal", "no"]
+    nvrtc = {"FLASH_ATTN_JIT_NVRTC": find_nvrtc(12)}
+    done = run_module("bench", "--predict", "t4", *problems, "--passes", "fwd,bwd,both", cwd=tmp_path, **nvrtc)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "bench-predict.json").read_text())["rows"]
+    assert [row["pass"] for row in rows] == ["fwd", "bwd", "both"] * 2
+    for forward, backward, both in (rows[:3], rows[3:]):
+        assert both["ms_predicted"] == pytest.approx(forward["ms_predicted"] + backward["ms_predicted"])
+        assert len(backward["kernels"]) == 3 and forward["tflops"] > 1
+    assert rows[0]["ms_predicted"] < rows[3]["ms_predicted"]
+
+
+def test_no_predictions_of_a_card_that_is_not_known(tmp_path):
+    done = run_module("bench", "--predict", "a100", "--head-dims", 64, "--seqlens", 256, cwd=tmp_path)
+    assert done.stdout.count("does not run: flash-attn-jit model: --gpu is 'a100'") == 4

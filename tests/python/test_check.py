@@ -10,8 +10,9 @@ from attention_reference import attention, exact_gradients, normal
 from conftest import run_module
 
 from flash_attn_jit._reference import Scores, exact_attention
+from flash_attn_jit.bench import prediction
 from flash_attn_jit.bench.problem import BACKWARD, FORWARD, Problem
-from flash_attn_jit.check import __main__ as check, card, cases, prediction, speed
+from flash_attn_jit.check import __main__ as check, card, cases, speed
 
 
 @pytest.mark.parametrize(

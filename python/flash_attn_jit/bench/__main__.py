@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from .. import __version__, _core
-from . import accuracy, host_cost, memory, model, plot, timing
+from . import accuracy, host_cost, memory, model, plot, prediction, timing
 from .backends import KNOWS_ENABLE_GQA, default_names
-from .options import ACCURACY, HOST_COST, MEMORY, MODEL, PLOT, TARGET_VARIABLE, TIMING, parse_arguments
+from .options import ACCURACY, HOST_COST, MEMORY, MODEL, PLOT, PREDICT, TARGET_VARIABLE, TIMING, parse_arguments
 from .problem import Problem, sweep
 
 _INTERPRET_VARIABLE = "FLASH_ATTN_JIT_INTERPRET"
@@ -68,6 +68,9 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         return _measure_model(options)
     rows: list[dict[str, Any]] = []
     for problem in _problems(options):
+        if options.kind == PREDICT:
+            rows += _print_rows(str(problem), prediction.run(problem, options.passes, options.predict))
+            continue
         backends = options.backends or default_names(problem)
         if options.kind == MEMORY:
             rows += _print_rows(str(problem), memory.run(problem, backends))
@@ -121,6 +124,8 @@ def _figures(row: dict[str, Any]) -> str:
         return f"peak {peak:9.2f} MiB  needed {needed:9.2f} MiB  over it {extra:9.2f} MiB"
     if "ms_median" in row:
         return _times(row)
+    if "ms_predicted" in row:
+        return f"{row['ms_predicted']:9.3f} ms  {row['tflops']:7.1f} TFLOP/s"
     text = f"max {row['max_error']:.3e}  rms {row['rms_error']:.3e}"
     if "max_over_flash" in row:
         text += f"  over SDPA flash: {row['max_over_flash']:.2f} and {row['rms_over_flash']:.2f}"
@@ -140,6 +145,8 @@ def _times(row: dict[str, Any]) -> str:
 
 
 def _can_measure(kind: str) -> bool:
+    if kind == PREDICT:
+        return True
     on_any_machine = kind in (HOST_COST, MODEL) and os.environ.get(_INTERPRET_VARIABLE) == "1"
     return on_any_machine or torch.cuda.is_available()
 
@@ -155,8 +162,8 @@ def main(arguments: Sequence[str]) -> None:
     restart_with_target(options.target, arguments)
     if not _can_measure(options.kind):
         raise SystemExit(
-            f"This measures on a GPU, and torch sees none. --plot JSON runs without one, and --host-cost and --model "
-            f"where {_INTERPRET_VARIABLE}=1 is set."
+            f"This measures on a GPU, and torch sees none. --plot JSON and --predict CARD run without one, and "
+            f"--host-cost and --model where {_INTERPRET_VARIABLE}=1 is set."
         )
     record = {
         "kind": options.kind,

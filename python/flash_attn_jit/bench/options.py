@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from .backends import NAMES, SDPA_MATH
-from .problem import PASSES
+from .problem import BACKWARD, FORWARD, PASSES
 
 TARGET_VARIABLE = "FLASH_ATTN_JIT_TARGET"
 
-TIMING, MODEL, ACCURACY, MEMORY, HOST_COST, PLOT = KINDS = (
+TIMING, MODEL, PREDICT, ACCURACY, MEMORY, HOST_COST, PLOT = KINDS = (
     "timing",
     "model",
+    "predict",
     "accuracy",
     "memory",
     "host_cost",
@@ -47,6 +48,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "rounds": 5,
         "burst_ms": 50.0,
     },
+    PREDICT: {**_ONE_CALL, "seqlens": [1024, 4096, 8192], "passes": [FORWARD, BACKWARD]},
     ACCURACY: {
         **_ONE_CALL,
         "seqlens": [512, 1024, 2048, 4096],
@@ -125,6 +127,12 @@ def _add_kinds(parser: argparse.ArgumentParser) -> None:
         help="a whole Llama-like decoder with float16 weights instead of single calls, with PyTorch's SDPA left to the "
         "two backends that a Turing GPU has, and inside route_sdpa(). forward: the logits of every token, without a "
         "graph; training: forward, cross-entropy, backward and a step of AdamW",
+    )
+    what.add_argument(
+        "--predict",
+        metavar="CARD",
+        help="measure nothing: what the model of a Turing card (t4, ...: `flash-attn-jit model --help`) says of single "
+        "calls; needs no GPU, but an NVRTC",
     )
     what.add_argument(
         "--accuracy",

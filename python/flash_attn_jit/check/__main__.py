@@ -14,9 +14,10 @@ import torch
 
 from .. import _core
 from .._environment_report import collect
+from ..bench import prediction
 from ..bench.backends import OURS
 from ..bench.problem import Problem
-from . import card, cases, prediction, speed
+from . import card, cases, speed
 
 _FORMAT, _VERSION = "flash-attn-jit check", 1
 # Of the time, what is left to the comparison with float64, and to both.

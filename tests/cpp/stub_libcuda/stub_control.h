@@ -1,6 +1,8 @@
 // How tests steer the libcuda that plays a driver and its devices.
 #pragma once
 
+#include <cstddef>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -10,7 +12,12 @@ struct StubDevice {
   std::string name;
   int sm = 75;
   int multiprocessors = 40;
+  std::size_t memory = std::size_t{1} << 34;
 };
+
+// What a kernel does when the stub launches it: memory of the stub's devices is the process's own. What it returns is how
+// long the device was busy, in seconds.
+using StubKernel = std::function<double(const std::string& function, const void* params)>;
 
 struct StubLaunch {
   int device = 0;
@@ -30,6 +37,12 @@ class StubControl {
 
   // Calls of this entry point since the reset, failed ones included; of all entry points for "".
   virtual int calls(const std::string& call) const = 0;
+
+  // Until the next reset. Without one a launch takes no time and does nothing.
+  virtual void run_kernels_with(StubKernel kernel) = 0;
+
+  // Bytes that cuMemAlloc gave and cuMemFree did not get back.
+  virtual std::size_t allocated() const = 0;
 
   virtual std::vector<StubLaunch> launches() const = 0;
   virtual void record_launches(bool record) = 0;

@@ -1,8 +1,11 @@
 // A libcuda for tests: as much of a driver as the library calls. It loads only what a real one would: machine
 // code of the device's architecture, made by a CUDA major not above the driver's, and PTX of a version that
 // the driver knows.
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -18,6 +21,7 @@ namespace {
 enum Result {
   kSuccess = 0,
   kInvalidValue = 1,
+  kOutOfMemory = 2,
   kNotInitialised = 3,
   kNoDevice = 100,
   kInvalidDevice = 101,
@@ -61,6 +65,13 @@ struct State {
   std::vector<std::unique_ptr<Module>> modules;
   std::vector<std::unique_ptr<Function>> functions;
   std::atomic<int> pending_failures = 0;
+  StubKernel kernel;
+  std::map<std::uint64_t, std::size_t> allocations;
+  double busy_until = 0;  // of the device's own time, in seconds; events take it
+};
+
+struct Event {
+  double seconds = -1;
 };
 
 State& state() {
@@ -163,6 +174,8 @@ class Control final : public StubControl {
     state().failures.clear();
     state().pending_failures = 0;
     state().allowed_smem.clear();
+    state().kernel = {};
+    state().busy_until = 0;
     for (auto& [call, count] : state().calls) *count = 0;
     context_stack.clear();
   }
@@ -178,6 +191,15 @@ class Control final : public StubControl {
     int sum = 0;
     for (const auto& [name, count] : state().calls)
       if (call.empty() || call == name) sum += *count;
+    return sum;
+  }
+
+  void run_kernels_with(StubKernel kernel) override { state().kernel = std::move(kernel); }
+
+  std::size_t allocated() const override {
+    const std::lock_guard lock(state().mutex);
+    std::size_t sum = 0;
+    for (const auto& [pointer, bytes] : state().allocations) sum += bytes;
     return sum;
   }
 
@@ -258,9 +280,12 @@ int cuDeviceGetName(char* name, int bytes, int device) {
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
   ENTRY_POINT();
   const StubDevice& asked = state().devices.at(static_cast<std::size_t>(device));
-  constexpr int kMultiprocessors = 16, kMajor = 75, kMinor = 76;
-  if (attribute != kMultiprocessors && attribute != kMajor && attribute != kMinor) return kInvalidValue;
-  *value = attribute == kMultiprocessors ? asked.multiprocessors : attribute == kMajor ? asked.sm / 10 : asked.sm % 10;
+  // A Tesla T4's figures, where a test does not say others.
+  const std::map<int, int> attributes = {{13, 1590000}, {16, asked.multiprocessors}, {36, 5001000},      {37, 256},
+                                         {38, 1 << 22}, {75, asked.sm / 10},         {76, asked.sm % 10}};
+  const auto found = attributes.find(attribute);
+  if (found == attributes.end()) return kInvalidValue;
+  *value = found->second;
   return kSuccess;
 }
 
@@ -333,6 +358,7 @@ int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigne
   if (current_device() < 0) return kInvalidContext;
   if (current_device() != function->device) return kInvalidHandle;
   if (grid_y != 1 || grid_z != 1 || block_y != 1 || block_z != 1 || extra != nullptr) return kInvalidValue;
+  if (state().kernel) state().busy_until += state().kernel(function->name, arguments[0]);
   if (!state().recording) return kSuccess;
   const std::lock_guard lock(state().mutex);
   StubLaunch launch{function->device, function->name, grid_x, block_x, smem, stream, {}};
@@ -368,6 +394,122 @@ int cuLinkComplete(Link* link, void** cubin, std::size_t* bytes) {
 int cuLinkDestroy(Link* link) {
   ENTRY_POINT();
   delete link;
+  return kSuccess;
+}
+
+int cuDeviceGetPCIBusId(char* id, int bytes, int device) {
+  ENTRY_POINT();
+  std::snprintf(id, static_cast<std::size_t>(bytes), "0000:%02X:00.0", device + 1);
+  return kSuccess;
+}
+
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Function*, int threads, std::size_t) {
+  ENTRY_POINT();
+  *blocks = threads > 0 ? 512 / threads : 0;
+  return kSuccess;
+}
+
+int cuMemGetInfo_v2(std::size_t* free, std::size_t* total) {
+  ENTRY_POINT();
+  if (current_device() < 0) return kInvalidContext;
+  *total = state().devices[static_cast<std::size_t>(current_device())].memory;
+  *free = *total - std::min(*total, stub_control()->allocated());
+  return kSuccess;
+}
+
+int cuMemAlloc_v2(std::uint64_t* pointer, std::size_t bytes) {
+  ENTRY_POINT();
+  if (current_device() < 0) return kInvalidContext;
+  if (bytes == 0) return kInvalidValue;
+  if (stub_control()->allocated() + bytes > state().devices[static_cast<std::size_t>(current_device())].memory)
+    return kOutOfMemory;
+  void* const memory = std::aligned_alloc(512, (bytes + 511) / 512 * 512);
+  if (memory == nullptr) return kOutOfMemory;
+  *pointer = reinterpret_cast<std::uint64_t>(memory);
+  const std::lock_guard lock(state().mutex);
+  state().allocations[*pointer] = bytes;
+  return kSuccess;
+}
+
+int cuMemFree_v2(std::uint64_t pointer) {
+  ENTRY_POINT();
+  const std::lock_guard lock(state().mutex);
+  if (state().allocations.erase(pointer) == 0) return kInvalidValue;
+  std::free(reinterpret_cast<void*>(pointer));
+  return kSuccess;
+}
+
+int cuMemcpyHtoD_v2(std::uint64_t to, const void* from, std::size_t bytes) {
+  ENTRY_POINT();
+  std::memcpy(reinterpret_cast<void*>(to), from, bytes);
+  return kSuccess;
+}
+
+int cuMemcpyDtoH_v2(void* to, std::uint64_t from, std::size_t bytes) {
+  ENTRY_POINT();
+  std::memcpy(to, reinterpret_cast<const void*>(from), bytes);
+  return kSuccess;
+}
+
+int cuMemsetD8_v2(std::uint64_t to, unsigned char byte, std::size_t bytes) {
+  ENTRY_POINT();
+  std::memset(reinterpret_cast<void*>(to), byte, bytes);
+  return kSuccess;
+}
+
+int cuMemcpyDtoDAsync_v2(std::uint64_t to, std::uint64_t from, std::size_t bytes, void*) {
+  ENTRY_POINT();
+  constexpr double kBytesASecond = 100e9;
+  std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
+  state().busy_until += static_cast<double>(bytes) / kBytesASecond;
+  return kSuccess;
+}
+
+int cuStreamCreate(void** stream, unsigned) {
+  ENTRY_POINT();
+  *stream = new int;
+  return kSuccess;
+}
+
+int cuStreamDestroy_v2(void* stream) {
+  ENTRY_POINT();
+  delete static_cast<int*>(stream);
+  return kSuccess;
+}
+
+int cuStreamSynchronize(void*) {
+  ENTRY_POINT();
+  return kSuccess;
+}
+
+int cuEventCreate(void** event, unsigned) {
+  ENTRY_POINT();
+  *event = new Event;
+  return kSuccess;
+}
+
+int cuEventDestroy_v2(void* event) {
+  ENTRY_POINT();
+  delete static_cast<Event*>(event);
+  return kSuccess;
+}
+
+int cuEventRecord(void* event, void*) {
+  ENTRY_POINT();
+  static_cast<Event*>(event)->seconds = state().busy_until;
+  return kSuccess;
+}
+
+int cuEventSynchronize(void*) {
+  ENTRY_POINT();
+  return kSuccess;
+}
+
+int cuEventElapsedTime(float* milliseconds, void* from, void* to) {
+  ENTRY_POINT();
+  const Event &first = *static_cast<Event*>(from), &last = *static_cast<Event*>(to);
+  if (first.seconds < 0 || last.seconds < 0) return kInvalidHandle;
+  *milliseconds = static_cast<float>((last.seconds - first.seconds) * 1e3);
   return kSuccess;
 }
 

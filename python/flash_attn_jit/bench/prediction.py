@@ -3,12 +3,15 @@
 import json
 import re
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 from .._environment_report import program_path
-from ..bench.problem import BACKWARD, FORWARD, Problem
+from .problem import BACKWARD, BOTH, FORWARD, Problem
 
-_KINDS = {FORWARD: ("fwd",), BACKWARD: ("bwd_preprocess", "bwd_dkdv", "bwd_dq")}
+_BACKWARD = ("bwd_preprocess", "bwd_dkdv", "bwd_dq")
+_KINDS = {FORWARD: ("fwd",), BACKWARD: _BACKWARD, BOTH: ("fwd", *_BACKWARD)}
+_MOST_SECONDS = 120.0  # for a kernel: it is compiled and played
 
 
 def card_word(name: str) -> str:
@@ -44,3 +47,17 @@ def predict(problem: Problem, which: str, card: str, seconds: float) -> dict[str
             return part
         parts.append(part)
     return {"ms": 1e3 * sum(part["seconds"] for part in parts), "kernels": [part["kernel"] for part in parts]}
+
+
+def run(problem: Problem, passes: Sequence[str], card: str) -> list[dict[str, Any]]:
+    """A row a pass, its "ms_predicted" and "tflops", or why there is none."""
+    rows = []
+    for which in passes:
+        found = predict(problem, which, card, _MOST_SECONDS)
+        row = {"problem": problem.record(), "pass": which, "backend": f"predicted, {card}"}
+        if "error" in found:
+            rows.append({**row, "skipped": found["error"]})
+            continue
+        tflops = problem.flops(which) / found["ms"] * 1e-9
+        rows.append({**row, "ms_predicted": found["ms"], "tflops": tflops, "kernels": found["kernels"]})
+    return rows

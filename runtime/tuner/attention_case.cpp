@@ -1,0 +1,81 @@
+#include "runtime/tuner/attention_case.h"
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+
+#include "generator/legality.h"
+#include "runtime/tuner/half.h"
+
+namespace flash_attn_jit {
+namespace {
+
+constexpr std::int64_t kNumbers = 1048573;  // a prime
+constexpr std::int64_t kTensorOffset = 262147;
+
+// More than the rows of two blocks, and more columns than three iterations have.
+constexpr std::int64_t kSmallSeqlenQ = 277, kSmallSeqlenK = 333;
+constexpr std::int64_t kManyDims = 1024;  // heads x head_dim beyond which one batch entry has to do
+
+double uniform(std::mt19937_64& random) { return (static_cast<double>(random() >> 11) + 0.5) * 0x1p-53; }
+
+}  // namespace
+
+Window AttentionCase::window() const {
+  if (spec.mask != Mask::kWindow) return {};
+  return {std::max<std::int64_t>(seqlen_k / 4, 1), 0};
+}
+
+double AttentionCase::alibi_slope(std::int64_t h) const {
+  return std::exp2(-8.0 * static_cast<double>(h + 1) / static_cast<double>(num_heads));
+}
+
+std::int64_t AttentionCase::statistic_at(std::int64_t b, std::int64_t h, std::int64_t i) const {
+  if (spec.has(Feature::kVarlen)) return h * rows_q() + b * seqlen_q + i;
+  return (b * num_heads + h) * seqlen_q + i;
+}
+
+bool AttentionCase::sees(std::int64_t i, std::int64_t j) const {
+  const std::int64_t ahead = j - (i + seqlen_k - seqlen_q);
+  if (spec.mask == Mask::kNone) return true;
+  return ahead <= 0 && (spec.mask == Mask::kCausal || ahead >= -window().left);
+}
+
+AttentionCase measured_case(const TuningRecord& record) {
+  return {record.key.problem.spec, record.batch,    record.num_heads,
+          record.num_heads_k,      record.seqlen_q, record.seqlen_k};
+}
+
+AttentionCase small_case(const AttentionCase& whole) {
+  AttentionCase small = whole;
+  small.num_heads_k = 1;
+  small.num_heads = whole.num_heads_k > 0 ? whole.num_heads / whole.num_heads_k : 1;
+  small.batch = small.num_heads * whole.spec.head_dim > kManyDims ? 1 : 2;
+  small.seqlen_q = kSmallSeqlenQ;
+  small.seqlen_k = kSmallSeqlenK;
+  return small;
+}
+
+CaseNumbers::CaseNumbers(std::uint64_t seed) {
+  std::mt19937_64 random(seed);
+  bits_.reserve(kNumbers);
+  values_.reserve(kNumbers + kMostHeadDim);
+  while (static_cast<std::int64_t>(bits_.size()) < kNumbers) {
+    const double radius = std::sqrt(-2 * std::log(uniform(random)));
+    bits_.push_back(double_to_half(radius * std::cos(6.283185307179586 * uniform(random))));
+    values_.push_back(static_cast<float>(half_to_double(bits_.back())));
+  }
+  for (std::size_t i = 0; i < kMostHeadDim; ++i) values_.push_back(values_[i]);
+}
+
+std::size_t CaseNumbers::at(CaseTensor tensor, std::int64_t index) {
+  return static_cast<std::size_t>((index + static_cast<int>(tensor) * kTensorOffset) % kNumbers);
+}
+
+const std::uint16_t* CaseNumbers::run(CaseTensor tensor, std::int64_t index, std::int64_t& count) const {
+  const std::size_t first = at(tensor, index);
+  count = std::min(count, kNumbers - static_cast<std::int64_t>(first));
+  return &bits_[first];
+}
+
+}  // namespace flash_attn_jit

@@ -1,0 +1,65 @@
+// The problem that stands for a problem class while it is tuned: sizes, options, and the numbers in its tensors.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "generator/kernel_spec.h"
+#include "runtime/request/attention_options.h"
+#include "runtime/tuner/record.h"
+
+namespace flash_attn_jit {
+
+// Tensors are contiguous, (batch, seqlen, heads, head_dim); varlen, (1, batch x seqlen, heads, head_dim), with sequences
+// of one length.
+struct AttentionCase {
+  KernelSpec spec;  // the tile says nothing
+  std::int64_t batch = 0, num_heads = 0, num_heads_k = 0, seqlen_q = 0, seqlen_k = 0;
+
+  double softmax_scale() const { return default_softmax_scale(spec.head_dim); }
+  double softcap() const { return spec.has(Feature::kSoftcap) ? 30 : 0; }
+  Window window() const;  // a quarter of the keys, up to the diagonal
+  double alibi_slope(std::int64_t h) const;
+
+  bool is_backward() const { return spec.kind != KernelKind::kForward; }
+  std::int64_t rows_q() const { return batch * seqlen_q; }
+  std::int64_t rows_k() const { return batch * seqlen_k; }
+  std::int64_t statistics() const { return rows_q() * num_heads; }  // numbers of softmax_lse and of delta
+  // Where softmax_lse and delta have the row of query i.
+  std::int64_t statistic_at(std::int64_t b, std::int64_t h, std::int64_t i) const;
+
+  // Whether query i sees key j.
+  bool sees(std::int64_t i, std::int64_t j) const;
+
+  friend bool operator==(const AttentionCase&, const AttentionCase&) = default;
+};
+
+// Of what a record says was measured.
+AttentionCase measured_case(const TuningRecord& record);
+
+// Like `whole`, but small enough for float64 on the CPU, and with more rows than any tile has, none of them full.
+AttentionCase small_case(const AttentionCase& whole);
+
+// Normal random numbers, rounded to fp16; they come again after a prime, so that rows differ.
+enum class CaseTensor { kQ, kK, kV, kDout };
+class CaseNumbers {
+ public:
+  explicit CaseNumbers(std::uint64_t seed);
+
+  std::uint16_t bits(CaseTensor tensor, std::int64_t index) const { return bits_[at(tensor, index)]; }
+  double value(CaseTensor tensor, std::int64_t index) const { return values_[at(tensor, index)]; }
+
+  // The values from `index` on, as many as a head has dims.
+  const float* row(CaseTensor tensor, std::int64_t index) const { return &values_[at(tensor, index)]; }
+
+  // `count` of them from `index` on, as many as lie together in memory.
+  const std::uint16_t* run(CaseTensor tensor, std::int64_t index, std::int64_t& count) const;
+
+ private:
+  static std::size_t at(CaseTensor tensor, std::int64_t index);
+
+  std::vector<std::uint16_t> bits_;
+  std::vector<float> values_;  // the same, and the first of them once more behind the last
+};
+
+}  // namespace flash_attn_jit
