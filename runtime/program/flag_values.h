@@ -26,6 +26,8 @@ ArchLimits parse_arch_flag(const std::string& flag, const std::string& text);  /
 KernelKind parse_kind(const std::string& flag, const std::string& text);       // "fwd", "bwd_dq" and so on
 std::vector<KernelKind> parse_kinds(const std::string& flag, const std::vector<std::string>& texts);  // "fwd", "bwd"
 
+int parse_driver(const std::string& flag, const std::string& text);  // "12.4" -> 12040, as cuDriverGetVersion counts
+
 Switch parse_switch(const std::string& flag, const std::string& text);  // "no", "yes", "both"
 
 // The process's configuration, with the NVRTC that the flag names, if it names one.
