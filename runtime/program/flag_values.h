@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -15,6 +16,8 @@
 #include "runtime/system/config.h"
 
 namespace flash_attn_jit::program {
+
+inline constexpr int kMostInt = std::numeric_limits<int>::max();
 
 // A whole number from `least` to `most`.
 std::int64_t parse_number(const std::string& flag, const std::string& text, std::int64_t least, std::int64_t most);

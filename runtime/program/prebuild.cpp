@@ -35,7 +35,6 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 constexpr int kMostJobs = 1024;
-constexpr int kMostInt = std::numeric_limits<int>::max();
 
 struct PrebuildFlags {
   std::string arch;

@@ -26,7 +26,6 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr int kMostInt = std::numeric_limits<int>::max();
 constexpr int kMostLength = 1 << 20;
 constexpr int kMostBatch = 1 << 16;
 constexpr int kMostDays = 30;
