@@ -49,6 +49,15 @@ void append_tiles(KernelSpec spec, const ArchLimits& arch, std::vector<KernelSpe
 
 }  // namespace
 
+KernelSelection default_pack() {
+  KernelSelection pack;
+  pack.kinds.assign(kKernelKinds.begin(), kKernelKinds.end());
+  pack.head_dims = {64, 128};
+  pack.masks = {Mask::kNone, Mask::kCausal};
+  pack.group_sizes = {1, 2, 4, 8};
+  return pack;
+}
+
 std::vector<KernelSpec> select_kernels(const KernelSelection& selection, const ArchLimits& arch) {
   std::vector<KernelSpec> problems{KernelSpec{}};
   cross(problems, selection.kinds, &KernelSpec::kind);

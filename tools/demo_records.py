@@ -150,11 +150,11 @@ def record(problem: Problem, defaults: list[str], answers: dict[str, dict[str, A
                 "seqlen_k": power_of_two(problem.seqlen),
                 "batch_heads": power_of_two(problem.batch * problem.heads),
             },
-            "policy": {"timer": "model", "l2": ""},
+            "policy": {"timer": "model", "l2": "none"},
         },
         "environment": {
             "library": version(),
-            "driver": None,
+            "driver": "",
             "nvrtc": first.get("built_by"),
             "power_limit_watts": None,
             **peaks([first]),

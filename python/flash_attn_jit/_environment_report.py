@@ -27,7 +27,7 @@ TO_RUN = {
     "python -m flash_attn_jit.demo": "builds a T4's kernels for some models, runs and checks them, on any machine",
     "python -m flash_attn_jit.report": "a page of what tuning tried and why the winners won; --demo without a GPU",
     "python -m flash_attn_jit.check": "is this GPU right, and how fast: one JSON to attach to an issue",
-    _PROGRAM: "the program: devices, inspect, model, prebuild, cache",
+    _PROGRAM: "the program: devices, inspect, model, prebuild, pack, tune, report, cache",
 }
 # By their distributions' names: other attention kernels, then those who call them, then what brings NVRTC.
 PACKAGES = (
@@ -142,7 +142,7 @@ def _kernel_module() -> str | None:
 
 
 def _machine() -> dict[str, Any]:
-    """Of the compiled module: driver, GPUs, NVRTC and the cache's folder, or why they are not known."""
+    """Of the compiled module: driver, GPUs, NVRTC, the cache's folder, the bundled pack, or why none is known."""
     try:
         core = importlib.import_module(f"{_PACKAGE}._core")
         core.set_python_search_path([folder for folder in sys.path if folder])
@@ -177,6 +177,16 @@ def _cache(folder: str | None) -> dict[str, Any] | None:
     return found
 
 
+def _bundled_pack(path: str | None) -> dict[str, Any] | None:
+    """The pack that was installed with the package."""
+    if path is None:
+        return None
+    try:
+        return {"path": path, "bytes": os.stat(path).st_size, "error": None}
+    except OSError as error:
+        return {"path": path, "bytes": None, "error": _words(error)}
+
+
 def collect() -> dict[str, Any]:
     package, torch = _package(), _torch()
     machine = _machine()
@@ -192,6 +202,8 @@ def collect() -> dict[str, Any]:
         "gpus": machine.get("devices"),
         "nvrtc": machine.get("nvrtc"),
         "cache": _cache(machine.get("cache")),
+        "bundled_pack": _bundled_pack(machine.get("bundled_pack")),
+        "offline": machine.get("offline"),
         "variables": {
             name: value for name, value in sorted(os.environ.items()) if name.startswith(_PREFIX) or name == _HIDES_GPUS
         },
@@ -241,6 +253,13 @@ def _cache_lines(report: dict[str, Any]) -> list[str]:
     return [f"cache: {cache['folder']}, {size}"]
 
 
+def _pack_lines(report: dict[str, Any]) -> list[str]:
+    bundled = report["bundled_pack"]
+    size = bundled and (bundled["error"] or f"{bundled['bytes'] / 2**20:.1f} MiB")
+    lines = [f"bundled pack: {bundled['path']}, {size}" if bundled else "bundled pack: none"]
+    return [*lines, "offline: no kernel is compiled for a GPU"] if report["offline"] else lines
+
+
 def text(report: dict[str, Any]) -> str:
     package, python, system = report["package"], report["python"], report["system"]
     width = max(len(command) for command in report["run"])
@@ -260,7 +279,7 @@ def text(report: dict[str, Any]) -> str:
         f"system: {system['os']}, {system['libc'] or 'no glibc'}, {system['machine']}, Linux {system['kernel']}",
     ]
     lines += _torch_lines(report["torch"]) + _driver_lines(report) + _nvrtc_lines(report["nvrtc"])
-    lines += _cache_lines(report)
+    lines += _cache_lines(report) + _pack_lines(report)
     lines += [f"variable: {name}={value}" for name, value in report["variables"].items()] or ["variables: none"]
     packages = ", ".join(f"{name} {version}" for name, version in report["packages"].items())
     lines.append(f"other packages: {packages or 'none'}")

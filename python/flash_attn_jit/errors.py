@@ -51,7 +51,7 @@ class CompileError(RuntimeError):
 
 
 class MissingKernelError(RuntimeError):
-    """No pack or cache holds the kernel, and no compiler can be had.
+    """No pack or cache holds the kernel, and no compiler can be had or FLASH_ATTN_JIT_OFFLINE=1 forbids to compile.
 
     Attributes:
         spec: the kernel's canonical text.

@@ -20,7 +20,9 @@ struct Reading {
   std::string fault;
 };
 
-Reading read_kernel(const TrustedFolder& folder, const KernelId& id) {
+// `folder` is a TrustedFolder or PackFiles.
+template <class Folder>
+Reading read_kernel(const Folder& folder, const KernelId& id) {
   std::optional<std::string> bytes;
   try {
     bytes = folder.read(id.file_name());
@@ -55,7 +57,7 @@ KernelCache::KernelCache(KernelCacheSettings settings) : settings_(std::move(set
 
 std::optional<FoundKernel> KernelCache::find(const KernelId& id, const Objection& objection) {
   ++lookups_;
-  if (auto found = find_in_pack(id, objection)) return found;
+  if (auto found = find_in_packs(id, objection)) return found;
   if (auto found = find_in_folder(id, objection, Fault::kLeave)) return found;
   return find_in_memory(id, objection);
 }
@@ -119,23 +121,31 @@ FoundKernel KernelCache::build_and_store(const KernelId& id, const Build& build,
   return found;
 }
 
-std::optional<FoundKernel> KernelCache::find_in_pack(const KernelId& id, const Objection& objection) {
-  if (!settings_.prebuilt || id.is_host_code) return std::nullopt;
-  const std::string pack = settings_.prebuilt->string();
+std::optional<FoundKernel> KernelCache::find_in_packs(const KernelId& id, const Objection& objection) {
+  if (id.is_host_code) return std::nullopt;
+  if (settings_.prebuilt)
+    if (auto found = find_in_pack(*settings_.prebuilt, nullptr, id, objection)) return found;
+  if (settings_.bundled) return find_in_pack(settings_.bundled->pack, &*settings_.bundled, id, objection);
+  return std::nullopt;
+}
+
+// `bundle`: the pack is this one.
+std::optional<FoundKernel> KernelCache::find_in_pack(const fs::path& path, const BundledPack* bundle,
+                                                     const KernelId& id, const Objection& objection) {
+  const std::string passed_over = "the pack " + path.string() + " is passed over: ";
   try {
-    const auto folder = TrustedFolder::open(*settings_.prebuilt, FolderUse::kPack);
-    if (!folder) return std::nullopt;
-    if (const auto reason = folder->distrust()) {
-      warn_once("the pack " + pack + " is passed over: " + *reason);
+    const std::unique_ptr<PackFiles> pack = PackFiles::open(path);
+    if (!pack) return std::nullopt;
+    if (const auto reason = bundle != nullptr ? distrust_of_bundle(*pack, *bundle) : pack->distrust()) {
+      warn_once(passed_over + *reason);
       return std::nullopt;
     }
-    Reading reading = read_kernel(*folder, id);
+    Reading reading = read_kernel(*pack, id);
     if (reading.kernel) return accept(id, *std::move(reading.kernel), KernelOrigin::kPrebuilt, objection);
     if (!reading.fault.empty())
-      warn_once("prebuilt kernel " + (*settings_.prebuilt / id.file_name()).string() +
-                " is passed over: " + reading.fault);
+      warn_once("prebuilt kernel " + (path / id.file_name()).string() + " is passed over: " + reading.fault);
   } catch (const FileError& error) {
-    warn_once("the pack " + pack + " is passed over: " + error.what());
+    warn_once(passed_over + error.what());
   }
   return std::nullopt;
 }
@@ -241,6 +251,7 @@ std::string KernelCache::keep_refused_source(const KernelId& id, std::string_vie
   } catch (const FileError& error) {
     return std::string("nowhere: ") + error.what();
   }
+  keep_within_bounds(source.size());
   return path.string();
 }
 

@@ -1,4 +1,4 @@
-// The disk cache of compiled kernels, in front of it a read-only pack. Threads and processes may share one
+// The disk cache of compiled kernels, in front of it read-only packs. Threads and processes may share one
 // folder; what lies in it is told in cache_folder.h.
 #pragma once
 
@@ -13,6 +13,7 @@
 #include <string>
 
 #include "runtime/cache/kernel_file.h"
+#include "runtime/cache/pack_files.h"
 #include "runtime/cache/trusted_folder.h"
 #include "runtime/compile/compiled_kernel.h"
 #include "runtime/system/files.h"
@@ -23,8 +24,9 @@ namespace flash_attn_jit {
 struct KernelCacheSettings {
   std::filesystem::path dir;  // empty: there is none, and memory serves
   std::uint64_t max_bytes = std::uint64_t{1} << 30;
-  std::optional<std::filesystem::path> prebuilt;  // searched first, never written
+  std::optional<std::filesystem::path> prebuilt;  // a pack: searched first, never written
   FolderUse use = FolderUse::kCache;
+  std::optional<BundledPack> bundled = {};  // searched next, never written
 };
 
 class KernelCache {
@@ -35,7 +37,7 @@ class KernelCache {
   using Objection = std::function<std::optional<std::string>(const CompiledKernel&)>;
   using Build = std::function<CompiledKernel()>;
 
-  // The pack's kernel, else the folder's, else nothing. `objection` may be empty.
+  // A pack's kernel, else the folder's, else nothing. `objection` may be empty.
   std::optional<FoundKernel> find(const KernelId& id, const Objection& objection = {});
 
   // As find(), else build().
@@ -74,7 +76,9 @@ class KernelCache {
   FoundKernel build_for_all(const KernelId& id, const Build& build, const Objection& objection,
                             std::promise<FoundKernel>& promise);
   FoundKernel build_and_store(const KernelId& id, const Build& build, const Objection& objection);
-  std::optional<FoundKernel> find_in_pack(const KernelId& id, const Objection& objection);
+  std::optional<FoundKernel> find_in_packs(const KernelId& id, const Objection& objection);
+  std::optional<FoundKernel> find_in_pack(const std::filesystem::path& path, const BundledPack* bundle,
+                                          const KernelId& id, const Objection& objection);
   std::optional<FoundKernel> find_in_folder(const KernelId& id, const Objection& objection, Fault fault);
   std::optional<FoundKernel> find_in_memory(const KernelId& id, const Objection& objection);
   bool store(const KernelId& id, const CompiledKernel& kernel);

@@ -1,8 +1,11 @@
 #include "runtime/cache/kernel_file.h"
 
 #include <cstring>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
+
+#include "generator/errors.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -11,7 +14,8 @@ using nlohmann::json;
 
 constexpr std::string_view kMagic = "FAJKERNL";
 constexpr std::size_t kHeaderBytes = 120;
-constexpr std::size_t kDigestsBefore = 88;  // what the header's own digest covers, beside the description
+constexpr std::size_t kMostLogBytes = 128 << 10;  // of a log that is kept; six bytes may stand for one of it
+constexpr std::size_t kDigestsBefore = 88;        // what the header's own digest covers, beside the description
 
 template <typename Integer>
 void append_integer(std::string& out, Integer value) {
@@ -37,10 +41,24 @@ Sha256Digest digest_of(std::string_view header, std::string_view description) {
   return hash.finish();
 }
 
+// A number of a description that is none of ours.
+struct NumberFault : Error {
+  using Error::Error;
+};
+
+// The JSON library makes some int of any number.
+int to_int(const json& value) {
+  const bool fits = value.is_number_unsigned()  ? value.get<std::uint64_t>() <= std::numeric_limits<int>::max()
+                    : value.is_number_integer() ? value.get<std::int64_t>() >= std::numeric_limits<int>::min()
+                                                : false;
+  if (!fits) throw NumberFault("one of its numbers is no whole number, or too large");
+  return value.get<int>();
+}
+
 json optional_number(const std::optional<int>& value) { return value ? json(*value) : json(); }
 
 std::optional<int> to_optional(const json& value) {
-  return value.is_null() ? std::nullopt : std::optional<int>(value.get<int>());
+  return value.is_null() ? std::nullopt : std::optional<int>(to_int(value));
 }
 
 std::string describe(const KernelFile& file) {
@@ -59,7 +77,7 @@ std::string describe(const KernelFile& file) {
       {"built_by", kernel.built_by},
       {"min_driver", kernel.min_driver},
       {"stands_in_for_nvrtc", kernel.stands_in_for_nvrtc},
-      {"log", kernel.log},
+      {"log", kernel.log.substr(0, kMostLogBytes)},
       {"seconds", kernel.seconds},
   };
   // A compiler's log is bytes of any encoding.
@@ -73,15 +91,16 @@ void read_description(std::string_view text, KernelFile& file) {
   description.at("spec").get_to(file.id.spec);
   description.at("target").get_to(file.id.target);
   description.at("entry").get_to(kernel.entry);
-  description.at("threads").get_to(kernel.threads);
-  description.at("dynamic_smem").get_to(kernel.dynamic_smem);
+  kernel.threads = to_int(description.at("threads"));
+  kernel.dynamic_smem = to_int(description.at("dynamic_smem"));
   kernel.resources.registers = to_optional(description.at("registers"));
-  description.at("static_smem").get_to(kernel.resources.static_smem);
+  kernel.resources.static_smem = to_int(description.at("static_smem"));
   kernel.resources.spill_stores = to_optional(description.at("spill_stores"));
   kernel.resources.spill_loads = to_optional(description.at("spill_loads"));
   description.at("built_by").get_to(kernel.built_by);
-  description.at("min_driver").get_to(kernel.min_driver);
-  kernel.stands_in_for_nvrtc = description.value("stands_in_for_nvrtc", 0);  // files of before have none
+  kernel.min_driver = to_int(description.at("min_driver"));
+  if (const auto number = description.find("stands_in_for_nvrtc"); number != description.end())
+    kernel.stands_in_for_nvrtc = to_int(*number);  // files of before have none
   description.at("log").get_to(kernel.log);
   description.at("seconds").get_to(kernel.seconds);
 }
@@ -128,6 +147,7 @@ std::variant<KernelFile, KernelFileFault> parse_kernel_file(std::string_view byt
   const std::uint64_t rest = bytes.size() - kHeaderBytes;
   if (description_bytes > rest || payload_bytes != rest - description_bytes)
     return KernelFileFault{"the file is " + std::to_string(bytes.size()) + " bytes long, not what its header says"};
+  if (description_bytes > kMostDescriptionBytes) return KernelFileFault{"its description is too long"};
   const std::string_view description = bytes.substr(kHeaderBytes, description_bytes);
   const std::string_view payload = bytes.substr(kHeaderBytes + description_bytes);
   if (as_text(digest_of(bytes, description)) != bytes.substr(88, 32))
@@ -138,6 +158,8 @@ std::variant<KernelFile, KernelFileFault> parse_kernel_file(std::string_view byt
   std::memcpy(file.id.key.data(), bytes.data() + 24, file.id.key.size());
   try {
     read_description(description, file);
+  } catch (const NumberFault& error) {
+    return KernelFileFault{std::string("its description does not parse: ") + error.what()};
   } catch (const json::exception& error) {
     return KernelFileFault{std::string("its description does not parse: ") + error.what()};
   }

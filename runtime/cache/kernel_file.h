@@ -12,6 +12,7 @@
 //                  payload: the image
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
@@ -24,6 +25,9 @@
 namespace flash_attn_jit {
 
 inline constexpr std::uint32_t kKernelFileVersion = 1;
+
+// A file with a longer description is refused: its reading takes many times its length.
+inline constexpr std::size_t kMostDescriptionBytes = 1 << 20;
 
 // The digest of everything that decides what a kernel is.
 using KernelKey = Sha256Digest;
@@ -58,7 +62,7 @@ struct KernelFileFault {
 
 std::string serialize(const KernelFile& file);
 
-// Checks everything: lengths, both digests, the description. Never throws on bad bytes.
+// Checks everything: lengths, both digests, the description. Never throws on bad bytes, whoever wrote them.
 std::variant<KernelFile, KernelFileFault> parse_kernel_file(std::string_view bytes);
 
 }  // namespace flash_attn_jit

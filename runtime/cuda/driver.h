@@ -49,6 +49,9 @@ struct LaunchShape {
   unsigned dynamic_smem = 0;  // bytes
 };
 
+// Shared memory that a block gets without asking for more, bytes: CUDA C++ programming guide, "Shared memory".
+inline constexpr int kSmemWithoutOptIn = 48 * 1024;
+
 class Driver {
  public:
   // Opens the library and asks its version, nothing more. Throws DriverError where it cannot be opened.

@@ -58,6 +58,20 @@ const Nvrtc* NvrtcChoice::open_best(NvrtcSearch& search, const NvrtcNeed& need) 
   return nullptr;
 }
 
+const Nvrtc* NvrtcChoice::of_version(const NvrtcVersion& version, std::string& reason) {
+  NvrtcSearch search = search_nvrtc(config_, python_search_path());
+  learn_versions(search);
+  std::string found;
+  const std::vector<NvrtcCandidate> candidates = search.candidates;
+  for (const NvrtcCandidate& candidate : candidates) {
+    if (candidate.version == version)
+      if (const Nvrtc* nvrtc = open(candidate, search); nvrtc != nullptr && nvrtc->version() == version) return nvrtc;
+    if (candidate.version) found += (found.empty() ? "" : ", ") + candidate.version->text();
+  }
+  reason = "NVRTC " + version.text() + " is not here; found: " + (found.empty() ? "none" : found);
+  return nullptr;
+}
+
 int NvrtcChoice::opened() const {
   const std::lock_guard lock(mutex_);
   return static_cast<int>(open_.size());
@@ -106,7 +120,7 @@ std::string NvrtcChoice::why_none(const NvrtcSearch& search, CodeKind code) cons
   std::string found;
   for (const NvrtcCandidate& candidate : search.candidates)
     found += (found.empty() ? "" : ", ") + candidate.version->text() + " (" + candidate.library.string() + ")";
-  return "this driver, CUDA " + driver_version_text(driver_version_.value_or(0)) + ", cannot load the " +
+  return "a driver for CUDA " + driver_version_text(driver_version_.value_or(0)) + " cannot load the " +
          (code == CodeKind::kPtx ? "PTX" : "machine code") + " of the NVRTC found: " + found + ". " + kHowToGetOne +
          looked;
 }

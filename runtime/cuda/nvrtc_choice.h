@@ -23,6 +23,9 @@ class NvrtcChoice {
   // where was looked, and what to do. Thread-safe.
   const Nvrtc* best(CodeKind code, std::string& reason);
 
+  // An NVRTC of exactly this version, null where none is found; then `reason` says which are. Thread-safe.
+  const Nvrtc* of_version(const NvrtcVersion& version, std::string& reason);
+
   // The version that best() would take, as file names tell, so that none is opened; nothing where there is none, or
   // where they do not tell. Thread-safe.
   std::optional<NvrtcVersion> foresee(CodeKind code);

@@ -11,8 +11,6 @@
 namespace flash_attn_jit {
 namespace {
 
-// What a block gets without asking for more: CUDA C++ programming guide, "Shared memory".
-constexpr int kSmemWithoutOptIn = 48 * 1024;
 // cuda.h: the function belongs to another context than the current one, or there is none.
 constexpr int kErrorInvalidContext = 201;
 constexpr int kErrorInvalidHandle = 400;

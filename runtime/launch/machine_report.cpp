@@ -82,9 +82,12 @@ nlohmann::ordered_json machine_report() {
     const NvrtcSearch search = search_nvrtc(config(), python_search_path());
     report["nvrtc"] = nvrtc_json(search, driver ? std::optional(driver->version()) : std::nullopt);
     report["cache"] = config().cache_dir.empty() ? Json() : Json(config().cache_dir.string());
+    report["offline"] = config().offline;
   } catch (const ConfigError& error) {
     report["configuration_error"] = error.what();
   }
+  const auto& bundled = process_bundled_pack();
+  report["bundled_pack"] = bundled ? Json(bundled->pack.string()) : Json();
   return report;
 }
 

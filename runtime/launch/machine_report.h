@@ -1,4 +1,5 @@
-// What this machine has: the driver, its GPUs, every NVRTC found and where it was looked for, the cache's folder.
+// What this machine has: the driver, its GPUs, every NVRTC found and where it was looked for, the cache's folder,
+// the pack installed with the library.
 #pragma once
 
 #include <string>

@@ -16,7 +16,6 @@ namespace {
 
 constexpr std::uint64_t kNumbersSeed = 20240601;
 constexpr int kSampledRows = 48;
-constexpr int kSmemWithoutOptIn = 48 * 1024;  // CUDA C++ programming guide, "Shared memory"
 
 // Two kernels that are right round in other places: a row differs by some thousandths of its greatest element. One that is
 // next to 0 throughout, because its terms cancel, is compared with the whole tensor.

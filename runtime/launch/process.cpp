@@ -1,11 +1,15 @@
 #include "runtime/launch/process.h"
 
+#include <filesystem>
 #include <memory>
 #include <optional>
+#include <system_error>
+#include <utility>
 
 #include "runtime/cache/kernel_cache.h"
 #include "runtime/launch/autotune.h"
 #include "runtime/library/templates_folder.h"
+#include "runtime/system/dynamic_library.h"
 #include "runtime/system/errors.h"
 #include "runtime/system/fork.h"
 
@@ -30,9 +34,22 @@ const ProcessDriver& the_driver() {
   return driver;
 }
 
+// A program that was called by a bare name has no path to look beside.
+std::optional<BundledPack> find_bundled_pack() {
+  const std::filesystem::path module = file_of_this_code();
+  if (!module.is_absolute()) return std::nullopt;
+  const std::filesystem::path pack = module.parent_path() / "bundled_pack.zip";
+  std::error_code ignored;
+  return std::filesystem::exists(pack, ignored) ? std::optional(BundledPack{pack, module}) : std::nullopt;
+}
+
 const std::shared_ptr<KernelCache>& shared_cache() {
   static constinit ProcessOwn<const std::shared_ptr<KernelCache>> cache;
-  return cache.get([] { return std::make_shared<KernelCache>(cache_settings(config())); });
+  return cache.get([] {
+    KernelCacheSettings settings = cache_settings(config());
+    settings.bundled = process_bundled_pack();
+    return std::make_shared<KernelCache>(std::move(settings));
+  });
 }
 
 constinit ProcessOwn<Autotuner> the_autotuner;
@@ -51,6 +68,11 @@ const std::string& process_driver_absence() { return the_driver().absence; }
 const HostCompiler& host_compiler() {
   static constinit ProcessOwn<const HostCompiler> compiler;
   return compiler.get([] { return find_host_compiler(config().cxx); });
+}
+
+const std::optional<BundledPack>& process_bundled_pack() {
+  static constinit ProcessOwn<const std::optional<BundledPack>> bundled;
+  return bundled.get(find_bundled_pack);
 }
 
 KernelLibrary& process_library() {

@@ -2,8 +2,10 @@
 // while the process ends. Nothing below this folder knows of them.
 #pragma once
 
+#include <optional>
 #include <string>
 
+#include "runtime/cache/pack_files.h"
 #include "runtime/compile/host_compiler.h"
 #include "runtime/cuda/driver.h"
 #include "runtime/launch/loaded_kernels.h"
@@ -25,6 +27,9 @@ const std::string& process_driver_absence();
 
 // The C++ compiler, looked for once. Throws ConfigError.
 const HostCompiler& host_compiler();
+
+// The pack that was installed with this library, beside the Python module; nothing where there is none.
+const std::optional<BundledPack>& process_bundled_pack();
 
 // For GPUs and for the interpreter, in one cache, as config() and the driver at hand say.
 KernelLibrary& process_library();

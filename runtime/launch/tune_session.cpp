@@ -12,6 +12,7 @@
 #include "runtime/system/errors.h"
 #include "runtime/system/log.h"
 #include "runtime/tuner/candidates.h"
+#include "runtime/tuner/card_predictions.h"
 #include "runtime/tuner/isolated_device.h"
 #include "runtime/tuner/thread_compiler.h"
 
@@ -90,6 +91,7 @@ class TuneSession {
         compiler_(compile_threads(), [this](const KernelSpec& spec) { return compile(spec); }) {
     environment_.library = FLASH_ATTN_JIT_VERSION;
     environment_.driver = settings.driver;
+    if (const auto card = card_of(device.tuned_as())) model_.emplace(*card);
   }
 
   std::vector<TunedProblem> run(const std::vector<AttentionCase>& cases) {
@@ -116,7 +118,7 @@ class TuneSession {
     SearchSettings search;
     search.budget_seconds = std::max(budget_seconds - (clock_.now() - begin), 0.0);
     PublishedRecords records(tuning_, compiler_name_, environment_, measuring);
-    const SearchParts parts{clock_, compiler_, measuring, nullptr, &records, watcher};
+    const SearchParts parts{clock_, compiler_, measuring, model_ ? &*model_ : nullptr, &records, watcher};
     SearchResult result = search_tiles(task, parts, search);
     compiler_.forget();
     if (!measuring.figures().unknown_state.empty())
@@ -191,6 +193,7 @@ class TuneSession {
   TuningEnvironment environment_;
   CompilerName compiler_name_;
   ThreadCompiler compiler_;
+  std::optional<CardPredictions> model_;  // of a Turing card
 };
 
 }  // namespace

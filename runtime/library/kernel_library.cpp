@@ -69,18 +69,30 @@ std::string prebuild_command(const KernelSpec& spec, int sm) {
          " --out DIR";
 }
 
-MissingKernelError missing(const KernelSpec& spec, const CompileTarget& target, const KernelCache& cache,
-                           const std::string& no_compiler) {
-  std::string message = "kernel '" + spec.text() + "' for " + target.text() + " is neither in the cache (" +
-                        (cache.settings().dir.empty() ? "memory" : cache.settings().dir.string()) + ") nor in " +
-                        (cache.settings().prebuilt ? "the pack " + cache.settings().prebuilt->string()
-                                                   : "a pack (FLASH_ATTN_JIT_PREBUILT is not set)") +
-                        ", and it cannot be compiled here: " + no_compiler;
-  // PTX depends on the driver that links it, so that no pack can stand in for the compiler.
-  if (target.code == CodeKind::kPtx) return {message, spec, ""};
+// Where a kernel was looked for in vain.
+std::string places_of(const KernelCacheSettings& settings) {
+  return "neither in the cache (" + (settings.dir.empty() ? "memory" : settings.dir.string()) + ") nor in " +
+         (settings.prebuilt ? "the pack " + settings.prebuilt->string()
+                            : "a pack (FLASH_ATTN_JIT_PREBUILT is not set)") +
+         (settings.bundled ? " nor in the one installed with this library, " + settings.bundled->pack.string() : "");
+}
+
+constexpr const char* kOfflineReason = "FLASH_ATTN_JIT_OFFLINE is 1, which forbids it.";
+
+MissingKernelError missing(const KernelSpec& spec, const CompileTarget& target, const KernelCacheSettings& searched,
+                           bool offline, const std::string& no_compiler) {
+  const std::string message = "kernel '" + spec.text() + "' for " + target.text() + " is " + places_of(searched) +
+                              ", and it cannot be compiled here: " + no_compiler;
+  // What a driver makes of PTX is for that driver alone, so that no pack can stand in for the compiler.
+  if (target.code == CodeKind::kPtx)
+    return {message + (offline ? "\nNo pack holds kernels that a driver links of PTX: without that variable, they are "
+                                 "compiled once and kept in the cache"
+                               : ""),
+            spec, "", no_compiler};
   const std::string command = prebuild_command(spec, target.sm);
-  return {message + "\nOr build a pack where there is an NVRTC, and set FLASH_ATTN_JIT_PREBUILT to it here: " + command,
-          spec, command};
+  return {message + (offline ? "\nBuild a pack without that variable" : "\nOr build a pack where there is an NVRTC") +
+              ", and set FLASH_ATTN_JIT_PREBUILT to it here: " + command,
+          spec, command, no_compiler};
 }
 
 }  // namespace
@@ -89,9 +101,10 @@ KernelLibrary::KernelLibrary(const Settings& settings)
     : KernelLibrary(settings.config, std::make_shared<KernelCache>(settings.cache), settings.driver_version) {}
 
 KernelLibrary::KernelLibrary(const Config& config, std::shared_ptr<KernelCache> cache,
-                             std::optional<int> driver_version)
+                             std::optional<int> driver_version, std::shared_ptr<KernelCache> refused)
     : config_(config),
       cache_(std::move(cache)),
+      refused_(refused != nullptr ? std::move(refused) : cache_),
       driver_version_(driver_version),
       templates_(load_templates(config)),
       compilers_(std::make_unique<NvrtcChoice>(config, driver_version)) {}
@@ -153,7 +166,12 @@ FoundKernel KernelLibrary::make(const LinkRequest& request, const LinkPtx& link)
   return with_launch_shape(cache_->build(request.id, build, objection_to_linked(target)), request.kernel);
 }
 
+CompiledKernel KernelLibrary::compile_afresh(const CompileRequest& request) {
+  return compile(request.kernel, request.target, request.id);
+}
+
 bool KernelLibrary::compiler_lacks(int sm) {
+  if (config_.offline) return false;
   std::string reason;
   const Nvrtc* nvrtc = compilers_->best(CodeKind::kCubin, reason);
   if (nvrtc == nullptr) return false;
@@ -164,13 +182,13 @@ bool KernelLibrary::compiler_lacks(int sm) {
 int KernelLibrary::nvrtc_opened() const { return compilers_->opened(); }
 
 CompiledKernel KernelLibrary::compile(const KernelRequest& request, const CompileTarget& target, const KernelId& id) {
-  std::string reason;
-  const Nvrtc* nvrtc = compilers_->best(target.code, reason);
-  if (nvrtc == nullptr) throw missing(request.spec, target, *cache_, reason);
+  std::string reason = kOfflineReason;
+  const Nvrtc* nvrtc = config_.offline ? nullptr : compilers_->best(target.code, reason);
+  if (nvrtc == nullptr) throw missing(request.spec, target, cache_->settings(), config_.offline, reason);
   try {
     return compile_with(*nvrtc, request.rendered, target);
   } catch (const NvrtcFailure& failure) {
-    const std::string kept = cache_->keep_refused_source(id, request.rendered.source);
+    const std::string kept = refused_->keep_refused_source(id, request.rendered.source);
     const std::string options = joined(nvrtc_options(target, nvrtc->version()));
     throw CompileError("NVRTC " + nvrtc->version().text() + " refused kernel '" + request.spec.text() + "': " +
                            failure.what() + "\noptions: " + options + "\nsource: " + kept + "\nlog:\n" + failure.log,
@@ -188,7 +206,8 @@ KernelCache::Objection KernelLibrary::objection_to_compiled() const {
 }
 
 KernelCache::Objection KernelLibrary::objection_to_linked(const LinkTarget& target) const {
-  if (!target.until_newer_nvrtc) return {};
+  // Where nothing may be compiled, nothing newer comes of a newer NVRTC.
+  if (!target.until_newer_nvrtc || config_.offline) return {};
   return [this](const CompiledKernel& kernel) -> std::optional<std::string> {
     const auto nvrtc = compilers_->foresee(CodeKind::kCubin);
     if (!nvrtc || nvrtc->as_driver_version() <= kernel.stands_in_for_nvrtc) return std::nullopt;

@@ -1,4 +1,4 @@
-// Spec + target -> compiled kernel: prebuilt packs first, then the disk cache, then the compiler.
+// Spec + target -> compiled kernel: packs first, then the disk cache, then the compiler.
 // Thread-safe.
 #pragma once
 
@@ -55,7 +55,9 @@ class KernelLibrary {
     std::optional<int> driver_version;
   };
   explicit KernelLibrary(const Settings& settings);
-  KernelLibrary(const Config& config, std::shared_ptr<KernelCache> cache, std::optional<int> driver_version);
+  // `refused` keeps the sources that a compiler refused; `cache` does where it is null.
+  KernelLibrary(const Config& config, std::shared_ptr<KernelCache> cache, std::optional<int> driver_version,
+                std::shared_ptr<KernelCache> refused = nullptr);
   ~KernelLibrary();
 
   // A kernel for a GPU: checked, found, else made. Throws as make(), and UnsupportedError (check()'s reason).
@@ -75,6 +77,9 @@ class KernelLibrary {
   // Throws CompileError, MissingKernelError.
   FoundKernel make(const CompileRequest& request);
 
+  // Compiled whatever the cache holds, and not stored. Throws as make().
+  CompiledKernel compile_afresh(const CompileRequest& request);
+
   // Turns a PTX kernel into one of machine code, resources included.
   using LinkPtx = std::function<CompiledKernel(CompiledKernel ptx)>;
 
@@ -82,7 +87,7 @@ class KernelLibrary {
   // alone. Throws also what `link` throws.
   FoundKernel make(const LinkRequest& request, const LinkPtx& link);
 
-  // Whether there is an NVRTC and it does not know sm_`sm`. Opens it.
+  // Whether there is an NVRTC and it does not know sm_`sm`. Opens it, unless compiling is forbidden.
   bool compiler_lacks(int sm);
 
   KernelCache& cache() { return *cache_; }
@@ -100,7 +105,7 @@ class KernelLibrary {
   KernelCache::Objection objection_to_linked(const LinkTarget& target) const;
 
   Config config_;
-  std::shared_ptr<KernelCache> cache_;
+  std::shared_ptr<KernelCache> cache_, refused_;
   std::optional<int> driver_version_;
   TemplateSet templates_;
   std::unique_ptr<NvrtcChoice> compilers_;

@@ -17,14 +17,22 @@ bool contains(const CodeLoop& outer, const CodeLoop& inner) {
   return outer.first <= inner.first && inner.last <= outer.last;
 }
 
-// From `at` on to the exit; branches are taken where they must be.
+// From `at` on to the exit; branches are taken where they must be. A loop that ends by an exit, with a branch back behind
+// it, is gone through once.
 Stream fall_through(const MachineCode& code, std::size_t at) {
   Stream stream;
+  std::size_t to_last_exit = 0;
   while (at < code.instructions.size() && stream.size() <= code.instructions.size()) {
     const Instruction& instruction = code.instructions[at];
     stream.push_back(&instruction);
+    if (instruction.is("EXIT")) to_last_exit = stream.size();
     if (ends(instruction)) return stream;
-    at = is_branch(instruction) && instruction.always ? target_of(instruction) : at + 1;
+    const bool jumps = is_branch(instruction) && instruction.always;
+    if (jumps && target_of(instruction) <= at && to_last_exit > 0) {
+      stream.resize(to_last_exit);
+      return stream;
+    }
+    at = jumps ? target_of(instruction) : at + 1;
   }
   throw MachineCodeError("the way through the kernel reaches no exit");
 }

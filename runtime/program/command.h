@@ -35,5 +35,6 @@ void add_tune(CLI::App& app, Action& chosen);
 void add_tune_worker(CLI::App& app, Action& chosen);
 void add_report(CLI::App& app, Action& chosen);
 void add_cache(CLI::App& app, Action& chosen);
+void add_pack(CLI::App& app, Action& chosen);
 
 }  // namespace flash_attn_jit::program

@@ -46,6 +46,8 @@ void print(const Json& report) {
               << (device["supported"].get<bool>() ? "" : " (not supported)") << "\n";
   print_nvrtc(report["nvrtc"]);
   std::cout << "Cache: " << text_of(report["cache"]) << "\n";
+  if (report["offline"].get<bool>())
+    std::cout << "Offline: FLASH_ATTN_JIT_OFFLINE is 1, so that no kernel is compiled for a GPU\n";
 }
 
 }  // namespace

@@ -75,6 +75,19 @@ std::vector<KernelKind> parse_kinds(const std::string& flag, const std::vector<s
   return kinds;
 }
 
+int parse_driver(const std::string& flag, const std::string& text) {
+  const std::size_t dot = text.find('.');
+  int numbers[2] = {};
+  for (int i = 0; i < 2; ++i) {
+    const std::string part = i == 0 ? text.substr(0, dot) : dot == std::string::npos ? "0" : text.substr(dot + 1);
+    const char* const end = part.data() + part.size();
+    const auto [stop, error] = std::from_chars(part.data(), end, numbers[i]);
+    if (error != std::errc() || stop != end || numbers[i] < (i == 0 ? 12 : 0) || numbers[i] > 99)
+      refuse(flag, text, "the CUDA version of a driver, from 12.0 on, such as 12.4");
+  }
+  return numbers[0] * 1000 + numbers[1] * 10;
+}
+
 Switch parse_switch(const std::string& flag, const std::string& text) {
   if (text != "both" && text != "yes" && text != "no") refuse(flag, text, "both, yes, no");
   return {.off = text != "yes", .on = text != "no"};

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,8 @@
 
 namespace flash_attn_jit::program {
 
+inline constexpr int kMostInt = std::numeric_limits<int>::max();
+
 // A whole number from `least` to `most`.
 std::int64_t parse_number(const std::string& flag, const std::string& text, std::int64_t least, std::int64_t most);
 
@@ -25,6 +28,8 @@ std::vector<int> parse_numbers(const std::string& flag, const std::vector<std::s
 ArchLimits parse_arch_flag(const std::string& flag, const std::string& text);  // "sm_75"
 KernelKind parse_kind(const std::string& flag, const std::string& text);       // "fwd", "bwd_dq" and so on
 std::vector<KernelKind> parse_kinds(const std::string& flag, const std::vector<std::string>& texts);  // "fwd", "bwd"
+
+int parse_driver(const std::string& flag, const std::string& text);  // "12.4" -> 12040, as cuDriverGetVersion counts
 
 Switch parse_switch(const std::string& flag, const std::string& text);  // "no", "yes", "both"
 

@@ -18,7 +18,6 @@
 #include "runtime/program/flag_values.h"
 #include "runtime/program/fresh_kernel.h"
 #include "runtime/system/config.h"
-#include "runtime/system/errors.h"
 
 namespace flash_attn_jit::program {
 namespace {

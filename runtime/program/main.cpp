@@ -56,6 +56,7 @@ int run(int argc, char** argv) {
   add_inspect(app, chosen);
   add_model(app, chosen);
   add_prebuild(app, chosen);
+  add_pack(app, chosen);
   add_tune(app, chosen);
   add_tune_worker(app, chosen);
   add_report(app, chosen);

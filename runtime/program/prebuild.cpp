@@ -25,6 +25,7 @@
 #include "runtime/program/flag_values.h"
 #include "runtime/program/progress.h"
 #include "runtime/system/config.h"
+#include "runtime/system/errors.h"
 #include "runtime/system/log.h"
 #include "runtime/tuner/database.h"
 
@@ -34,10 +35,10 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 constexpr int kMostJobs = 1024;
-constexpr int kMostInt = std::numeric_limits<int>::max();
 
 struct PrebuildFlags {
   std::string arch;
+  std::string pack;
   std::vector<std::string> kinds;
   std::vector<std::string> head_dims;
   std::string causal;
@@ -48,6 +49,7 @@ struct PrebuildFlags {
   std::string out;
   std::string jobs;
   std::string nvrtc;
+  std::string driver;
   bool json = false;
 };
 
@@ -58,12 +60,15 @@ struct Failure {
 struct Outcome {
   std::size_t built = 0, skipped = 0;
   std::vector<Failure> failures;
+  std::string stopped_by;  // why no kernel can be compiled; empty where they can
   double seconds = 0;
 };
 
 std::string flag_of(const FeatureInfo& info) { return "--" + std::string(info.word); }
 
 KernelSelection parse_selection(const PrebuildFlags& flags) {
+  if (flags.pack == "default") return default_pack();
+  if (!flags.pack.empty()) throw UsageError("--pack is '" + flags.pack + "'; accepted: default");
   KernelSelection selection;
   selection.kinds = parse_kinds("--kinds", flags.kinds);
   selection.head_dims = parse_numbers("--head-dims", flags.head_dims, 1, kMostHeadDim);
@@ -125,19 +130,22 @@ Content tuned_content(const PrebuildFlags& flags, const ArchLimits& arch) {
   return content;
 }
 
-// --tuned stands for all that selects kernels; without it those flags that have no default are needed.
+// --pack or --tuned stands for all that selects kernels; without them those flags that have no default are needed.
 void require_selection(const CLI::App& command) {
-  const bool tuned = command.count("--tuned") > 0;
   std::vector<std::string> selecting{"--kinds", "--head-dims", "--causal", "--gqa"};
-  if (!tuned)
+  const bool tuned = command.count("--tuned") > 0, named = command.count("--pack") > 0;
+  if (!tuned && !named) {
     for (const std::string& flag : selecting)
       if (command.count(flag) == 0) throw CLI::RequiredError(flag);
-  if (!tuned) return;
+    return;
+  }
   selecting.emplace_back("--window");
   for (const FeatureInfo& info : kFeatures) selecting.push_back(flag_of(info));
+  if (tuned) selecting.emplace_back("--pack");
+  const std::string reason = tuned ? " is given with --tuned, whose records say which kernels; accepted: one of them"
+                                   : " is given with --pack, which names the kernels; accepted: one of them";
   for (const std::string& flag : selecting)
-    if (command.count(flag) > 0)
-      throw UsageError(flag + " is given with --tuned, whose records say which kernels; accepted: one of them");
+    if (command.count(flag) > 0) throw UsageError(flag + reason);
 }
 
 void write_records(const std::vector<TuningRecord>& records, const std::filesystem::path& out_dir) {
@@ -150,7 +158,7 @@ int parse_jobs(const std::string& text) {
   return static_cast<int>(parse_number("--jobs", text, 1, kMostJobs));
 }
 
-std::string seconds_text(double seconds) {
+std::string took_text(double seconds) {
   char text[32];
   std::snprintf(text, sizeof text, "%.2f s", seconds);
   return text;
@@ -184,7 +192,7 @@ class PackBuilder {
 
  private:
   void work() {
-    for (std::size_t i = next_++; i < specs_.size(); i = next_++) build(specs_[i]);
+    for (std::size_t i = next_++; i < specs_.size() && !stopped_; i = next_++) build(specs_[i]);
   }
 
   void build(const KernelSpec& spec) {
@@ -193,8 +201,13 @@ class PackBuilder {
       const bool is_new = found.origin == KernelOrigin::kCompiled;
       const std::lock_guard lock(mutex_);
       ++(is_new ? outcome_.built : outcome_.skipped);
-      progress_.step(is_new ? "built " + spec.name() + " in " + seconds_text(found.kernel.seconds)
+      progress_.step(is_new ? "built " + spec.name() + " in " + took_text(found.kernel.seconds)
                             : "there already: " + spec.name());
+    } catch (const MissingKernelError& error) {
+      // The same for every kernel that is not there yet.
+      stopped_ = true;
+      const std::lock_guard lock(mutex_);
+      outcome_.stopped_by = error.no_compiler;
     } catch (const std::exception& error) {
       const std::lock_guard lock(mutex_);
       outcome_.failures.push_back({spec.name(), error.what()});
@@ -206,12 +219,15 @@ class PackBuilder {
   const std::vector<KernelSpec>& specs_;
   const CompileTarget target_;
   std::atomic<std::size_t> next_ = 0;
+  std::atomic<bool> stopped_ = false;
   std::mutex mutex_;  // guards outcome_
   Outcome outcome_;
   Progress progress_;
 };
 
 void print_failures(const Outcome& outcome) {
+  if (!outcome.stopped_by.empty())
+    std::cerr << "flash-attn-jit prebuild: kernels cannot be compiled: " << outcome.stopped_by << "\n";
   for (const Failure& failure : outcome.failures)
     std::cerr << "flash-attn-jit prebuild: " << failure.kernel << " failed: " << failure.reason << "\n";
 }
@@ -220,8 +236,13 @@ Json outcome_json(const Outcome& outcome, const std::string& out, const CompileT
   Json failures = Json::array();
   for (const Failure& failure : outcome.failures)
     failures.push_back({{"kernel", failure.kernel}, {"reason", failure.reason}});
-  return {{"out", out},           {"arch", target.text()},     {"built", outcome.built}, {"skipped", outcome.skipped},
-          {"failures", failures}, {"seconds", outcome.seconds}};
+  return {{"out", out},
+          {"arch", target.text()},
+          {"built", outcome.built},
+          {"skipped", outcome.skipped},
+          {"failures", failures},
+          {"stopped_by", outcome.stopped_by.empty() ? Json() : Json(outcome.stopped_by)},
+          {"seconds", outcome.seconds}};
 }
 
 int run_prebuild(const PrebuildFlags& flags) {
@@ -231,18 +252,19 @@ int run_prebuild(const PrebuildFlags& flags) {
   const CompileTarget target{.sm = arch.sm, .code = CodeKind::kCubin};
 
   const Config settings = config_with_nvrtc("--nvrtc", flags.nvrtc);
-  const std::unique_ptr<KernelLibrary> library = open_pack_for_writing(settings, flags.out);
-  const Outcome outcome = PackBuilder(*library, content.kernels, target).run(jobs);
-  write_records(content.records, flags.out);
-  write_manifest(flags.out);
+  const auto driver = flags.driver.empty() ? std::nullopt : std::optional(parse_driver("--driver", flags.driver));
+  PackWriter pack(settings, flags.out, driver);
+  const Outcome outcome = PackBuilder(pack.library(), content.kernels, target).run(jobs);
+  write_records(content.records, pack.folder());
+  pack.finish();
 
   print_failures(outcome);
   if (flags.json)
     std::cout << json_text(outcome_json(outcome, flags.out, target)) << "\n";
   else
     std::cout << flags.out << ": " << outcome.built << " built, " << outcome.skipped << " there already, "
-              << outcome.failures.size() << " failed, " << seconds_text(outcome.seconds) << "\n";
-  return outcome.failures.empty() ? kSuccess : kFailure;
+              << outcome.failures.size() << " failed, " << took_text(outcome.seconds) << "\n";
+  return outcome.failures.empty() && outcome.stopped_by.empty() ? kSuccess : kFailure;
 }
 
 }  // namespace
@@ -251,6 +273,9 @@ void add_prebuild(CLI::App& app, Action& chosen) {
   CLI::App* const command = app.add_subcommand("prebuild", "Build a pack of kernels; needs no GPU");
   const auto flags = std::make_shared<PrebuildFlags>();
   command->add_option("--arch", flags->arch, "Architecture to build for: sm_75 or newer")->required();
+  command->add_option("--pack", flags->pack,
+                      "default: forward and backward, head dims 64 and 128, causal or not, groups of 1, 2, 4 and 8; in "
+                      "place of --kinds, --head-dims, --causal and --gqa");
   command->add_option("--kinds", flags->kinds, "Kinds of kernels: " + pack_group_words())->delimiter(',');
   command->add_option("--head-dims", flags->head_dims, "Head dims, 1 to 256: 64,128")->delimiter(',');
   command->add_option("--causal", flags->causal, "both, yes or no");
@@ -264,9 +289,13 @@ void add_prebuild(CLI::App& app, Action& chosen) {
   command->add_option("--gqa", flags->gqa, "Group sizes (num_heads / num_heads_k): 1,2,4,8")->delimiter(',');
   command->add_option("--tuned", flags->tuned,
                       "In the place of all those: the winners of this database of tune --export, which the pack keeps");
-  command->add_option("--out", flags->out, "The pack's folder; made where it is not there")->required();
+  command->add_option("--out", flags->out, "The pack: a folder, or a zip file (FILE.zip); what is there is added to")
+      ->required();
   command->add_option("--jobs", flags->jobs, "Kernels to compile at once; default: one a core");
   command->add_option("--nvrtc", flags->nvrtc, "The libnvrtc to compile with; default: the newest 12.x found");
+  command->add_option("--driver", flags->driver,
+                      "The oldest CUDA driver that has to load the pack, such as 12.0: an NVRTC too new for it is not "
+                      "taken");
   command->add_flag("--json", flags->json, "Print JSON");
   command->callback([&chosen, flags, command] {
     require_selection(*command);

@@ -28,7 +28,6 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr int kMostInt = std::numeric_limits<int>::max();
 constexpr int kMostDays = 30;
 constexpr int kInterruptedCode = 130;  // as a shell gives for a program that SIGINT ended
 

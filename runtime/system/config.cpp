@@ -111,13 +111,19 @@ TargetChoice target_choice(const VariableReader& reader) {
   VariableReader::refuse("TARGET", *value, "native, compute_75");
 }
 
-std::optional<fs::path> existing(const VariableReader& reader, const std::string& name, bool folder) {
+std::optional<fs::path> existing_folder(const VariableReader& reader, const std::string& name) {
   const auto path = reader.own_path(name);
   std::error_code ignored;
-  if (path && folder && !fs::is_directory(*path, ignored))
+  if (path && !fs::is_directory(*path, ignored))
     VariableReader::refuse(name, path->string(), "a folder; there is none at that path");
+  return path;
+}
+
+std::optional<fs::path> existing(const VariableReader& reader, const std::string& name, const std::string& what) {
+  const auto path = reader.own_path(name);
+  std::error_code ignored;
   if (path && !fs::exists(*path, ignored))
-    VariableReader::refuse(name, path->string(), "a file or folder; there is none at that path");
+    VariableReader::refuse(name, path->string(), what + "; there is none at that path");
   return path;
 }
 
@@ -147,10 +153,11 @@ Config read_config(const EnvironmentLookup& environment) {
   config.cache_max_bytes = byte_count(reader, "CACHE_MAX_BYTES", config.cache_max_bytes);
   config.target = target_choice(reader);
   config.interpret = flag(reader, "INTERPRET");
-  config.nvrtc = existing(reader, "NVRTC", false);
+  config.nvrtc = existing(reader, "NVRTC", "a file or folder");
   config.cxx = reader.with_home("CXX");
-  config.prebuilt = existing(reader, "PREBUILT", true);
-  config.templates = existing(reader, "TEMPLATES", true);
+  config.offline = flag(reader, "OFFLINE");
+  config.prebuilt = existing(reader, "PREBUILT", "a pack's folder or zip file");
+  config.templates = existing_folder(reader, "TEMPLATES");
   config.virtual_env = reader.path("VIRTUAL_ENV");
   config.conda_prefix = reader.path("CONDA_PREFIX");
   config.cuda_home = reader.path("CUDA_HOME");

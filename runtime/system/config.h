@@ -24,9 +24,10 @@ struct Config {
   std::uint64_t cache_max_bytes = std::uint64_t{1} << 30;  // FLASH_ATTN_JIT_CACHE_MAX_BYTES: a number of bytes
   TargetChoice target = TargetChoice::kNative;             // FLASH_ATTN_JIT_TARGET: native or compute_75
   bool interpret = false;                                  // FLASH_ATTN_JIT_INTERPRET: 0 or 1
-  std::optional<std::filesystem::path> nvrtc;      // FLASH_ATTN_JIT_NVRTC: libnvrtc itself, or the folder that has it
-  std::optional<std::string> cxx;                  // FLASH_ATTN_JIT_CXX: the interpreter's compiler
-  std::optional<std::filesystem::path> prebuilt;   // FLASH_ATTN_JIT_PREBUILT: a pack, the first place looked in
+  std::optional<std::filesystem::path> nvrtc;     // FLASH_ATTN_JIT_NVRTC: libnvrtc itself, or the folder that has it
+  std::optional<std::string> cxx;                 // FLASH_ATTN_JIT_CXX: the interpreter's compiler
+  std::optional<std::filesystem::path> prebuilt;  // FLASH_ATTN_JIT_PREBUILT: a pack, the first place looked in
+  bool offline = false;  // FLASH_ATTN_JIT_OFFLINE: 0 or 1; 1 forbids to compile kernels for GPUs
   std::optional<std::filesystem::path> templates;  // FLASH_ATTN_JIT_TEMPLATES: read instead of the embedded ones
 
   // Where NVRTC may lie, as the environment tells.

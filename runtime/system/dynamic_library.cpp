@@ -13,6 +13,12 @@ std::string loader_words() {
 
 }  // namespace
 
+std::filesystem::path file_of_this_code() {
+  Dl_info info{};
+  if (::dladdr(reinterpret_cast<const void*>(&file_of_this_code), &info) == 0 || info.dli_fname == nullptr) return {};
+  return info.dli_fname;
+}
+
 DynamicLibrary DynamicLibrary::open(const std::filesystem::path& path) {
   DynamicLibrary library;
   library.handle_ = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);

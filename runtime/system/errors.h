@@ -16,13 +16,17 @@ struct CompileError : Error {
   std::string log, options, source_path;
 };
 
-// No compiler can be had and no cache or pack holds the kernel; names the prebuild command that would make
-// it.
+// No cache or pack holds the kernel, and it may not be compiled or no compiler can be had; names the prebuild command that
+// would make it. `no_compiler` is why it cannot be compiled: the same for every kernel.
 struct MissingKernelError : Error {
-  MissingKernelError(const std::string& message, const KernelSpec& spec, std::string prebuild_command)
-      : Error(message), spec(spec), prebuild_command(std::move(prebuild_command)) {}
+  MissingKernelError(const std::string& message, const KernelSpec& spec, std::string prebuild_command,
+                     std::string no_compiler)
+      : Error(message),
+        spec(spec),
+        prebuild_command(std::move(prebuild_command)),
+        no_compiler(std::move(no_compiler)) {}
   KernelSpec spec;
-  std::string prebuild_command;
+  std::string prebuild_command, no_compiler;
 };
 
 // A driver call failed: names the call, the driver's own words and the code.

@@ -264,7 +264,7 @@ ScratchFolder::ScratchFolder(const std::string& name) {
 
 ScratchFolder::~ScratchFolder() {
   std::error_code ignored;
-  if (!kept_) fs::remove_all(path_, ignored);
+  fs::remove_all(path_, ignored);
 }
 
 }  // namespace flash_attn_jit

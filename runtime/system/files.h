@@ -88,8 +88,7 @@ class FileLock {
   pid_t process_ = ::getpid();
 };
 
-// A new folder of a unique name that begins with `name`, in $TMPDIR or /tmp, removed with its content at the end unless it
-// is kept.
+// A new folder of a unique name that begins with `name`, in $TMPDIR or /tmp, removed with its content at the end.
 class ScratchFolder {
  public:
   // Throws Error, which says to set TMPDIR, where none can be made.
@@ -99,11 +98,9 @@ class ScratchFolder {
   ScratchFolder& operator=(const ScratchFolder&) = delete;
 
   const std::filesystem::path& path() const { return path_; }
-  void keep() { kept_ = true; }
 
  private:
   std::filesystem::path path_;
-  bool kept_ = false;
 };
 
 }  // namespace flash_attn_jit

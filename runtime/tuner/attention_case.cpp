@@ -42,7 +42,9 @@ bool AttentionCase::sees(std::int64_t i, std::int64_t j) const {
 }
 
 Problem problem_of(const AttentionCase& attention, int multiprocessors) {
-  return {attention.seqlen_q, attention.seqlen_k, attention.batch * attention.num_heads, multiprocessors};
+  const auto width = [&](std::int64_t side) { return side < 0 ? attention.seqlen_k : side; };
+  return {attention.seqlen_q, attention.seqlen_k, attention.batch * attention.num_heads, multiprocessors,
+          width(attention.window().left) + width(attention.window().right) + 1};
 }
 
 AttentionCase measured_case(const TuningRecord& record) {

@@ -5,8 +5,11 @@
 #include <algorithm>
 #include <chrono>
 #include <functional>
+#include <memory>
+#include <utility>
 
 #include "runtime/cache/cache_folder.h"
+#include "runtime/cache/pack_files.h"
 #include "runtime/system/log.h"
 #include "runtime/system/sha256.h"
 #include "runtime/system/side_by_side.h"
@@ -44,14 +47,23 @@ std::vector<std::string> names_in(const fs::path& folder,
 }
 
 // Throws FileError, RecordError. Nothing where the file has vanished.
-std::optional<TuningRecord> read_record(const TrustedFolder& folder, const std::string& name, const std::string& slug) {
-  const auto text = folder.read(name, kMostRecordBytes);
+std::optional<TuningRecord> parse_record_of(const std::optional<std::string>& text, const std::string& name,
+                                            const std::string& slug) {
   if (!text) return std::nullopt;
+  if (text->size() > kMostRecordBytes) throw RecordError("it is larger than any record");
   TuningRecord record = parse_record(*text);
   if (device_slug(record.key.device) != slug || record_file_name(record.key) != name)
     throw RecordError("it holds the record of another key: " + device_slug(record.key.device) + "/" +
                       record_file_name(record.key));
   return record;
+}
+
+// Null where there is none. Throws FileError where what lies in it is not to be trusted.
+std::unique_ptr<PackFiles> open_zip(const fs::path& path) {
+  std::unique_ptr<PackFiles> zip = PackFiles::open(path);
+  if (zip != nullptr)
+    if (const auto reason = zip->distrust()) throw FileError(*reason);
+  return zip;
 }
 
 // What processes that were killed left. Nobody writes a record for an hour.
@@ -62,6 +74,21 @@ void remove_leftovers(const fs::path& folder) {
     return !vanished && entry.path().extension() == kTemporarySuffix && age > std::chrono::hours(1);
   };
   for (const std::string& name : names_in(folder, is_left)) ::unlink((folder / name).c_str());
+}
+
+// In order. Throws FileError.
+std::vector<std::string> device_folders_in_zip(const fs::path& path) {
+  std::vector<std::string> slugs;
+  const std::unique_ptr<PackFiles> zip = open_zip(path);
+  if (zip == nullptr) return slugs;
+  const std::string prefix = std::string(kRecordFolder) + "/";
+  for (const std::string& name : zip->names()) {
+    const std::size_t end = name.find('/', prefix.size());
+    if (packed_file_kind(name) != PackedFileKind::kRecord || end == std::string::npos) continue;
+    const std::string slug = name.substr(prefix.size(), end - prefix.size());
+    if (slugs.empty() || slugs.back() != slug) slugs.push_back(slug);
+  }
+  return slugs;
 }
 
 }  // namespace
@@ -103,6 +130,7 @@ std::vector<TuningRecord> RecordStore::read_all() const {
 std::vector<std::string> RecordStore::device_folders() const {
   if (home_.empty()) return {};
   try {
+    if (is_zip()) return device_folders_in_zip(home_);
     return names_in(folder(), [](const fs::directory_entry& entry) {
       std::error_code vanished;
       return entry.is_directory(vanished);
@@ -117,16 +145,13 @@ void RecordStore::read_folder(const std::string& slug, std::vector<TuningRecord>
   if (home_.empty()) return;
   const fs::path path = folder() / slug;
   try {
-    for (const fs::path& above : {home_, folder()})
-      if (!open_trusted(above, use_)) return;
-    const auto trusted = open_trusted(path, use_);
-    if (!trusted) return;
-    const auto is_record = [](const fs::directory_entry& entry) { return entry.path().extension() == kRecordSuffix; };
-    const std::vector<std::string> names = names_in(path, is_record);
+    const auto source = is_zip() ? open_in_zip(slug) : open(slug);
+    if (!source) return;
+    const std::vector<std::string>& names = source->names;
     std::vector<std::optional<TuningRecord>> read(names.size());
     run_side_by_side(names.size(), [&](std::size_t i) {
       try {
-        read[i] = read_record(*trusted, names[i], slug);
+        read[i] = parse_record_of(source->read(names[i]), names[i], slug);
       } catch (const Error& error) {
         warn_once("tuning record " + (path / names[i]).string() + " is passed over: " + error.what());
       }
@@ -136,6 +161,33 @@ void RecordStore::read_folder(const std::string& slug, std::vector<TuningRecord>
   } catch (const FileError& error) {
     warn_once("tuning records in " + path.string() + " are passed over: " + error.what());
   }
+}
+
+bool RecordStore::is_zip() const {
+  std::error_code ignored;
+  return use_ == FolderUse::kPack && fs::is_regular_file(home_, ignored);
+}
+
+std::optional<RecordStore::Source> RecordStore::open(const std::string& slug) const {
+  for (const fs::path& above : {home_, folder()})
+    if (!open_trusted(above, use_)) return std::nullopt;
+  auto trusted = open_trusted(folder() / slug, use_);
+  if (!trusted) return std::nullopt;
+  const auto is_record = [](const fs::directory_entry& entry) { return entry.path().extension() == kRecordSuffix; };
+  const auto kept = std::make_shared<const TrustedFolder>(*std::move(trusted));
+  return Source{names_in(folder() / slug, is_record),
+                [kept](const std::string& name) { return kept->read(name, kMostRecordBytes); }};
+}
+
+std::optional<RecordStore::Source> RecordStore::open_in_zip(const std::string& slug) const {
+  const std::shared_ptr<const PackFiles> zip = open_zip(home_);
+  if (zip == nullptr) return std::nullopt;
+  const std::string prefix = std::string(kRecordFolder) + "/" + slug + "/";
+  std::vector<std::string> names;
+  for (const std::string& name : zip->names())
+    if (packed_file_kind(name) == PackedFileKind::kRecord && name.starts_with(prefix))
+      names.push_back(name.substr(prefix.size()));
+  return Source{std::move(names), [zip, prefix](const std::string& name) { return zip->read(prefix + name); }};
 }
 
 void RecordStore::publish(const TuningRecord& record) {

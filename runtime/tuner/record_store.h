@@ -1,4 +1,5 @@
-// The folder of records: `tuning/` in the cache's folder or in a pack, a folder in it for each device.
+// The folder of records: `tuning/` in the cache's folder or in a pack, be that a folder or a zip file; a folder in it for
+// each device.
 //
 //   tuning/tesla-t4-sm75-40mp-native/fwd_hdim128_fp16_causal_gqa8_vec16_q1024_k1024_bh64.0123456789abcdef.json
 //   tuning/tesla-t4-sm75-40mp-native/<64 hex digits>.<number>.tmp         being written
@@ -8,7 +9,9 @@
 #pragma once
 
 #include <filesystem>
+#include <functional>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,7 +24,7 @@ namespace flash_attn_jit {
 // Thread-safe.
 class RecordStore {
  public:
-  // `home` is the cache's folder, or the pack's; empty: there is none, and memory serves.
+  // `home` is the cache's folder, or the pack, a zip file of which is only read; empty: there is none, and memory serves.
   RecordStore(std::filesystem::path home, FolderUse use);
 
   // Those of one device, or of all, of whatever templates, in the order of their files. Never throws for what lies there.
@@ -35,7 +38,15 @@ class RecordStore {
   std::filesystem::path folder() const { return home_ / "tuning"; }
 
  private:
+  // The names of a device's records and how one is read, by what holds them.
+  struct Source {
+    std::vector<std::string> names;
+    std::function<std::optional<std::string>(const std::string& name)> read;
+  };
+  std::optional<Source> open(const std::string& slug) const;
+  std::optional<Source> open_in_zip(const std::string& slug) const;
   std::vector<std::string> device_folders() const;
+  bool is_zip() const;
   void read_folder(const std::string& slug, std::vector<TuningRecord>& records) const;
   void write(const TuningRecord& record, const std::string& text) const;
 

@@ -67,8 +67,9 @@ class TileSearch {
  public:
   TileSearch(const SearchTask& task, const SearchParts& parts, const SearchSettings& settings)
       : task_(task), parts_(parts), settings_(settings), random_(settings.seed), start_(parts.clock.now()) {
+    const auto width = [&](std::int64_t side) { return side < 0 ? task.record.seqlen_k : side; };
     problem_ = {task.record.seqlen_q, task.record.seqlen_k, task.record.batch * task.record.num_heads,
-                task.multiprocessors};
+                task.multiprocessors, width(task.record.window_left) + width(task.record.window_right) + 1};
     round_ = task.known ? task.known->rounds : 0;
     last_publish_ = start_;
     for (const TileConfig& tile : task.tiles) add(tile);

@@ -54,6 +54,7 @@ int nvrtcCompileProgram(Program* program, int count, const char* const* options)
     if (std::strncmp(options[i], "--gpu-architecture=", 19) == 0) sm = std::stoi(std::strchr(options[i], '_') + 1);
   program->cubin = std::string(64, '\0') + program->entry + '\0';
   std::memcpy(&program->cubin[0], "\x7f" "ELF", 4);
+  program->cubin[18] = static_cast<char>(190);
   const bool is_12 = MAJOR == 12;
   program->cubin[8] = is_12 ? 7 : 8;
   program->cubin[is_12 ? 48 : 49] = static_cast<char>(sm);

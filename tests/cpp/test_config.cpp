@@ -45,6 +45,7 @@ TEST_CASE("configuration: defaults") {
   CHECK_FALSE(config.interpret);
   CHECK_FALSE(config.nvrtc);
   CHECK_FALSE(config.cxx);
+  CHECK_FALSE(config.offline);
   CHECK_FALSE(config.prebuilt);
   CHECK_FALSE(config.templates);
 }
@@ -67,6 +68,7 @@ TEST_CASE("configuration: values") {
                               {"FLASH_ATTN_JIT_INTERPRET", "1"},
                               {"FLASH_ATTN_JIT_CXX", "clang++"},
                               {"FLASH_ATTN_JIT_NVRTC", dir},
+                              {"FLASH_ATTN_JIT_OFFLINE", "1"},
                               {"FLASH_ATTN_JIT_PREBUILT", dir},
                               {"FLASH_ATTN_JIT_TEMPLATES", dir},
                               {"VIRTUAL_ENV", "/venv"},
@@ -77,7 +79,10 @@ TEST_CASE("configuration: values") {
   CHECK(config.interpret);
   CHECK(config.cxx == "clang++");
   CHECK(config.nvrtc == dir);
+  CHECK(config.offline);
   CHECK(config.prebuilt == dir);
+  write_all(folder / "pack.zip", "");
+  CHECK(read({{"FLASH_ATTN_JIT_PREBUILT", (folder / "pack.zip").string()}}).prebuilt == folder / "pack.zip");
   CHECK(config.templates == dir);
   CHECK(config.virtual_env == "/venv");
   CHECK(config.library_path == std::vector<std::filesystem::path>{"/a", "/b"});
@@ -95,7 +100,8 @@ TEST_CASE("configuration: a bad value names the variable, what came and what is 
       {"FLASH_ATTN_JIT_TARGET", {"sm_75", "native, compute_75"}},
       {"FLASH_ATTN_JIT_INTERPRET", {"yes", "0, 1"}},
       {"FLASH_ATTN_JIT_CACHE_MAX_BYTES", {"1G", "a number of bytes"}},
-      {"FLASH_ATTN_JIT_PREBUILT", {"/no/such/folder", "a folder"}},
+      {"FLASH_ATTN_JIT_PREBUILT", {"/no/such/folder", "a pack's folder or zip file"}},
+      {"FLASH_ATTN_JIT_OFFLINE", {"true", "0, 1"}},
       {"FLASH_ATTN_JIT_TEMPLATES", {"/no/such/folder", "a folder"}},
       {"FLASH_ATTN_JIT_NVRTC", {"/no/such/file", "a file or folder"}},
   };

@@ -10,10 +10,12 @@
 #include <set>
 #include <thread>
 
+#include "generator/kernel_selection.h"
 #include "runtime/cache/cache_folder.h"
 #include "runtime/launch/backward_launch.h"
 #include "runtime/launch/forward_launch.h"
 #include "runtime/launch/loaded_kernels.h"
+#include "runtime/library/pack.h"
 #include "runtime/system/errors.h"
 #include "tests/cpp/captured_log.h"
 #include "tests/cpp/containing.h"
@@ -558,6 +560,39 @@ TEST_CASE("the table of loaded kernels finds what was inserted, every field told
     table.insert({.spec = specs[i], .function = nullptr, .threads = static_cast<unsigned>(i), .dynamic_smem = 0});
   }
   for (std::size_t i = 0; i < specs.size(); ++i) CHECK(table.find(specs[i])->threads == i);
+}
+
+TEST_CASE("offline: the first call of a kernel that was bundled compiles nothing, another kernel's is refused") {
+  TinySetting setting;
+  setting.config.nvrtc = make_stub_nvrtc(setting.folder / "nvrtc", {.major = "12"});
+  const BundledPack bundle{setting.folder / "bundled_pack.zip", setting.folder / "module.so"};
+  write_all(bundle.module, "code");
+  KernelSelection selection;
+  selection.head_dims = {64};
+  selection.masks = {Mask::kNone};
+  selection.group_sizes = {1};
+  {
+    PackWriter pack(setting.config, bundle.pack, 12000);
+    for (const KernelSpec& spec : select_kernels(selection, arch_limits(75)))
+      pack.library().find_or_compile(spec, {75, CodeKind::kCubin});
+    pack.finish();
+  }
+  setting.config.offline = true;
+  KernelCacheSettings cache = cache_settings(setting.config);
+  cache.bundled = bundle;
+  KernelLibrary library(setting.config, std::make_shared<KernelCache>(cache), 12040);
+  Driver driver(Process::started(12040, {kT4, kA100}));
+  DeviceRuntime runtime(driver, library, TargetChoice::kNative, default_tile_chooser());
+  stub().make_current(0);
+  launch_forward(runtime.device(0), request(), stream(7));
+  CHECK(stub().launches().size() == 1);
+  CHECK_FALSE(fs::exists(setting.config.cache_dir));
+  CHECK(refusal<MissingKernelError>([&] { launch_forward(runtime.device(0), request(128), stream(7)); }) ==
+        Containing{"--arch sm_75 --kinds fwd --head-dims 128"});
+  // A GPU that the pack has nothing for: the compiler is not asked what it knows, either.
+  CHECK(refusal<MissingKernelError>([&] { launch_forward(runtime.device(1), request(), stream(7)); }) ==
+        Containing{"--arch sm_80"});
+  CHECK(library.nvrtc_opened() == 0);
 }
 
 #endif

@@ -296,7 +296,7 @@ TEST_CASE("an NVRTC that is named but makes what the driver cannot load is an er
   } catch (const MissingKernelError& error) {
     message = error.what();
   }
-  CHECK(message == Containing{"this driver, CUDA 12.4, cannot load the machine code of the NVRTC found: 13."});
+  CHECK(message == Containing{"a driver for CUDA 12.4 cannot load the machine code of the NVRTC found: 13."});
 }
 
 TEST_CASE("with only NVRTC 13, a pack comes with a warning" * doctest::skip(!have_nvrtc())) {

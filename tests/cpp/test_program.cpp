@@ -85,7 +85,7 @@ TEST_CASE("a wrong call names the flag, what came and what is accepted, and exit
     CHECK(holds(run.err, came));
     CHECK(holds(run.err, accepted));
   };
-  refused("", "subcommand", "", "devices, inspect, model, prebuild, tune, report, cache");
+  refused("", "subcommand", "", "devices, inspect, model, prebuild, pack, tune, report, cache");
   refused("inspect --emit spec", "--head-dim", "required", "--gqa");
   refused("inspect --head-dim 64 --emit elf", "--emit", "'elf'", "tiles, spec, source, ptx, cubin, resources");
   refused("inspect --head-dim 64 --tile m64n16w4q64l2b4k7 --emit tiles", "--tile", "--emit tiles", "leave it out");
@@ -108,6 +108,15 @@ TEST_CASE("a wrong call names the flag, what came and what is accepted, and exit
   refused(pack + " --kinds fwd --head-dims 64,300 --causal no --gqa 1", "--head-dims", "300", "1 to 256");
   refused(pack + " --kinds fwd --head-dims 64 --causal no --gqa 1,x", "--gqa", "'x'", "a whole number");
   refused(pack + " --kinds fwd --head-dims 64 --causal no --gqa 1 --jobs 0", "--jobs", "'0'", "from 1");
+  refused(pack + " --kinds fwd", "--head-dims", "required", "--pack");
+  refused(pack + " --pack all", "--pack", "'all'", "default");
+  refused(pack + " --pack default --gqa 1", "--gqa", "--pack", "one of them");
+  for (const char* driver : {"11.8", "twelve", "12.", "12.4.1", "-12", "12.400"})
+    refused(pack + " --pack default --driver=" + driver, "--driver", driver, "12.4");
+  refused("pack", "subcommand", "", "show, verify");
+  refused("pack show", "PACK", "required", "--json");
+  refused("pack verify /no/such/pack", "PACK", "/no/such/pack", "folder or zip");
+  refused("pack verify /tmp --nvrtc /tmp", "--nvrtc", "--rebuild", "both, or neither");
   refused(pack + " --kinds fwd --head-dims 64 --causal no", "--gqa", "required", "--tuned");
   refused(pack + " --head-dims 64 --causal no --gqa 1", "--kinds", "required", "--tuned");
   for (const char* flag : {"--kinds fwd", "--head-dims 64", "--causal no", "--gqa 1", "--window", "--softcap yes"})
@@ -192,7 +201,7 @@ TEST_CASE("prebuild names every kernel that fails and exits with 1") {
 TEST_CASE("prebuild goes on with the threads that can be had") {
   const Program program;
   fs::create_directory(program.folder() / "no nvrtc");
-  // Stacks larger than the address space. Without a compiler every kernel fails, which is told at the end.
+  // Stacks larger than the address space. Without a compiler nothing can be built, which is told once.
   const ProgramRun run =
       program.run("prebuild --arch sm_75 --kinds fwd --head-dims 64 --causal both --gqa 1,2 --jobs 500 --json --out '" +
                       (program.folder() / "pack").string() + "'",
@@ -200,9 +209,54 @@ TEST_CASE("prebuild goes on with the threads that can be had") {
                       "' sh -c 'ulimit -s 140000000000 && exec \"$0\" \"$@\"'");
   CAPTURE(run.err);
   CHECK(run.exit_code == 1);
-  CHECK(Json::parse(run.out)["failures"].size() >= 8);
+  CHECK(holds(Json::parse(run.out)["stopped_by"], "no NVRTC was found"));
   CHECK(fs::exists(program.folder() / "pack/manifest.json"));
   CHECK(holds(run.err, "threads"));
+}
+
+TEST_CASE("prebuild that cannot compile says so once and stops") {
+  const Program program;
+  fs::create_directory(program.folder() / "no nvrtc");
+  const std::string nowhere = "FLASH_ATTN_JIT_NVRTC='" + (program.folder() / "no nvrtc").string() + "'";
+  const std::string out = (program.folder() / "pack.zip").string();
+  for (const auto& [variables, reason] : {std::pair{nowhere, "no NVRTC was found"},
+                                          {std::string("FLASH_ATTN_JIT_OFFLINE=1"), "FLASH_ATTN_JIT_OFFLINE"}}) {
+    const ProgramRun run = program.run("prebuild --arch sm_75 --pack default --jobs 4 --json --out " + out, variables);
+    CAPTURE(run.err);
+    CHECK(run.exit_code == 1);
+    const std::size_t first = run.err.find(reason);
+    CHECK(first != std::string::npos);
+    CHECK(run.err.find(reason, first + 1) == std::string::npos);
+    CHECK(Json::parse(run.out)["failures"].empty());
+  }
+}
+
+TEST_CASE("pack show and verify, of a pack whose words are meant for a terminal") {
+  using namespace flash_attn_jit;
+  const Program program;
+  const KernelId id{make_key({{"source", "text"}}), "x", "\x1b[2Jspec", "sm_75"};
+  CompiledKernel kernel = testing::made_up_kernel(std::string(100, '\0').replace(0, 4,
+                                                                                 "\x7f"
+                                                                                 "ELF"));
+  kernel.image[18] = static_cast<char>(190);
+  kernel.built_by = "\x1b]0;title\a";
+  const fs::path pack = program.folder() / "pack";
+  fs::create_directory(pack);
+  std::ofstream(pack / id.file_name(), std::ios::binary) << serialize({id, kernel});
+  std::ofstream(pack / "a\x1b[31m.txt") << "";
+  const ProgramRun shown = program.run("pack show " + pack.string()),
+                   json = program.run("pack show --json " + pack.string());
+  CHECK(shown.exit_code == 0);
+  CHECK(holds(shown.out, "?[2Jspec"));
+  CHECK_FALSE(holds(shown.out, "\x1b"));
+  CHECK(Json::parse(json.out)["kernels"].size() == 1);
+  CHECK(Json::parse(json.out)["faults"].size() == 2);
+  const ProgramRun verified = program.run("pack verify " + pack.string());
+  CHECK(verified.exit_code == 1);
+  CHECK_FALSE(holds(verified.out, "\x1b"));
+  CHECK(holds(verified.out, "manifest.json: it is missing"));
+  CHECK(Json::parse(program.run("pack verify --json " + pack.string()).out)["faults"].size() == 3);
+  CHECK(program.run("pack verify --rebuild " + pack.string(), "FLASH_ATTN_JIT_OFFLINE=1").exit_code == 2);
 }
 
 TEST_CASE("cache says what it cannot remove" * doctest::skip(::geteuid() != 0)) {

@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "runtime/cache/cache_folder.h"
+#include "runtime/cache/stored_zip.h"
 #include "runtime/tuner/record_json.h"
 #include "runtime/tuner/record_store.h"
 #include "tests/cpp/captured_log.h"
@@ -247,6 +248,42 @@ TEST_CASE("records: another user's are not taken into a cache, a pack may be any
   CHECK(RecordStore(home.folder.path(), FolderUse::kPack).read(record.key.device).size() == 1);
   REQUIRE(log.warnings().size() == 1);
   CHECK(log.warnings()[0] == Containing{"belongs to user 12345"});
+}
+
+TEST_CASE("records: those of a pack that is a zip file") {
+  const TemporaryFolder folder;
+  const TuningRecord record = made_up_record();
+  const std::string slug = "tuning/" + device_slug(record.key.device) + "/";
+  const fs::path path = folder / "pack.zip";
+  const auto pack_of = [&](const std::map<std::string, std::string>& files, mode_t mode = 0644) {
+    write_all(path, stored_zip(files));
+    REQUIRE(::chmod(path.c_str(), mode) == 0);
+    return RecordStore(path, FolderUse::kPack);
+  };
+  const std::map<std::string, std::string> files = {
+      {slug + record_file_name(record.key), record_text(record)}, {"manifest.json", "{}"}, {"tuning/x.json", "{}"}};
+  {
+    const CapturedLog log;
+    CHECK(texts_of(pack_of(files).read(record.key.device)) == record_text(record));
+    CHECK(texts_of(pack_of(files).read_all()) == record_text(record));
+    CHECK(pack_of(files).read(made_up_device("Tesla T5")).empty());
+    CHECK(pack_of({}).read_all().empty());
+    CHECK(log.warnings().empty());
+  }
+  const auto told = [&](const RecordStore& pack) {
+    const CapturedLog log;
+    CHECK(pack.read(record.key.device).empty());
+    CHECK(pack.read_all().empty());
+    REQUIRE(log.warnings().size() >= 1);
+    return log.warnings()[0];
+  };
+  CHECK(told(pack_of(files, 0666)) == Containing{"other users may write the file"});
+  CHECK(told(pack_of({{slug + "other.json", record_text(record)}})) == Containing{"of another key"});
+  CHECK(told(pack_of({{slug + record_file_name(record.key), std::string(kMostRecordBytes + 1, ' ')}})) ==
+        Containing{"larger than any record"});
+  pack_of(files);
+  write_all(path, "no zip");
+  CHECK(told(RecordStore(path, FolderUse::kPack)) == Containing{"no zip file"});
 }
 
 TEST_CASE("records: without a folder memory serves, and that is said once") {

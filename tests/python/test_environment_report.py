@@ -54,6 +54,7 @@ def test_report(tmp_path):
     assert found["nvrtc"]["found"] and found["driver"]["found"] in (False, True)
     assert re.search(r"glibc \d", found["system"]["libc"]) and found["system"]["os"]
     assert found["configuration_error"] is None and found["compiled_module_error"] is None
+    assert found["offline"] is False
 
 
 def test_text(tmp_path):
@@ -68,6 +69,19 @@ def test_text(tmp_path):
     ):
         assert line in text, text
     assert not (tmp_path / "none").exists(), "a report makes nothing"
+
+
+def test_a_bundled_pack_and_offline(tmp_path):
+    copy = tmp_path / "flash_attn_jit"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "bundled_pack.zip"))
+    assert told(tmp_path)["bundled_pack"] is None
+    (copy / "bundled_pack.zip").write_bytes(b"x" * 2**20)
+    found = told(tmp_path, FLASH_ATTN_JIT_OFFLINE=1)
+    assert found["bundled_pack"] == {"path": str(copy / "bundled_pack.zip"), "bytes": 2**20, "error": None}
+    assert found["offline"] is True
+    text = run(*MODULE, cwd=tmp_path, FLASH_ATTN_JIT_OFFLINE=1)
+    assert f"  bundled pack: {copy / 'bundled_pack.zip'}, 1.0 MiB\n" in text
+    assert "  offline: no kernel is compiled for a GPU\n" in text
 
 
 def test_every_module_that_can_be_run_is_listed():
@@ -135,6 +149,7 @@ def test_without_the_compiled_module(tmp_path):
     [
         ("FLASH_ATTN_JIT_INTERPRET", "maybe"),
         ("FLASH_ATTN_JIT_TARGET", "sm_75"),
+        ("FLASH_ATTN_JIT_OFFLINE", "yes"),
         ("FLASH_ATTN_JIT_CACHE_MAX_BYTES", "lots"),
         ("FLASH_ATTN_JIT_NVRTC", "/no/such/libnvrtc.so"),
     ],

@@ -1,16 +1,27 @@
-"""The default pack of sm_75 with both NVRTCs, and the runtime on a pack with NVRTC hidden."""
+"""The default pack of sm_75 with both NVRTCs, the runtime on a pack with NVRTC hidden, the pack that a wheel brings."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import (
     GROUP_SIZES,
     TESTS_ALL,
+    environment,
     find_nvrtc,
     needs_nvrtc_that_does_not_spill,
+    program_path,
     run_program,
     run_python,
 )
+
+SOURCE = Path(__file__).parents[2]
+TINY = "--kinds fwd --head-dims 8 --causal no --gqa 1"
 
 # Whatever its place in the search, an empty folder that is named must end it; the second call proves that it does.
 LOOK_UP = f"""
@@ -128,3 +139,118 @@ def test_no_backward_kernel_spills_up_to_head_dim_96(tmp_path):
     needs_nvrtc_that_does_not_spill()
     spills = {kernel["spec"]: (kernel["spill_stores"], kernel["spill_loads"]) for kernel in kernels}
     assert {spec: bytes for spec, bytes in spills.items() if bytes != (0, 0)} == {}
+
+
+def verify(pack, *more, **changes):
+    done = run_program("pack", "verify", pack, "--json", *more, **changes)
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_a_pack_that_anybody_zips(pack_12, tmp_path):
+    """Python's zipfile writes what the program reads, and reads what the program writes."""
+    theirs = tmp_path / "theirs.zip"
+    with zipfile.ZipFile(theirs, "w", zipfile.ZIP_STORED) as archive:
+        for path in sorted(pack_12.folder.iterdir()):
+            archive.write(path, path.name)
+        archive.writestr("tuning/tesla_t4/x.json", "{}")
+    theirs.chmod(0o644)
+    code, verdict = verify(theirs)
+    assert (code, verdict["faults"]) == (0, [])
+    assert verdict["kernels"] == len(list(pack_12.folder.glob("*.kernel"))) and verdict["records"] == 1
+
+    with zipfile.ZipFile(tmp_path / "compressed.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(pack_12.folder / "manifest.json", "manifest.json")
+    done = run_program("pack", "verify", tmp_path / "compressed.zip")
+    assert done.returncode == 1 and b"compressed" in done.stderr
+
+
+def bundle(output, flags, **changes):
+    """What the build of a wheel does where FLASH_ATTN_JIT_BUNDLE is set."""
+    command = ["cmake", f"-DPROGRAM={program_path()}", "-DARCH=sm_75", f"-DFLAGS={flags}", f"-DPREFIX={sys.prefix}"]
+    return subprocess.run(
+        [*command, f"-DOUTPUT={output}", "-P", str(SOURCE / "python" / "bundle_pack.cmake")],
+        env=environment(**changes),
+        capture_output=True,
+        text=True,
+    )
+
+
+OF_BUNDLE = """
+import json
+from flash_attn_jit import MissingKernelError, _core
+library = _core.process_library()
+(spec, *_) = _core.select_kernels(["fwd"], [8], [False], [1], "sm_75")
+(not_there, *_) = _core.select_kernels(["fwd"], [8], [True], [1], "sm_75")
+origin = library.find_or_compile(spec, "sm_75")["origin"]
+try:
+    library.find_or_compile(not_there, "sm_75")
+except MissingKernelError as error:
+    print(json.dumps(dict(origin=origin, message=str(error), command=error.prebuild_command)))
+"""
+
+
+def test_a_bundled_pack_serves_offline_and_holds_what_the_jit_makes(tmp_path):
+    import flash_attn_jit
+
+    copy = tmp_path / "site" / "flash_attn_jit"
+    shutil.copytree(
+        Path(flash_attn_jit.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__", "bundled_pack.zip")
+    )
+    pack = copy / "bundled_pack.zip"
+    done = bundle(pack, TINY, FLASH_ATTN_JIT_NVRTC=find_nvrtc(12))
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in copy.glob("bundled_pack*")] == ["bundled_pack.zip"]
+    with zipfile.ZipFile(pack) as archive:
+        assert archive.testzip() is None
+        manifest = json.loads(archive.read("manifest.json"))
+    assert all(name.startswith("nvrtc 12.") for name in manifest["built_by"])
+
+    code, verdict = verify(pack, "--rebuild", "--nvrtc", find_nvrtc(12))
+    assert (code, verdict["faults"]) == (0, [])
+    assert verdict["rebuilt"] == verdict["kernels"] == len(manifest["kernels"]) > 0
+
+    cache = tmp_path / "cache"
+    done = run_python(OF_BUNDLE, PYTHONPATH=copy.parent, FLASH_ATTN_JIT_OFFLINE=1, FLASH_ATTN_JIT_CACHE_DIR=cache)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["origin"] == "prebuilt" and not list(cache.glob("*"))
+    assert found["command"] in found["message"] and "FLASH_ATTN_JIT_OFFLINE is 1" in found["message"]
+    assert str(pack) in found["message"] and "--causal yes" in found["command"]
+
+
+def test_a_bundle_needs_nvrtc_12(tmp_path):
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    for nvrtc, reason in (
+        (find_nvrtc(13), "cannot load the machine code of the NVRTC found: 13."),
+        (nothing, "no NVRTC"),
+    ):
+        done = bundle(tmp_path / "pack.zip", "--pack default", FLASH_ATTN_JIT_NVRTC=nvrtc)
+        assert done.returncode != 0 and reason in done.stderr
+        assert "pip install 'nvidia-cuda-nvrtc-cu12" in " ".join(done.stderr.split())
+        assert not (tmp_path / "pack.zip").exists()
+
+
+@pytest.mark.skipif(not TESTS_ALL, reason="builds a wheel: some minutes")
+def test_a_wheel_brings_the_default_pack(tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)),
+            *(f"-Cbuild-dir={tmp_path / 'build'}", str(SOURCE)),
+        ],
+        env=environment(
+            FLASH_ATTN_JIT_BUNDLE="sm_75",
+            FLASH_ATTN_JIT_NVRTC=find_nvrtc(12),
+            PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        ),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.getinfo("flash_attn_jit/bundled_pack.zip").compress_size < 8 << 20
+        archive.extract("flash_attn_jit/bundled_pack.zip", tmp_path)
+    code, verdict = verify(tmp_path / "flash_attn_jit" / "bundled_pack.zip")
+    assert (code, verdict["faults"]) == (0, [])
+    assert verdict["kernels"] >= 2 * 2 * 4 * 3 * 2  # head dims x masks x groups x kernels x accesses

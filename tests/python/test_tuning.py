@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,7 +106,7 @@ def test_autotune_checks_its_arguments_and_does_not_nest():
 def test_the_docstrings_name_every_argument():
     for function in (tune, autotune):
         for name in inspect.signature(function).parameters:
-            assert f"\n        {name}:" in inspect.cleandoc("\n" + function.__doc__).replace("\n    ", "\n        ")
+            assert re.search(rf"^        {name}: ", function.__doc__, re.MULTILINE), name
     fields = _tuning.TunedProblem.__dataclass_fields__
     assert all(name in _tuning.TunedProblem.__doc__ for name in fields)
 
