@@ -216,7 +216,10 @@ OTHER_ENTRY_POINTS = (
     "cuGetErrorName cuGetErrorString cuDeviceGet cuDeviceGetName cuDeviceGetAttribute cuDevicePrimaryCtxRetain "
     "cuCtxPushCurrent_v2 cuCtxPopCurrent_v2 cuModuleLoadData cuModuleUnload cuModuleGetFunction cuFuncSetAttribute "
     "cuFuncGetAttribute cuLaunchKernel cuLinkCreate_v2 cuLinkAddData_v2 cuLinkComplete cuLinkDestroy "
-    "cuThreadExchangeStreamCaptureMode"
+    "cuThreadExchangeStreamCaptureMode cuDeviceGetPCIBusId cuOccupancyMaxActiveBlocksPerMultiprocessor cuMemGetInfo_v2 "
+    "cuMemAlloc_v2 cuMemFree_v2 cuMemcpyHtoD_v2 cuMemcpyDtoH_v2 cuMemsetD8_v2 cuMemcpyDtoDAsync_v2 cuStreamCreate "
+    "cuStreamDestroy_v2 cuStreamSynchronize cuStreamIsCapturing cuEventCreate cuEventDestroy_v2 cuEventRecord "
+    "cuEventSynchronize cuEventElapsedTime"
 ).split()
 
 COUNT_TURNS = """
