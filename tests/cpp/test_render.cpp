@@ -54,7 +54,11 @@ TEST_CASE("the source is self-contained and has a template once, and every templ
     const std::string params(family_of(kind).params);
     CHECK(count(kernel.source, kernel.entry + "(const " + params + " params)") == 1);
   }
-  for (const auto& [file, text] : embedded_templates()) CHECK_MESSAGE(used.contains(file), file);
+  const std::string peak = render_tensor_peak(embedded_templates()).source;
+  for (const auto& [file, text] : embedded_templates()) {
+    if (count(peak, "#line 1 \"" + file + "\"\n") == 1) used.insert(file);
+    CHECK_MESSAGE(used.contains(file), file);
+  }
 }
 
 TEST_CASE("the traits are the spec's") {

@@ -46,8 +46,8 @@ def t4(tmp_path_factory: pytest.TempPathFactory) -> Path:
         'static const bool t4 = (stub_control()->reset(12040, {StubDevice{"Tesla T4", 75, 40}}), true);\n'
     )
     stub = ROOT / "tests/cpp/stub_libcuda/stub_libcuda.cpp"
-    command = ["c++", "-std=c++20", "-shared", "-fPIC", f"-I{ROOT}", "-o", folder / "libcuda.so.1"]
-    subprocess.run([*command, stub, folder / "t4.cpp"], check=True)
+    options = ["-std=c++20", "-shared", "-fPIC", f"-I{ROOT}", "-o", str(folder / "libcuda.so.1")]
+    subprocess.run(["c++", *options, str(stub), str(folder / "t4.cpp")], check=True)
     return folder
 
 
