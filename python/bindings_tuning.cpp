@@ -38,7 +38,7 @@ std::string driver_text() {
 std::string tune_problems(const ProblemChoice& choice, int ordinal, double budget_seconds, bool afresh,
                           const std::vector<std::string>& worker_command) {
   const std::vector<AttentionCase> asked = problems_of(choice, own_name);
-  Device& device = process_devices().device(ordinal);
+  flash_attn_jit::Device& device = process_devices().device(ordinal);
   TuneSettings settings;
   settings.worker_command = worker_command;
   settings.driver = driver_text();
