@@ -286,13 +286,29 @@ def _kernel(run_torchs: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _make_library() -> Library:
-    """The kernels, which last as long as the result."""
-    library, name = Library("aten", "IMPL"), "scaled_dot_product_attention"
+    """The kernels, which last as long as the result. Raises RuntimeError where torch lets nobody replace a kernel that
+    somebody else has replaced."""
+    library = Library("aten", "IMPL")
+    try:
+        _register(library)
+        return library
+    except RuntimeError as error:
+        reason = str(error)
+    del library  # outside of the handler: the error's frames hold it too, and with it the kernels that got in
+    raise RuntimeError(
+        "route_sdpa() cannot route: something else in this process replaces scaled_dot_product_attention from Python, "
+        f"and torch {torch.__version__} has no replacing twice; end that first, or use torch 2.9 or newer. torch says: "
+        f"{reason}"
+    )
+
+
+def _register(library: Library) -> None:
+    name = "scaled_dot_product_attention"
     if hasattr(torch.library, "get_kernel"):
         theirs = {key: torch.library.get_kernel(_OPERATOR, key).call_boxed for key in _KEYS}
         for key in _KEYS:
-            library.impl(name, _kernel(theirs[key]), key, with_keyset=True)
-        return library
+            library.impl(name, _kernel(theirs[key]), key, with_keyset=True, **internals.replacing_kernels)
+        return
 
     # Before torch 2.9 there is no asking. What torch itself has for every key calls other operators.
     def run_torchs(_: Any, *arguments: Any, **options: Any) -> Any:
@@ -300,7 +316,6 @@ def _make_library() -> Library:
 
     for key in _KEYS:
         library.impl(name, functools.partial(_kernel(run_torchs), None), key)
-    return library
 
 
 class _TracedCalls(TorchFunctionMode):

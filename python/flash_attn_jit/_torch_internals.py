@@ -3,6 +3,7 @@
 The questions of ops.is_plain() fall back to "yes": every call then goes by the operators, which is slower and as right.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,13 @@ if hasattr(forward_ad, "_current_level"):
 
 else:
     forward_mode_is_on = _yes
+
+
+# What Library.impl() has to be told so that it replaces a kernel that another library registered: torch 2.13 does so
+# untold, before that it is an error, and old versions cannot be told.
+replacing_kernels: dict[str, Any] = (
+    {"allow_override": True} if "allow_override" in inspect.signature(torch.library.Library.impl).parameters else {}
+)
 
 
 def take_function_mode_off(mode: Any) -> None:

@@ -50,6 +50,10 @@ Choice only(int head_dim);
 // The same with every combination of what else default tiles depend on: mask, features, kind of access.
 std::vector<Choice> choices_of_tiles(int head_dim);
 
+// Every pair of lengths with every head dim and mask. A mask's windows take turns, and so does what makes another kernel
+// (group, features, kind of access), once for each head dim and mask: few kernels to compile.
+std::vector<Choice> lengths_and_masks();
+
 // Draws choices, each time the best of a few, until every pair of values of two factors has stood in one.
 class PairwiseChoices {
  public:
@@ -72,8 +76,8 @@ struct Share {
   std::size_t first, step;
 };
 
-// The plain program has a quarter of a grid, and the one under sanitizers, which is several times slower, a twenty-fourth,
-// with no case in both. With FLASH_ATTN_JIT_TEST_ALL=1 each runs all.
+// The plain program has an eighth of a grid, and the one under sanitizers, which is several times slower, a forty-eighth,
+// with no case in both. With FLASH_ATTN_JIT_TEST_ALL=1 they have all and a sixth.
 Share share_of_grid();
 
 // Cases that are few, drawn or listed: the plain program has all.
@@ -107,8 +111,8 @@ std::vector<Case> pick_of_grid(const std::vector<Case>& cases) {
   return kept;
 }
 
-// Runs cases on as many threads as there are cores, two at the least; `run` returns a fault or "". Faults are told as they come, so that a long run that is broken
-// off has told what it found.
+// Runs cases on as many threads as there are cores, two at the least; `run` returns a fault or "". Faults are told as they
+// come, so that a long run that is broken off has told what it found.
 template <class Case, class Run>
 int count_faults(const std::vector<Case>& cases, Run run) {
   std::atomic<std::size_t> next = 0;

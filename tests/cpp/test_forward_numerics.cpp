@@ -59,36 +59,6 @@ std::vector<ForwardCase> pairwise_forward_cases() {
   return cases;
 }
 
-// Every tile with every head dim, full and causal, and every seventh with each window, over all lengths; every pair of
-// lengths with every head dim, mask and group size on the default tiles. The other choices take turns. A tile keeps its
-// group size and is used either with 16-byte or with element-wise access, since each of these is another kernel to
-// compile.
-std::vector<ForwardCase> all_forward_cases() {
-  std::vector<ForwardCase> cases;
-  std::mt19937 random(2);
-  const Choice size = sizes();
-  const auto add = [&](Choice choice, std::optional<TileConfig> tile) {
-    for (const Factor free : {kInput, kScale}) choice[free] = static_cast<int>(random() % size[free]);
-    cases.push_back(with_tile(choice, tile));
-  };
-  for (int d = 0; d < size[kDimChoice]; ++d)
-    for (int m = 0; m < size[kVisible]; ++m) {
-      const std::vector<TileConfig> tiles = tiles_of(head_dims()[d]);
-      for (int t = m > 1 ? m % 7 : 0; t < static_cast<int>(tiles.size()); t += m > 1 ? 7 : 1)
-        for (int q = 0; q < size[kSeqlenQ]; ++q) {
-          const int layout = t / size[kGroup] % 2 ? q % kAlignedLayouts : kAlignedLayouts + q % 2;
-          add({d, m, t % size[kAdjustment], t / 2 % size[kSequences], (t + m) % size[kGroup], q,
-               (t + 3 * q) % size[kSeqlenK], layout},
-              tiles[t]);
-        }
-      for (int g = 0; g < size[kGroup]; ++g)
-        for (int q = 0; q < size[kSeqlenQ]; ++q)
-          for (int k = 0; k < size[kSeqlenK]; ++k)
-            add({d, m, g, (g + m) % size[kSequences], g, q, k, (q + k) % size[kLayout]}, std::nullopt);
-    }
-  return cases;
-}
-
 void check_all_forward(const std::vector<ForwardCase>& cases) {
   MESSAGE(cases.size() << " cases");
   CHECK(count_faults(cases, [](const ForwardCase& c) { return run_forward_case(c).fault; }) == 0);
@@ -115,6 +85,8 @@ TEST_CASE("forward: every tile, head dim, length, layout and input, pair by pair
   check_all_forward(pick_of_grid(pairwise_forward_cases()));
 }
 
-TEST_CASE("forward: the whole grid (FLASH_ATTN_JIT_TEST_ALL=1)") {
-  if (tests_all()) check_all_forward(all_forward_cases());
+TEST_CASE("forward: every pair of lengths with every head dim and mask (FLASH_ATTN_JIT_TEST_ALL=1)") {
+  std::vector<ForwardCase> cases;
+  for (const Choice& choice : lengths_and_masks()) cases.push_back(make_case(choice));
+  if (tests_all() && !kAddressSanitizer) check_all_forward(cases);
 }

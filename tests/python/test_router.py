@@ -492,6 +492,25 @@ def test_somebody_elses_kernel_is_what_falls_back_and_what_is_left():
     del library
 
 
+def test_where_torch_lets_nobody_replace_a_kernel_twice_it_is_said_and_nothing_stays(monkeypatch):
+    register, keys = torch.library.Library.impl, []
+
+    def impl(self, name, function, key, **options):
+        keys.append(key)
+        if len(keys) == 2:
+            raise RuntimeError("This is not allowed")
+        options.pop("allow_override", None)
+        return register(self, name, function, key, **options)
+
+    monkeypatch.setattr(torch.library.Library, "impl", impl)
+    with pytest.raises(RuntimeError, match=r"route_sdpa\(\) cannot route.*torch says: This is not allowed"):
+        route_sdpa().__enter__()
+    monkeypatch.undo()
+    with route_sdpa() as router:
+        attend()
+    assert router.counts == ONE
+
+
 # ---- Tracers
 
 
