@@ -117,15 +117,12 @@ def test_a_second_run_builds_nothing(pack_12):
 HEAD_DIMS, GROUPS = ([32, 64, 96], [1, 4]) if TESTS_ALL else ([64], [4])
 # Options of prebuild, and how many kernels of dK and dV and of dQ they make, for 2 accesses and for large and small
 # problems: 8 for each mask.
-FEATURES = {
+FEATURES: dict[tuple[str, ...], int] = {
     ("--causal", "both", "--window"): 3 * 8,
     ("--causal", "yes", "--alibi", "yes"): 8,
-    **(
-        {("--causal", "both", "--varlen", "yes"): 2 * 8, ("--causal", "yes", "--softcap", "yes"): 8}
-        if TESTS_ALL
-        else {}
-    ),
 }
+if TESTS_ALL:
+    FEATURES |= {("--causal", "both", "--varlen", "yes"): 2 * 8, ("--causal", "yes", "--softcap", "yes"): 8}
 
 
 def test_no_backward_kernel_spills_up_to_head_dim_96(tmp_path):
