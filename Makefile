@@ -80,13 +80,14 @@ $(stamps)/sanitized: $(stamps)/package $(cpp_tests)
 	@PATH="$(abspath $(venv))/bin:$$PATH" cmake --build $(build_sanitized) -j $(JOBS)
 	@touch $@
 
-# Not a unity build, so that each file is seen to include what it uses. The tests of what threads share: the cache, the
+# Each file alone, so that it is seen to include what it uses. The tests of what threads share: the cache, the
 # compilers, the launch table. One test is left out: a process that ThreadSanitizer watches does not survive the signal of
 # a file-size limit.
 $(stamps)/threads: $(stamps)/package $(cpp_tests)
 	@echo '== build the C++ tests under ThreadSanitizer'
 	@PATH="$(abspath $(venv))/bin:$$PATH" cmake -S . -B $(build_threads) -G Ninja --log-level=WARNING \
-	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASH_ATTN_JIT_SANITIZE_THREADS=ON -DFLASH_ATTN_JIT_WERROR=$(WERROR)
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASH_ATTN_JIT_SANITIZE_THREADS=ON -DFLASH_ATTN_JIT_WERROR=$(WERROR) \
+	  -DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON
 	@PATH="$(abspath $(venv))/bin:$$PATH" cmake --build $(build_threads) -j $(JOBS) --target flash_attn_jit_tests
 	@touch $@
 
