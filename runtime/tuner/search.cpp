@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <limits>
 #include <random>
 
 #include "generator/tile_layout.h"
@@ -10,9 +11,6 @@
 
 namespace flash_attn_jit {
 namespace {
-
-// The last part of a budget is for measuring what is compiled by then.
-constexpr double kLastCompileShare = 0.85;
 
 // Warm-up: bursts of the default until this many in a row lie this close together, at most this share of the budget.
 constexpr int kAgreeingBursts = 3;
@@ -23,6 +21,14 @@ constexpr double kIdleSeconds = 0.25;
 
 // Beside the leader, at most so many new candidates enter a round.
 constexpr int kNewAtOnce = 4;
+
+// The last part of a budget: nothing is compiled and nobody comes in, and the best so far race on until they can be told
+// apart.
+constexpr double kFinalShare = 0.3;
+constexpr std::size_t kFinalists = 5;  // the default, which races anyway, not among them
+
+// Where a budget ends before rounds are enough for confidence: that many, and faster in each of them.
+constexpr std::size_t kFewRounds = 4;
 
 constexpr int kMostLaunches = 4096;
 
@@ -202,17 +208,19 @@ class TileSearch {
       throw_if_interrupted();
       feed_compiler();
       collect(0);
-      const bool came_in = admit();
-      if (anchor_ != nullptr && needs_rounds()) {
+      const bool came_in = !is_final() && admit();
+      if (anchor_ != nullptr && need_rounds(starters())) {
         if (!fits(round_seconds())) return;
         race();
         publish_now_and_then();
-      } else if (!came_in && !wait_for_compiler()) {
+      } else if (is_final() || (!came_in && !wait_for_compiler())) {
         return;
       }
       if (remaining() <= 0) return;
     }
   }
+
+  bool is_final() const { return anchor_ != nullptr && remaining() < kFinalShare * settings_.budget_seconds; }
 
   double elapsed() const { return parts_.clock.now() - start_; }
   double remaining() const { return settings_.budget_seconds - elapsed(); }
@@ -232,7 +240,7 @@ class TileSearch {
       if (running >= parts_.compiler.most_at_once()) return;
       if (entry.stage != Stage::kWaiting) continue;
       // It cannot be called back.
-      if (anchor_ != nullptr && elapsed() + expected_compile_seconds() > kLastCompileShare * settings_.budget_seconds)
+      if (anchor_ != nullptr && elapsed() + expected_compile_seconds() > (1 - kFinalShare) * settings_.budget_seconds)
         return;
       KernelSpec spec = task_.record.key.problem.spec;
       spec.tile = entry.found.tile;
@@ -398,15 +406,33 @@ class TileSearch {
     return entries;
   }
 
+  // Those that the next round is for.
+  std::vector<Entry*> starters() {
+    std::vector<Entry*> entries = racing();
+    if (!is_final()) return entries;
+    std::stable_partition(entries.begin(), entries.end(), [this](const Entry* entry) { return entry != anchor_; });
+    const auto others = std::find(entries.begin(), entries.end(), anchor_);
+    std::stable_sort(entries.begin(), others,
+                     [this](const Entry* a, const Entry* b) { return ratio_to_anchor(*a) < ratio_to_anchor(*b); });
+    if (entries.size() > kFinalists + 1) entries.erase(entries.begin() + kFinalists, others);
+    return entries;
+  }
+
+  double ratio_to_anchor(const Entry& entry) const {
+    const std::vector<double> ratios =
+        round_ratios(round_times(entry.found.samples), round_times(anchor_->found.samples));
+    return ratios.empty() ? std::numeric_limits<double>::infinity() : median(ratios);
+  }
+
   double round_seconds() {
     double seconds = 0;
-    for (const Entry* entry : racing()) seconds += 2 * entry->burst_seconds;
+    for (const Entry* entry : starters()) seconds += 2 * entry->burst_seconds;
     return seconds;
   }
 
   void race() {
     warm_up();
-    std::vector<Entry*> order = shuffled(racing());
+    std::vector<Entry*> order = shuffled(starters());
     for (int turn = 0; turn < 2; ++turn) {
       for (Entry* entry : order) measure(*entry);
       std::reverse(order.begin(), order.end());
@@ -474,11 +500,9 @@ class TileSearch {
   Entry* find_leader() {
     Entry* leader = anchor_;
     double least = 1;
-    const RoundTimes reference = round_times(anchor_->found.samples);
     for (Entry* entry : racing()) {
-      const std::vector<double> ratios = round_ratios(round_times(entry->found.samples), reference);
-      if (entry == anchor_ || ratios.empty()) continue;
-      const double ratio = median(ratios);
+      if (entry == anchor_) continue;
+      const double ratio = ratio_to_anchor(*entry);
       if (ratio < least ||
           (ratio == least && leader != anchor_ && entry->found.tile.text() < leader->found.tile.text())) {
         leader = entry;
@@ -488,8 +512,7 @@ class TileSearch {
     return leader;
   }
 
-  bool needs_rounds() {
-    const std::vector<Entry*> entries = racing();
+  bool need_rounds(const std::vector<Entry*>& entries) {
     const auto rounds = [](const Entry* entry) { return round_times(entry->found.samples).size(); };
     const auto least = static_cast<std::size_t>(least_rounds(settings_.telling));
     if (std::any_of(entries.begin(), entries.end(), [&](const Entry* e) { return rounds(e) < least; })) return true;
@@ -507,26 +530,46 @@ class TileSearch {
     std::string rule;
   };
 
-  // Who wins by what was measured. One that was in too few rounds to be told apart from the anchor does not yet.
+  // Who wins by what was measured: of those that are known to be no slower than the anchor the one with the least median
+  // ratio to it, or the anchor where it cannot be told apart from that one. What differs from the winner by less than
+  // the least gap is as good, and the smallest name stands for all of them.
   Decision decide() {
-    const RoundTimes reference = round_times(anchor_->found.samples);
-    const auto ratios_to = [](const Entry& a, const RoundTimes& b) {
-      return round_ratios(round_times(a.found.samples), b);
-    };
     std::vector<Entry*> contenders{anchor_};
-    for (Entry* entry : racing())
-      if (entry != anchor_ && median_interval(ratios_to(*entry, reference), settings_.telling.confidence))
+    int unknown = 0;  // perhaps faster than the anchor, and in too few rounds
+    for (Entry* entry : racing()) {
+      if (entry == anchor_) continue;
+      if (is_known(*entry))
         contenders.push_back(entry);
-    Entry* leader = anchor_;
-    for (Entry* entry : contenders)
-      if (entry != anchor_ &&
-          median(ratios_to(*entry, reference)) < (leader == anchor_ ? 1 : median(ratios_to(*leader, reference))))
-        leader = entry;
+      else
+        unknown += ratio_to_anchor(*entry) < 1;
+    }
+    const Entry* const leader = *std::min_element(contenders.begin(), contenders.end(), [this](Entry* a, Entry* b) {
+      return ratio_to_anchor(*a) < ratio_to_anchor(*b);
+    });
     const RoundTimes best = round_times(leader->found.samples);
-    std::vector<Entry*> tied;
-    for (Entry* entry : contenders)
-      if (entry == leader || !is_told_apart(ratios_to(*entry, best))) tied.push_back(entry);
-    return {choose(tied)->found.tile, rule_text(*leader, tied)};
+    std::vector<const Entry*> tied;
+    for (const Entry* entry : contenders) {
+      const std::vector<double> ratios = round_ratios(round_times(entry->found.samples), best);
+      const bool is_as_good = !ratios.empty() && median(ratios) <= 1 + settings_.telling.least_gap;
+      const bool is_untold = entry == anchor_ && !is_slower(*entry, *leader);
+      if (entry == leader || is_untold || (is_as_good && !is_told_apart(ratios))) tied.push_back(entry);
+    }
+    const Entry& winner = choose(tied);
+    return {winner.found.tile, rule_text(winner, *leader, tied, unknown)};
+  }
+
+  // Whether an entry's rounds say how it stands to the anchor.
+  bool is_known(const Entry& entry) const {
+    const std::vector<double> ratios =
+        round_ratios(round_times(entry.found.samples), round_times(anchor_->found.samples));
+    return median_interval(ratios, settings_.telling.confidence) || is_slower(*anchor_, entry);
+  }
+
+  // Told apart, or by a few rounds that all say so.
+  bool is_slower(const Entry& entry, const Entry& other) const {
+    const std::vector<double> ratios = round_ratios(round_times(entry.found.samples), round_times(other.found.samples));
+    return is_told_apart(ratios) || (ratios.size() >= kFewRounds && *std::min_element(ratios.begin(), ratios.end()) >=
+                                                                        1 + settings_.telling.least_gap);
   }
 
   bool is_told_apart(const std::vector<double>& ratios) const {
@@ -534,35 +577,42 @@ class TileSearch {
   }
 
   // Of those that are tied: the default, then the smaller name.
-  Entry* choose(const std::vector<Entry*>& tied) const {
+  const Entry& choose(const std::vector<const Entry*>& tied) const {
     const auto order = [this](const Entry* entry) {
       return std::pair(entry->found.tile != task_.record.default_tile, entry->found.tile.text());
     };
-    return *std::min_element(tied.begin(), tied.end(), [&](Entry* a, Entry* b) { return order(a) < order(b); });
+    return **std::min_element(tied.begin(), tied.end(),
+                              [&](const Entry* a, const Entry* b) { return order(a) < order(b); });
   }
 
-  std::string rule_text(const Entry& leader, const std::vector<Entry*>& tied) {
-    const Entry& winner = *choose(tied);
-    const bool is_default = winner.found.tile == task_.record.default_tile;
-    const std::string others = std::to_string(tied.size() - 1);
+  std::string rule_text(const Entry& winner, const Entry& leader, const std::vector<const Entry*>& tied,
+                        int unknown) const {
     std::string text;
-    if (is_default && tied.size() == 1) text = "the default has the lowest median";
-    if (is_default && tied.size() > 1)
-      text = "the default, which cannot be told apart from " + others + " other" + (tied.size() > 2 ? "s" : "");
-    if (!is_default) {
-      text = "lowest median";
-      if (anchor_->found.tile == task_.record.default_tile) {
-        const double ratio =
-            median(round_ratios(round_times(winner.found.samples), round_times(anchor_->found.samples)));
-        text += ", " + percent_text(1 - ratio) + " below the default's in the same rounds";
-      } else {
-        text += "; the default failed";
-      }
-      if (tied.size() > 1)
-        text += "; the smallest name among " + std::to_string(tied.size()) + " that cannot be told apart" +
-                (&winner == &leader ? "" : " from " + leader.found.tile.text());
-    }
+    if (winner.found.tile != task_.record.default_tile)
+      text = winner_text(winner, leader, tied.size());
+    else if (tied.size() > 1)
+      text = "the default, which cannot be told apart from " + count_text(tied.size() - 1, "other");
+    else
+      text = unknown == 0 ? "the default has the lowest median" : "the default";
+    if (unknown > 0) text += "; " + count_text(unknown, "other") + " may be faster and had too few rounds to tell";
     return text;
+  }
+
+  std::string winner_text(const Entry& winner, const Entry& leader, std::size_t tied) const {
+    std::string text = &winner == &leader ? "lowest median" : "as good as the lowest median";
+    if (anchor_->found.tile != task_.record.default_tile)
+      text += "; the default failed";
+    else
+      text += ", " + percent_text(1 - ratio_to_anchor(winner)) + " below the default's in the same rounds";
+    if (tied > 1)
+      text += "; the smallest name among " + std::to_string(tied) + " that differ by less than " +
+              percent_text(settings_.telling.least_gap) +
+              (&winner == &leader ? "" : " from " + leader.found.tile.text());
+    return text;
+  }
+
+  static std::string count_text(std::size_t count, const std::string& noun) {
+    return std::to_string(count) + " " + noun + (count == 1 ? "" : "s");
   }
 
   TuningRecord record(const Decision& decision) {
@@ -611,7 +661,7 @@ class TileSearch {
     if (count(Stage::kWaiting) + count(Stage::kCompiling) + count(Stage::kCompiled) > 0) return false;
     for (const Entry& entry : entries_)
       if (entry.stage == Stage::kOut && entry.found.outcome == Outcome::kNotReached) return false;
-    return anchor_ == nullptr || !needs_rounds();
+    return anchor_ == nullptr || !need_rounds(racing());
   }
 
   std::string why_nothing() const {

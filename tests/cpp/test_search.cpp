@@ -425,11 +425,46 @@ TEST_CASE("search: the budget is kept within 10 %, and what it did not reach is 
   CHECK(world.passed() <= 0.33);
 }
 
+TEST_CASE("search: where a budget ends early the best so far wins all the same") {
+  for (const double budget : {4.0, 6.0, 9.0, 14.0})
+    for (std::uint64_t seed = 1; seed <= 6; ++seed) {
+      CAPTURE(budget);
+      CAPTURE(seed);
+      FakeWorld world = large_space();
+      for (auto& [tile, fake] : world.tiles) fake.compile_seconds = 0.8;
+      world.compile_threads = 16;
+      world.seed = seed;
+      SearchSettings settings;
+      settings.seed = seed;
+      settings.budget_seconds = budget;
+      const TuningRecord record = search(world, settings).record.value();
+      double best = 1;
+      for (const Candidate& each : record.candidates)
+        if (!each.samples.empty()) best = std::min(best, world.tiles[each.tile].seconds);
+      CHECK(world.tiles[record.winner].seconds <= 1.03 * best);
+      if (record.winner == kDefault) CHECK(record.rule == Containing{"had too few rounds to tell"});
+    }
+}
+
+TEST_CASE("search: the last part of a budget is for the best") {
+  FakeWorld world = large_space();
+  for (auto& [tile, fake] : world.tiles) fake.compile_seconds = 0.8;
+  world.compile_threads = 16;
+  SearchSettings settings;
+  settings.budget_seconds = 10;
+  const TuningRecord record = search(world, settings).record.value();
+  CHECK(round_times(candidate(record, record.winner).samples).size() >= 8);
+  int last_round = 0;
+  for (const Candidate& each : record.candidates)
+    last_round += !each.samples.empty() && each.samples.back().round == record.rounds - 1;
+  CHECK(last_round <= 6);
+}
+
 TEST_CASE("search: one that was cut short by the budget is not said to hang") {
   FakeWorld world = four_tiles();
-  world.tiles[kOther] = {.compile_seconds = 9, .ill = Ill::kHangsAtCheck};
+  world.tiles[kOther] = {.compile_seconds = 3.6, .ill = Ill::kHangsAtCheck};
   SearchSettings settings;
-  settings.budget_seconds = 11;
+  settings.budget_seconds = 6;
   TuningRecord record = search(world, settings).record.value();
   CHECK(record.winner == kBest);
   CHECK(candidate(record, kOther).outcome == Outcome::kNotReached);
