@@ -38,6 +38,7 @@ std::string driver_text() {
 std::string tune_problems(const ProblemChoice& choice, int ordinal, double budget_seconds, bool afresh,
                           const std::vector<std::string>& worker_command) {
   const std::vector<AttentionCase> asked = problems_of(choice, own_name);
+  refuse_offline(config());
   flash_attn_jit::Device& device = process_devices().device(ordinal);
   TuneSettings settings;
   settings.worker_command = worker_command;
@@ -65,6 +66,7 @@ ProblemChoice choice_of(const std::string& preset, const std::vector<int>& head_
 }
 
 void begin_autotune(double budget_seconds, double seconds_each, const std::vector<std::string>& worker_command) {
+  refuse_offline(config());
   AutotuneSettings settings;
   settings.worker_command = worker_command;
   // Where there is no driver nothing is met that could be tuned.

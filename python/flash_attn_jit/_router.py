@@ -339,9 +339,10 @@ _mode = _TracedCalls()
 
 
 def _run_traced(*arguments: Any, **options: Any) -> torch.Tensor:
-    """Nothing is counted: the graph would be made anew for every value of a counter."""
+    """Nothing is counted: the graph would be made anew for every value of a counter. An exported program is PyTorch's:
+    it may run where this library is not."""
     call = _Call(*arguments, **options)
-    if _is_on and _why_not_routed(call) is None:
+    if _is_on and not internals.is_exporting() and _why_not_routed(call) is None:
         return _run(call)
     return _TORCHS(*arguments, **options)
 

@@ -41,6 +41,9 @@ else:
     forward_mode_is_on = _yes
 
 
+# True while torch.export traces; old versions do not tell.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
 # What Library.impl() has to be told so that it replaces a kernel that another library registered: torch 2.13 does so
 # untold, before that it is an error, and old versions cannot be told.
 replacing_kernels: dict[str, Any] = (

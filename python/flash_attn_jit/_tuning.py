@@ -166,6 +166,7 @@ def tune(
 
     Raises:
         ValueError: an argument that does not fit; names the argument, what came and what is accepted.
+        ConfigError: ``FLASH_ATTN_JIT_OFFLINE`` is 1: tuning compiles.
         UnsupportedError: the GPU is older than Turing.
         DriverError: there is no driver or no such GPU.
         RuntimeError: nothing can be measured at all: the GPU's memory is full, say.
@@ -216,6 +217,7 @@ class autotune:
 
     Raises:
         ValueError: an argument that does not fit, or another autotune() is on.
+        ConfigError: ``FLASH_ATTN_JIT_OFFLINE`` is 1.
     """
 
     def __init__(self, budget_seconds: float = 600.0, *, seconds_each: float = 60.0) -> None:

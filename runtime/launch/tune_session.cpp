@@ -207,6 +207,11 @@ std::vector<AttentionCase> one_of_each_class(const std::vector<AttentionCase>& c
   return firsts;
 }
 
+void refuse_offline(const Config& settings) {
+  if (settings.offline)
+    throw ConfigError("FLASH_ATTN_JIT_OFFLINE is '1', and tuning compiles what it tries; accepted: 0, or no tuning");
+}
+
 std::vector<TunedProblem> tune(Device& device, Tuning& tuning, const std::vector<AttentionCase>& cases,
                                const TuneSettings& settings) {
   return TuneSession(device, tuning, settings).run(cases);

@@ -9,6 +9,7 @@
 #include "generator/kernel_spec.h"
 #include "runtime/launch/loaded_kernels.h"
 #include "runtime/launch/tuned_problem.h"
+#include "runtime/system/config.h"
 #include "runtime/tuner/attention_case.h"
 #include "runtime/tuner/search.h"
 #include "runtime/tuner/tuning.h"
@@ -27,6 +28,10 @@ struct TuneSettings {
   std::function<SearchWatcher*(const AttentionCase&)> begin;
   std::function<void(const TunedProblem&)> tuned;
 };
+
+// Throws ConfigError where compiling is forbidden: every candidate that is not in the cache would be recorded as one that
+// does not compile.
+void refuse_offline(const Config& settings);
 
 // Stops early, with what it has, where the budget ends or the user interrupts. Throws Error where nothing can be measured
 // at all: no process, a full card.

@@ -8,11 +8,13 @@
 #include <set>
 #include <string>
 
+#include "runtime/cuda/nvml.h"
 #include "runtime/cuda/nvrtc_choice.h"
 #include "runtime/cuda/nvrtc_search.h"
 #include "runtime/launch/process.h"
 #include "runtime/program/command.h"
 #include "runtime/program/report_json.h"
+#include "runtime/system/log.h"
 #include "runtime/tuner/database.h"
 #include "runtime/tuner/report_data.h"
 
@@ -141,6 +143,21 @@ ReportPlace place_here() {
   return place;
 }
 
+// By name, of the first GPU here that has it; nothing where nobody tells.
+std::map<std::string, double> power_limits_here() {
+  std::map<std::string, double> limits;
+  Driver* const driver = process_driver();
+  try {
+    const Nvml nvml;
+    for (int i = 0; driver != nullptr && i < driver->device_count(); ++i)
+      if (const auto limit = nvml.state(driver->device_figures(i).pci_bus_id).power_limit_watts)
+        limits.emplace(driver->device_info(i).name, *limit);
+  } catch (const Error& error) {
+    log(LogLevel::kInfo, std::string("power limits are not compared: ") + error.what());
+  }
+  return limits;
+}
+
 std::vector<TuningRecord> records_of(const std::string& file) {
   if (file.empty()) return process_tuning().store().read_all();
   Database database = read_database(file);
@@ -167,9 +184,12 @@ std::vector<ReportRow> rows_of(std::vector<TuningRecord> records) {
   std::sort(records.begin(), records.end(), [](const TuningRecord& a, const TuningRecord& b) {
     return std::tie(a.key, a.when) < std::tie(b.key, b.when);
   });
-  const ReportPlace place = place_here();
+  ReportPlace place = place_here();
+  const std::map<std::string, double> power_limits = power_limits_here();
   std::vector<ReportRow> rows;
   for (TuningRecord& record : records) {
+    const auto limit = power_limits.find(record.key.device.name);
+    place.power_limit_watts = limit == power_limits.end() ? std::nullopt : std::optional(limit->second);
     const bool in_use = process_tuning().has_templates_in_use(record.key);
     rows.push_back(report_row(std::move(record), place, in_use));
   }

@@ -117,6 +117,7 @@ void stop_on_signals() {
 
 int run_tune(const TuneFlags& flags) {
   const std::vector<AttentionCase> asked = cases_of(flags);
+  refuse_offline(config());
   const auto budget = parse_number("--budget", flags.budget, 1, std::int64_t{kMostDays} * 86400);
   const int ordinal = static_cast<int>(parse_number("--device", flags.device, 0, kMostInt));
   Device& device = process_devices().device(ordinal);

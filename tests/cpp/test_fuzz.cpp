@@ -116,9 +116,9 @@ std::string run_both_passes(const BackwardCase& c) { return run_forward_case(c.f
 }  // namespace
 
 TEST_CASE("fuzz: random legal problems, both passes") {
-  CHECK(count_faults(pick(drawn(1, tests_all() ? 600 : 20, random_problem), share_of_few()), run_both_passes) == 0);
+  CHECK(count_faults(pick(drawn(1, tests_all() ? 300 : 20, random_problem), share_of_few()), run_both_passes) == 0);
 }
 
 TEST_CASE("fuzz: random legal tiles of every kind") {
-  CHECK(count_faults(pick(drawn(2, tests_all() ? 400 : 12, random_tiles), share_of_few()), run_both_passes) == 0);
+  CHECK(count_faults(pick(drawn(2, tests_all() ? 200 : 12, random_tiles), share_of_few()), run_both_passes) == 0);
 }

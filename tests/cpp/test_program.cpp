@@ -149,6 +149,18 @@ TEST_CASE("a bad variable is named and exits with 2") {
   CHECK(holds(run.err, "FLASH_ATTN_JIT_CACHE_MAX_BYTES"));
 }
 
+TEST_CASE("what compiles afresh does not run offline") {
+  for (const char* command :
+       {"tune --head-dims 64 --seqlens 64", "inspect --kind fwd --head-dim 64 --emit resources"}) {
+    CAPTURE(command);
+    const ProgramRun run = Program().run(command, "FLASH_ATTN_JIT_OFFLINE=1");
+    CAPTURE(run.err);
+    CHECK(run.exit_code == 2);
+    CHECK(holds(run.err, "FLASH_ATTN_JIT_OFFLINE is '1', and"));
+    CHECK(holds(run.err, "compiles"));
+  }
+}
+
 TEST_CASE("inspect prints the spec and the source without a compiler") {
   const Program program;
   const ProgramRun spec = program.run("inspect --kind fwd --head-dim 128 --causal --gqa 4 --emit spec");

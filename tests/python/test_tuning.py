@@ -186,6 +186,26 @@ def test_what_is_found_is_returned_kept_and_known(tmp_path, t4):
     assert measured <= new and again[0]["newly_measured"] <= len(new - measured)
 
 
+def test_offline_nothing_is_tuned(tmp_path, t4):
+    code = (
+        PLAYED_WORKER
+        + """
+def told(function):
+    try:
+        function()
+    except flash_attn_jit.ConfigError as error:
+        return str(error)
+print(json.dumps([told(lambda: flash_attn_jit.tune(head_dims=16, seqlens=64)),
+                  told(lambda: flash_attn_jit.autotune().__enter__())]))
+"""
+    )
+    done = run_python(code, LD_LIBRARY_PATH=t4, FLASH_ATTN_JIT_CACHE_DIR=tmp_path, FLASH_ATTN_JIT_OFFLINE=1)
+    assert done.returncode == 0, done.stderr
+    for message in json.loads(done.stdout):
+        assert "FLASH_ATTN_JIT_OFFLINE is '1', and tuning compiles" in message
+    assert not list(tmp_path.rglob("*.json"))
+
+
 def test_what_the_budget_does_not_reach_says_so(tmp_path, t4):
     problems = tuned(t4, tmp_path, "head_dims=[16, 32, 48, 64], seqlens=64, kinds=['fwd', 'bwd'], budget_seconds=1")
     assert len(problems) == 16
