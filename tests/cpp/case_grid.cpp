@@ -180,9 +180,7 @@ Share share_of_grid() {
   return kAddressSanitizer ? Share{1, 48} : Share{0, 8};
 }
 
-Share share_of_few() {
-  return kAddressSanitizer ? Share{0, 5} : Share{0, 1};
-}
+Share share_of_few() { return kAddressSanitizer ? Share{0, 5} : Share{0, 1}; }
 
 std::set<std::string> values_of(const ForwardCase& c) {
   ForwardCase chosen = c;
