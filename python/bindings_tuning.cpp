@@ -24,8 +24,10 @@ std::string own_name(std::string_view name) { return std::string(name); }
 
 std::string json_array(const std::vector<TunedProblem>& problems) {
   std::string text = "[";
-  for (const TunedProblem& problem : problems)
-    text += (text.size() > 1 ? "," : "") + outcome_json(problem, /*with_record=*/true);
+  for (const TunedProblem& problem : problems) {
+    if (text.size() > 1) text += ",";
+    text += outcome_json(problem, /*with_record=*/true);
+  }
   return text + "]";
 }
 

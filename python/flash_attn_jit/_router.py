@@ -104,7 +104,8 @@ def route_sdpa() -> SdpaRouter:
     From torch 2.6 on, a call that torch.compile traces is routed as well in the thread that entered the router, with no
     graph break, and the compiled form is used inside a router alone; older versions leave it to PyTorch. Traced calls
     inside ``multi_head_attention_forward`` and inside a checkpoint are always PyTorch's. Calls in a compiled graph are
-    not counted. In that thread every function of torch costs the host a detour through Python, about 1 us.
+    not counted. A program that torch.export traces has PyTorch's operator: it may run where this library is not. In
+    that thread every function of torch costs the host a detour through Python, about 1 us.
 
     Falls back, with the reason counted: dropout_p or attn_mask given, but for a mask of ``torch.nn.attention.bias``, a
     dtype other than float16 (after autocast), CPU tensors without the interpreter, GPUs older than sm_75, nested,
@@ -116,6 +117,9 @@ def route_sdpa() -> SdpaRouter:
     What differs from PyTorch's own: a routed call has no second derivative (create_graph=True is an error there), its
     output may not be changed in place, and ``torch.nn.attention.sdpa_kernel`` chooses among PyTorch's backends alone:
     what can run here does.
+
+    Entering it raises RuntimeError where something else in the process replaces SDPA from Python and this torch (2.8 or
+    older) lets nobody replace it again.
     """
     return SdpaRouter()
 
@@ -339,8 +343,7 @@ _mode = _TracedCalls()
 
 
 def _run_traced(*arguments: Any, **options: Any) -> torch.Tensor:
-    """Nothing is counted: the graph would be made anew for every value of a counter. An exported program is PyTorch's:
-    it may run where this library is not."""
+    """Nothing is counted: the graph would be made anew for every value of a counter."""
     call = _Call(*arguments, **options)
     if _is_on and not internals.is_exporting() and _why_not_routed(call) is None:
         return _run(call)

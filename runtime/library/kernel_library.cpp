@@ -167,6 +167,8 @@ FoundKernel KernelLibrary::make(const LinkRequest& request, const LinkPtx& link)
 }
 
 CompiledKernel KernelLibrary::compile_afresh(const CompileRequest& request) {
+  if (config_.offline)
+    throw ConfigError("FLASH_ATTN_JIT_OFFLINE is '1', and what is asked for compiles kernels afresh; accepted: 0");
   return compile(request.kernel, request.target, request.id);
 }
 

@@ -77,7 +77,7 @@ class KernelLibrary {
   // Throws CompileError, MissingKernelError.
   FoundKernel make(const CompileRequest& request);
 
-  // Compiled whatever the cache holds, and not stored. Throws as make().
+  // Compiled whatever the cache holds, and not stored. Throws as make(), and ConfigError where compiling is forbidden.
   CompiledKernel compile_afresh(const CompileRequest& request);
 
   // Turns a PTX kernel into one of machine code, resources included.

@@ -7,8 +7,6 @@
 namespace flash_attn_jit::program {
 
 FreshKernel compile_afresh(const KernelSpec& spec, const CompileTarget& target, const Config& settings) {
-  if (settings.offline)
-    throw ConfigError("FLASH_ATTN_JIT_OFFLINE is '1', and this command compiles what it shows; accepted: 0");
   KernelLibrary library({.config = settings, .cache = cache_settings(settings), .driver_version = {}});
   KernelRequest kernel = library.request(spec);
   CompiledKernel made = library.compile_afresh(library.request(kernel, target));

@@ -147,9 +147,10 @@ ReportPlace place_here() {
 std::map<std::string, double> power_limits_here() {
   std::map<std::string, double> limits;
   Driver* const driver = process_driver();
+  if (driver == nullptr) return limits;
   try {
     const Nvml nvml;
-    for (int i = 0; driver != nullptr && i < driver->device_count(); ++i)
+    for (int i = 0; i < driver->device_count(); ++i)
       if (const auto limit = nvml.state(driver->device_figures(i).pci_bus_id).power_limit_watts)
         limits.emplace(driver->device_info(i).name, *limit);
   } catch (const Error& error) {
@@ -181,6 +182,7 @@ std::vector<TuningRecord> of_device(std::vector<TuningRecord> records, const std
 }
 
 std::vector<ReportRow> rows_of(std::vector<TuningRecord> records) {
+  if (records.empty()) return {};
   std::sort(records.begin(), records.end(), [](const TuningRecord& a, const TuningRecord& b) {
     return std::tie(a.key, a.when) < std::tie(b.key, b.when);
   });

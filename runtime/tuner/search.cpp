@@ -136,17 +136,13 @@ class TileSearch {
   }
 
   bool is_undecided(const Entry& entry, const Entry& winner) const {
-    return !was_beaten(entry) &&
-           standing(round_ratios(round_times(entry.found.samples), round_times(winner.found.samples)),
-                    settings_.telling) == Standing::kOpen;
+    return !was_beaten(entry) && standing(ratios(entry, winner), settings_.telling) == Standing::kOpen;
   }
 
   // By any of the others, whoever led then.
   bool was_beaten(const Entry& entry) const {
-    const RoundTimes own = round_times(entry.found.samples);
     return std::any_of(entries_.begin(), entries_.end(), [&](const Entry& other) {
-      return other.stage == Stage::kSlower && &other != &entry &&
-             is_told_apart(round_ratios(own, round_times(other.found.samples)));
+      return other.stage == Stage::kSlower && &other != &entry && is_told_apart(ratios(entry, other));
     });
   }
 
@@ -209,9 +205,10 @@ class TileSearch {
       feed_compiler();
       collect(0);
       const bool came_in = !is_final() && admit();
-      if (anchor_ != nullptr && need_rounds(starters())) {
-        if (!fits(round_seconds())) return;
-        race();
+      const std::vector<Entry*> next = starters();
+      if (anchor_ != nullptr && need_rounds(next)) {
+        if (!fits(round_seconds(next))) return;
+        race(next);
         publish_now_and_then();
       } else if (is_final() || (!came_in && !wait_for_compiler())) {
         return;
@@ -409,30 +406,23 @@ class TileSearch {
   // Those that the next round is for.
   std::vector<Entry*> starters() {
     std::vector<Entry*> entries = racing();
-    if (!is_final()) return entries;
-    std::stable_partition(entries.begin(), entries.end(), [this](const Entry* entry) { return entry != anchor_; });
-    const auto others = std::find(entries.begin(), entries.end(), anchor_);
-    std::stable_sort(entries.begin(), others,
-                     [this](const Entry* a, const Entry* b) { return ratio_to_anchor(*a) < ratio_to_anchor(*b); });
-    if (entries.size() > kFinalists + 1) entries.erase(entries.begin() + kFinalists, others);
+    if (!is_final() || entries.size() <= kFinalists + 1) return entries;
+    const auto order = [this](const Entry* entry) { return std::pair(entry != anchor_, ratio_to_anchor(*entry)); };
+    std::stable_sort(entries.begin(), entries.end(),
+                     [&](const Entry* a, const Entry* b) { return order(a) < order(b); });
+    entries.resize(kFinalists + 1);
     return entries;
   }
 
-  double ratio_to_anchor(const Entry& entry) const {
-    const std::vector<double> ratios =
-        round_ratios(round_times(entry.found.samples), round_times(anchor_->found.samples));
-    return ratios.empty() ? std::numeric_limits<double>::infinity() : median(ratios);
-  }
-
-  double round_seconds() {
+  static double round_seconds(const std::vector<Entry*>& entries) {
     double seconds = 0;
-    for (const Entry* entry : starters()) seconds += 2 * entry->burst_seconds;
+    for (const Entry* entry : entries) seconds += 2 * entry->burst_seconds;
     return seconds;
   }
 
-  void race() {
+  void race(const std::vector<Entry*>& entries) {
     warm_up();
-    std::vector<Entry*> order = shuffled(starters());
+    std::vector<Entry*> order = shuffled(entries);
     for (int turn = 0; turn < 2; ++turn) {
       for (Entry* entry : order) measure(*entry);
       std::reverse(order.begin(), order.end());
@@ -480,17 +470,24 @@ class TileSearch {
     for (Entry& entry : entries_) forget_round(entry, round);
   }
 
+  // What one took through what the other took, in every round that both were in.
+  static std::vector<double> ratios(const Entry& entry, const Entry& other) {
+    return round_ratios(round_times(entry.found.samples), round_times(other.found.samples));
+  }
+
+  double ratio_to_anchor(const Entry& entry) const {
+    const std::vector<double> in_rounds = ratios(entry, *anchor_);
+    return in_rounds.empty() ? std::numeric_limits<double>::infinity() : median(in_rounds);
+  }
+
   bool is_hopeless(const std::vector<double>& ratios) const {
     return ratios.size() >= 2 && *std::min_element(ratios.begin(), ratios.end()) >= settings_.hopeless_factor;
   }
 
   void drop_the_slow() {
     const Entry* const leader = find_leader();
-    const RoundTimes best = round_times(leader->found.samples);
     for (Entry* entry : racing()) {
-      if (entry == anchor_ || entry == leader) continue;
-      const std::vector<double> ratios = round_ratios(round_times(entry->found.samples), best);
-      if (!is_hopeless(ratios) && standing(ratios, settings_.telling) != Standing::kSlower) continue;
+      if (entry == anchor_ || entry == leader || !is_told_apart(ratios(*entry, *leader))) continue;
       entry->stage = Stage::kSlower;
       entry->compiled = {};
     }
@@ -546,30 +543,30 @@ class TileSearch {
     const Entry* const leader = *std::min_element(contenders.begin(), contenders.end(), [this](Entry* a, Entry* b) {
       return ratio_to_anchor(*a) < ratio_to_anchor(*b);
     });
-    const RoundTimes best = round_times(leader->found.samples);
-    std::vector<const Entry*> tied;
-    for (const Entry* entry : contenders) {
-      const std::vector<double> ratios = round_ratios(round_times(entry->found.samples), best);
-      const bool is_as_good = !ratios.empty() && median(ratios) <= 1 + settings_.telling.least_gap;
-      const bool is_untold = entry == anchor_ && !is_slower(*entry, *leader);
-      if (entry == leader || is_untold || (is_as_good && !is_told_apart(ratios))) tied.push_back(entry);
-    }
+    std::vector<const Entry*> tied{leader};
+    for (const Entry* entry : contenders)
+      if (entry != leader && (is_as_good(*entry, *leader) || (entry == anchor_ && !is_slower(*entry, *leader))))
+        tied.push_back(entry);
     const Entry& winner = choose(tied);
     return {winner.found.tile, rule_text(winner, *leader, tied, unknown)};
   }
 
   // Whether an entry's rounds say how it stands to the anchor.
   bool is_known(const Entry& entry) const {
-    const std::vector<double> ratios =
-        round_ratios(round_times(entry.found.samples), round_times(anchor_->found.samples));
-    return median_interval(ratios, settings_.telling.confidence) || is_slower(*anchor_, entry);
+    return median_interval(ratios(entry, *anchor_), settings_.telling.confidence) || is_slower(*anchor_, entry);
+  }
+
+  bool is_as_good(const Entry& entry, const Entry& leader) const {
+    const std::vector<double> in_rounds = ratios(entry, leader);
+    return !in_rounds.empty() && median(in_rounds) <= 1 + settings_.telling.least_gap && !is_told_apart(in_rounds);
   }
 
   // Told apart, or by a few rounds that all say so.
   bool is_slower(const Entry& entry, const Entry& other) const {
-    const std::vector<double> ratios = round_ratios(round_times(entry.found.samples), round_times(other.found.samples));
-    return is_told_apart(ratios) || (ratios.size() >= kFewRounds && *std::min_element(ratios.begin(), ratios.end()) >=
-                                                                        1 + settings_.telling.least_gap);
+    const std::vector<double> in_rounds = ratios(entry, other);
+    return is_told_apart(in_rounds) ||
+           (in_rounds.size() >= kFewRounds &&
+            *std::min_element(in_rounds.begin(), in_rounds.end()) >= 1 + settings_.telling.least_gap);
   }
 
   bool is_told_apart(const std::vector<double>& ratios) const {

@@ -4,7 +4,7 @@
 // are likely to be fast before the others. Each is checked before it is measured. Then they take turns: a round is one
 // burst of each in random order and one more in the reverse order, so that a clock that sinks evenly costs all the same.
 // Candidates are compared by their ratios within the rounds that both were in. One that is told apart from the leader
-// drops out; the search ends when all are told apart or tied, or with its budget.
+// drops out; the search ends when all are told apart or tied, or with its budget, whose last part is for the best so far.
 #pragma once
 
 #include <cstdint>

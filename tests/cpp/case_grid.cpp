@@ -6,6 +6,7 @@
 #include <set>
 #include <sstream>
 #include <tuple>
+#include <utility>
 
 #include "generator/legality.h"
 #include "generator/tile_chooser.h"
@@ -147,22 +148,24 @@ std::vector<Choice> lengths_and_masks() {
   std::vector<Choice> choices;
   std::mt19937 random(2);
   const Choice size = sizes();
-  int kernels = 0;
+  int kernel = 0;
   for (int d = 0; d < size[kDimChoice]; ++d)
     for (const Mask mask : kAllMasks) {
       const std::vector<int> visible = visible_choices_of(mask);
-      ++kernels;
+      // The digits of its number, so that each meets each of the others.
+      Choice choice = only(d);
+      int rest = kernel++;
+      const auto digit = [&](int values) { return std::exchange(rest, rest / values) % values; };
+      choice[kAdjustment] = digit(size[kAdjustment]);
+      const bool is_aligned = digit(2) == 0;
+      choice[kSequences] = digit(size[kSequences]);
+      choice[kGroup] = digit(size[kGroup]);
       for (int q = 0; q < size[kSeqlenQ]; ++q)
         for (int k = 0; k < size[kSeqlenK]; ++k) {
-          Choice choice;
-          choice[kDimChoice] = d;
           choice[kVisible] = visible[(q + k) % visible.size()];
-          choice[kAdjustment] = kernels % size[kAdjustment];
-          choice[kSequences] = kernels / 2 % size[kSequences];
-          choice[kGroup] = kernels / 3 % size[kGroup];
           choice[kSeqlenQ] = q;
           choice[kSeqlenK] = k;
-          choice[kLayout] = kernels % 2 ? q % kAlignedLayouts : kAlignedLayouts + q % (size[kLayout] - kAlignedLayouts);
+          choice[kLayout] = is_aligned ? q % kAlignedLayouts : kAlignedLayouts + q % (size[kLayout] - kAlignedLayouts);
           for (const Factor free : {kInput, kScale}) choice[free] = static_cast<int>(random() % size[free]);
           choices.push_back(choice);
         }
@@ -174,6 +177,8 @@ bool tests_all() {
   const char* variable = std::getenv("FLASH_ATTN_JIT_TEST_ALL");
   return variable != nullptr && std::string(variable) == "1";
 }
+
+bool runs_whole_grids() { return tests_all() && !kAddressSanitizer; }
 
 Share share_of_grid() {
   if (tests_all()) return kAddressSanitizer ? Share{0, 6} : Share{0, 1};

@@ -71,6 +71,9 @@ class PairwiseChoices {
 // Whether FLASH_ATTN_JIT_TEST_ALL=1 asks for everything.
 bool tests_all();
 
+// What is too much for the program under sanitizers.
+bool runs_whole_grids();
+
 // Which of a grid's cases this program runs: every `step`th from `first` on.
 struct Share {
   std::size_t first, step;

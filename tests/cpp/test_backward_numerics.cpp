@@ -121,18 +121,26 @@ std::vector<BackwardCase> pairwise_backward_cases() {
   return cases;
 }
 
-// Every tile of dK/dV and of dQ with a head dim that has it.
+// Every tile of dK/dV and of dQ with a head dim and a mask that have it; the masks take turns.
 std::vector<BackwardCase> all_backward_tiles() {
   std::vector<BackwardCase> cases;
   PairwiseChoices choices;
   std::set<TileConfig> dkdv_seen, dq_seen;
+  const auto draw = [&](int d, int visible) {
+    Choice fixed = only(d);
+    fixed[kVisible] = visible;
+    return make_case(choices.draw(fixed));
+  };
+  const int masks = sizes()[kVisible];
   for (int d = 0; d < static_cast<int>(head_dims().size()); ++d) {
-    const std::size_t tiles = most_tiles(make_case(choices.draw(only(d))));
-    for (std::size_t i = 0; i < tiles; ++i) {
-      BackwardCase c = with_tiles(make_case(choices.draw(only(d))), i);
-      const bool new_dkdv = dkdv_seen.insert(*c.dkdv_tile).second;
-      if (dq_seen.insert(*c.dq_tile).second || new_dkdv) cases.push_back(c);
-    }
+    std::size_t tiles = 0;
+    for (int visible = 0; visible < masks; ++visible) tiles = std::max(tiles, most_tiles(draw(d, visible)));
+    for (int i = 0; i < static_cast<int>(tiles); ++i)
+      for (int turn = 0; turn < masks; ++turn) {
+        const BackwardCase c = with_tiles(draw(d, (i + turn) % masks), i);
+        const bool new_dkdv = dkdv_seen.insert(*c.dkdv_tile).second;
+        if (dq_seen.insert(*c.dq_tile).second || new_dkdv) cases.push_back(c);
+      }
   }
   return cases;
 }
@@ -153,14 +161,15 @@ TEST_CASE("backward: every head dim, length, mask, layout and input, pair by pai
 }
 
 TEST_CASE("backward: every tile (FLASH_ATTN_JIT_TEST_ALL=1)") {
-  if (tests_all() && !kAddressSanitizer) check_all_backward(all_backward_tiles());
+  if (runs_whole_grids()) check_all_backward(all_backward_tiles());
 }
 
 TEST_CASE("backward: every pair of lengths with every head dim and mask (FLASH_ATTN_JIT_TEST_ALL=1)") {
+  if (!runs_whole_grids()) return;
   std::vector<BackwardCase> cases;
   for (const Choice& choice : lengths_and_masks())
     cases.push_back({make_case(choice), std::nullopt, std::nullopt, std::nullopt});
-  if (tests_all() && !kAddressSanitizer) check_all_backward(cases);
+  check_all_backward(cases);
 }
 
 TEST_CASE("backward: a case's text parses back") {

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_python
+from conftest import run_program, run_python
 
 import flash_attn_jit
 from flash_attn_jit import DriverError, _core, _tuning, autotune, tune
@@ -184,6 +184,35 @@ def test_what_is_found_is_returned_kept_and_known(tmp_path, t4):
     measured = {c["tile"] for c in record["candidates"] if c["outcome"] == "measured"}
     new = {c["tile"] for c in again[0]["record"]["candidates"] if c["outcome"] == "measured"}
     assert measured <= new and again[0]["newly_measured"] <= len(new - measured)
+
+
+NVML = """
+extern "C" {
+int nvmlInit_v2() { return 0; }
+int nvmlShutdown() { return 0; }
+const char* nvmlErrorString(int) { return ""; }
+int nvmlDeviceGetHandleByPciBusId_v2(const char*, void**) { return 0; }
+int nvmlDeviceGetEnforcedPowerLimit(void*, unsigned* milliwatts) { *milliwatts = 70000; return 0; }
+}
+"""
+
+
+def test_the_report_tells_another_power_limit(tmp_path, t4):
+    record = tuned(t4, tmp_path / "cache", "head_dims=16, seqlens=64, heads=1, budget_seconds=3")[0]["record"]
+    machine = tmp_path / "machine"
+    machine.mkdir()
+    (machine / "nvml.cpp").write_text(NVML)
+    options = ["-shared", "-fPIC", "-o", str(machine / "libnvidia-ml.so.1")]
+    subprocess.run(["c++", *options, str(machine / "nvml.cpp")], check=True)
+    database = tmp_path / "database.json"
+    for watts, told in ((60, ["power limit 60 W, here 70 W"]), (70, []), (None, [])):
+        record["environment"]["power_limit_watts"] = watts
+        content = {"format": "flash-attn-jit tuning database", "version": 1, "records": [record]}
+        database.write_text(json.dumps(content))
+        done = run_program("report", "--json", "--database", database, LD_LIBRARY_PATH=f"{t4}:{machine}")
+        assert done.returncode == 0, done.stderr
+        (row,) = json.loads(done.stdout)["classes"]
+        assert [difference for difference in row["differs"] if "power" in difference] == told
 
 
 def test_offline_nothing_is_tuned(tmp_path, t4):
