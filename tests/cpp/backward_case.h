@@ -48,19 +48,8 @@ struct BackwardTensors {
   void lay_out_dout(DoutLayout layout);
 };
 
-struct Gradients {
-  std::vector<double> dq, dk, dv;  // like q, k, v, contiguous
-};
-
-// In float64, from q, k, v and dout alone.
-Gradients gradients_float64(BackwardTensors& t);
-
-// In float32 from the tensors' own out and softmax_lse, with P, dS and the gradients rounded to fp16: the error that any
-// kernel with fp16 operands has to make. Several times, because in some of them it is small by luck.
-std::vector<Gradients> gradients_emulated(BackwardTensors& t);
-
-// Runs a case in the interpreter. Returns "" where every gradient is within twice the greatest error of gradients_emulated()
-// plus 1e-5, else what went wrong, with the case.
+// Runs a case in the interpreter. Returns "" where every gradient is within twice the error that any kernel with fp16
+// operands has to make, plus 1e-5, else what went wrong, with the case.
 std::string run_backward_case(const BackwardCase& c);
 
 }  // namespace flash_attn_jit::testing

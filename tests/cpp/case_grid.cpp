@@ -162,7 +162,8 @@ std::vector<Choice> lengths_and_masks() {
       choice[kGroup] = digit(size[kGroup]);
       for (int q = 0; q < size[kSeqlenQ]; ++q)
         for (int k = 0; k < size[kSeqlenK]; ++k) {
-          choice[kVisible] = visible[(q + k) % visible.size()];
+          if ((q + k + d) % 4 != 0) continue;
+          choice[kVisible] = visible[random() % visible.size()];
           choice[kSeqlenQ] = q;
           choice[kSeqlenK] = k;
           choice[kLayout] = is_aligned ? q % kAlignedLayouts : kAlignedLayouts + q % (size[kLayout] - kAlignedLayouts);

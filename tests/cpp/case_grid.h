@@ -50,8 +50,9 @@ Choice only(int head_dim);
 // The same with every combination of what else default tiles depend on: mask, features, kind of access.
 std::vector<Choice> choices_of_tiles(int head_dim);
 
-// Every pair of lengths with every head dim and mask. A mask's windows take turns, and so does what makes another kernel
-// (group, features, kind of access), once for each head dim and mask: few kernels to compile.
+// Every head dim and mask with every length of queries, every length of keys, and every fourth pair of the two, so that a
+// pair meets a quarter of the head dims. What else makes another kernel (group, features, kind of access) takes turns, once
+// for each head dim and mask: few kernels to compile.
 std::vector<Choice> lengths_and_masks();
 
 // Draws choices, each time the best of a few, until every pair of values of two factors has stood in one.

@@ -164,7 +164,7 @@ TEST_CASE("backward: every tile (FLASH_ATTN_JIT_TEST_ALL=1)") {
   if (runs_whole_grids()) check_all_backward(all_backward_tiles());
 }
 
-TEST_CASE("backward: every pair of lengths with every head dim and mask (FLASH_ATTN_JIT_TEST_ALL=1)") {
+TEST_CASE("backward: every head dim and mask with every length (FLASH_ATTN_JIT_TEST_ALL=1)") {
   if (!runs_whole_grids()) return;
   std::vector<BackwardCase> cases;
   for (const Choice& choice : lengths_and_masks())
