@@ -15,6 +15,11 @@ namespace flash_attn_jit {
 // The rows of a problem that a block owns.
 enum class RowSide { kQueries, kKeys };
 
+// What a kernel writes.
+struct KernelResults {
+  bool out = false, delta = false, dq = false, dkdv = false;  // out: softmax_lse with it
+};
+
 struct KernelFamily {
   std::string_view word;        // in a spec's text, and of `inspect --kind`
   std::string_view pack_group;  // of `prebuild --kinds`: the kernels of one pass are built together
@@ -26,11 +31,14 @@ struct KernelFamily {
   std::string_view tile = {};   // the template struct whose kSharedBytes must equal shared_bytes(); empty: it uses none
   std::string_view trait = {};  // a line of Traits of its own, or nothing
 
+  KernelResults results;
   RowSide rows;
-  bool reads_mask;  // false: mask, features and group size say nothing about the kernel
+  bool reads_mask;            // false: mask, features and group size say nothing about the kernel
+  bool has_all_rows = false;  // a block owns all rows of a sequence: a tile with fewer is not for the problem
+  int most_head_dim = kMostHeadDim;
 
   // What a tile occupies. None of these reads more of a spec than its head dim and tile.
-  int products = 0;  // of an iteration of the main loop: forward S and O, dQ also dP; 0: it has none
+  int products = 0;  // of an iteration of the main loop: forward S and O, dQ also dP; 0: no main loop
   int (*output_splits)(const KernelSpec&) = [](const KernelSpec&) { return 1; };
   int (*shared_bytes)(const KernelSpec&) = [](const KernelSpec&) { return 0; };
   int (*registers)(const KernelSpec&);  // a thread's, at the least

@@ -11,10 +11,13 @@
 
 namespace flash_attn_jit {
 
-// The backward pass takes three kernels, one after the other.
-enum class KernelKind : std::uint8_t { kForward, kBackwardPreprocess, kBackwardDkDv, kBackwardDq };
+// The backward pass takes three kernels, one after the other, or one alone where a block can have all keys.
+enum class KernelKind : std::uint8_t { kForward, kBackwardPreprocess, kBackwardDkDv, kBackwardDq, kBackwardAllKeys };
 inline constexpr std::array kKernelKinds = {KernelKind::kForward, KernelKind::kBackwardPreprocess,
-                                            KernelKind::kBackwardDkDv, KernelKind::kBackwardDq};
+                                            KernelKind::kBackwardDkDv, KernelKind::kBackwardDq,
+                                            KernelKind::kBackwardAllKeys};
+
+inline constexpr int kMostHeadDim = 256;
 
 enum class DType : std::uint8_t { kFloat16, kBFloat16 };
 

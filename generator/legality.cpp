@@ -37,6 +37,9 @@ std::optional<std::string> check_problem(const KernelSpec& spec, const ArchLimit
                               " (Turing) has no instructions for; accepted: float16. Cast with .to(torch.float16)"
                         : "dtype is bfloat16, which is not built yet; accepted: float16. Cast with .to(torch.float16)";
   if (auto reason = check_head_dim(spec.head_dim)) return reason;
+  if (const int most = family_of(spec.kind).most_head_dim; spec.head_dim > most)
+    return "head_dim is " + std::to_string(spec.head_dim) + " with kind " + std::string(to_text(spec.kind)) +
+           "; accepted: 1 to " + std::to_string(most);
   if (spec.group_size < 1)
     return "group_size (num_heads / num_heads_k) is " + std::to_string(spec.group_size) + "; accepted: 1 or more";
   if (spec.access == GlobalAccess::kVector16B && spec.head_dim % 8 != 0)

@@ -9,8 +9,6 @@
 
 namespace flash_attn_jit {
 
-// The head dims that there are kernels for: 1 to this.
-inline constexpr int kMostHeadDim = 256;
 std::string accepted_head_dims();  // in words
 
 // The oldest GPUs that there are kernels for, as compute capability x 10 and in words.

@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <optional>
 
+#include "generator/errors.h"
 #include "generator/families/families.h"
+#include "generator/kernel_traffic.h"
 #include "generator/tile_costs.h"
 #include "generator/tile_layout.h"
 
@@ -13,6 +16,12 @@ namespace {
 
 // Of a time: the model's noise is several times as much (a kernel moves by up to 7 % with the compiler).
 constexpr double kIndistinguishable = 0.03;
+
+// Cycles from one kernel's end to the next one's beginning in a row of launches: 1.5 us.
+constexpr double kLaunchGap = 2400;
+
+// A T4's DRAM, 320 GB/s over 40 multiprocessors of 1590 MHz; an RTX 2080 Ti has 5.9 bytes.
+constexpr double kDramBytesPerCycle = 5.0;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -93,21 +102,30 @@ DefaultTiles find_default_tiles(const KernelSpec& spec) {
   return tiles;
 }
 
+struct DefaultChoice {
+  std::optional<TileConfig> tile;  // none: no tile is for the problem
+  double cycles = std::numeric_limits<double>::infinity();
+};
+
+DefaultChoice choose_default(const KernelSpec& spec, const Problem& problem) {
+  DefaultChoice best;
+  for (const std::optional<TileConfig>& tile : find_default_tiles(spec)) {
+    if (!tile || !has_rows(spec, *tile, problem.seqlen_k)) continue;
+    const double cycles = cycles_of(spec, *tile, problem);
+    // What the model cannot tell apart goes to the smaller tile, whose blocks leave less of the device idle at the end.
+    if (best.tile && cycles * (1 - kIndistinguishable) >= best.cycles) continue;
+    best = {tile, std::min(best.cycles, cycles)};
+  }
+  return best;
+}
+
 class DefaultTileChooser final : public TileChooser {
  public:
   TileConfig choose(const KernelSpec& spec, const Problem& problem) const override {
     require_head_dim(spec.head_dim);
-    std::optional<TileConfig> best;
-    double least = 0;
-    for (const std::optional<TileConfig>& tile : find_default_tiles(spec)) {
-      if (!tile) continue;
-      const double time = cycles_of(spec, *tile, problem);
-      // What the model cannot tell apart goes to the smaller tile, whose blocks leave less of the device idle at the end.
-      if (best && time * (1 - kIndistinguishable) >= least) continue;
-      least = best ? std::min(least, time) : time;
-      best = tile;
-    }
-    return best.value();
+    const DefaultChoice choice = choose_default(spec, problem);
+    if (choice.tile) return *choice.tile;
+    throw Error("no default tile is for '" + spec.text() + "' with " + std::to_string(problem.seqlen_k) + " keys");
   }
 };
 
@@ -118,6 +136,24 @@ bool is_legal(const KernelSpec& spec, const TileConfig& tile, const ArchLimits& 
 }
 
 }  // namespace
+
+bool has_rows(const KernelSpec& spec, const TileConfig& tile, std::int64_t seqlen_k) {
+  return !family_of(spec.kind).has_all_rows || tile.block_m >= seqlen_k;
+}
+
+bool takes_all_keys(KernelSpec spec, const Problem& problem) {
+  const auto queries = static_cast<double>(problem.batch_heads * problem.seqlen_q);
+  const auto keys = static_cast<double>(problem.batch_heads * problem.seqlen_k) / spec.group_size;
+  const auto cycles = [&](KernelKind kind) {
+    spec.kind = kind;
+    return std::max(choose_default(spec, problem).cycles,
+                    kernel_traffic(spec, queries, keys) / (kDramBytesPerCycle * problem.multiprocessors));
+  };
+  double of_three = 2 * kLaunchGap;
+  for (const KernelKind kind : {KernelKind::kBackwardPreprocess, KernelKind::kBackwardDkDv, KernelKind::kBackwardDq})
+    of_three += cycles(kind);
+  return cycles(KernelKind::kBackwardAllKeys) <= of_three;
+}
 
 const TileChooser& default_tile_chooser() {
   static const DefaultTileChooser chooser;

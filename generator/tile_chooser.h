@@ -27,6 +27,13 @@ class TileChooser {
   virtual TileConfig choose(const KernelSpec& spec, const Problem& problem) const = 0;
 };
 
+// Whether a block of `tile` has the rows that its family asks for: all of a sequence, or any number.
+bool has_rows(const KernelSpec& spec, const TileConfig& tile, std::int64_t seqlen_k);
+
+// Whether a backward pass that is to make all gradients takes the one kernel whose blocks have all keys: where there is a
+// tile for it, and it is done before the other three. Of `spec` the kind and the tile are not read.
+bool takes_all_keys(KernelSpec spec, const Problem& problem);
+
 // Of the default tiles, the one that would be done first on a Turing card with as many multiprocessors.
 const TileChooser& default_tile_chooser();
 

@@ -20,7 +20,8 @@ constexpr TileCosts kCosts[] = {
 };
 
 // The kinds that the data has, in its order; a kernel without a main loop has one tile.
-constexpr std::array kKinds = {KernelKind::kForward, KernelKind::kBackwardDkDv, KernelKind::kBackwardDq};
+constexpr std::array kKinds = {KernelKind::kForward, KernelKind::kBackwardDkDv, KernelKind::kBackwardDq,
+                               KernelKind::kBackwardAllKeys};
 static_assert(std::size(kCosts) == kKinds.size() * kAllMasks.size() * kDimSteps);
 
 int distance(const TileCost& cost, const TileConfig& tile) {

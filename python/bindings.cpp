@@ -187,7 +187,7 @@ void bind_attention(py::module_& module) {
              py::arg("softmax_lse"), py::arg("options"), py::arg("tile") = py::none());
   module.def("backward", &bindings::backward, py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
              py::arg("softmax_lse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("delta"), py::arg("options"),
-             py::arg("dkdv_tile") = py::none(), py::arg("dq_tile") = py::none());
+             py::arg("dkdv_tile") = py::none(), py::arg("dq_tile") = py::none(), py::arg("all_keys_tile") = py::none());
   module.def("refuse_rank", &bindings::refuse_rank, py::arg("name"), py::arg("tensor"), py::arg("varlen"));
 }
 

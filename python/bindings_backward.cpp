@@ -25,7 +25,8 @@ TensorView gradient(const char* name, py::handle object, const Argument& q, bool
 void backward(py::handle dout_object, py::handle q_object, py::handle k_object, py::handle v_object,
               py::handle out_object, py::handle lse_object, py::handle dq_object, py::handle dk_object,
               py::handle dv_object, py::handle delta_object, py::handle options,
-              const std::optional<std::string>& dkdv_tile, const std::optional<std::string>& dq_tile) {
+              const std::optional<std::string>& dkdv_tile, const std::optional<std::string>& dq_tile,
+              const std::optional<std::string>& all_keys_tile) {
   const bool varlen = is_varlen(options);
   const Argument q("q", q_object), k("k", k_object), v("v", v_object), out("out", out_object),
       dout("dout", dout_object);
@@ -45,6 +46,7 @@ void backward(py::handle dout_object, py::handle q_object, py::handle k_object, 
   request.options = read_options(options, q);
   request.dkdv_tile = parse_tile(dkdv_tile);
   request.dq_tile = parse_tile(dq_tile);
+  request.all_keys_tile = parse_tile(all_keys_tile);
   if (!dq_object.is_none()) request.dq = gradient("dq", dq_object, q, varlen);
   if (dk_object.is_none() != dv_object.is_none())
     throw ArgumentError({dk_object.is_none() ? "dk" : "dv", "is None and the other of dk and dv is not",

@@ -1,4 +1,4 @@
-// Backward attention, the two kernels that make gradients out of products:
+// Backward attention, the kernels that make gradients out of products:
 //
 //   S = scale Q K^T     P = exp(S - lse)     dP = dO V^T     dS = P (dP - delta) scale
 //   dQ = dS K           dK = dS^T Q          dV = P^T dO
@@ -13,10 +13,12 @@
 //   step j (8 columns):  S(j), dP(j)                          meanwhile   P(j-1), dS(j-1)
 //                        gradients += dS(j-1), P(j-1) times columns of step j-1
 //
-// dK and dV of a group's query heads are summed in the same accumulators, one head after the other.
+// dK and dV of a group's query heads are summed in the same accumulators, one head after the other. A block that has all
+// keys of its sequence makes dQ, too: see flash_bwd_all_keys.cuh.
 #pragma once
 
 #include "accumulator.cuh"
+#include "flash_bwd_all_keys.cuh"
 #include "flash_bwd_params.cuh"
 #include "flash_bwd_side.cuh"
 #include "primitives.cuh"
@@ -26,6 +28,19 @@
 #include "score_variant.cuh"
 #include "sequence.cuh"
 #include "tile_copy.cuh"
+
+// What makes dQ beside the rows' gradients, or nothing.
+template <bool kMakesDq, class Traits, class Tile>
+struct DqOf {
+  struct Type {
+    static constexpr bool kKeepsKeys = false;
+    static constexpr int kDsBytes = 0, kStagingWarpBytes = 0;
+  };
+};
+template <class Traits, class Tile>
+struct DqOf<true, Traits, Tile> {
+  using Type = AllKeysDq<Traits, Tile>;
+};
 
 template <class Traits>
 struct FlashBwdTile {
@@ -38,21 +53,32 @@ struct FlashBwdTile {
   static constexpr int kMTiles = kRowsPerWarp / 16;
   static constexpr int kSteps = Traits::kBlockN / 8;
   static constexpr int kThreads = Traits::kNWarps * 32;
-  using Fragments = RowFragments<Traits, kRowsPerWarp, kDims, Traits::kRegisterDims>;
+  // dQ needs all of K in shared memory, so that S reads its rows from there, too.
+  using SFragments = RowFragments<Traits, kRowsPerWarp, kDims, Side::kMakesDq ? 0 : Traits::kRegisterDims>;
+  using DpFragments = RowFragments<Traits, kRowsPerWarp, kDims, Traits::kRegisterDims>;
   using Output = RowOutput<Traits, kRowsPerWarp, kOutputDims>;
 
-  // Shared memory: three slots of (tile of S's columns, tile of dP's columns, statistics), then each warp's rows beyond
-  // kRegisterDims. Iteration n reads tiles n+1 (for its first step) and n, and commits tile n-1 before its barrier,
-  // which stands behind that first step.
+  // Shared memory: three slots of (tile of S's columns, tile of dP's columns, statistics, dS for dQ), then each warp's rows
+  // beyond the dims in registers, then where dQ passes through. Iteration n reads tiles n+1 (for its first step) and n, and
+  // commits tile n-1 before its barrier, which stands behind that first step; behind it dQ reads the dS of tile n+1.
   static constexpr int kSlots = 3;
   static constexpr int kTileBytes = Traits::kBlockN * row_pitch(kDims);
   static constexpr int kStatisticsBytes = Side::kColumnsAreQueries ? Traits::kBlockN * 8 : 0;
-  static constexpr int kSlotBytes = 2 * kTileBytes + kStatisticsBytes;
+  using Dq = typename DqOf<Side::kMakesDq, Traits, FlashBwdTile>::Type;
+  static constexpr int kDsBegin = 2 * kTileBytes + kStatisticsBytes;  // in a slot
+  static constexpr int kSlotBytes = kDsBegin + Dq::kDsBytes;
   static constexpr int kStagingWarpBytes =
-      Output::kStagingBytes > Fragments::kStagingBytes ? Output::kStagingBytes : Fragments::kStagingBytes;
+      Output::kStagingBytes > DpFragments::kStagingBytes ? Output::kStagingBytes : DpFragments::kStagingBytes;
   static constexpr int kStagingBytes = Traits::kNWarps * kStagingWarpBytes;
   static constexpr int kRowsBegin = kSlots * kSlotBytes > kStagingBytes ? kSlots * kSlotBytes : kStagingBytes;
-  static constexpr int kSharedBytes = kRowsBegin + Traits::kNWarps * 2 * Fragments::kSharedBytes;
+  static constexpr int kWarpRowsBytes = SFragments::kSharedBytes + DpFragments::kSharedBytes;
+  static constexpr int kDqStagingBegin = kRowsBegin + Traits::kNWarps * kWarpRowsBytes;
+  static constexpr int kSharedBytes = kDqStagingBegin + Traits::kNWarps * Dq::kStagingWarpBytes;
+
+  // Where 16 rows of S's from `row` on lie, if they are in shared memory.
+  static __device__ __forceinline__ SharedAddress s_row(int row) {
+    return kRowsBegin + row / kRowsPerWarp * kWarpRowsBytes + row % kRowsPerWarp * row_pitch(kDims);
+  }
 };
 
 template <class Traits>
@@ -95,7 +121,7 @@ class FlashBwd {
   }
 
   __device__ __forceinline__ void run() {
-    if (Traits::kIsVarlen && row_begin_ >= seqlen_rows()) return;
+    if (Traits::kIsVarlen && !Side::kMakesDq && row_begin_ >= seqlen_rows()) return;
     for_each(ds_gradient_, [](float& gradient, int, int) { gradient = 0.0f; });
     if (Side::kMakesDv) for_each(p_gradient_, [](float& gradient, int, int) { gradient = 0.0f; });
     const TileRange columns = column_tiles();
@@ -107,6 +133,7 @@ class FlashBwd {
       }
     }
     write_out();
+    if constexpr (Side::kMakesDq) write_dq_of_unseen(columns);
   }
 
  private:
@@ -139,9 +166,9 @@ class FlashBwd {
   __device__ __forceinline__ void load_rows() {
     const Matrix s_rows = Side::s_rows(tensors(), head_), dp_rows = Side::dp_rows(tensors(), head_);
     const SharedAddress staging = warp_ * Tile::kStagingWarpBytes;
-    const SharedAddress rows = Tile::kRowsBegin + warp_ * 2 * Tile::Fragments::kSharedBytes;
+    const SharedAddress rows = Tile::kRowsBegin + warp_ * Tile::kWarpRowsBytes;
     s_rows_.load(s_rows, first_row(), seqlen_rows(), params_.sign, lane_, staging, rows);
-    dp_rows_.load(dp_rows, first_row(), seqlen_rows(), 0, lane_, staging, rows + Tile::Fragments::kSharedBytes);
+    dp_rows_.load(dp_rows, first_row(), seqlen_rows(), 0, lane_, staging, rows + Tile::SFragments::kSharedBytes);
     if (!Side::kColumnsAreQueries) {
 #pragma unroll
       for (int r = 0; r < 2 * kMTiles; ++r) {
@@ -153,6 +180,23 @@ class FlashBwd {
       }
     }
     block_barrier();  // every warp has its rows out of the slots' memory
+    if constexpr (Side::kMakesDq) {
+      dq_.load_keys(warp_, lane_);
+      if constexpr (Tile::Dq::kKeepsKeys)
+#pragma unroll
+        for (int step = 0; step < Tile::kDims / 16; ++step) s_rows_.get(kept_s_rows_[step], step);
+    }
+  }
+
+  __device__ __forceinline__ void get_s_rows(typename Tile::SFragments::Step& fragment, int step) const {
+    if constexpr (Tile::Dq::kKeepsKeys) {
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) fragment[m][i] = kept_s_rows_[step][m][i];
+    } else {
+      s_rows_.get(fragment, step);
+    }
   }
 
   // Of a query, or of none: there P and dS come out as 0.
@@ -253,8 +297,8 @@ class FlashBwd {
       load_columns(dp_columns, slot + Tile::kTileBytes, step, d);
 #pragma unroll
       for (int i = 0; i < (kDTiles - d < 4 ? kDTiles - d : 4); i += 2) {
-        typename Tile::Fragments::Step s_rows, dp_rows;
-        s_rows_.get(s_rows, (d + i) / 2);
+        typename Tile::DpFragments::Step s_rows, dp_rows;
+        get_s_rows(s_rows, (d + i) / 2);
         dp_rows_.get(dp_rows, (d + i) / 2);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
@@ -329,6 +373,8 @@ class FlashBwd {
   template <class Meanwhile>
   __device__ __forceinline__ void accumulate_step(const Operands& p, const Operands& ds, SharedAddress slot, int step,
                                                   Meanwhile meanwhile) {
+    if constexpr (Side::kMakesDq)
+      Tile::Dq::store_ds(slot + Tile::kDsBegin, step, ds, first_row(), seqlen_rows(), lane_);
     if (Side::kMakesDv) accumulate(p_gradient_, p, slot + Tile::kTileBytes, step, meanwhile);
     accumulate(ds_gradient_, ds, slot, step, meanwhile);
   }
@@ -339,6 +385,10 @@ class FlashBwd {
   __device__ __forceinline__ void attend(int head_q) {
     head_q_ = head_q;
     variant_.prepare(params_, sequence_, head_q, 1.0f);
+    if constexpr (Side::kMakesDq) {
+      Tile::Dq::write_delta(tensors(), head_q, warp_, lane_);
+      block_barrier();
+    }
     const TileRange columns = column_tiles();
     prologue(columns.end);
     const int whole_end = Sequence<Traits>::minimum(columns.whole_end, columns.end - 1);
@@ -347,6 +397,10 @@ class FlashBwd {
     if (Side::kHasFirstColumn) masked_iterations(columns.begin);
     use_step(n_block_, slot_, kSteps - 1);  // the epilogue
     block_barrier();                        // the slots' memory is free
+    if constexpr (Side::kMakesDq) {
+      write_dq();
+      block_barrier();
+    }
   }
 
   // Before a head's first iteration: fetches the last tile.
@@ -382,8 +436,10 @@ class FlashBwd {
         transform_scores();
         mask(step);
       }
-      has_step_ = true;
       commit(in, next_slot(slot));
+      if constexpr (Side::kMakesDq)
+        if (has_step_) write_dq();
+      has_step_ = true;
       slot_ = slot;
       --n_block_;
     }
@@ -428,6 +484,7 @@ class FlashBwd {
         ++product;
       });
     }
+    if constexpr (Side::kMakesDq) write_dq();
     slot_ = slot;
     --n_block_;
   }
@@ -484,6 +541,23 @@ class FlashBwd {
     return any_in_block(has_nan);
   }
 
+  // Of tile n_block_, behind the barrier that all its dS stand before.
+  __device__ __forceinline__ void write_dq() const {
+    dq_.write_tile(slot_ + Tile::kDsBegin, sequence_, tensors().dq(head_q_), n_block_ * Traits::kBlockN,
+                   params_.sign == 0 ? 1.0f : -1.0f, warp_, lane_);
+  }
+
+  // The queries that are in no tile.
+  __device__ __forceinline__ void write_dq_of_unseen(const TileRange& columns) const {
+    const int begin = Sequence<Traits>::minimum(columns.begin * Traits::kBlockN, seqlen_columns());
+    const int end = Sequence<Traits>::maximum(columns.end * Traits::kBlockN, begin);
+    for (int i = 0; i < Side::kQueryHeads; ++i) {
+      const Matrix dq = tensors().dq(head_ * Side::kQueryHeads + i);
+      Tile::Dq::write_zeros(dq, 0, begin);
+      Tile::Dq::write_zeros(dq, end, seqlen_columns());
+    }
+  }
+
   __device__ __forceinline__ void write_gradient(const Gradient& gradient, const Matrix& matrix, float factor) {
     float factors[2 * kMTiles];
 #pragma unroll
@@ -498,7 +572,8 @@ class FlashBwd {
   Sequence<Traits> sequence_;
   int row_begin_, head_, head_q_, first_output_dim_;
   ScoreVariant<Traits> variant_;
-  typename Tile::Fragments s_rows_, dp_rows_;
+  typename Tile::SFragments s_rows_;
+  typename Tile::DpFragments dp_rows_;
   Statistics row_statistics_[kMTiles];
   Stream s_columns_, dp_columns_;
   long long column_offset_;  // of the statistics of the column that this thread prefetches next
@@ -507,6 +582,8 @@ class FlashBwd {
   SharedAddress slot_;       // where that tile lies; the next one is in the slot behind it
   Products acc_s_, acc_dp_;
   Gradient ds_gradient_, p_gradient_;
+  typename Tile::Dq dq_;                                           // where it is made
+  typename Tile::SFragments::Step kept_s_rows_[Tile::kDims / 16];  // where S reads its rows from shared memory once
 };
 
 template <class Traits>

@@ -5,6 +5,8 @@
 //   column operands            K, V              Q, dO
 //   gradient from dS           dQ                dK
 //   gradient from P            none              dV
+//
+// AllKeyRows are KeyRows where one block has all keys of a sequence: then it has all of dS, and makes dQ and delta too.
 #pragma once
 
 #include "flash_bwd_params.cuh"
@@ -12,7 +14,7 @@
 #include "sequence.cuh"
 #include "tile_copy.cuh"
 
-enum class RowSide { kQueries, kKeys };
+enum class RowSide { kQueries, kKeys, kAllKeys };
 
 // Heads of the tensors, from the sequence's first row on.
 template <class Traits>
@@ -29,6 +31,7 @@ struct FlashBwdTensors {
   __device__ __forceinline__ Matrix dq(int head) const { return queries(params.dq, params.dq_strides, head); }
   __device__ __forceinline__ Matrix dk(int head) const { return keys(params.dk, params.dk_strides, head); }
   __device__ __forceinline__ Matrix dv(int head) const { return keys(params.dv, params.dv_strides, head); }
+  __device__ __forceinline__ Matrix out(int head) const { return queries(params.out, params.out_strides, head); }
   __device__ __forceinline__ Matrix dout(int head) const {
     Matrix matrix = queries(params.dout, params.dout_strides, head);
     matrix.dim_stride = params.dout_dim_stride;
@@ -51,7 +54,8 @@ struct QueryRows {
 
   static constexpr bool kColumnsAreQueries = false;
   static constexpr bool kMakesDv = false;
-  static constexpr int kQueryHeads = 1;  // whose gradients are summed
+  static constexpr bool kMakesDq = false;  // beside its rows' gradients
+  static constexpr int kQueryHeads = 1;    // whose gradients are summed
   // Causal blocks with the most columns go first, so that the short ones fill the last wave.
   static constexpr bool kLastRowsFirst = Traits::kIsCausal;
   // May a tile begin before the first column that some row of the block sees in it?
@@ -91,6 +95,7 @@ struct KeyRows {
 
   static constexpr bool kColumnsAreQueries = true;
   static constexpr bool kMakesDv = true;
+  static constexpr bool kMakesDq = false;
   static constexpr int kQueryHeads = Traits::kGroupSize;
   static constexpr bool kLastRowsFirst = false;
   static constexpr bool kHasFirstColumn = Traits::kIsLocal || Traits::kIsCausal;
@@ -118,6 +123,11 @@ struct KeyRows {
   }
 };
 
+template <class Traits>
+struct AllKeyRows : KeyRows<Traits> {
+  static constexpr bool kMakesDq = true;
+};
+
 template <class Traits, RowSide kSide>
 struct SideOf {
   using Type = QueryRows<Traits>;
@@ -125,4 +135,8 @@ struct SideOf {
 template <class Traits>
 struct SideOf<Traits, RowSide::kKeys> {
   using Type = KeyRows<Traits>;
+};
+template <class Traits>
+struct SideOf<Traits, RowSide::kAllKeys> {
+  using Type = AllKeyRows<Traits>;
 };

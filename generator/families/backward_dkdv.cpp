@@ -73,11 +73,7 @@ int registers(const KernelSpec& spec) { return registers_of(kLayout, spec); }
 
 std::optional<std::string> check_tile(const KernelSpec& spec) {
   if (auto reason = check_gradient_tile(spec)) return reason;
-  // A block's threads fetch the statistics of a tile's queries, one each.
-  const TileConfig& tile = spec.tile;
-  if (tile.block_n <= tile.threads()) return std::nullopt;
-  return tile_name(spec) + " has " + std::to_string(tile.block_n) + " queries an iteration for " +
-         std::to_string(tile.threads()) + " threads; accepted: at most one a thread";
+  return check_queries_per_thread(spec);
 }
 
 }  // namespace
@@ -89,6 +85,7 @@ constinit const KernelFamily kBackwardDkDvFamily = {.word = "bwd_dkdv",
                                                     .params = "FlashBwdParams",
                                                     .tile = "FlashBwdTile",
                                                     .trait = "  static constexpr RowSide kRowSide = RowSide::kKeys;\n",
+                                                    .results = {.dkdv = true},
                                                     .rows = RowSide::kKeys,
                                                     .reads_mask = true,
                                                     .products = 4,

@@ -42,4 +42,11 @@ std::optional<std::string> check_gradient_tile(const KernelSpec& spec) {
   return check_register_dims(spec);
 }
 
+std::optional<std::string> check_queries_per_thread(const KernelSpec& spec) {
+  const TileConfig& tile = spec.tile;
+  if (tile.block_n <= tile.threads()) return std::nullopt;
+  return tile_name(spec) + " has " + std::to_string(tile.block_n) + " queries an iteration for " +
+         std::to_string(tile.threads()) + " threads; accepted: at most one a thread";
+}
+
 }  // namespace flash_attn_jit

@@ -1,4 +1,4 @@
-// What the two families of gradients, which share a template, have in common: a block keeps the gradients of its rows in
+// What the families of gradients, which share a template, have in common: a block keeps the gradients of its rows in
 // registers while the other side's columns pass through shared memory in three slots.
 #pragma once
 
@@ -21,6 +21,8 @@ int shared_bytes_of(const GradientLayout& layout, const KernelSpec& spec);
 int registers_of(const GradientLayout& layout, const KernelSpec& spec);
 
 std::optional<std::string> check_gradient_tile(const KernelSpec& spec);
+// Where columns are queries: a block's threads fetch the statistics of a tile's, one each.
+std::optional<std::string> check_queries_per_thread(const KernelSpec& spec);
 
 inline constexpr std::array kGradientSchedules = {LoopSchedule{0, 4, 8}, LoopSchedule{2, 8, 8}};
 

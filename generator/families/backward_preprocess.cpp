@@ -18,6 +18,7 @@ constinit const KernelFamily kBackwardPreprocessFamily = {.word = "bwd_preproces
                                                           .template_file = "flash_bwd_preprocess.cuh",
                                                           .function = "flash_bwd_preprocess",
                                                           .params = "FlashBwdParams",
+                                                          .results = {.delta = true},
                                                           .rows = RowSide::kQueries,
                                                           .reads_mask = false,
                                                           .registers = [](const KernelSpec&) { return 32; },

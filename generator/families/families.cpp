@@ -31,6 +31,8 @@ const KernelFamily& family_of(KernelKind kind) {
       return kBackwardDkDvFamily;
     case KernelKind::kBackwardDq:
       return kBackwardDqFamily;
+    case KernelKind::kBackwardAllKeys:
+      return kBackwardAllKeysFamily;
   }
   return kForwardFamily;
 }

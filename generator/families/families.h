@@ -11,6 +11,7 @@ extern const KernelFamily kForwardFamily;
 extern const KernelFamily kBackwardPreprocessFamily;
 extern const KernelFamily kBackwardDkDvFamily;
 extern const KernelFamily kBackwardDqFamily;
+extern const KernelFamily kBackwardAllKeysFamily;
 
 const KernelFamily& family_of(KernelKind kind);
 

@@ -41,8 +41,11 @@ else:
     forward_mode_is_on = _yes
 
 
-# True while torch.export traces; old versions do not tell.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+def is_exporting() -> bool:
+    """True while torch.export traces; old versions do not tell. torch.compiler.is_exporting() would say so of what
+    torch.compile traces, too, before torch 2.13."""
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+
 
 # What Library.impl() has to be told so that it replaces a kernel that another library registered: torch 2.13 does so
 # untold, before that it is an error, and old versions cannot be told.

@@ -19,7 +19,8 @@ from . import _core, flash_attn_func
 from ._options import Options
 from ._reference import reference_gradients, reference_heads
 
-_KINDS = ("fwd", "bwd_preprocess", "bwd_dkdv", "bwd_dq")
+_KINDS = ("fwd", "bwd_preprocess", "bwd_dkdv", "bwd_dq", "bwd_all_keys")
+_ALL_KEYS = 64  # that every block of the last kind can have
 _SEQLEN = 300  # no multiple of any tile's edge
 
 
@@ -82,11 +83,11 @@ def prebuild(specs: Sequence[str], out: Path) -> dict[str, dict[str, Any]]:
 class _Problem:
     """N(0, 1) inputs of two sequences, one group of heads; float64's out, dq, dk and dv beside them."""
 
-    def __init__(self, model: Attention, device: str):
+    def __init__(self, model: Attention, device: str, seqlen: int = _SEQLEN):
         generator = torch.Generator().manual_seed(0)
 
         def normal(heads: int) -> torch.Tensor:
-            shape = (2, _SEQLEN, heads, model.head_dim)
+            shape = (2, seqlen, heads, model.head_dim)
             return torch.randn(shape, generator=generator).to(device, torch.float16)
 
         self._causal = model.causal
@@ -105,9 +106,7 @@ class _Problem:
     def _outputs(self) -> dict[str, torch.Tensor]:
         return {"out": self.q, "dq": self.q, "dk": self.k, "dv": self.v}
 
-    def errors(
-        self, tile: str | None = None, dkdv_tile: str | None = None, dq_tile: str | None = None
-    ) -> dict[str, float]:
+    def errors(self, tile: str | None = None, **backward_tiles: str | None) -> dict[str, float]:
         """The greatest difference from float64 of each tensor, with these tiles or the default ones."""
         results = {name: torch.empty_like(x) for name, x in self._outputs().items()}
         out, dq, dk, dv = results.values()
@@ -127,8 +126,7 @@ class _Problem:
             dv,
             torch.empty_like(softmax_lse),
             options,
-            dkdv_tile=dkdv_tile,
-            dq_tile=dq_tile,
+            **backward_tiles,
         )
         return {name: (results[name].double() - self.exact[name]).abs().max().item() for name in results}
 
@@ -139,16 +137,21 @@ def _greatest(errors: Sequence[float]) -> float:
 
 
 def errors_of(model: Attention, kernels: dict[str, dict[str, Any]], device: str) -> dict[str, float | None]:
-    """By spec, the greatest error of what its kernel writes: out, dk and dv, or dq. The preprocess kernel writes none
-    of these: None."""
+    """By spec, the greatest error of what its kernel writes: out, and of gradients its own. The preprocess kernel
+    writes none of these: None."""
     problem = _Problem(model, device)
     of_kind = {kind: [spec for spec in kernels if spec.split()[0] == kind] for kind in _KINDS}
     errors: dict[str, float | None] = dict.fromkeys(kernels)
     for specs in zip_longest(of_kind["fwd"], of_kind["bwd_dkdv"], of_kind["bwd_dq"]):
-        found = problem.errors(*(kernels[spec]["tile"] if spec else None for spec in specs))
+        tile, dkdv_tile, dq_tile = (kernels[spec]["tile"] if spec else None for spec in specs)
+        found = problem.errors(tile, dkdv_tile=dkdv_tile, dq_tile=dq_tile)
         for spec, written in zip(specs, (["out"], ["dk", "dv"], ["dq"])):
             if spec:
                 errors[spec] = _greatest([found[name] for name in written])
+    short = _Problem(model, device, _ALL_KEYS)
+    for spec in of_kind["bwd_all_keys"]:
+        found = short.errors(all_keys_tile=kernels[spec]["tile"])
+        errors[spec] = _greatest([found[name] for name in ("dq", "dk", "dv")])
     return errors
 
 

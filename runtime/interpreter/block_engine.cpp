@@ -42,7 +42,8 @@ void BlockEngine::run_block(std::int64_t block, ThreadFunction thread, const voi
   params_ = params;
   finished_warps_ = 0;
   warps_at_barrier_ = 0;
-  shared_.begin_block(++block_barriers_);
+  block_begin_ = ++block_barriers_;
+  shared_.begin_block(block_begin_);
   any_in_block_ = {};
   for (Warp& warp : warps_) {
     warp.waiting = warp.exited = warp.next_lane = 0;
@@ -142,13 +143,13 @@ bool BlockEngine::meet(Meeting meeting, int variant, SiteId site) {
 
 void BlockEngine::load_global(HostAccess access, void* value, const void* address, SiteId site) {
   const int bytes = access_kind(access).bytes;
-  if (!global_.check_read(address, bytes, error_)) fail(site);
+  if (!global_.check_read(address, bytes, {block_begin_, block_barriers_}, error_)) fail(site);
   __builtin_memcpy(value, address, bytes);
 }
 
 void BlockEngine::store_global(HostAccess access, void* address, const void* value, SiteId site) {
   const int bytes = access_kind(access).bytes;
-  if (!global_.check_write(address, bytes, error_)) fail(site);
+  if (!global_.check_write(address, bytes, {block_begin_, block_barriers_}, error_)) fail(site);
   __builtin_memcpy(address, value, bytes);
 }
 

@@ -122,7 +122,7 @@ class BlockEngine {
   std::chrono::steady_clock::time_point next_pause_{};
   int finished_warps_ = 0;
   int warps_at_barrier_ = 0;
-  std::uint32_t block_barriers_ = 0;
+  std::uint32_t block_barriers_ = 0, block_begin_ = 0;  // and the number of the one that began the block
   std::array<bool, 2> any_in_block_{};  // of the barriers of even and odd numbers: a fast warp may be one ahead
   std::int64_t block_ = 0;
   ThreadFunction thread_function_ = nullptr;

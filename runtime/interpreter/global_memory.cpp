@@ -19,7 +19,8 @@ std::string tensor_text(const TensorExtent& extent) {
 
 }  // namespace
 
-GlobalMemory::GlobalMemory(std::span<const TensorExtent> tensors) : written_(tensors.size()) {
+GlobalMemory::GlobalMemory(std::span<const TensorExtent> tensors)
+    : written_(tensors.size()), written_at_(tensors.size()) {
   for (const TensorExtent& extent : tensors) tensors_.push_back(describe(extent));
 }
 
@@ -76,26 +77,42 @@ bool GlobalMemory::holds(const Tensor& tensor, std::uintptr_t address, int bytes
   return true;
 }
 
-bool GlobalMemory::check_read(const void* pointer, int bytes, std::string& error) const {
+bool GlobalMemory::check_read(const void* pointer, int bytes, const BlockTime& time, std::string& error) const {
   const auto address = reinterpret_cast<std::uintptr_t>(pointer);
   if (address % bytes == 0)
-    for (const Tensor& tensor : tensors_)
-      if (tensor.extent.use == TensorUse::kRead && holds(tensor, address, bytes)) return true;
+    for (std::size_t i = 0; i < tensors_.size(); ++i) {
+      const TensorUse use = tensors_[i].extent.use;
+      if (use == TensorUse::kWrite || !holds(tensors_[i], address, bytes)) continue;
+      if (use == TensorUse::kRead || is_passed_on(i, address, bytes, time)) return true;
+    }
   error = explain(address, bytes, TensorUse::kRead);
   return false;
 }
 
-bool GlobalMemory::check_write(void* pointer, int bytes, std::string& error) {
+// Whether the same block has written it before its last barrier.
+bool GlobalMemory::is_passed_on(std::size_t index, std::uintptr_t address, int bytes, const BlockTime& time) const {
+  const Tensor& tensor = tensors_[index];
+  const auto first = static_cast<std::int64_t>((address - tensor.begin) / tensor.extent.element_bytes);
+  for (std::int64_t offset = first; offset < first + bytes / tensor.extent.element_bytes; ++offset) {
+    const auto written = written_at_[index].find(offset);
+    if (written == written_at_[index].end() || written->second < time.begin || written->second >= time.now)
+      return false;
+  }
+  return true;
+}
+
+bool GlobalMemory::check_write(void* pointer, int bytes, const BlockTime& time, std::string& error) {
   const auto address = reinterpret_cast<std::uintptr_t>(pointer);
   if (address % bytes == 0)
     for (std::size_t i = 0; i < tensors_.size(); ++i)
-      if (tensors_[i].extent.use == TensorUse::kWrite && holds(tensors_[i], address, bytes))
-        return note_write(i, address, bytes, error);
+      if (tensors_[i].extent.use != TensorUse::kRead && holds(tensors_[i], address, bytes))
+        return note_write(i, address, bytes, time, error);
   error = explain(address, bytes, TensorUse::kWrite);
   return false;
 }
 
-bool GlobalMemory::note_write(std::size_t index, std::uintptr_t address, int bytes, std::string& error) {
+bool GlobalMemory::note_write(std::size_t index, std::uintptr_t address, int bytes, const BlockTime& time,
+                              std::string& error) {
   const Tensor& tensor = tensors_[index];
   const auto first = static_cast<std::int64_t>((address - tensor.begin) / tensor.extent.element_bytes);
   for (std::int64_t offset = first; offset < first + bytes / tensor.extent.element_bytes; ++offset) {
@@ -107,6 +124,7 @@ bool GlobalMemory::note_write(std::size_t index, std::uintptr_t address, int byt
       return false;
     }
     written = true;
+    if (tensor.extent.use == TensorUse::kPassOn) written_at_[index][offset] = time.now;
   }
   return true;
 }
@@ -154,6 +172,8 @@ std::string GlobalMemory::explain(std::uintptr_t address, int bytes, TensorUse u
     return error + "at " + at + " of " + name + ", which may only be read";
   if (use == TensorUse::kRead && tensor->extent.use == TensorUse::kWrite)
     return error + "at " + at + " of " + name + ", which may only be written";
+  if (use == TensorUse::kRead && tensor->extent.use == TensorUse::kPassOn && holds(*tensor, address, bytes))
+    return error + "at " + at + " of " + name + ", which this block has not written before its last barrier";
   if (holds(*tensor, address, bytes)) return error + "at " + at + " of " + name;
   return error + "that begins at " + at + " of " + name + " and leaves its row";
 }

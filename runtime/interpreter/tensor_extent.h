@@ -7,8 +7,8 @@
 
 namespace flash_attn_jit {
 
-// What a kernel may do with a tensor: one of the two.
-enum class TensorUse { kRead, kWrite };
+// What a kernel may do with a tensor: one of these. kPassOn: a block writes elements, and behind a barrier reads them.
+enum class TensorUse { kRead, kWrite, kPassOn };
 
 // A tensor that the kernel may touch; every global access is checked against it, gaps between rows included.
 struct TensorExtent {

@@ -83,7 +83,7 @@ void Autotuner::meet(Device& device, const BackwardRequest& request, StreamHandl
   const BackwardPlan plan = plan_backward(request, device.plan_target());
   const AttentionCase sizes = sizes_of(request.q, request.k, request.options);
   const std::array forced = {request.preprocess_tile.has_value(), request.dkdv_tile.has_value(),
-                             request.dq_tile.has_value()};
+                             request.dq_tile.has_value(), request.all_keys_tile.has_value()};
   for (std::size_t i = 0; i < plan.size(); ++i)
     if (!forced[i]) meet(device, plan[i], sizes, stream);
 }

@@ -4,6 +4,7 @@
 #include <optional>
 #include <tuple>
 
+#include "generator/families/families.h"
 #include "generator/legality.h"
 #include "runtime/interpreter/interpreter.h"
 #include "runtime/launch/autotune.h"
@@ -16,7 +17,10 @@ namespace {
 
 // The tensors that the kernel `launch` may touch.
 std::vector<TensorExtent> extents_of(const BackwardRequest& request, const BackwardLaunch& launch) {
-  const bool makes_delta = launch.spec.kind == KernelKind::kBackwardPreprocess;
+  const KernelResults& made = family_of(launch.spec.kind).results;
+  const TensorUse delta = made.delta && made.dq ? TensorUse::kPassOn
+                          : made.delta          ? TensorUse::kWrite
+                                                : TensorUse::kRead;
   std::vector<TensorExtent> tensors = {
       fp16_extent("q", request.q, TensorUse::kRead),
       fp16_extent("k", request.k, TensorUse::kRead),
@@ -24,7 +28,7 @@ std::vector<TensorExtent> extents_of(const BackwardRequest& request, const Backw
       fp16_extent("out", request.out, TensorUse::kRead),
       fp16_extent("dout", request.dout, TensorUse::kRead),
       row_extent("softmax_lse", request.softmax_lse, request.q, TensorUse::kRead),
-      row_extent("delta", request.delta, request.q, makes_delta ? TensorUse::kWrite : TensorUse::kRead),
+      row_extent("delta", request.delta, request.q, delta),
   };
   if (request.dq) tensors.push_back(fp16_extent("dq", *request.dq, TensorUse::kWrite));
   if (request.dkdv) {

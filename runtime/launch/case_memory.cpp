@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "generator/families/families.h"
 #include "runtime/system/errors.h"
 
 namespace flash_attn_jit {
@@ -149,20 +150,11 @@ void CaseMemory::spoil_outputs() {
   constexpr unsigned char kNoNumber = 0xff;  // fp16 and float32 are NaN
   const Copy& copy = copies_[0];
   std::vector<const Driver::Memory*> outputs;
-  switch (attention_.spec.kind) {
-    case KernelKind::kForward:
-      outputs = {&copy.out, &copy.lse};
-      break;
-    case KernelKind::kBackwardPreprocess:
-      outputs = {&copy.delta};
-      break;
-    case KernelKind::kBackwardDkDv:
-      outputs = {&copy.dk, &copy.dv};
-      break;
-    case KernelKind::kBackwardDq:
-      outputs = {&copy.dq};
-      break;
-  }
+  const KernelResults& results = family_of(attention_.spec.kind).results;
+  if (results.out) outputs.insert(outputs.end(), {&copy.out, &copy.lse});
+  if (results.delta) outputs.push_back(&copy.delta);
+  if (results.dq) outputs.push_back(&copy.dq);
+  if (results.dkdv) outputs.insert(outputs.end(), {&copy.dk, &copy.dv});
   for (const Driver::Memory* memory : outputs) driver_.fill(memory->data(), kNoNumber, memory->bytes());
 }
 

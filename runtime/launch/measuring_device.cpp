@@ -143,10 +143,7 @@ std::vector<GpuMeasuringDevice::Launch> GpuMeasuringDevice::launches_of(const Ca
       continue;
     }
     BackwardRequest request = memory.backward(copy);
-    request.preprocess_tile = request.dkdv_tile = request.dq_tile = std::nullopt;
-    if (attention.spec.kind == KernelKind::kBackwardPreprocess) request.preprocess_tile = tile;
-    if (attention.spec.kind == KernelKind::kBackwardDkDv) request.dkdv_tile = tile;
-    if (attention.spec.kind == KernelKind::kBackwardDq) request.dq_tile = tile;
+    tile_of(request, attention.spec.kind) = tile;
     for (const BackwardLaunch& plan : plan_backward(request, target_))
       if (plan.spec.kind == attention.spec.kind) launches.push_back(launch_of(plan));
   }
@@ -171,22 +168,13 @@ void GpuMeasuringDevice::run_once(const Loaded& kernel, const CaseMemory& memory
 GpuMeasuringDevice::Result GpuMeasuringDevice::result_of(const CaseMemory& memory,
                                                          const AttentionCase& attention) const {
   Result result;
-  switch (attention.spec.kind) {
-    case KernelKind::kForward:
-      result.out = memory.out();
-      result.lse = memory.lse();
-      break;
-    case KernelKind::kBackwardPreprocess:
-      result.delta = memory.delta();
-      break;
-    case KernelKind::kBackwardDkDv:
-      result.dk = memory.dk();
-      result.dv = memory.dv();
-      break;
-    case KernelKind::kBackwardDq:
-      result.dq = memory.dq();
-      break;
-  }
+  const KernelResults& made = family_of(attention.spec.kind).results;
+  if (made.out) result.out = memory.out();
+  if (made.out) result.lse = memory.lse();
+  if (made.delta) result.delta = memory.delta();
+  if (made.dq) result.dq = memory.dq();
+  if (made.dkdv) result.dk = memory.dk();
+  if (made.dkdv) result.dv = memory.dv();
   return result;
 }
 
@@ -226,26 +214,27 @@ void GpuMeasuringDevice::prepare_small_backward() {
 
 void GpuMeasuringDevice::prepare_small_reference() {
   const GivenStatistics given{small_lse_.data(), small_delta_.data()};
-  const bool is_keys = small_.spec.kind == KernelKind::kBackwardDkDv;
-  const std::int64_t heads = is_keys ? small_.num_heads_k : small_.num_heads,
-                     rows = is_keys ? small_.seqlen_k : small_.seqlen_q;
-  for (std::int64_t b = 0; b < small_.batch; ++b)
-    for (std::int64_t i = 0; i < rows; ++i)
-      for (std::int64_t h = 0; h < heads; ++h) {
-        if (small_.spec.kind == KernelKind::kForward) {
+  const KernelResults& made = family_of(small_.spec.kind).results;
+  for (std::int64_t b = 0; b < small_.batch; ++b) {
+    for (std::int64_t i = 0; i < small_.seqlen_q; ++i)
+      for (std::int64_t h = 0; h < small_.num_heads; ++h) {
+        if (made.out) {
           ForwardRow row = small_reference_.forward(b, h, i);
           const auto at = static_cast<std::size_t>(small_.statistic_at(b, h, i));
           small_statistics_[at] = row.lse;
           small_statistic_bounds_[at] = row.lse_bound;
-          small_rows_.push_back(std::move(row.out));
-        } else if (is_keys) {
-          KeyGradientRow row = small_reference_.dkdv(b, h, i, given);
-          small_rows_.push_back(std::move(row.dk));
-          small_rows_.push_back(std::move(row.dv));
-        } else if (small_.spec.kind == KernelKind::kBackwardDq) {
-          small_rows_.push_back(small_reference_.dq(b, h, i, given));
+          small_rows_.out.push_back(std::move(row.out));
         }
+        if (made.dq) small_rows_.dq.push_back(small_reference_.dq(b, h, i, given));
       }
+    if (!made.dkdv) continue;
+    for (std::int64_t i = 0; i < small_.seqlen_k; ++i)
+      for (std::int64_t h = 0; h < small_.num_heads_k; ++h) {
+        KeyGradientRow row = small_reference_.dkdv(b, h, i, given);
+        small_rows_.dk.push_back(std::move(row.dk));
+        small_rows_.dv.push_back(std::move(row.dv));
+      }
+  }
 }
 
 WorstError GpuMeasuringDevice::check_small(const Result& result) const {
@@ -258,12 +247,13 @@ WorstError GpuMeasuringDevice::check_small(const Result& result) const {
   for (std::size_t at = 0; at < statistics.size(); ++at)
     if (statistics[at] != small_statistics_[at])  // infinities are equal
       take({std::fabs(statistics[at] - small_statistics_[at]), small_statistic_bounds_[at]});
-  const bool is_keys = small_.spec.kind == KernelKind::kBackwardDkDv;
-  const std::vector<std::uint16_t>& first = is_keys ? result.dk : small_.is_backward() ? result.dq : result.out;
-  for (std::size_t row = 0; row * dims < first.size(); ++row) {
-    take(worst_error(small_rows_[is_keys ? 2 * row : row], &first[row * dims]));
-    if (is_keys) take(worst_error(small_rows_[2 * row + 1], &result.dv[row * dims]));
-  }
+  const auto take_rows = [&](const std::vector<ReferenceRow>& rows, const std::vector<std::uint16_t>& got) {
+    for (std::size_t row = 0; row < rows.size(); ++row) take(worst_error(rows[row], &got[row * dims]));
+  };
+  take_rows(small_rows_.out, result.out);
+  take_rows(small_rows_.dq, result.dq);
+  take_rows(small_rows_.dk, result.dk);
+  take_rows(small_rows_.dv, result.dv);
   return worst;
 }
 
@@ -288,7 +278,7 @@ void GpuMeasuringDevice::prepare_whole(const EarlierKernels& earlier) {
     throw DriverError("the forward kernel that comes before is wrong: " + *wrong);
   whole_memory_->set_out(result.out);
   whole_memory_->set_lse(whole_lse_);
-  if (attention_.spec.kind == KernelKind::kBackwardPreprocess) return;
+  if (family_of(attention_.spec.kind).products == 0) return;
   run(KernelKind::kBackwardPreprocess, earlier.preprocess);
   whole_delta_ = whole_memory_->delta();
   whole_memory_->set_delta(whole_delta_);
@@ -296,12 +286,21 @@ void GpuMeasuringDevice::prepare_whole(const EarlierKernels& earlier) {
 
 // Nothing, or what is wrong in words.
 std::optional<std::string> GpuMeasuringDevice::check_rows(const AttentionCase& attention, const Result& result) const {
+  const KernelResults& made = family_of(attention.spec.kind).results;
+  if (made.out || made.dq)
+    if (auto wrong = check_sampled_rows(attention, result, attention.num_heads, attention.seqlen_q, false))
+      return wrong;
+  if (!made.dkdv) return std::nullopt;
+  return check_sampled_rows(attention, result, attention.num_heads_k, attention.seqlen_k, true);
+}
+
+// Of queries, or of keys.
+std::optional<std::string> GpuMeasuringDevice::check_sampled_rows(const AttentionCase& attention, const Result& result,
+                                                                  std::int64_t heads, std::int64_t rows,
+                                                                  bool is_keys) const {
   const CaseReference reference(attention, numbers_);
   std::mt19937_64 random(kNumbersSeed);
   const GivenStatistics given{whole_lse_.data(), whole_delta_.data()};
-  const bool is_keys = attention.spec.kind == KernelKind::kBackwardDkDv;
-  const std::int64_t heads = is_keys ? attention.num_heads_k : attention.num_heads,
-                     rows = is_keys ? attention.seqlen_k : attention.seqlen_q;
   for (int n = 0; n < kSampledRows; ++n) {
     const auto some = [&random](std::int64_t count) {
       return static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(count));
@@ -312,17 +311,17 @@ std::optional<std::string> GpuMeasuringDevice::check_rows(const AttentionCase& a
     const auto take = [&worst](const WorstError& other) {
       if (worst.is_outdone_by(other)) worst = other;
     };
-    if (attention.spec.kind == KernelKind::kForward) {
+    if (is_keys) {
+      const KeyGradientRow row = reference.dkdv(b, h, i, given);
+      take(worst_error(row.dk, &result.dk[first]));
+      take(worst_error(row.dv, &result.dv[first]));
+    } else if (attention.is_backward()) {
+      take(worst_error(reference.dq(b, h, i, given), &result.dq[first]));
+    } else {
       const ForwardRow row = reference.forward(b, h, i);
       take(worst_error(row.out, &result.out[first]));
       const float lse = result.lse[static_cast<std::size_t>(attention.statistic_at(b, h, i))];
       if (!(std::isinf(row.lse) && row.lse == lse)) take({std::fabs(lse - row.lse), row.lse_bound});
-    } else if (is_keys) {
-      const KeyGradientRow row = reference.dkdv(b, h, i, given);
-      take(worst_error(row.dk, &result.dk[first]));
-      take(worst_error(row.dv, &result.dv[first]));
-    } else if (attention.spec.kind == KernelKind::kBackwardDq) {
-      take(worst_error(reference.dq(b, h, i, given), &result.dq[first]));
     }
     if (!worst.is_within())
       return text_of("off by %.3g at full size, where %.3g is allowed", worst.error, worst.allowed) + " (batch " +

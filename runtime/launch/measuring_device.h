@@ -47,6 +47,8 @@ class GpuMeasuringDevice final : public WorkerDevice {
   void prepare_whole(const EarlierKernels& earlier);
   WorstError check_small(const Result& result) const;
   std::optional<std::string> check_rows(const AttentionCase& attention, const Result& result) const;
+  std::optional<std::string> check_sampled_rows(const AttentionCase& attention, const Result& result,
+                                                std::int64_t heads, std::int64_t rows, bool is_keys) const;
   std::optional<std::string> compare_whole(const Result& result) const;
   GpuState gpu_state() const;
   double copied_gigabytes();
@@ -66,8 +68,10 @@ class GpuMeasuringDevice final : public WorkerDevice {
   CaseReference small_reference_;
   std::unique_ptr<CaseMemory> small_memory_, whole_memory_;
   std::vector<float> whole_lse_, whole_delta_, small_lse_, small_delta_;  // what gradients are given
-  // What float64 makes of the small problem: of each row its outputs, one or (dK and dV) two; lse or delta.
-  std::vector<ReferenceRow> small_rows_;
+  // What float64 makes of the small problem: the rows of what the kernel writes; lse or delta.
+  struct ReferenceRows {
+    std::vector<ReferenceRow> out, dq, dk, dv;
+  } small_rows_;
   std::vector<double> small_statistics_, small_statistic_bounds_;
   std::map<std::pair<KernelKind, TileConfig>, std::unique_ptr<Loaded>> loaded_;
   std::unique_ptr<Result> right_result_;  // of a candidate that was checked

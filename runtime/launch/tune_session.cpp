@@ -157,7 +157,7 @@ class TuneSession {
     record.window_left = attention.window().left;
     record.window_right = attention.window().right;
     record.default_tile = default_tile_chooser().choose(attention.spec, problem);
-    task.tiles = tiles_to_try(attention.spec, record.default_tile, device_.plan_target().arch);
+    task.tiles = tiles_to_try(attention.spec, attention.seqlen_k, record.default_tile, device_.plan_target().arch);
     task.multiprocessors = device_.info().multiprocessors;
     if (!settings_.afresh) task.known = known(record.key);
     return task;
@@ -201,9 +201,12 @@ class TuneSession {
 std::vector<AttentionCase> one_of_each_class(const std::vector<AttentionCase>& cases, int multiprocessors) {
   std::set<ProblemClass> seen;
   std::vector<AttentionCase> firsts;
-  for (const AttentionCase& attention : cases)
-    if (seen.insert(class_of(attention.spec, problem_of(attention, multiprocessors))).second)
-      firsts.push_back(attention);
+  for (const AttentionCase& attention : cases) {
+    const Problem problem = problem_of(attention, multiprocessors);
+    const bool all_keys = attention.spec.kind == KernelKind::kBackwardAllKeys;
+    if (attention.is_backward() && takes_all_keys(attention.spec, problem) != all_keys) continue;
+    if (seen.insert(class_of(attention.spec, problem)).second) firsts.push_back(attention);
+  }
   return firsts;
 }
 

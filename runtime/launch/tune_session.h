@@ -16,7 +16,8 @@
 
 namespace flash_attn_jit {
 
-// One problem in each class that `cases` fall into, the first that does; the kernels of a backward pass are three.
+// One problem in each class that `cases` fall into, the first that does, of those that the library launches: a backward pass
+// takes three kernels or one.
 std::vector<AttentionCase> one_of_each_class(const std::vector<AttentionCase>& cases, int multiprocessors);
 
 struct TuneSettings {

@@ -8,12 +8,13 @@
 
 #include "generator/errors.h"
 #include "generator/families/families.h"
+#include "generator/kernel_traffic.h"
 #include "generator/tile_layout.h"
 
 namespace flash_attn_jit {
 namespace {
 
-constexpr double kElementBytes = 2, kStatisticBytes = 4;
+constexpr double kElementBytes = 2;  // fp16
 constexpr std::int64_t kNoEnd = std::int64_t{1} << 40;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -62,22 +63,6 @@ double cycles_of(const BlockCost& cost, const Iterations& iterations) {
 }
 
 // What the kernel reads and writes, each byte once.
-double bytes_of(const KernelSpec& spec, const ProblemSize& size) {
-  const auto queries = static_cast<double>(size.batch * size.seqlen_q * size.num_heads);
-  const auto keys = static_cast<double>(size.batch * size.seqlen_k * size.num_heads_k);
-  const double query_row = spec.head_dim * kElementBytes, key_row = query_row;
-  switch (family_of(spec.kind).products) {
-    case 0:  // out, dout -> delta
-      return queries * (2 * query_row + kStatisticBytes);
-    case 2:  // q, k, v -> out, lse
-      return queries * (2 * query_row + kStatisticBytes) + keys * 2 * key_row;
-    case 3:  // q, dout, lse, delta, k, v -> dq
-      return queries * (3 * query_row + 2 * kStatisticBytes) + keys * 2 * key_row;
-    default:  // the same -> dk, dv
-      return queries * (2 * query_row + 2 * kStatisticBytes) + keys * 4 * key_row;
-  }
-}
-
 // Scores that are seen, of all heads and batches.
 double seen_scores(const KernelSpec& spec, const ProblemSize& size) {
   const bool owns_keys = family_of(spec.kind).rows == RowSide::kKeys;
@@ -176,7 +161,8 @@ ProblemPrediction predict(const KernelSpec& spec, const ProblemSize& size, const
 
   // What a block reads and writes once comes at its share of DRAM's bandwidth, where the cost of a block has it at the
   // load/store unit's: with equal blocks all multiprocessors do this at the same time.
-  const double bytes = bytes_of(spec, size);
+  const double bytes = kernel_traffic(spec, static_cast<double>(size.batch * size.seqlen_q * size.num_heads),
+                                      static_cast<double>(size.batch * size.seqlen_k * size.num_heads_k));
   const double of_block = static_cast<double>(spec.tile.block_m) * spec.head_dim * kElementBytes *
                           (owns_keys              ? 4
                            : family.products == 3 ? 3

@@ -82,6 +82,10 @@ BackwardLaunch lay_out(KernelSpec spec, KernelKind kind, const std::optional<Til
   spec.kind = kind;
   spec = normalized(spec);
   spec.tile = tile ? *tile : target.tiles.choose(spec, problem);
+  if (!has_rows(spec, spec.tile, problem.seqlen_k))
+    throw UnsupportedError("tile '" + spec.tile.text() + "' of kind " + std::string(to_text(kind)) + " has " +
+                           std::to_string(spec.tile.block_m) + " keys a block, for " +
+                           std::to_string(problem.seqlen_k) + "; accepted: as many as there are");
   if (spec.tile.block_m < 1) throw UnsupportedError(check(spec, target.arch).value());
   BackwardLaunch launch{spec, params};
   const std::int64_t row_blocks = (rows.seqlen + spec.tile.block_m - 1) / spec.tile.block_m;
@@ -90,7 +94,21 @@ BackwardLaunch lay_out(KernelSpec spec, KernelKind kind, const std::optional<Til
   return launch;
 }
 
+// Whether one kernel makes all gradients.
+bool takes_all_keys(const BackwardRequest& request, const KernelSpec& spec, const Problem& problem) {
+  if (problem.seqlen_k == 0) return false;  // no block has rows
+  if (request.all_keys_tile) return true;
+  if (!request.dq || !request.dkdv || request.preprocess_tile || request.dkdv_tile || request.dq_tile) return false;
+  return takes_all_keys(spec, problem);
+}
+
 }  // namespace
+
+std::optional<TileConfig>& tile_of(BackwardRequest& request, KernelKind kind) {
+  const KernelResults& made = family_of(kind).results;
+  if (made.dq && made.dkdv) return request.all_keys_tile;
+  return made.dq ? request.dq_tile : made.dkdv ? request.dkdv_tile : request.preprocess_tile;
+}
 
 BackwardPlan plan_backward(const BackwardRequest& request, const PlanTarget& target) {
   require_arguments(request);
@@ -104,13 +122,16 @@ BackwardPlan plan_backward(const BackwardRequest& request, const PlanTarget& tar
   const Side rows{q, request.q.shape[kBatch], request.q.shape[kSeqlen]}, queries{q, shape.batch, shape.seqlen_q},
       keys{k, shape.batch, shape.seqlen_k};
   const Problem problem = problem_of(request.q, request.k, request.options, target.multiprocessors);
-  BackwardPlan plan = {
-      lay_out(spec, KernelKind::kBackwardPreprocess, request.preprocess_tile, rows, all_rows, target, problem),
-      lay_out(spec, KernelKind::kBackwardDkDv, request.dkdv_tile, keys, params, target, problem),
-      lay_out(spec, KernelKind::kBackwardDq, request.dq_tile, queries, params, target, problem)};
-  if (!request.dkdv) plan[1].blocks = 0;
-  if (!request.dq) plan[2].blocks = 0;
-  if (!request.dkdv && !request.dq) plan[0].blocks = 0;
+  BackwardPlan plan{};
+  if (takes_all_keys(request, spec, problem)) {
+    plan[3] = lay_out(spec, KernelKind::kBackwardAllKeys, request.all_keys_tile, keys, params, target, problem);
+    return plan;
+  }
+  if (request.dkdv || request.dq)
+    plan[0] = lay_out(spec, KernelKind::kBackwardPreprocess, request.preprocess_tile, rows, all_rows, target, problem);
+  if (request.dkdv)
+    plan[1] = lay_out(spec, KernelKind::kBackwardDkDv, request.dkdv_tile, keys, params, target, problem);
+  if (request.dq) plan[2] = lay_out(spec, KernelKind::kBackwardDq, request.dq_tile, queries, params, target, problem);
   return plan;
 }
 

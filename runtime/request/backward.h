@@ -26,14 +26,18 @@ struct BackwardRequest {
   const float* softmax_lse = nullptr;  // forward's
   float* delta = nullptr;              // like softmax_lse: room for what one kernel leaves to the next
   AttentionOptions options;
-  std::optional<TileConfig> preprocess_tile, dkdv_tile,
-      dq_tile;  // force these tiles; none: the target's chooser decides
+  // Force these tiles; none: the target's chooser decides. With one of the first three, those three kernels are taken.
+  std::optional<TileConfig> preprocess_tile, dkdv_tile, dq_tile, all_keys_tile;
 };
+
+// Of them, the one of a kind.
+std::optional<TileConfig>& tile_of(BackwardRequest& request, KernelKind kind);
 
 using BackwardLaunch = KernelLaunch<FlashBwdParams>;
 
-// The preprocess kernel, then the one of dK and dV, then that of dQ; those of what is not wanted have no blocks.
-using BackwardPlan = std::array<BackwardLaunch, 3>;
+// The preprocess kernel, then the one of dK and dV, then that of dQ; or, where a block can have all keys and everything is
+// wanted, one kernel for all. Those that are not taken have no blocks.
+using BackwardPlan = std::array<BackwardLaunch, 4>;
 
 // As plan_forward().
 BackwardPlan plan_backward(const BackwardRequest& request, const PlanTarget& target);

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <random>
 
+#include "generator/families/families.h"
 #include "generator/legality.h"
 #include "runtime/tuner/half.h"
 
@@ -59,6 +60,7 @@ AttentionCase small_case(const AttentionCase& whole) {
   small.batch = small.num_heads * whole.spec.head_dim > kManyDims ? 1 : 2;
   small.seqlen_q = kSmallSeqlenQ;
   small.seqlen_k = kSmallSeqlenK;
+  if (family_of(whole.spec.kind).has_all_rows) small.seqlen_k = std::min(small.seqlen_k, whole.seqlen_k);
   return small;
 }
 

@@ -24,7 +24,8 @@ double tile_distance(const TileConfig& a, const TileConfig& b) {
          schedule;
 }
 
-std::vector<TileConfig> tiles_to_try(const KernelSpec& spec, const TileConfig& default_tile, const ArchLimits& arch) {
+std::vector<TileConfig> tiles_to_try(const KernelSpec& spec, std::int64_t seqlen_k, const TileConfig& default_tile,
+                                     const ArchLimits& arch) {
   const std::vector<TileConfig> defaults = default_tiles(spec);
   const auto distance = [&](const TileConfig& tile) {
     double least = tile_distance(tile, default_tile);
@@ -33,7 +34,8 @@ std::vector<TileConfig> tiles_to_try(const KernelSpec& spec, const TileConfig& d
   };
   std::vector<std::tuple<bool, double, std::string, TileConfig>> ordered;
   for (const TileConfig& tile : tile_space(spec, arch))
-    if (tile != default_tile) ordered.emplace_back(true, distance(tile), tile.text(), tile);
+    if (tile != default_tile && has_rows(spec, tile, seqlen_k))
+      ordered.emplace_back(true, distance(tile), tile.text(), tile);
   ordered.emplace_back(false, 0.0, default_tile.text(), default_tile);
   std::sort(ordered.begin(), ordered.end());
   std::vector<TileConfig> tiles;

@@ -55,6 +55,8 @@ void Tuning::use(RecordedTiles& tiles, const TuningRecord& record, bool own) con
 std::optional<std::string> check_winner(const TuningRecord& record) {
   KernelSpec spec = record.key.problem.spec;
   spec.tile = record.winner;
+  if (!has_rows(spec, spec.tile, record.key.problem.seqlen_k))
+    return "its winner has " + std::to_string(spec.tile.block_m) + " rows, fewer than the sequence";
   return check(spec, arch_limits(record.key.device.code == kTuringCode ? kOldestSm : record.key.device.sm));
 }
 

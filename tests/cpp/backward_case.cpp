@@ -203,6 +203,7 @@ std::string BackwardCase::text() const {
   if (preprocess_tile) text += " preprocess:" + preprocess_tile->text();
   if (dkdv_tile) text += " dkdv:" + dkdv_tile->text();
   if (dq_tile) text += " dq:" + dq_tile->text();
+  if (all_keys_tile) text += " allkeys:" + all_keys_tile->text();
   if (dout_layout == DoutLayout::kApart) text += " doutapart";
   if (dout_layout == DoutLayout::kExpanded) text += " doutexpanded";
   if (dout_factor != 1) text += " dout" + std::to_string(dout_factor);
@@ -220,6 +221,8 @@ BackwardCase BackwardCase::parse(std::string_view text) {
       c.dkdv_tile = TileConfig::parse(word.substr(5));
     else if (word.starts_with("dq:"))
       c.dq_tile = TileConfig::parse(word.substr(3));
+    else if (word.starts_with("allkeys:"))
+      c.all_keys_tile = TileConfig::parse(word.substr(8));
     else if (word == "doutapart" || word == "doutexpanded")
       c.dout_layout = word == "doutapart" ? DoutLayout::kApart : DoutLayout::kExpanded;
     else if (word.starts_with("dout"))
@@ -240,7 +243,8 @@ BackwardTensors::BackwardTensors(const BackwardCase& c)
       delta(forward.lse.size(), NAN),
       preprocess_tile(c.preprocess_tile),
       dkdv_tile(c.dkdv_tile),
-      dq_tile(c.dq_tile) {
+      dq_tile(c.dq_tile),
+      all_keys_tile(c.all_keys_tile) {
   fill_dout(c, dout);
   lay_out_dout(c.dout_layout);
   forward_in_interpreter(forward.request());
@@ -283,7 +287,8 @@ BackwardRequest BackwardTensors::request() {
           .options = forward.options,
           .preprocess_tile = preprocess_tile,
           .dkdv_tile = dkdv_tile,
-          .dq_tile = dq_tile};
+          .dq_tile = dq_tile,
+          .all_keys_tile = all_keys_tile};
 }
 
 std::string run_backward_case(const BackwardCase& c) {

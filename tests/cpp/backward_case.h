@@ -17,8 +17,9 @@ enum class DoutLayout {
 
 struct BackwardCase {
   ForwardCase forward;
-  std::optional<TileConfig> preprocess_tile, dkdv_tile, dq_tile;  // none: the library chooses
-  double dout_factor = 1;                                         // dout is N(0, 1) times this
+  // None: the library chooses.
+  std::optional<TileConfig> preprocess_tile = {}, dkdv_tile = {}, dq_tile = {}, all_keys_tile = {};
+  double dout_factor = 1;  // dout is N(0, 1) times this
   DoutLayout dout_layout = DoutLayout::kLikeQ;
 
   // The forward case's words, then "preprocess:m64n0w4q0l0b0k0 dkdv:m64n16w4q64l0b8k8 dq:m64n16w4q64l0b8k8 dout64
@@ -42,7 +43,7 @@ struct BackwardTensors {
   std::vector<std::uint16_t> dout_copy;
   WatchedTensor dq, dk, dv;
   std::vector<float> delta;
-  std::optional<TileConfig> preprocess_tile, dkdv_tile, dq_tile;
+  std::optional<TileConfig> preprocess_tile, dkdv_tile, dq_tile, all_keys_tile;
 
  private:
   void lay_out_dout(DoutLayout layout);

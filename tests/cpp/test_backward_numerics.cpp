@@ -82,7 +82,7 @@ std::vector<TileConfig> backward_tiles(KernelKind kind, const ForwardCase& c) {
 // The i-th tiles of the case's tile spaces.
 BackwardCase with_tiles(const ForwardCase& c, std::size_t i) {
   const auto dkdv = backward_tiles(KernelKind::kBackwardDkDv, c), dq = backward_tiles(KernelKind::kBackwardDq, c);
-  return {c, std::nullopt, dkdv[i % dkdv.size()], dq[i % dq.size()]};
+  return {.forward = c, .dkdv_tile = dkdv[i % dkdv.size()], .dq_tile = dq[i % dq.size()]};
 }
 
 std::size_t most_tiles(const ForwardCase& c) {
@@ -99,7 +99,8 @@ std::vector<BackwardCase> with_default_tiles(const ForwardCase& c) {
   const auto dq = default_tiles(spec);
   std::vector<BackwardCase> cases;
   for (std::size_t i = 0; i < std::max(dkdv.size(), dq.size()); ++i)
-    cases.push_back({c, std::nullopt, dkdv[std::min(i, dkdv.size() - 1)], dq[std::min(i, dq.size() - 1)]});
+    cases.push_back(
+        {.forward = c, .dkdv_tile = dkdv[std::min(i, dkdv.size() - 1)], .dq_tile = dq[std::min(i, dq.size() - 1)]});
   return cases;
 }
 
@@ -114,10 +115,33 @@ std::vector<BackwardCase> pairwise_backward_cases() {
     for (const Choice& fixed : choices_of_tiles(d))
       for (const BackwardCase& c : with_default_tiles(make_case(choices.draw(fixed))))
         if (seen.emplace(*c.dkdv_tile, *c.dq_tile).second)
-          cases.push_back({make_case(choices.next(fixed)), std::nullopt, c.dkdv_tile, c.dq_tile});
+          cases.push_back({.forward = make_case(choices.next(fixed)), .dkdv_tile = c.dkdv_tile, .dq_tile = c.dq_tile});
   for (std::size_t i = 0; !choices.all_covered(); ++i)
     cases.push_back(with_tiles(make_case(choices.next(only(-1))), 7 * i));
   for (std::size_t i = 0; i < cases.size(); ++i) cases[i].dout_layout = kDoutLayouts[i / 4 % kDoutLayouts.size()];
+  return cases;
+}
+
+// Where a block has all keys: every head dim with every mask's choices and every number of keys that a tile has, tiles of
+// the space in turn.
+std::vector<BackwardCase> all_keys_cases() {
+  std::vector<BackwardCase> cases;
+  PairwiseChoices choices;
+  std::size_t turn = 0;
+  for (int d = 0; d < static_cast<int>(head_dims().size()); ++d)
+    for (int visible = 0; visible < sizes()[kVisible]; ++visible) {
+      Choice fixed = only(d);
+      fixed[kVisible] = visible;
+      fixed[kSeqlenK] = (d + visible) % sizes()[kSeqlenK];
+      const ForwardCase c = make_case(choices.next(fixed));
+      std::vector<TileConfig> tiles = backward_tiles(KernelKind::kBackwardAllKeys, c);
+      std::erase_if(tiles, [&](const TileConfig& tile) { return tile.block_m < c.seqlen_k; });
+      if (tiles.empty()) continue;
+      cases.push_back({.forward = c,
+                       .all_keys_tile = tiles[7 * turn % tiles.size()],
+                       .dout_layout = kDoutLayouts[turn / 4 % kDoutLayouts.size()]});
+      ++turn;
+    }
   return cases;
 }
 
@@ -160,6 +184,10 @@ TEST_CASE("backward: every head dim, length, mask, layout and input, pair by pai
   check_all_backward(pick_of_grid(pairwise_backward_cases()));
 }
 
+TEST_CASE("backward: blocks with all keys, of every head dim, mask and number of keys") {
+  check_all_backward(pick_of_grid(all_keys_cases()));
+}
+
 TEST_CASE("backward: every tile (FLASH_ATTN_JIT_TEST_ALL=1)") {
   if (runs_whole_grids()) check_all_backward(all_backward_tiles());
 }
@@ -167,8 +195,7 @@ TEST_CASE("backward: every tile (FLASH_ATTN_JIT_TEST_ALL=1)") {
 TEST_CASE("backward: every head dim and mask with every length (FLASH_ATTN_JIT_TEST_ALL=1)") {
   if (!runs_whole_grids()) return;
   std::vector<BackwardCase> cases;
-  for (const Choice& choice : lengths_and_masks())
-    cases.push_back({make_case(choice), std::nullopt, std::nullopt, std::nullopt});
+  for (const Choice& choice : lengths_and_masks()) cases.push_back({.forward = make_case(choice)});
   check_all_backward(cases);
 }
 

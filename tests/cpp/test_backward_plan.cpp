@@ -12,7 +12,7 @@ using flash_attn_jit::testing::Containing;
 
 namespace {
 
-enum Kernel { kPreprocess, kDkDv, kDq };
+enum Kernel { kPreprocess, kDkDv, kDq, kAllKeys };
 
 TensorView contiguous(std::uintptr_t at, std::int64_t b, std::int64_t s, std::int64_t h, std::int64_t d) {
   return {reinterpret_cast<void*>(at), {b, s, h, d}, {s * h * d, h * d, d, 1}};
@@ -38,7 +38,8 @@ BackwardRequest request(std::int64_t b, std::int64_t sq, std::int64_t sk, std::i
 BackwardPlan plan(const BackwardRequest& r) {
   const BackwardPlan made = plan_backward(r, {arch_limits(75), 40, default_tile_chooser()});
   for (const BackwardLaunch& launch : made)
-    if (const auto reason = check(launch.spec, arch_limits(75))) throw UnsupportedError(*reason);
+    if (launch.blocks > 0)
+      if (const auto reason = check(launch.spec, arch_limits(75))) throw UnsupportedError(*reason);
   return made;
 }
 
@@ -88,6 +89,32 @@ TEST_CASE("backward plan: what nobody wants is not launched") {
   for (const BackwardLaunch& launch : plan(r)) CHECK(launch.blocks == 0);
 }
 
+TEST_CASE("backward plan: one kernel where a block can have all keys and all gradients are wanted") {
+  BackwardRequest r = request(16, 300, 100, 8, 2, 64);
+  BackwardPlan p = plan(r);
+  CHECK(p[kAllKeys].spec.kind == KernelKind::kBackwardAllKeys);
+  CHECK(p[kAllKeys].spec.group_size == 4);
+  CHECK(p[kAllKeys].blocks == 16 * 2);
+  CHECK(p[kAllKeys].params.num_row_blocks == 1);
+  for (const Kernel other : {kPreprocess, kDkDv, kDq}) CHECK(p[other].blocks == 0);
+  const auto takes_three = [&] {
+    p = plan(r);
+    return p[kAllKeys].blocks == 0 && p[kPreprocess].blocks > 0;
+  };
+  r.dq.reset();
+  CHECK(takes_three());
+  r = request(16, 300, 129, 8, 2, 64);
+  CHECK(takes_three());
+  r = request(16, 300, 0, 8, 2, 64);
+  CHECK(takes_three());
+  r = request(16, 300, 100, 8, 2, 64);
+  r.dq_tile = default_tiles(p[kDq].spec).front();
+  CHECK(takes_three());
+  r = request(16, 300, 100, 8, 2, 64);
+  r.all_keys_tile = TileConfig::parse("m64n16w4q64l0b8k8");
+  CHECK(refusal<UnsupportedError>(r) == Containing{"has 64 keys a block, for 100"});
+}
+
 TEST_CASE("backward plan: a varlen grid follows from the longest sequence, and the preprocess kernel's from all rows") {
   BackwardRequest r = request(1, 700, 900, 8, 2, 64);
   r.options.varlen = Varlen{reinterpret_cast<int*>(0xb000), reinterpret_cast<int*>(0xc000), 5, 300, 400};
@@ -107,19 +134,19 @@ TEST_CASE("backward plan: a varlen grid follows from the longest sequence, and t
 }
 
 TEST_CASE("backward plan: dout alone may lie apart in its last dimension, and is then read element by element") {
-  BackwardRequest r = request(2, 30, 30, 4, 4, 64);
+  BackwardRequest r = request(2, 30, 300, 4, 4, 64);
   CHECK(plan(r)[kDq].spec.access == GlobalAccess::kVector16B);
   CHECK(plan(r)[kDq].params.dout_dim_stride == 1);
   r.dout.strides = {0, 0, 0, 0};
   CHECK(plan(r)[kDq].spec.access == GlobalAccess::kElement2B);
   CHECK(plan(r)[kDq].params.dout_dim_stride == 0);
-  r = request(2, 30, 30, 4, 4, 64);
+  r = request(2, 30, 300, 4, 4, 64);
   r.dkdv->dv.strides[3] = 2;
   CHECK(refusal<ArgumentError>(r) == Containing{"dv has strides"});
 }
 
 TEST_CASE("backward plan: the options as kernels see them") {
-  BackwardRequest r = request(2, 30, 30, 4, 4, 64);
+  BackwardRequest r = request(2, 30, 300, 4, 4, 64);
   r.options.softmax_scale = -0.5f;
   r.options.softcap = 10;
   r.options.mask = Mask::kWindow;
@@ -144,13 +171,13 @@ TEST_CASE("backward plan: the options as kernels see them") {
 }
 
 TEST_CASE("backward plan: every feature has an option that turns it on") {
-  BackwardRequest r = request(1, 30, 30, 4, 4, 64);
+  BackwardRequest r = request(1, 30, 300, 4, 4, 64);
   CHECK(plan(r)[kDkDv].spec.features.empty());
   const float slopes[4] = {};
-  const int cu_seqlens[2] = {0, 30};
+  const int cu_seqlens[2] = {0, 30}, cu_seqlens_k[2] = {0, 300};
   r.options.softcap = 10;
   r.options.alibi = PerHead{slopes, 0};
-  r.options.varlen = Varlen{cu_seqlens, cu_seqlens, 1, 30, 30};
+  r.options.varlen = Varlen{cu_seqlens, cu_seqlens_k, 1, 30, 300};
   for (const FeatureInfo& info : kFeatures) {
     CAPTURE(info.word);
     CHECK(plan(r)[kDkDv].spec.has(info.feature));

@@ -46,6 +46,10 @@ TEST_CASE("every default tile and every tile of the space is legal on a T4, and 
       spec.kind = kind;
       const auto defaults = default_tiles(spec);
       const auto space = tile_space(spec, t4);
+      if (spec.head_dim > family_of(kind).most_head_dim) {
+        CHECK(space.empty());
+        return;
+      }
       CHECK(defaults.size() >= (family_of(kind).products == 0 ? 1 : 2));  // without a main loop one will do
       for (const TileConfig& tile : defaults) CHECK(std::binary_search(space.begin(), space.end(), tile));
       for (const TileConfig& tile : space) {
@@ -75,7 +79,7 @@ double predicted_cycles(KernelSpec spec, const TileConfig& tile, const ProblemSi
 }
 
 TEST_CASE("every default tile has a cost of its own") {
-  for (const KernelKind kind : {KernelKind::kForward, KernelKind::kBackwardDkDv, KernelKind::kBackwardDq})
+  for (const KernelKind kind : kKernelKinds)
     for (const Mask mask : kAllMasks)
       for (int head_dim = 8; head_dim <= 256; head_dim += 8) {
         KernelSpec spec;
@@ -83,6 +87,7 @@ TEST_CASE("every default tile has a cost of its own") {
         spec.mask = mask;
         spec.head_dim = head_dim;
         CAPTURE(spec.text());
+        if (family_of(kind).products == 0) continue;
         for (const TileConfig& tile : default_tiles(spec)) {
           const TileCost& cost = tile_cost(spec, tile);
           CHECK(cost.block_m == tile.block_m);
@@ -135,10 +140,28 @@ TEST_CASE("sizes at their ends: a tile is chosen") {
   for (const KernelKind kind : kKernelKinds)
     for_every_problem([&](KernelSpec spec) {
       spec.kind = kind;
-      for (const std::int64_t length : {std::int64_t{0}, std::int64_t{1}, std::int64_t{1} << 24})
-        for (const std::int64_t heads : {std::int64_t{0}, std::int64_t{1}, std::int64_t{1} << 20})
-          CHECK(chosen(spec, {length, length, heads, kT4Multiprocessors}).block_m > 0);
+      if (spec.head_dim > family_of(kind).most_head_dim) return;
+      const std::int64_t most_keys = family_of(kind).has_all_rows ? default_tiles(spec).front().block_m : 1 << 24;
+      for (const std::int64_t length : {0, 1, 1 << 24})
+        for (const std::int64_t heads : {0, 1, 1 << 20})
+          CHECK(chosen(spec, {length, std::min(length, most_keys), heads, kT4Multiprocessors}).block_m > 0);
     });
+}
+
+TEST_CASE("a block has all keys, or another kernel is taken") {
+  KernelSpec spec;
+  spec.kind = KernelKind::kBackwardAllKeys;
+  spec.head_dim = 64;
+  CHECK(chosen(spec, {500, 128, 64, kT4Multiprocessors}).block_m == 128);
+  CHECK(chosen(spec, {500, 65, 64, kT4Multiprocessors}).block_m == 128);
+  CHECK_THROWS_AS(chosen(spec, {500, 129, 64, kT4Multiprocessors}), Error);
+  CHECK(takes_all_keys(spec, {128, 128, 400, kT4Multiprocessors}));
+  CHECK(takes_all_keys(spec, {128, 1, 400, kT4Multiprocessors}));
+  CHECK_FALSE(takes_all_keys(spec, {128, 129, 400, kT4Multiprocessors}));
+  // Few blocks, which go over many queries one after the other: the dQ kernel shares them out.
+  CHECK_FALSE(takes_all_keys(spec, {1 << 16, 77, 2, kT4Multiprocessors}));
+  spec.head_dim = 136;
+  CHECK_FALSE(takes_all_keys(spec, {128, 128, 400, kT4Multiprocessors}));
 }
 
 TEST_CASE("there is no tile above head dim 256") {

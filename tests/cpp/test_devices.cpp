@@ -56,7 +56,7 @@ ForwardRequest request(std::int64_t head_dim = 64, std::int64_t seqlen = 64) {
 }
 
 BackwardRequest backward_request() {
-  const ForwardRequest f = request();
+  const ForwardRequest f = request(64, 200);  // more keys than a block has: three kernels
   BackwardRequest r;
   r.q = f.q;
   r.k = f.k;

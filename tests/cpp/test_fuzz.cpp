@@ -8,6 +8,7 @@
 
 #include "backward_case.h"
 #include "case_grid.h"
+#include "generator/families/families.h"
 #include "generator/legality.h"
 
 using namespace flash_attn_jit;
@@ -100,6 +101,10 @@ BackwardCase random_tiles(Dice& dice) {
   c.preprocess_tile = random_tile(dice, spec_of(KernelKind::kBackwardPreprocess, f));
   c.dkdv_tile = random_tile(dice, spec_of(KernelKind::kBackwardDkDv, f));
   c.dq_tile = random_tile(dice, spec_of(KernelKind::kBackwardDq, f));
+  const KernelSpec all_keys = spec_of(KernelKind::kBackwardAllKeys, f);
+  if (f.head_dim > family_of(all_keys.kind).most_head_dim || dice.once_in(2)) return c;
+  c.all_keys_tile = random_tile(dice, all_keys);
+  f.seqlen_k = dice.between(1, c.all_keys_tile->block_m);
   return c;
 }
 

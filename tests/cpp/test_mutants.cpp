@@ -52,18 +52,20 @@ std::string backward_error(const TemplateSet& templates, const BackwardCase& c) 
   BackwardTensors t(c);
   const BackwardRequest request = t.request();
   backward_in_interpreter(request);  // for delta
-  const TensorExtent tensors[] = {fp16_extent("q", request.q, TensorUse::kRead),
-                                  fp16_extent("k", request.k, TensorUse::kRead),
-                                  fp16_extent("v", request.v, TensorUse::kRead),
-                                  fp16_extent("dout", request.dout, TensorUse::kRead),
-                                  fp16_extent("dq", *request.dq, TensorUse::kWrite),
-                                  fp16_extent("dk", request.dkdv->dk, TensorUse::kWrite),
-                                  fp16_extent("dv", request.dkdv->dv, TensorUse::kWrite),
-                                  row_extent("softmax_lse", request.softmax_lse, request.q, TensorUse::kRead),
-                                  row_extent("delta", request.delta, request.q, TensorUse::kRead)};
+  const TensorExtent tensors[] = {
+      fp16_extent("q", request.q, TensorUse::kRead),
+      fp16_extent("k", request.k, TensorUse::kRead),
+      fp16_extent("v", request.v, TensorUse::kRead),
+      fp16_extent("dout", request.dout, TensorUse::kRead),
+      fp16_extent("dq", *request.dq, TensorUse::kWrite),
+      fp16_extent("dk", request.dkdv->dk, TensorUse::kWrite),
+      fp16_extent("dv", request.dkdv->dv, TensorUse::kWrite),
+      row_extent("softmax_lse", request.softmax_lse, request.q, TensorUse::kRead),
+      fp16_extent("out", request.out, TensorUse::kRead),
+      row_extent("delta", request.delta, request.q, c.all_keys_tile ? TensorUse::kPassOn : TensorUse::kRead)};
   std::string error;
   for (const BackwardLaunch& launch : plan_backward(request, {arch_limits(75), 40, default_tile_chooser()}))
-    if (launch.spec.kind != KernelKind::kBackwardPreprocess && error.empty())
+    if (launch.blocks > 0 && launch.spec.kind != KernelKind::kBackwardPreprocess && error.empty())
       error = error_of(templates, launch, tensors);
   return error;
 }
@@ -85,7 +87,10 @@ std::vector<ForwardCase> forward_cases() {
 
 std::vector<BackwardCase> backward_cases() {
   return {BackwardCase::parse("hdim32 causal gqa2 sq150 sk230 dkdv:m64n16w4q16l0b4k8 dq:m64n16w4q16l0b4k8"),
-          BackwardCase::parse("hdim64 full rowgaps sq70 sk150")};
+          BackwardCase::parse("hdim64 full rowgaps sq70 sk150"),
+          BackwardCase::parse("hdim64 causal gqa2 sq96 sk100 allkeys:m128n16w8q64l0b4k8"),
+          BackwardCase::parse("hdim96 full sq40 sk60 allkeys:m64n16w4q96l0b8k8"),
+          BackwardCase::parse("hdim96 full sq56 sk60 allkeys:m64n16w4q96l0b8k8")};
 }
 
 // Takes out each barrier of the templates that `of_family` accepts; `error` says what is found without it.

@@ -665,7 +665,7 @@ TEST_CASE("the tiles to try: the default first, then by distance from the defaul
   spec.tile = {};
   const ArchLimits arch = arch_limits(75);
   for (const TileConfig& default_tile : default_tiles(spec)) {
-    const std::vector<TileConfig> tiles = tiles_to_try(spec, default_tile, arch);
+    const std::vector<TileConfig> tiles = tiles_to_try(spec, 1024, default_tile, arch);
     REQUIRE(tiles.size() > 20);
     CHECK(tiles.front() == default_tile);
     CHECK(std::set<TileConfig>(tiles.begin(), tiles.end()).size() == tiles.size());

@@ -193,11 +193,20 @@ PROBLEM = Problem(4, 16, 16, 64, 1024, True)
 
 
 def test_predictions_are_summed_over_the_kernels(tmp_path, monkeypatch):
-    answer = 'echo "$@" >> asked; echo \'{"kernel": "a spec", "seconds": 0.001}\''
+    answer = """echo "$@" >> asked
+case $3 in
+  bwd_all_keys) if [ -e few_keys ]; then seconds=0.002; else exit 2; fi ;;
+  *) seconds=0.001 ;;
+esac
+echo "{\\"kernel\\": \\"a $3\\", \\"seconds\\": $seconds}"
+"""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prediction, "program_path", lambda: program(tmp_path, "program", answer))
-    assert prediction.predict(PROBLEM, FORWARD, "t4", 60) == {"ms": 1.0, "kernels": ["a spec"]}
-    assert prediction.predict(PROBLEM, BACKWARD, "t4", 60) == {"ms": 3.0, "kernels": ["a spec"] * 3}
+    three = {"ms": 3.0, "kernels": ["a bwd_preprocess", "a bwd_dkdv", "a bwd_dq"]}
+    assert prediction.predict(PROBLEM, FORWARD, "t4", 60) == {"ms": 1.0, "kernels": ["a fwd"]}
+    assert prediction.predict(PROBLEM, BACKWARD, "t4", 60) == three
+    (tmp_path / "few_keys").touch()
+    assert prediction.predict(PROBLEM, BACKWARD, "t4", 60) == {"ms": 2.0, "kernels": ["a bwd_all_keys"]}
     first, *_ = (tmp_path / "asked").read_text().splitlines()
     assert first.startswith("model --kind fwd --head-dim 64 --gpu t4 --json --causal --gqa 1 --batch 4 --heads 16")
 

@@ -48,7 +48,8 @@ def test_kvpacked(causal):
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_input_of_kvpacked_needs_a_gradient(which):
-    inputs = [normal(1, 20, 2, 64, seed=1), normal(1, 30, 2, 2, 64)]
+    # With fewer keys one kernel would make both gradients, and round otherwise.
+    inputs = [normal(1, 20, 2, 64, seed=1), normal(1, 150, 2, 2, 64)]
     both = [t.clone().requires_grad_() for t in inputs]
     inputs[which].requires_grad_()
     dout = normal(1, 20, 2, 64, seed=9)

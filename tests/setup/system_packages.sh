@@ -6,6 +6,7 @@ python=$1
 
 required=()  # nothing can be built without them
 headers=()   # CMake downloads these where they are missing
+optional=()  # without them some tests are skipped
 
 command -v c++ >/dev/null || required+=(g++)
 "$python" -c 'import venv, ensurepip' 2>/dev/null || required+=(python3-venv)
@@ -23,8 +24,10 @@ else
 fi
 command -v cmake >/dev/null || headers+=(cmake)
 
+command -v chromium >/dev/null || command -v chromium-browser >/dev/null || optional+=(chromium)  # draws report pages
+
 missing=("${required[@]}" "${headers[@]}")
-if [ ${#missing[@]} -eq 0 ]; then
+if [ ${#missing[@]} -eq 0 ] && [ ${#optional[@]} -eq 0 ]; then
   echo "everything is there"
   exit 0
 fi
@@ -33,15 +36,18 @@ by_hand="sudo apt-get update && sudo apt-get install -y ${missing[*]}"
 as_root=()
 [ "$(id -u)" -eq 0 ] || as_root=(sudo -n)
 
-install_missing() {
+install_packages() {
+  [ $# -gt 0 ] || return 0
   command -v apt-get >/dev/null || return 1
   "${as_root[@]}" true 2>/dev/null || return 1
-  echo "apt-get install ${missing[*]}"
+  echo "apt-get install $*"
   "${as_root[@]}" apt-get update -q || true  # an old index may still do
-  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=120 install -q -y --no-install-recommends "${missing[@]}"
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=120 install -q -y --no-install-recommends "$@"
 }
 
-install_missing && exit 0
+# By themselves: where a system does not know them, the others are installed all the same.
+install_packages "${optional[@]}" || echo "Going on without ${optional[*]}: tests that need it are skipped."
+install_packages "${missing[@]}" && exit 0
 
 echo "Missing: ${missing[*]}. Install them with" >&2
 echo "  $by_hand" >&2

@@ -23,7 +23,7 @@ OUTCOMES = (
     "crashed",
     "not reached",
 )
-KINDS = ("fwd", "bwd_preprocess", "bwd_dkdv", "bwd_dq")
+KINDS = ("fwd", "bwd_preprocess", "bwd_dkdv", "bwd_dq", "bwd_all_keys")
 MASKS = ("full", "causal", "window")
 _KERNEL = re.compile(
     rf"({'|'.join(KINDS)}) hdim([1-9]\d{{0,2}}) (fp16|bf16) ({'|'.join(MASKS)})((?: [a-z][a-z0-9]{{0,31}})*)"

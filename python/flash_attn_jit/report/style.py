@@ -72,11 +72,13 @@ KIND_WORDS = {
     "bwd_preprocess": "backward, preprocess",
     "bwd_dkdv": "backward, dK and dV",
     "bwd_dq": "backward, dQ",
+    "bwd_all_keys": "backward, all keys in a block",
 }
 KIND_MARKS = {
     "fwd": Mark("tensor", "o", "●", KIND_WORDS["fwd"]),
     "bwd_dkdv": Mark("lsu", "s", "■", KIND_WORDS["bwd_dkdv"]),
     "bwd_dq": Mark("xu", "^", "▲", KIND_WORDS["bwd_dq"]),
+    "bwd_all_keys": Mark("fma", "v", "▼", KIND_WORDS["bwd_all_keys"]),
     "bwd_preprocess": Mark("issue", "D", "◆", KIND_WORDS["bwd_preprocess"]),
 }
 

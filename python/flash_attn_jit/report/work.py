@@ -2,14 +2,15 @@
 
 from .records import Kernel, Record, Sizes
 
-# Matrix products over the visible pairs of a query and a key. The backward kernels make S and dP anew, each for itself.
-_PRODUCTS = {"fwd": 2, "bwd_dkdv": 4, "bwd_dq": 3, "bwd_preprocess": 0}
+# Matrix products over the visible pairs of a query and a key. bwd_dkdv and bwd_dq make S and dP, each for itself.
+_PRODUCTS = {"fwd": 2, "bwd_dkdv": 4, "bwd_dq": 3, "bwd_all_keys": 5, "bwd_preprocess": 0}
 # Head-dim-wide fp16 rows that are read or written, by query row and by key row, and float32 numbers by query row.
 _ROWS = {
     "fwd": (2, 2, 1),  # q, out; k, v; softmax_lse
     "bwd_preprocess": (2, 0, 1),  # out, dout; delta
     "bwd_dkdv": (2, 4, 2),  # q, dout; k, v, dk, dv; softmax_lse, delta
     "bwd_dq": (3, 2, 2),  # q, dout, dq; k, v; softmax_lse, delta
+    "bwd_all_keys": (4, 4, 2),  # q, out, dout, dq; k, v, dk, dv; softmax_lse, delta
 }
 
 

@@ -1,0 +1,74 @@
+// Backward where a block has all keys of a sequence: dK and dV as in their own kernel, and with them delta and dQ, whose dS is
+// there anyway: five products in the place of seven, one kernel in the place of three.
+#include <algorithm>
+
+#include "generator/families/backward_gradients.h"
+#include "generator/families/families.h"
+#include "generator/tile_layout.h"
+#include "generator/tile_rules.h"
+
+namespace flash_attn_jit {
+namespace {
+
+constexpr std::array kLarge = {
+    TileRow{64, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 4, 8}}},
+    TileRow{128, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 128, .schedule = {0, 8, 8}}},
+};
+constexpr std::array kSmall = {
+    TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
+};
+
+// K is all in shared memory, so that a block's keys are bounded.
+TileTables tiles(const KernelSpec&) { return {TileTableList{kLarge}, TileTableList{}, TileTableList{kSmall}}; }
+
+// Bytes of shared memory of a tile, as FlashBwdTile and AllKeysDq lay them out.
+int shared_bytes(const KernelSpec& spec) {
+  const TileConfig& tile = spec.tile;
+  const int dims = kernel_dims(spec), steps = tile.block_n / 8;
+  const int statistics = 8 * tile.block_n, ds = steps * tile.block_m * 16;
+  const int slot = 2 * tile.block_n * row_pitch(dims) + statistics + ds;
+  const int staging = tile.block_m * row_pitch(staging_dims(dims));
+  const int keys = tile.block_m * row_pitch(dims);
+  const int steps_of_part = dims / 16 >= tile.warps ? steps : 1;
+  const int dq_staging = tile.warps * steps_of_part * 8 * row_pitch(16);
+  return std::max(3 * slot, staging) + keys + shared_row_bytes(spec) + dq_staging;
+}
+
+int registers(const KernelSpec& spec) {
+  const int m_tiles = spec.tile.rows_per_warp() / 16;
+  const int gradients = 2 * m_tiles * kernel_dims(spec) / 2;
+  const int scores = 2 * m_tiles * 4;  // S and dP of a step of 8 queries
+  return gradients + row_registers(spec) + scores + kFragmentAndAddressRegisters;
+}
+
+std::optional<std::string> check_tile(const KernelSpec& spec) {
+  const TileConfig& tile = spec.tile;
+  if (tile.block_m % 32 != 0)
+    return tile_name(spec) + " has " + std::to_string(tile.block_m) + " keys; accepted: multiples of 32";
+  if (auto reason = check_queries_per_thread(spec)) return reason;
+  return check_gradient_tile(spec);
+}
+
+}  // namespace
+
+constinit const KernelFamily kBackwardAllKeysFamily = {
+    .word = "bwd_all_keys",
+    .pack_group = "bwd",
+    .template_file = "flash_bwd.cuh",
+    .function = "flash_bwd",
+    .params = "FlashBwdParams",
+    .tile = "FlashBwdTile",
+    .trait = "  static constexpr RowSide kRowSide = RowSide::kAllKeys;\n",
+    .results = {.delta = true, .dq = true, .dkdv = true},
+    .rows = RowSide::kKeys,
+    .reads_mask = true,
+    .has_all_rows = true,
+    .most_head_dim = 128,
+    .products = 5,
+    .shared_bytes = shared_bytes,
+    .registers = registers,
+    .check_tile = check_tile,
+    .default_tiles = tiles,
+    .schedules = kGradientSchedules};
+
+}  // namespace flash_attn_jit
