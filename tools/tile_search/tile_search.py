@@ -1,31 +1,33 @@
 #!/usr/bin/env python3
-"""Searches the tiles of a kernel, with no GPU: compiles each with `flash-attn-jit inspect`, lets a judge say from the
-machine code how well it will run, and writes what was tried and what came first into a file of records.
+"""Searches the tiles of a kernel for a T4, with no GPU: `flash-attn-jit model` is the judge. What was tried and what
+came first goes into a file of records.
 
-    tile_search.py --kind bwd_dkdv --head-dims 32,64 --masks full,causal --judge JUDGE --records records/bwd_dkdv.json
-    tile_search.py --kind bwd_dkdv --head-dims 32,64 --masks full,causal --judge JUDGE --tiles default    (no search)
+    tile_search.py --kinds bwd_dkdv,bwd_dq --head-dims 32,64 --masks full,causal --records records
+    tile_search.py --kinds bwd_dkdv --head-dims 32,64 --masks full,causal --tiles default    (no search)
 
-JUDGE is a command with {cubin}, {threads}, {dynamic_smem} and {useful_mma} in it, as `inspect --emit resources` names
-them, that prints JSON whose `useful` is the share of the tensor cores' peak that the kernel's main loop reaches. It is
-run once more with ` --stress` behind it, for the share under longer latencies: one that holds up rests on less luck.
+First every shape (rows, columns, warps, dims in registers) with a few schedules, then every schedule of the best
+shapes.
 """
 
 import argparse
 import itertools
 import json
 import os
-import random
+import re
 import shlex
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-KEPT = 8  # of a problem's tiles, the best first
+KEPT = 10  # of a problem's tiles, the best first; with them its default tiles
+
+# Rows a warp x warps, columns, and what a shape is tried with: (load, barrier, first keys) in eighths.
+WARPS, ROWS_PER_WARP, COLUMNS = (2, 4, 8), (16, 32), (8, 16, 24, 32, 48, 64)
+FORWARD_SCHEDULES = ((2, 4, 7), (2, 7, 7), (2, 8, 8))
+BACKWARD_SCHEDULES = ((0, 4, 8), (0, 7, 8), (0, 8, 8), (2, 8, 8))
 
 
 class Problem(NamedTuple):
@@ -43,20 +45,61 @@ class Problem(NamedTuple):
 
 class Judged(NamedTuple):
     tile: str
-    useful: float
-    stress: float
+    useful: float  # share of the tensor cores' peak that the main loop reaches
+    stress: float  # the same under longer latencies: one that holds up rests on less luck
+    block_cycles: list[int]  # of a block, of an iteration, of a masked one, where as many share a multiprocessor as fit
+    resident: int
     registers: int
     spilled_bytes: int
     built_by: str
 
 
-def tile_space(args: argparse.Namespace) -> Iterator[str]:
-    """Every tile that the arguments allow; the program refuses those that are not legal."""
-    shapes = itertools.product(args.block_m, args.block_n, args.warps, args.register_dims)
-    for (m, n, warps, q), load in itertools.product(shapes, range(8)):
-        for barrier in range(load + 1, 9):
-            for first_keys in [8] if args.kind.startswith("bwd") else range(barrier, 9):
-                yield f"m{m}n{n}w{warps}q{q}l{load}b{barrier}k{first_keys}"
+def is_forward(problem: Problem) -> bool:
+    return problem.kind == "fwd"
+
+
+def shapes(problem: Problem) -> Iterator[str]:
+    dims = (problem.head_dim + 15) // 16 * 16
+    in_registers = sorted({dims, dims * 5 // 8 // 16 * 16})
+    for warps, rows, n, q in itertools.product(WARPS, ROWS_PER_WARP, COLUMNS, in_registers):
+        yield f"m{warps * rows}n{n}w{warps}q{q}"
+
+
+def schedules(problem: Problem) -> Iterator[str]:
+    for load, barrier in itertools.combinations(range(9), 2):
+        for first_keys in range(barrier, 9) if is_forward(problem) else [8]:
+            yield f"l{load}b{barrier}k{first_keys}"
+
+
+def shape_of(tile: str) -> str:
+    return tile[: tile.index("l")]
+
+
+def judge_tile(args: argparse.Namespace, problem: Problem, tile: str) -> Judged | None:
+    """None where the tile is not legal for the problem, or the model has nothing to say, which is told."""
+    nvrtc = ["--nvrtc", args.nvrtc] if args.nvrtc else []
+    done = subprocess.run(
+        [args.program, "model", *problem.flags(), "--tile", tile, *nvrtc, "--json"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        if f"--tile is '{tile}'" not in done.stderr:
+            print(f"{problem} {tile}: {done.stderr.strip()}", file=sys.stderr)
+        return None
+    said = json.loads(done.stdout)
+    cost = said["cycles_of_a_block"][-1]
+    return Judged(
+        said["tile"],
+        round(said["useful"], 4),
+        round(said["useful_under_stress"], 4),
+        [round(cost[name]) for name in ("block", "iteration", "masked_iteration")],
+        len(said["cycles_of_a_block"]),
+        said["registers"],
+        said["spill_stores"] + said["spill_loads"],
+        said["built_by"],
+    )
 
 
 def default_tiles(args: argparse.Namespace, problem: Problem) -> list[str]:
@@ -64,107 +107,90 @@ def default_tiles(args: argparse.Namespace, problem: Problem) -> list[str]:
     return subprocess.check_output(command, text=True).split()
 
 
-def judge_tile(args: argparse.Namespace, problem: Problem, tile: str) -> Judged | None:
-    """None where the tile is not legal for the problem."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin, resources = Path(folder, "kernel.cubin"), Path(folder, "resources.json")
-        files = ["--emit", "cubin", "-o", str(cubin), "--resources", str(resources)]
-        made = subprocess.run(
-            [args.program, "inspect", *problem.flags(), "--tile", tile, *files],
-            check=False,
-            capture_output=True,
-            text=True,
-        )
-        if made.returncode != 0:
-            if f"--tile is '{tile}'" in made.stderr:
-                return None
-            sys.exit(f"{problem} {tile}: {made.stderr}")
-        facts = json.loads(resources.read_text())
-        command = args.judge.format(cubin=cubin, **facts)
-        useful, stress = (
-            json.loads(subprocess.check_output(shlex.split(command + end), text=True))["useful"]
-            for end in ("", " --stress")
-        )
-    return Judged(
-        facts["tile"],
-        round(useful, 4),
-        round(stress, 4),
-        facts["registers"],
-        facts["spill_stores"] + facts["spill_loads"],
-        facts["built_by"],
-    )
+class Search:
+    """Of one problem."""
+
+    def __init__(self, args: argparse.Namespace, problem: Problem, pool: ThreadPoolExecutor):
+        self._args, self._problem, self._pool = args, problem, pool
+        self._defaults = default_tiles(args, problem)
+        self._judged: dict[str, Judged | None] = {}
+
+    def judge(self, tiles: Iterable[str]) -> None:
+        new = [tile for tile in dict.fromkeys(tiles) if tile not in self._judged]
+        judged = self._pool.map(lambda tile: judge_tile(self._args, self._problem, tile), new)
+        self._judged.update(zip(new, judged))
+
+    def best(self) -> list[Judged]:
+        return sorted(filter(None, self._judged.values()), key=lambda tile: (-tile.useful, tile.tile))
+
+    def search(self) -> None:
+        problem = self._problem
+        few = FORWARD_SCHEDULES if is_forward(problem) else BACKWARD_SCHEDULES
+        ends = [f"l{load}b{barrier}k{first_keys}" for load, barrier, first_keys in few]
+        self.judge(self._defaults)
+        self.judge(shape + end for shape in shapes(problem) for end in ends)
+        best_shapes = list(dict.fromkeys(shape_of(tile.tile) for tile in self.best()))[: self._args.refined]
+        self.judge(shape + end for shape in best_shapes for end in schedules(problem))
+
+    def record(self) -> dict[str, Any]:
+        judged = self.best()
+        record = {**self._problem._asdict(), "tried": len(judged)}
+        if self._args.tiles == "space":
+            record["refined"] = self._args.refined
+        kept = [tile for i, tile in enumerate(judged) if i < KEPT or tile.tile in self._defaults]
+        return {**record, "best": [tile._asdict() for tile in kept]}
 
 
-def judge_all(args: argparse.Namespace, problem: Problem, tiles: list[str], pool: ThreadPoolExecutor) -> dict[str, Any]:
-    """The record of a problem: which tiles were tried, as far as the time went, and the best of them."""
-    end = time.monotonic() + args.seconds
-
-    def judge(tile: str) -> Judged | None:
-        return judge_tile(args, problem, tile) if time.monotonic() < end else None
-
-    judged = sorted(filter(None, pool.map(judge, tiles)), key=lambda tile: -tile.useful)
-    record = {**problem._asdict(), "tried": len(judged)}
-    if args.tiles == "space":
-        record["space"] = {name: getattr(args, name) for name in ("block_m", "block_n", "warps", "register_dims")}
-    record["best"] = [tile._asdict() for tile in judged[:KEPT]]
-    return record
-
-
-def merge(path: Path, record: dict[str, Any]) -> None:
-    """Puts the record into the file, in the place of the problem's; tiles found earlier stay if they are others."""
+def merge(folder: Path, record: dict[str, Any]) -> None:
+    """Puts the record into the file of its kind, in the place of the problem's."""
+    path = folder / f"{record['kind']}.json"
     records = json.loads(path.read_text()) if path.exists() else []
-    for old in [r for r in records if all(r[name] == record[name] for name in Problem._fields)]:
-        records.remove(old)
-        judged_anew = {tile["tile"] for tile in record["best"]}
-        record["best"] += [tile for tile in old["best"] if tile["tile"] not in judged_anew]
-        record["best"].sort(key=lambda tile: -tile["useful"])
-        record = {**old, **record, "tried": max(record["tried"], old["tried"], len(record["best"]))}
-    records.append(record)
+    records = [r for r in records if any(r[name] != record[name] for name in Problem._fields)] + [record]
     records.sort(key=lambda r: [str(r[name]).zfill(4) for name in Problem._fields])
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(r) for r in records)
     path.write_text(f"[\n{lines}\n]\n")
 
 
+def words(text: str) -> list[str]:
+    return text.split(",")
+
+
 def numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+    return [int(word) for word in words(text)]
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", required=True, help="as for `flash-attn-jit inspect`")
+    parser.add_argument("--kinds", required=True, type=words, help="as for `flash-attn-jit model`")
     parser.add_argument("--head-dims", required=True, type=numbers)
-    parser.add_argument("--masks", default="full,causal")
+    parser.add_argument("--masks", type=words, default=["full", "causal"])
     parser.add_argument("--features", default="", help="more flags of the kernel, such as '--alibi'")
     parser.add_argument(
         "--tiles", default="space", help="space (search it), default (the program's own), or a list with commas"
     )
-    parser.add_argument("--block-m", type=numbers, default=[64, 128, 256])
-    parser.add_argument("--block-n", type=numbers, default=[8, 16, 24, 32])
-    parser.add_argument("--warps", type=numbers, default=[4, 8])
-    parser.add_argument("--register-dims", type=numbers, default=[], help="default: all dims of the head")
-    parser.add_argument("--judge", required=True)
+    parser.add_argument("--refined", type=int, default=2, help="shapes of which every schedule is tried")
     parser.add_argument("--program", default="flash-attn-jit")
+    parser.add_argument("--nvrtc", help="as for `flash-attn-jit model`")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--seconds", type=float, default=600, help="for each problem; what is tried first is drawn")
-    parser.add_argument("--records", type=Path, help="JSON file in which the problems' records are replaced")
-    return parser.parse_args()
+    parser.add_argument("--records", type=Path, help="folder of the files in which the problems' records are replaced")
+    args = parser.parse_args()
+    if args.tiles not in ("space", "default") and not re.fullmatch(r"(m\d+n\d+w\d+q\d+l\db\dk\d,?)+", args.tiles):
+        parser.error(f"--tiles is '{args.tiles}'; accepted: space, default, or tiles with commas")
+    return args
 
 
 def main() -> None:
     args = parse()
-    every_dim = not args.register_dims
     with ThreadPoolExecutor(args.jobs) as pool:
-        for head_dim, mask in itertools.product(args.head_dims, args.masks.split(",")):
-            if every_dim:
-                args.register_dims = [(head_dim + 15) // 16 * 16]
-            problem = Problem(args.kind, head_dim, mask, args.features)
+        for mask, kind, head_dim in itertools.product(args.masks, args.kinds, args.head_dims):
+            problem = Problem(kind, head_dim, mask, args.features)
+            search = Search(args, problem, pool)
             if args.tiles == "space":
-                tiles = list(tile_space(args))
-                random.Random(1).shuffle(tiles)
+                search.search()
             else:
-                tiles = default_tiles(args, problem) if args.tiles == "default" else args.tiles.split(",")
-            record = judge_all(args, problem, tiles, pool)
+                search.judge(default_tiles(args, problem) if args.tiles == "default" else words(args.tiles))
+            record = search.record()
             print(json.dumps(record), flush=True)
             if args.records:
                 merge(args.records, record)
