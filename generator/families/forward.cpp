@@ -32,7 +32,7 @@ constexpr std::array kLargeCausal = {
     TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 208, .schedule = {3, 7, 7}}},
 };
 
-// Where a score takes its key's position in (ALiBi).
+// Where a score takes its key's position in.
 constexpr std::array kLargePositions = {
     TileRow{32, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 32, .schedule = {2, 4, 7}}},
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 5, 8}}},
@@ -68,7 +68,7 @@ constexpr std::array kSmall = {
     TileRow{256, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 192, .schedule = {2, 8, 8}}},
 };
 
-// With a window, ALiBi or cu_seqlens some large tiles spill at head dims 112 and 128: with all three 280 bytes at 128, the
+// With a window, positions in scores or cu_seqlens some large tiles spill at head dims 112 and 128: with all three 280 bytes at 128, the
 // others up to 100 (NVRTC 12.9).
 TileTables tiles(const KernelSpec& spec) {
   if (spec.access == GlobalAccess::kElement2B) return {TileTableList{kLargeElement}, TileTableList{kSmall}};

@@ -195,14 +195,15 @@ class autotune:
     """Tunes what it meets: ``with flash_attn_jit.autotune(budget_seconds=300) as tuning: model(batch)``.
 
     A call inside of the with block whose problem class has no measured record yet is tuned before it runs, each kernel
-    once (forward, and the three of a backward pass), as :func:`tune` would; so the first call takes long, and from then
-    on it is as fast as it will be. The records stay: later calls and later processes use them, and a second run finds
-    nothing left to tune. It is the whole process's, and counts for the calls of all threads; it does not nest.
+    once (forward, and the three or the one of a backward pass), as :func:`tune` would; so the first call takes long,
+    and from then on it is as fast as it will be. The records stay: later calls and later processes use them, and a
+    second run finds nothing left to tune. It is the whole process's, and counts for the calls of all threads; it does
+    not nest.
 
     Never inside stream capture: a problem that is met there first is left untuned, with one warning. Problems that do
     not fit into the budget, or that find the GPU's memory too full for a second set of tensors, are left so too. CPU
     tensors, which the interpreter runs, have nothing to tune, which is said once. A window is measured at a quarter of
-    the keys, ALiBi and softcap at usual values, sequences of ``cu_seqlens`` at their greatest length.
+    the keys, score features at usual values, sequences of ``cu_seqlens`` at their greatest length.
 
     Ctrl-C ends the tuning at hand with KeyboardInterrupt and keeps what was measured; in a backward pass, which torch
     runs in a thread of its own, it is heard when the kernel at hand is done.

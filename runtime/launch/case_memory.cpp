@@ -33,12 +33,10 @@ CaseMemory::CaseMemory(Driver& driver, const AttentionCase& attention, const Cas
       attention_(attention),
       q_elements_(attention.statistics() * attention.spec.head_dim),
       k_elements_(attention.rows_k() * attention.num_heads_k * attention.spec.head_dim),
-      slopes_(driver, static_cast<std::size_t>(4 * attention.num_heads)),
+      head_numbers_(driver, static_cast<std::size_t>(4 * attention.num_heads)),
       cu_seqlens_q_(driver, static_cast<std::size_t>(4 * (attention.batch + 1))),
       cu_seqlens_k_(driver, static_cast<std::size_t>(4 * (attention.batch + 1))) {
-  std::vector<float> slopes;
-  for (std::int64_t h = 0; h < attention.num_heads; ++h) slopes.push_back(static_cast<float>(attention.alibi_slope(h)));
-  driver.copy_to_device(slopes_.data(), slopes.data(), slopes_.bytes());
+  driver.copy_to_device(head_numbers_.data(), attention.head_numbers().data(), head_numbers_.bytes());
   std::vector<int> ends_q, ends_k;
   for (std::int64_t b = 0; b <= attention.batch; ++b) {
     ends_q.push_back(static_cast<int>(b * attention.seqlen_q));
@@ -105,12 +103,7 @@ TensorView CaseMemory::view(const Driver::Memory& memory, bool is_query) const {
 }
 
 AttentionOptions CaseMemory::options() const {
-  AttentionOptions options;
-  options.softmax_scale = attention_.softmax_scale();
-  options.mask = attention_.spec.mask;
-  options.window = attention_.window();
-  options.softcap = attention_.softcap();
-  if (attention_.spec.has(Feature::kAlibi)) options.alibi = PerHead{static_cast<const float*>(slopes_.data()), 0};
+  AttentionOptions options = attention_.options(static_cast<const float*>(head_numbers_.data()));
   if (attention_.spec.has(Feature::kVarlen))
     options.varlen =
         Varlen{static_cast<const int*>(cu_seqlens_q_.data()), static_cast<const int*>(cu_seqlens_k_.data()),

@@ -53,7 +53,7 @@ class CaseMemory {
   Driver& driver_;
   AttentionCase attention_;
   std::int64_t q_elements_, k_elements_;
-  Driver::Memory slopes_, cu_seqlens_q_, cu_seqlens_k_;
+  Driver::Memory head_numbers_, cu_seqlens_q_, cu_seqlens_k_;
   std::vector<Copy> copies_;
 };
 

@@ -13,10 +13,16 @@ namespace {
 
 constexpr std::int64_t kNumbers = 1048573;  // a prime
 constexpr std::int64_t kTensorOffset = 262147;
+constexpr double kSoftcap = 30;
 
 // More than the rows of two blocks, and more columns than three iterations have.
 constexpr std::int64_t kSmallSeqlenQ = 277, kSmallSeqlenK = 333;
 constexpr std::int64_t kManyDims = 1024;  // heads x head_dim beyond which one batch entry has to do
+
+// As models have them.
+float alibi_slope(std::int64_t h, std::int64_t num_heads) {
+  return static_cast<float>(std::exp2(-8.0 * static_cast<double>(h + 1) / static_cast<double>(num_heads)));
+}
 
 double uniform(std::mt19937_64& random) { return (static_cast<double>(random() >> 11) + 0.5) * 0x1p-53; }
 
@@ -27,8 +33,32 @@ Window AttentionCase::window() const {
   return {std::max<std::int64_t>(seqlen_k / 4, 1), 0};
 }
 
-double AttentionCase::alibi_slope(std::int64_t h) const {
-  return std::exp2(-8.0 * static_cast<double>(h + 1) / static_cast<double>(num_heads));
+std::vector<float> AttentionCase::head_numbers() const {
+  std::vector<float> slopes;
+  for (std::int64_t h = 0; h < num_heads; ++h) slopes.push_back(alibi_slope(h, num_heads));
+  return slopes;
+}
+
+AttentionOptions AttentionCase::options(const float* head_numbers) const {
+  AttentionOptions options;
+  options.softmax_scale = softmax_scale();
+  options.mask = spec.mask;
+  options.window = window();
+  options.softcap = spec.has(Feature::kSoftcap) ? kSoftcap : 0;
+  if (spec.has(Feature::kAlibi)) options.alibi = PerHead{head_numbers, 0};
+  return options;
+}
+
+AttentionCase::Score AttentionCase::score(double product, std::int64_t h, std::int64_t i, std::int64_t j) const {
+  const double scaled = softmax_scale() * product;
+  Score score{scaled, 1};
+  if (spec.has(Feature::kSoftcap)) {
+    const double tanh = std::tanh(scaled / kSoftcap);
+    score = {kSoftcap * tanh, 1 - tanh * tanh};
+  }
+  if (spec.has(Feature::kAlibi))
+    score.value -= alibi_slope(h, num_heads) * static_cast<double>(std::abs(i + seqlen_k - seqlen_q - j));
+  return score;
 }
 
 std::int64_t AttentionCase::statistic_at(std::int64_t b, std::int64_t h, std::int64_t i) const {

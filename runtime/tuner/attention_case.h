@@ -16,10 +16,18 @@ struct AttentionCase {
   KernelSpec spec;  // the tile says nothing
   std::int64_t batch = 0, num_heads = 0, num_heads_k = 0, seqlen_q = 0, seqlen_k = 0;
 
-  double softmax_scale() const { return default_softmax_scale(spec.head_dim); }
-  double softcap() const { return spec.has(Feature::kSoftcap) ? 30 : 0; }
   Window window() const;  // a quarter of the keys, up to the diagonal
-  double alibi_slope(std::int64_t h) const;
+
+  // What features read of each query head: a number. On the device they lie at `head_numbers`.
+  std::vector<float> head_numbers() const;
+  AttentionOptions options(const float* head_numbers) const;
+
+  // What becomes of the product q k of query i of head h and key j, with the same options in float64.
+  struct Score {
+    double value, derivative;  // by the scaled product
+  };
+  Score score(double product, std::int64_t h, std::int64_t i, std::int64_t j) const;
+  double softmax_scale() const { return default_softmax_scale(spec.head_dim); }
 
   bool is_backward() const { return spec.kind != KernelKind::kForward; }
   std::int64_t rows_q() const { return batch * seqlen_q; }

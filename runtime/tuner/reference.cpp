@@ -52,17 +52,7 @@ double CaseReference::dot(const float* x, const float* y) const {
 }
 
 CaseReference::Score CaseReference::score(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const {
-  const double scaled =
-      attention_.softmax_scale() * dot(query_row(CaseTensor::kQ, b, h, i), key_row(CaseTensor::kK, b, h / group(), j));
-  Score score{scaled, 1};
-  if (const double cap = attention_.softcap(); cap > 0) {
-    const double tanh = std::tanh(scaled / cap);
-    score = {cap * tanh, 1 - tanh * tanh};
-  }
-  if (attention_.spec.has(Feature::kAlibi))
-    score.value -= static_cast<float>(attention_.alibi_slope(h)) *
-                   static_cast<double>(std::abs(i + attention_.seqlen_k - attention_.seqlen_q - j));
-  return score;
+  return attention_.score(dot(query_row(CaseTensor::kQ, b, h, i), key_row(CaseTensor::kK, b, h / group(), j)), h, i, j);
 }
 
 ForwardRow CaseReference::forward(std::int64_t b, std::int64_t h, std::int64_t i) const {

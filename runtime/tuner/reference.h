@@ -44,9 +44,7 @@ class CaseReference {
   KeyGradientRow dkdv(std::int64_t b, std::int64_t head_k, std::int64_t j, const GivenStatistics& given) const;
 
  private:
-  struct Score {
-    double value, derivative;
-  };
+  using Score = AttentionCase::Score;
   Score score(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const;
   double dot(const float* x, const float* y) const;
   const float* query_row(CaseTensor tensor, std::int64_t b, std::int64_t h, std::int64_t i) const;

@@ -80,14 +80,8 @@ TEST_CASE("forward rows of a case are those of the tests' reference, with every 
     fill(k, CaseTensor::kK, numbers);
     fill(v, CaseTensor::kV, numbers);
     AttentionProblem problem{&q, &k, &v, {}};
-    problem.options.softmax_scale = attention.softmax_scale();
-    problem.options.mask = attention.spec.mask;
-    problem.options.window = attention.window();
-    problem.options.softcap = attention.softcap();
-    std::vector<float> slopes;
-    for (std::int64_t h = 0; h < attention.num_heads; ++h)
-      slopes.push_back(static_cast<float>(attention.alibi_slope(h)));
-    if (attention.spec.has(Feature::kAlibi)) problem.options.alibi = PerHead{slopes.data(), 0};
+    const std::vector<float> head_numbers = attention.head_numbers();
+    problem.options = attention.options(head_numbers.data());
     const AttentionResult expected = attention_float64(problem);
     const AttentionResult emulated = attention_emulated(problem, 0);
     const CaseReference reference(attention, numbers);
