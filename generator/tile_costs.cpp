@@ -25,7 +25,8 @@ constexpr std::array kKinds = {KernelKind::kForward, KernelKind::kBackwardDkDv, 
 static_assert(std::size(kCosts) == kKinds.size() * kAllMasks.size() * kDimSteps);
 
 int distance(const TileCost& cost, const TileConfig& tile) {
-  return 32 * std::abs(cost.block_m - tile.block_m) + std::abs(cost.warps - tile.warps);
+  return 1000 * std::abs(cost.block_m - tile.block_m) + 100 * std::abs(cost.warps - tile.warps) +
+         std::abs(cost.block_n - tile.block_n);
 }
 
 }  // namespace

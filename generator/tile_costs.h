@@ -11,9 +11,9 @@ struct BlockCycles {
 };
 
 struct TileCost {
-  int block_m = 0, warps = 0;  // of the tile
-  int resident = 0;            // blocks that share a multiprocessor
-  BlockCycles alone, sharing;  // of a block that has it to itself, and of each of `resident`
+  int block_m = 0, block_n = 0, warps = 0;  // of the tile
+  int resident = 0;                         // blocks that share a multiprocessor
+  BlockCycles alone, sharing;               // of a block that has it to itself, and of each of `resident`
 };
 
 // Of `tile` for the spec's kind, mask and head dim. Features change the cost of all tiles: those of plain kernels are

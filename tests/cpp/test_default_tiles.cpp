@@ -91,6 +91,7 @@ TEST_CASE("every default tile has a cost of its own") {
         for (const TileConfig& tile : default_tiles(spec)) {
           const TileCost& cost = tile_cost(spec, tile);
           CHECK(cost.block_m == tile.block_m);
+          CHECK(cost.block_n == tile.block_n);
           CHECK(cost.warps == tile.warps);
           CHECK(cost.resident >= 1);
           CHECK(cost.alone.iteration > 0);

@@ -55,8 +55,8 @@ def text_of(prediction: dict[str, Any]) -> str:
         "{" + ", ".join(str(round(cost[name])) for name in ("block", "iteration", "masked_iteration")) + "}"
         for cost in (costs[0], costs[-1])
     )
-    rows, warps = re.match(r"m(\d+)n\d+w(\d+)", prediction["tile"]).groups()  # type: ignore[union-attr]
-    return f"{{{rows}, {warps}, {len(costs)}, {alone}, {sharing}}}"
+    rows, columns, warps = re.match(r"m(\d+)n(\d+)w(\d+)", prediction["tile"]).groups()  # type: ignore[union-attr]
+    return f"{{{rows}, {columns}, {warps}, {len(costs)}, {alone}, {sharing}}}"
 
 
 def parse() -> argparse.Namespace:
@@ -79,7 +79,7 @@ def main() -> None:
         tiles = list(pool.map(lambda problem: default_tiles(args, problem), problems))
         jobs = [[pool.submit(cost_of, args, problem, tile) for tile in each] for problem, each in zip(problems, tiles)]
     print("// Made by tools/tile_costs. Kinds, masks and head dims in their order; of each its default tiles:")
-    print("// {rows, warps, blocks that share a multiprocessor, {block, iteration, masked iteration} alone, sharing}")
+    print("// {rows, columns, warps, blocks that share a multiprocessor, {block, iteration, masked iteration} alone, sharing}")
     for problem, predictions in zip(problems, jobs):
         row = ", ".join(text_of(job.result()) for job in predictions)
         print(f"{{{{{row}}}}},  // {problem}")
