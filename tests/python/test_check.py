@@ -9,6 +9,7 @@ import torch
 from attention_reference import attention, exact_gradients, normal
 from conftest import run_module
 
+import flash_attn_jit
 from flash_attn_jit._reference import Scores, exact_attention
 from flash_attn_jit.bench import prediction
 from flash_attn_jit.bench.problem import BACKWARD, FORWARD, Problem
@@ -44,6 +45,13 @@ def test_a_query_without_keys_has_no_output():
     k, v = (normal(2, 1, 8, seed=seed) for seed in (2, 3))
     found = exact_attention(q, k, v, dout, Scores(causal=True))
     assert (found["out"].value[:3] == 0).all() and all(exact.value.isfinite().all() for exact in found.values())
+
+
+@pytest.mark.parametrize(("name", "kernel"), [("few keys", "bwd_all_keys"), ("full", "bwd_dq")])
+def test_every_way_of_the_backward_pass_is_checked(name, kernel):
+    case = next(case for case in cases.cases() if case.name == name and case.head_dim == 64)
+    cases._run(case, cases._inputs(case, "cpu"), "cpu")
+    assert kernel in flash_attn_jit.interpreter_report().kernel
 
 
 CASE = cases.Case("causal", head_dim=32, causal=True).small()
@@ -87,7 +95,7 @@ def test_every_family_is_among_the_cases():
         lambda case: case.head_dim > 128,
     ):
         assert any(has(case) for case in found)
-    assert len(cases.small_cases()) == 10 and all(sum(case.seqlens_q) < 200 for case in cases.small_cases())
+    assert len(cases.small_cases()) == 12 and all(sum(case.seqlens_q) < 200 for case in cases.small_cases())
 
 
 def test_the_check_in_the_interpreter(tmp_path):

@@ -79,7 +79,8 @@ def main() -> None:
         tiles = list(pool.map(lambda problem: default_tiles(args, problem), problems))
         jobs = [[pool.submit(cost_of, args, problem, tile) for tile in each] for problem, each in zip(problems, tiles)]
     print("// Made by tools/tile_costs. Kinds, masks and head dims in their order; of each its default tiles:")
-    print("// {rows, columns, warps, blocks that share a multiprocessor, {block, iteration, masked iteration} alone, sharing}")
+    print("// {rows, columns, warps, blocks that share a multiprocessor,")
+    print("//  {block, iteration, masked iteration} alone, sharing}")
     for problem, predictions in zip(problems, jobs):
         row = ", ".join(text_of(job.result()) for job in predictions)
         print(f"{{{{{row}}}}},  // {problem}")

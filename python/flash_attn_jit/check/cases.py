@@ -54,6 +54,8 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "causal, longer keys": {"causal": True, "seqlens_k": (500,)},
     "causal, grouped heads": {"causal": True, "heads_k": 1},
+    "few keys": {"seqlens_k": (33,)},
+    "few keys, window, grouped heads": {"seqlens_q": (128,), "seqlens_k": (60,), "window": (30, 5), "heads_k": 2},
     "window": {"window": (100, 40)},
     "softcap, causal": {"softcap": 20.0, "causal": True},
     "ALiBi, causal": {"alibi": True, "causal": True},
