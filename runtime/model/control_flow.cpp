@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 #include <queue>
 
 namespace flash_attn_jit {
@@ -17,12 +18,43 @@ bool contains(const CodeLoop& outer, const CodeLoop& inner) {
   return outer.first <= inner.first && inner.last <= outer.last;
 }
 
-// From `at` on to the exit; branches are taken where they must be. A loop that ends by an exit, with a branch back behind
-// it, is gone through once.
-Stream fall_through(const MachineCode& code, std::size_t at) {
+constexpr std::size_t kNowhere = std::numeric_limits<std::size_t>::max();
+
+// The fewest instructions from `begin` to one that `is_end` accepts, which is not among them; nothing where none is reached.
+template <class IsEnd>
+std::optional<Stream> shortest(const MachineCode& code, std::size_t begin, IsEnd is_end) {
+  std::vector<std::size_t> from(code.instructions.size(), kNowhere);
+  std::queue<std::size_t> reached;  // in the order of their distance: each instruction is one step
+  from.at(begin) = begin;
+  for (reached.push(begin); !reached.empty() && !is_end(reached.front()); reached.pop()) {
+    const std::size_t at = reached.front();
+    const Instruction& instruction = code.instructions[at];
+    const auto go = [&](std::size_t next) {
+      if (next >= from.size() || from[next] != kNowhere) return;
+      from[next] = at;
+      reached.push(next);
+    };
+    if (ends(instruction)) continue;
+    if (is_branch(instruction)) go(target_of(instruction));
+    if (!is_branch(instruction) || !instruction.always) go(at + 1);
+  }
+  if (reached.empty()) return std::nullopt;
+  Stream stream;
+  for (std::size_t at = reached.front(); at != begin;) {
+    at = from[at];
+    stream.push_back(&code.instructions[at]);
+  }
+  std::ranges::reverse(stream);
+  return stream;
+}
+
+// From `begin` on to the exit; branches are taken where they must be. A loop that ends by an exit, with a branch back behind
+// it, is gone through once. Where that leads round and round, because what must be jumped over lies behind a branch that
+// need not be taken, it is the shortest way.
+Stream fall_through(const MachineCode& code, std::size_t begin) {
   Stream stream;
   std::size_t to_last_exit = 0;
-  while (at < code.instructions.size() && stream.size() <= code.instructions.size()) {
+  for (std::size_t at = begin; at < code.instructions.size() && stream.size() <= code.instructions.size();) {
     const Instruction& instruction = code.instructions[at];
     stream.push_back(&instruction);
     if (instruction.is("EXIT")) to_last_exit = stream.size();
@@ -34,6 +66,9 @@ Stream fall_through(const MachineCode& code, std::size_t at) {
     }
     at = jumps ? target_of(instruction) : at + 1;
   }
+  const auto is_exit = [&](std::size_t at) { return code.instructions[at].is("EXIT"); };
+  if (begin < code.instructions.size())
+    if (const auto way = shortest(code, begin, is_exit)) return *way;
   throw MachineCodeError("the way through the kernel reaches no exit");
 }
 
@@ -65,30 +100,9 @@ Stream stream_of(const MachineCode& code, const CodeLoop& loop) {
 }
 
 Stream path_to(const MachineCode& code, const CodeLoop& loop) {
-  constexpr std::size_t kNowhere = std::numeric_limits<std::size_t>::max();
-  std::vector<std::size_t> from(code.instructions.size(), kNowhere);
-  std::queue<std::size_t> reached;  // in the order of their distance: each instruction is one step
-  from.at(0) = 0;
-  for (reached.push(0); !reached.empty() && reached.front() != loop.first; reached.pop()) {
-    const std::size_t at = reached.front();
-    const Instruction& instruction = code.instructions[at];
-    const auto go = [&](std::size_t next) {
-      if (next >= from.size() || from[next] != kNowhere) return;
-      from[next] = at;
-      reached.push(next);
-    };
-    if (ends(instruction)) continue;
-    if (is_branch(instruction)) go(target_of(instruction));
-    if (!is_branch(instruction) || !instruction.always) go(at + 1);
-  }
-  if (loop.first != 0 && from[loop.first] == kNowhere) throw MachineCodeError("no way leads to the kernel's main loop");
-  Stream stream;
-  for (std::size_t at = loop.first; at != 0;) {
-    at = from[at];
-    stream.push_back(&code.instructions[at]);
-  }
-  std::ranges::reverse(stream);
-  return stream;
+  const auto way = shortest(code, 0, [&](std::size_t at) { return at == loop.first; });
+  if (!way) throw MachineCodeError("no way leads to the kernel's main loop");
+  return *way;
 }
 
 Stream path_from(const MachineCode& code, const CodeLoop& loop) { return fall_through(code, loop.last + 1); }
