@@ -85,10 +85,11 @@ class AllKeysDq {
 
   // Queries that see no key, [query, end).
   static __device__ __forceinline__ void write_zeros(const Matrix& dq, int query, int end) {
-    constexpr int kChunksPerRow = kDims / kChunkDims;
-    for (int chunk = query * kChunksPerRow + thread_in_block(); chunk < end * kChunksPerRow; chunk += Tile::kThreads) {
-      const int dim = chunk % kChunksPerRow * kChunkDims;
-      store_chunk<Traits>(row_of(dq, chunk / kChunksPerRow) + dim, dim, Vec16{});
+    constexpr long long kChunksPerRow = kDims / kChunkDims;
+    for (long long chunk = query * kChunksPerRow + thread_in_block(); chunk < end * kChunksPerRow;
+         chunk += Tile::kThreads) {
+      const int dim = static_cast<int>(chunk % kChunksPerRow) * kChunkDims;
+      store_chunk<Traits>(row_of(dq, static_cast<int>(chunk / kChunksPerRow)) + dim, dim, Vec16{});
     }
   }
 
