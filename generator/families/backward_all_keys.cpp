@@ -17,7 +17,8 @@ constexpr std::array kLarge = {
     TileRow{128, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 128, .schedule = {0, 8, 8}}},
 };
 constexpr std::array kSmall = {
-    TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
+    TileRow{64, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 64, .schedule = {0, 8, 8}}},
+    TileRow{128, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
 };
 
 // K is all in shared memory, so that a block's keys are bounded.
