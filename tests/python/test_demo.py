@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from conftest import TESTS_ALL, needs_nvrtc_that_does_not_spill, run_module, run_python
+from conftest import TESTS_ALL, needs_nvrtc_of_the_tables, run_module, run_python
 
 from flash_attn_jit.demo import _greatest as greatest
 
@@ -57,7 +57,7 @@ def test_demo(demo):
     kernels = {tuple(row.split()[1:3]) for row in rows}
     assert f"{len(kernels)}/{len(kernels)}" in done.stderr
     assert len(list((folder / "demo-pack").glob("*.kernel"))) == len(kernels)
-    needs_nvrtc_that_does_not_spill()
+    needs_nvrtc_of_the_tables()
     assert forward_spills == {"0"}
 
 

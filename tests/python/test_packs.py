@@ -14,7 +14,7 @@ from conftest import (
     TESTS_ALL,
     environment,
     find_nvrtc,
-    needs_nvrtc_that_does_not_spill,
+    needs_nvrtc_of_the_tables,
     program_path,
     run_program,
     run_python,
@@ -47,7 +47,7 @@ def test_no_kernel_spills(major, request):
     assert {kernel["origin"] for kernel in kernels} == {"cache"}
     assert all(0 < kernel["registers"] <= 255 and f"{major}." in kernel["built_by"] for kernel in kernels)
     if major == 12:
-        needs_nvrtc_that_does_not_spill()
+        needs_nvrtc_of_the_tables()
     spills = {kernel["name"]: (kernel["spill_stores"], kernel["spill_loads"]) for kernel in kernels}
     assert {name: bytes for name, bytes in spills.items() if bytes != (0, 0)} == {}
 
@@ -138,7 +138,7 @@ def test_no_backward_kernel_spills_up_to_head_dim_96(tmp_path):
     # with 2 masks for dQ at 32 and 64 and for dK and dV at 32, with full masks for dK and dV at 64.
     between = sum({32: 4, 64: 3}.get(head_dim, 0) for head_dim in HEAD_DIMS)
     assert len(kernels) == len(HEAD_DIMS) * (2 + len(GROUPS) * sum(FEATURES.values())) + len(GROUPS) * between
-    needs_nvrtc_that_does_not_spill()
+    needs_nvrtc_of_the_tables()
     spills = {kernel["spec"]: (kernel["spill_stores"], kernel["spill_loads"]) for kernel in kernels}
     assert {spec: bytes for spec, bytes in spills.items() if bytes != (0, 0)} == {}
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import (
     environment,
     find_nvrtc,
-    needs_nvrtc_that_does_not_spill,
+    needs_nvrtc_of_the_tables,
     program_path,
     run_program,
     run_python,
@@ -64,7 +64,7 @@ def test_inspect_resources(head_dim):
     assert resources["static_smem"] + resources["dynamic_smem"] <= 64 << 10
     assert resources["useful_mma"] > 0 and resources["seconds"] > 0
     assert resources["tile"].startswith("m")
-    needs_nvrtc_that_does_not_spill()
+    needs_nvrtc_of_the_tables()
     assert (resources["spill_stores"], resources["spill_loads"]) == (0, 0)
 
 
