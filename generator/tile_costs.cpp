@@ -33,7 +33,7 @@ int distance(const TileCost& cost, const TileConfig& tile) {
 
 const TileCost& tile_cost(const KernelSpec& spec, const TileConfig& tile) {
   const auto kind = std::ranges::find(kKinds, spec.kind);
-  if (kind == kKinds.end()) throw Error("there are no costs for a kernel without a main loop: " + spec.text());
+  if (kind == kKinds.end()) throw Error("there are no costs for this kind of kernel: " + spec.text());
   const auto mask = static_cast<std::size_t>(std::ranges::find(kAllMasks, spec.mask) - kAllMasks.begin());
   const auto place = static_cast<std::size_t>(kind - kKinds.begin()) * kAllMasks.size() + mask;
   const TileCosts& costs = kCosts[place * kDimSteps + static_cast<std::size_t>(spec.padded_head_dim() / 16 - 1)];

@@ -78,11 +78,6 @@ Problem problem_of(const AttentionCase& attention, int multiprocessors) {
           width(attention.window().left) + width(attention.window().right) + 1};
 }
 
-AttentionCase measured_case(const TuningRecord& record) {
-  return {record.key.problem.spec, record.batch,    record.num_heads,
-          record.num_heads_k,      record.seqlen_q, record.seqlen_k};
-}
-
 AttentionCase small_case(const AttentionCase& whole) {
   AttentionCase small = whole;
   small.num_heads_k = 1;

@@ -45,9 +45,6 @@ struct AttentionCase {
 // What its class follows from.
 Problem problem_of(const AttentionCase& attention, int multiprocessors);
 
-// Of what a record says was measured.
-AttentionCase measured_case(const TuningRecord& record);
-
 // Like `whole`, but small enough for float64 on the CPU, and with more rows than any tile has, none of them full.
 AttentionCase small_case(const AttentionCase& whole);
 
