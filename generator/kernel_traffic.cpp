@@ -5,20 +5,22 @@
 namespace flash_attn_jit {
 namespace {
 
-constexpr double kElementBytes = 2, kStatisticBytes = 4;  // fp16; softmax_lse and delta are float32
+constexpr double kElementBytes = 2, kNumberBytes = 4;  // fp16; float32
 
 }  // namespace
 
+RowTraffic row_traffic(KernelKind kind) {
+  const KernelResults& made = family_of(kind).results;
+  const bool has_scores = family_of(kind).products > 0;
+  return {.query_rows = (has_scores ? 2 : 1) + (made.delta ? 1 : 0) + (made.dq ? 1 : 0),  // q; out or dout; out; dq
+          .key_rows = (has_scores ? 2 : 0) + (made.dkdv ? 2 : 0),                         // k, v; dk, dv
+          .query_numbers = has_scores && !made.out ? 2 : 1};                              // softmax_lse, delta
+}
+
 double kernel_traffic(const KernelSpec& spec, double queries, double keys) {
-  const KernelFamily& family = family_of(spec.kind);
-  const KernelResults& made = family.results;
-  const bool has_scores = family.products > 0;
-  // q with out or dout; out for delta; dq. softmax_lse, and in backward delta. k and v, dk and dv.
-  const int query_rows = (has_scores ? 2 : 1) + (made.delta ? 1 : 0) + (made.dq ? 1 : 0);
-  const int statistics = has_scores && !made.out ? 2 : 1;
-  const int key_rows = (has_scores ? 2 : 0) + (made.dkdv ? 2 : 0);
+  const RowTraffic rows = row_traffic(spec.kind);
   const double row_bytes = spec.head_dim * kElementBytes;
-  return queries * (query_rows * row_bytes + statistics * kStatisticBytes) + keys * key_rows * row_bytes;
+  return queries * (rows.query_rows * row_bytes + rows.query_numbers * kNumberBytes) + keys * rows.key_rows * row_bytes;
 }
 
 }  // namespace flash_attn_jit

@@ -5,6 +5,13 @@
 
 namespace flash_attn_jit {
 
+// Rows of head_dim elements for each query and for each key, and float32 numbers for each query.
+struct RowTraffic {
+  int query_rows, key_rows, query_numbers;
+};
+
+RowTraffic row_traffic(KernelKind kind);
+
 // Bytes. `queries` are rows of q, of all heads and sequences; `keys` of k.
 double kernel_traffic(const KernelSpec& spec, double queries, double keys);
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 #include <optional>
 
@@ -125,7 +126,9 @@ class DefaultTileChooser final : public TileChooser {
     require_head_dim(spec.head_dim);
     const DefaultChoice choice = choose_default(spec, problem);
     if (choice.tile) return *choice.tile;
-    throw Error("no default tile is for '" + spec.text() + "' with " + std::to_string(problem.seqlen_k) + " keys");
+    throw UnsupportedError("seqlen_k is " + std::to_string(problem.seqlen_k) + " with kind " +
+                           std::string(to_text(spec.kind)) + " at head_dim " + std::to_string(spec.head_dim) +
+                           ", which has no default tile with as many rows");
   }
 };
 
@@ -149,10 +152,12 @@ bool takes_all_keys(KernelSpec spec, const Problem& problem) {
     return std::max(choose_default(spec, problem).cycles,
                     kernel_traffic(spec, queries, keys) / (kDramBytesPerCycle * problem.multiprocessors));
   };
+  const double of_one = cycles(KernelKind::kBackwardAllKeys);
+  if (std::isinf(of_one)) return false;  // no tile has the rows: most problems, of which nothing more is asked
   double of_three = 2 * kLaunchGap;
   for (const KernelKind kind : {KernelKind::kBackwardPreprocess, KernelKind::kBackwardDkDv, KernelKind::kBackwardDq})
     of_three += cycles(kind);
-  return cycles(KernelKind::kBackwardAllKeys) <= of_three;
+  return of_one <= of_three;
 }
 
 const TileChooser& default_tile_chooser() {

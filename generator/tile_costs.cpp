@@ -5,7 +5,7 @@
 #include <cstdlib>
 
 #include "generator/errors.h"
-#include "generator/legality.h"
+#include "generator/families/families.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -19,10 +19,15 @@ constexpr TileCosts kCosts[] = {
 #include "generator/tile_costs.inc"
 };
 
-// The kinds that the data has, in its order; a kernel without a main loop has one tile.
-constexpr std::array kKinds = {KernelKind::kForward, KernelKind::kBackwardDkDv, KernelKind::kBackwardDq,
-                               KernelKind::kBackwardAllKeys};
-static_assert(std::size(kCosts) == kKinds.size() * kAllMasks.size() * kDimSteps);
+// Where the data of a kind begin: they stand in the order of the kinds, without those that have no main loop.
+std::size_t first_of(KernelKind kind) {
+  std::size_t before = 0;
+  for (const KernelKind other : kKernelKinds) {
+    if (other == kind) break;
+    before += family_of(other).products > 0;
+  }
+  return before * kAllMasks.size() * kDimSteps;
+}
 
 int distance(const TileCost& cost, const TileConfig& tile) {
   return 1000 * std::abs(cost.block_m - tile.block_m) + 100 * std::abs(cost.warps - tile.warps) +
@@ -32,11 +37,15 @@ int distance(const TileCost& cost, const TileConfig& tile) {
 }  // namespace
 
 const TileCost& tile_cost(const KernelSpec& spec, const TileConfig& tile) {
-  const auto kind = std::ranges::find(kKinds, spec.kind);
-  if (kind == kKinds.end()) throw Error("there are no costs for this kind of kernel: " + spec.text());
+  if (family_of(spec.kind).products == 0)
+    throw Error("there are no costs for a kernel without a main loop: " + spec.text());
   const auto mask = static_cast<std::size_t>(std::ranges::find(kAllMasks, spec.mask) - kAllMasks.begin());
-  const auto place = static_cast<std::size_t>(kind - kKinds.begin()) * kAllMasks.size() + mask;
-  const TileCosts& costs = kCosts[place * kDimSteps + static_cast<std::size_t>(spec.padded_head_dim() / 16 - 1)];
+  const std::size_t place =
+      first_of(spec.kind) + mask * kDimSteps + static_cast<std::size_t>(spec.padded_head_dim() / 16 - 1);
+  if (place >= std::size(kCosts))
+    throw Error("generator/tile_costs.inc has no costs of kind " + std::string(to_text(spec.kind)) +
+                "; tools/tile_costs makes them");
+  const TileCosts& costs = kCosts[place];
   const TileCost* nearest = costs.data();
   for (const TileCost& cost : costs)
     if (cost.resident > 0 && distance(cost, tile) < distance(*nearest, tile)) nearest = &cost;

@@ -3,7 +3,9 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
+#include "generator/families/families.h"
 #include "generator/kernel_selection.h"
+#include "generator/kernel_traffic.h"
 #include "generator/legality.h"
 #include "python/bindings_backward.h"
 #include "python/bindings_errors.h"
@@ -94,6 +96,20 @@ std::vector<std::string> select_kernel_texts(const std::vector<std::string>& kin
   return texts;
 }
 
+// What the report and the demo are told of a kind of kernel.
+struct FamilyFacts {
+  std::string word;
+  int products;
+  RowTraffic traffic;
+};
+
+std::vector<FamilyFacts> kernel_families() {
+  std::vector<FamilyFacts> families;
+  for (const KernelKind kind : kKernelKinds)
+    families.push_back({std::string(to_text(kind)), family_of(kind).products, row_traffic(kind)});
+  return families;
+}
+
 const char* origin_text(KernelOrigin origin) {
   switch (origin) {
     case KernelOrigin::kPrebuilt:
@@ -143,6 +159,16 @@ void bind_kernel_library(py::module_& module) {
   module.def(
       "open_pack_for_writing", [](const path& dir) { return open_pack_for_writing(config(), dir); }, WithoutGil());
   module.def("write_manifest", [](const path& dir) { write_manifest(dir); }, WithoutGil());
+}
+
+void bind_kernel_families(py::module_& module) {
+  py::class_<FamilyFacts>(module, "KernelFamily", "A kind of kernel: what it multiplies and moves.")
+      .def_readonly("word", &FamilyFacts::word)
+      .def_readonly("products", &FamilyFacts::products)
+      .def_property_readonly("query_rows", [](const FamilyFacts& facts) { return facts.traffic.query_rows; })
+      .def_property_readonly("key_rows", [](const FamilyFacts& facts) { return facts.traffic.key_rows; })
+      .def_property_readonly("query_numbers", [](const FamilyFacts& facts) { return facts.traffic.query_numbers; });
+  module.def("kernel_families", &kernel_families);
 }
 
 void bind_interpreter_report(py::module_& module) {
@@ -198,6 +224,7 @@ PYBIND11_MODULE(_core, module) {
   bindings::register_error_translator();
   set_interrupt_check(&python_wants_to_stop);
   bind_interpreter_report(module);
+  bind_kernel_families(module);
   bind_kernel_library(module);
 
   module.def("connect_torch", &bindings::connect_torch, py::arg("torch"));

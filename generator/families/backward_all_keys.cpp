@@ -1,7 +1,5 @@
 // Backward where a block has all keys of a sequence: dK and dV as in their own kernel, and with them delta and dQ, whose dS is
 // there anyway: five products in the place of seven, one kernel in the place of three.
-#include <algorithm>
-
 #include "generator/families/backward_gradients.h"
 #include "generator/families/families.h"
 #include "generator/tile_layout.h"
@@ -12,6 +10,7 @@ namespace {
 
 // By what the model says of 384 heads with 128 queries and 128 keys on a T4: a block stands alone on its multiprocessor, so
 // that eight warps of 16 keys go before four of 32, and above head dim 64 shared memory leaves no room for 16 queries.
+// At 128 a causal kernel spills 4 bytes, one with a window 8.
 constexpr std::array kLarge = {
     TileRow{64, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 4, 8}}},
     TileRow{128, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 128, .schedule = {0, 8, 8}}},
@@ -24,32 +23,25 @@ constexpr std::array kSmall = {
 // K is all in shared memory, so that a block's keys are bounded.
 TileTables tiles(const KernelSpec&) { return {TileTableList{kLarge}, TileTableList{}, TileTableList{kSmall}}; }
 
-// Bytes of shared memory of a tile, as FlashBwdTile and AllKeysDq lay them out.
+// K lies in shared memory whatever the tile says, which speaks of V alone.
+constexpr GradientLayout kLayout = {.gradients = 2, .statistics_bytes = 8, .row_matrices = 1};
+
+// dS beside a slot's tiles, K, and where dQ passes through: see AllKeysDq.
 int shared_bytes(const KernelSpec& spec) {
   const TileConfig& tile = spec.tile;
   const int dims = kernel_dims(spec), steps = tile.block_n / 8;
-  const int statistics = 8 * tile.block_n, ds = steps * tile.block_m * 16;
-  const int slot = 2 * tile.block_n * row_pitch(dims) + statistics + ds;
-  const int staging = tile.block_m * row_pitch(staging_dims(dims));
-  const int keys = tile.block_m * row_pitch(dims);
   const int steps_of_part = dims / 16 >= tile.warps ? steps : 1;
-  const int dq_staging = tile.warps * steps_of_part * 8 * row_pitch(16);
-  return std::max(3 * slot, staging) + keys + shared_row_bytes(spec) + dq_staging;
+  return slots_bytes_of(kLayout, spec, steps * tile.block_m * 16) + tile.block_m * row_pitch(dims) +
+         shared_row_bytes(spec) + tile.warps * steps_of_part * 8 * row_pitch(16);
 }
 
-int registers(const KernelSpec& spec) {
-  const int m_tiles = spec.tile.rows_per_warp() / 16;
-  const int gradients = 2 * m_tiles * kernel_dims(spec) / 2;
-  const int scores = 2 * m_tiles * 4;  // S and dP of a step of 8 queries
-  return gradients + row_registers(spec) + scores + kFragmentAndAddressRegisters;
-}
+int registers(const KernelSpec& spec) { return registers_of(kLayout, spec); }
 
 std::optional<std::string> check_tile(const KernelSpec& spec) {
   const TileConfig& tile = spec.tile;
   if (tile.block_m % 32 != 0)
     return tile_name(spec) + " has " + std::to_string(tile.block_m) + " keys; accepted: multiples of 32";
-  if (auto reason = check_queries_per_thread(spec)) return reason;
-  return check_gradient_tile(spec);
+  return check_key_gradient_tile(spec);
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 // Backward: dK and dV of a block's keys; S = K Q^T, dP = V dO^T, dV += P dO, dK += dS Q.
 #include "generator/families/backward_gradients.h"
 #include "generator/families/families.h"
-#include "generator/tile_rules.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -71,11 +70,6 @@ constexpr GradientLayout kLayout = {.gradients = 2, .statistics_bytes = 8, .outp
 int shared_bytes(const KernelSpec& spec) { return shared_bytes_of(kLayout, spec); }
 int registers(const KernelSpec& spec) { return registers_of(kLayout, spec); }
 
-std::optional<std::string> check_tile(const KernelSpec& spec) {
-  if (auto reason = check_gradient_tile(spec)) return reason;
-  return check_queries_per_thread(spec);
-}
-
 }  // namespace
 
 constinit const KernelFamily kBackwardDkDvFamily = {.word = "bwd_dkdv",
@@ -92,7 +86,7 @@ constinit const KernelFamily kBackwardDkDvFamily = {.word = "bwd_dkdv",
                                                     .output_splits = kLayout.output_splits,
                                                     .shared_bytes = shared_bytes,
                                                     .registers = registers,
-                                                    .check_tile = check_tile,
+                                                    .check_tile = check_key_gradient_tile,
                                                     .default_tiles = tiles,
                                                     .schedules = kGradientSchedules};
 

@@ -65,8 +65,7 @@ TileTables tiles(const KernelSpec& spec) {
           TileTableList{only_if(is_plain(spec), kMedium)}, TileTableList{kSmall, kSmallGradients}};
 }
 
-constexpr GradientLayout kLayout = {
-    .gradients = 1, .statistics_bytes = 0, .output_splits = [](const KernelSpec&) { return 1; }};
+constexpr GradientLayout kLayout = {.gradients = 1, .statistics_bytes = 0};
 
 int shared_bytes(const KernelSpec& spec) { return shared_bytes_of(kLayout, spec); }
 int registers(const KernelSpec& spec) { return registers_of(kLayout, spec); }

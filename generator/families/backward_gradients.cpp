@@ -14,18 +14,22 @@ int output_dims(const GradientLayout& layout, const KernelSpec& spec) {
 
 }  // namespace
 
-int shared_bytes_of(const GradientLayout& layout, const KernelSpec& spec) {
+int slots_bytes_of(const GradientLayout& layout, const KernelSpec& spec, int more_bytes) {
   const TileConfig& tile = spec.tile;
-  const int slot = tile.block_n * (2 * row_pitch(kernel_dims(spec)) + layout.statistics_bytes);
+  const int slot = tile.block_n * (2 * row_pitch(kernel_dims(spec)) + layout.statistics_bytes) + more_bytes;
   const int staging = tile.block_m * row_pitch(std::max(staging_dims(output_dims(layout, spec)), 16));
-  return std::max(3 * slot, staging) + 2 * shared_row_bytes(spec);
+  return std::max(3 * slot, staging);
+}
+
+int shared_bytes_of(const GradientLayout& layout, const KernelSpec& spec) {
+  return slots_bytes_of(layout, spec) + layout.row_matrices * shared_row_bytes(spec);
 }
 
 int registers_of(const GradientLayout& layout, const KernelSpec& spec) {
   const int m_tiles = spec.tile.rows_per_warp() / 16;
   const int gradients = layout.gradients * m_tiles * output_dims(layout, spec) / 2;
   const int scores = 2 * m_tiles * 4;  // S and dP of a step of 8 columns
-  return gradients + 2 * row_registers(spec) + scores + kFragmentAndAddressRegisters;
+  return gradients + layout.row_matrices * row_registers(spec) + scores + kFragmentAndAddressRegisters;
 }
 
 std::optional<std::string> check_gradient_tile(const KernelSpec& spec) {
@@ -42,7 +46,8 @@ std::optional<std::string> check_gradient_tile(const KernelSpec& spec) {
   return check_register_dims(spec);
 }
 
-std::optional<std::string> check_queries_per_thread(const KernelSpec& spec) {
+std::optional<std::string> check_key_gradient_tile(const KernelSpec& spec) {
+  if (auto reason = check_gradient_tile(spec)) return reason;
   const TileConfig& tile = spec.tile;
   if (tile.block_n <= tile.threads()) return std::nullopt;
   return tile_name(spec) + " has " + std::to_string(tile.block_n) + " queries an iteration for " +

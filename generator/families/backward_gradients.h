@@ -14,15 +14,20 @@ namespace flash_attn_jit {
 struct GradientLayout {
   int gradients;
   int statistics_bytes;  // a column's, in a slot: where columns are queries, their lse and delta
-  int (*output_splits)(const KernelSpec&);
+  int (*output_splits)(const KernelSpec&) = [](const KernelSpec&) { return 1; };
+  int row_matrices = 2;  // of the rows' two, those of which the tile says how many dims are in registers
 };
+
+// The three slots, or where rows come in and gradients go out, which is the same memory. A slot has `more_bytes` beside its
+// tiles and statistics.
+int slots_bytes_of(const GradientLayout& layout, const KernelSpec& spec, int more_bytes = 0);
 
 int shared_bytes_of(const GradientLayout& layout, const KernelSpec& spec);
 int registers_of(const GradientLayout& layout, const KernelSpec& spec);
 
 std::optional<std::string> check_gradient_tile(const KernelSpec& spec);
-// Where columns are queries: a block's threads fetch the statistics of a tile's, one each.
-std::optional<std::string> check_queries_per_thread(const KernelSpec& spec);
+// The same where columns are queries: a block's threads fetch the statistics of a tile's, one each.
+std::optional<std::string> check_key_gradient_tile(const KernelSpec& spec);
 
 inline constexpr std::array kGradientSchedules = {LoopSchedule{0, 4, 8}, LoopSchedule{2, 8, 8}};
 

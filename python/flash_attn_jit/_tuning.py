@@ -155,7 +155,7 @@ def tune(
         heads: query heads. With ``head_dims`` alone, as are the next two.
         gqa: group sizes, num_heads / num_heads_k.
         causal: False, True or ``"both"``.
-        kinds: ``"fwd"``, ``"bwd"`` (the three kernels of a backward pass) or both.
+        kinds: ``"fwd"``, ``"bwd"`` (the three kernels of a backward pass, or its one) or both.
         budget_seconds: for all problems together, kept within a tenth.
         device: the CUDA device; the current one where None.
         afresh: measure again what is known.

@@ -19,7 +19,7 @@ from . import _core, flash_attn_func
 from ._options import Options
 from ._reference import reference_gradients, reference_heads
 
-_KINDS = ("fwd", "bwd_preprocess", "bwd_dkdv", "bwd_dq", "bwd_all_keys")
+_KINDS = tuple(family.word for family in _core.kernel_families())
 _ALL_KEYS = 64  # that every block of the last kind can have
 _SEQLEN = 300  # no multiple of any tile's edge
 

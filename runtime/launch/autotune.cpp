@@ -82,10 +82,8 @@ void Autotuner::meet(Device& device, const ForwardRequest& request, StreamHandle
 void Autotuner::meet(Device& device, const BackwardRequest& request, StreamHandle stream) {
   const BackwardPlan plan = plan_backward(request, device.plan_target());
   const AttentionCase sizes = sizes_of(request.q, request.k, request.options);
-  const std::array forced = {request.preprocess_tile.has_value(), request.dkdv_tile.has_value(),
-                             request.dq_tile.has_value(), request.all_keys_tile.has_value()};
-  for (std::size_t i = 0; i < plan.size(); ++i)
-    if (!forced[i]) meet(device, plan[i], sizes, stream);
+  for (const BackwardLaunch& launch : plan)
+    if (launch.blocks > 0 && !tile_of(request, launch.spec.kind)) meet(device, launch, sizes, stream);
 }
 
 void Autotuner::meet_interpreted() {

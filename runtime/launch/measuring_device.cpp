@@ -288,16 +288,15 @@ void GpuMeasuringDevice::prepare_whole(const EarlierKernels& earlier) {
 std::optional<std::string> GpuMeasuringDevice::check_rows(const AttentionCase& attention, const Result& result) const {
   const KernelResults& made = family_of(attention.spec.kind).results;
   if (made.out || made.dq)
-    if (auto wrong = check_sampled_rows(attention, result, attention.num_heads, attention.seqlen_q, false))
-      return wrong;
-  if (!made.dkdv) return std::nullopt;
-  return check_sampled_rows(attention, result, attention.num_heads_k, attention.seqlen_k, true);
+    if (auto wrong = check_sampled_rows(attention, result, RowSide::kQueries)) return wrong;
+  return made.dkdv ? check_sampled_rows(attention, result, RowSide::kKeys) : std::nullopt;
 }
 
-// Of queries, or of keys.
 std::optional<std::string> GpuMeasuringDevice::check_sampled_rows(const AttentionCase& attention, const Result& result,
-                                                                  std::int64_t heads, std::int64_t rows,
-                                                                  bool is_keys) const {
+                                                                  RowSide side) const {
+  const bool is_keys = side == RowSide::kKeys;
+  const std::int64_t heads = is_keys ? attention.num_heads_k : attention.num_heads,
+                     rows = is_keys ? attention.seqlen_k : attention.seqlen_q;
   const CaseReference reference(attention, numbers_);
   std::mt19937_64 random(kNumbersSeed);
   const GivenStatistics given{whole_lse_.data(), whole_delta_.data()};

@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "generator/kernel_family.h"
 #include "runtime/cuda/driver.h"
 #include "runtime/cuda/nvml.h"
 #include "runtime/launch/case_memory.h"
@@ -48,7 +49,7 @@ class GpuMeasuringDevice final : public WorkerDevice {
   WorstError check_small(const Result& result) const;
   std::optional<std::string> check_rows(const AttentionCase& attention, const Result& result) const;
   std::optional<std::string> check_sampled_rows(const AttentionCase& attention, const Result& result,
-                                                std::int64_t heads, std::int64_t rows, bool is_keys) const;
+                                                RowSide side) const;
   std::optional<std::string> compare_whole(const Result& result) const;
   GpuState gpu_state() const;
   double copied_gigabytes();

@@ -62,7 +62,6 @@ double cycles_of(const BlockCost& cost, const Iterations& iterations) {
   return cost.block + cost.iteration * iterations.whole + cost.masked_iteration * iterations.masked;
 }
 
-// What the kernel reads and writes, each byte once.
 // Scores that are seen, of all heads and batches.
 double seen_scores(const KernelSpec& spec, const ProblemSize& size) {
   const bool owns_keys = family_of(spec.kind).rows == RowSide::kKeys;

@@ -95,11 +95,21 @@ TileConfig chosen_tile(const KernelSpec& spec, const ProblemSize& size, const Ca
                                               card.multiprocessors, size.window_left + size.window_right + 1});
 }
 
+// `spec` has the tile that is given, or the one with the most rows.
+void require_rows(const KernelSpec& spec, const ProblemSize& size) {
+  if (has_rows(spec, spec.tile, size.seqlen_k)) return;
+  const std::string rows = std::to_string(spec.tile.block_m);
+  throw UsageError("--seqlen-k is " + std::to_string(size.seqlen_k) + ", and --tile '" + spec.tile.text() +
+                   "' of --kind " + std::string(to_text(spec.kind)) + " has " + rows +
+                   " keys a block; accepted: 1 to " + rows);
+}
+
 Prediction predict_all(const ModelFlags& flags) {
   Prediction prediction;
   prediction.spec = parse_kernel(flags.kernel, arch_limits(kOldestSm));
   prediction.card = &parse_card(flags.gpu);
   const std::optional<ProblemSize> size = parse_size(flags, prediction.spec);
+  if (size) require_rows(prediction.spec, *size);
   if (size && flags.kernel.tile == KernelFlags().tile)
     prediction.spec.tile = chosen_tile(prediction.spec, *size, *prediction.card);
   FreshKernel fresh = compile_afresh(prediction.spec, {.sm = kOldestSm, .code = CodeKind::kCubin},

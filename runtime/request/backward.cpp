@@ -110,6 +110,10 @@ std::optional<TileConfig>& tile_of(BackwardRequest& request, KernelKind kind) {
   return made.dq ? request.dq_tile : made.dkdv ? request.dkdv_tile : request.preprocess_tile;
 }
 
+const std::optional<TileConfig>& tile_of(const BackwardRequest& request, KernelKind kind) {
+  return tile_of(const_cast<BackwardRequest&>(request), kind);
+}
+
 BackwardPlan plan_backward(const BackwardRequest& request, const PlanTarget& target) {
   require_arguments(request);
   const KernelSpec spec = problem_spec(request.q, request.k, request.options, access_of(request));

@@ -26,12 +26,14 @@ struct BackwardRequest {
   const float* softmax_lse = nullptr;  // forward's
   float* delta = nullptr;              // like softmax_lse: room for what one kernel leaves to the next
   AttentionOptions options;
-  // Force these tiles; none: the target's chooser decides. With one of the first three, those three kernels are taken.
+  // Force these tiles; none: the target's chooser decides. With the last one its kernel is taken, without it but with one
+  // of the others the other three.
   std::optional<TileConfig> preprocess_tile, dkdv_tile, dq_tile, all_keys_tile;
 };
 
 // Of them, the one of a kind.
 std::optional<TileConfig>& tile_of(BackwardRequest& request, KernelKind kind);
+const std::optional<TileConfig>& tile_of(const BackwardRequest& request, KernelKind kind);
 
 using BackwardLaunch = KernelLaunch<FlashBwdParams>;
 

@@ -216,6 +216,17 @@ TEST_CASE("global writes: into an input, into a gap, twice, into nothing") {
   CHECK(empty.error_of("store_global_2B(params.tensor, 0);") == Containing{"outside every tensor"});
 }
 
+TEST_CASE("what a block passes on: written before, and behind a barrier") {
+  TensorKernel passed{.shape = {64}, .strides = {1}, .use = TensorUse::kPassOn};
+  const std::string write = "store_global_2B(params.tensor + thread_in_block(), 7);\n";
+  const std::string read = "load_global_2B(params.tensor + 31 - thread_in_block());";
+  CHECK(passed.error_of(write + "block_barrier();" + read) == "");
+  CHECK(passed.error_of(write + read) == Containing{"which this block has not written before its last barrier"});
+  CHECK(passed.error_of("block_barrier();" + read) == Containing{"has not written before its last barrier"});
+  CHECK(passed.error_of(write + "block_barrier();" + write) == Containing{"is written a second time"});
+  CHECK(passed.error_of("load_global_2B(params.tensor + 64);") == Containing{"outside every tensor"});
+}
+
 TEST_CASE("a failed check changes no memory") {
   TensorKernel output{.shape = {2, 4}, .strides = {8, 1}, .use = TensorUse::kWrite};
   output.error_of("store_global_16B(params.tensor, Vec16{{~0u, ~0u, ~0u, ~0u}});");

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import TESTS_ALL, find_nvrtc, needs_nvrtc_of_the_tables, program_path, run_program
 
+from flash_attn_jit import _core
+
 REPOSITORY = Path(__file__).parents[2]
 PROBLEM = ["--batch", 4, "--heads", 16, "--seqlen-q", 1024]
 
@@ -85,6 +87,20 @@ def test_wrong_flags_are_named(flags, named):
     assert named in done.stderr.decode() and "accepted" in done.stderr.decode()
 
 
+@pytest.mark.parametrize(
+    ("more", "accepted"),
+    [
+        (["--seqlen-q", 200], "1 to 128"),
+        (["--seqlen-q", 50, "--seqlen-k", 129], "1 to 128"),
+        (["--seqlen-q", 100, "--tile", "m64n16w4q64l0b8k8"], "1 to 64"),
+    ],
+)
+def test_more_keys_than_a_block_has_are_refused(more, accepted):
+    done = run_program("model", "--kind", "bwd_all_keys", "--head-dim", 64, *more)
+    assert done.returncode == 2 and done.stdout == b""
+    assert b"--seqlen-k is " in done.stderr and done.stderr.decode().endswith(f"accepted: {accepted}\n")
+
+
 def numbers(row):
     return [int(number) for number in re.findall(r"\d+", row.split("//")[0])]
 
@@ -94,7 +110,7 @@ def test_the_costs_of_default_tiles_are_the_models():
     needs_nvrtc_of_the_tables()
     source = REPOSITORY / "generator" / "tile_costs.inc"
     rows = {row.split("// ")[1].strip(): row for row in source.read_text().splitlines() if row.startswith("{")}
-    assert len(rows) == 4 * 3 * 16
+    assert len(rows) == sum(family.products > 0 for family in _core.kernel_families()) * 3 * 16
     one_of_each = ["fwd causal 64", "bwd_dkdv full 32", "bwd_dq window 32", "bwd_all_keys causal 16"]
     chosen = list(rows) if TESTS_ALL else one_of_each
     command = [sys.executable, REPOSITORY / "tools" / "tile_costs" / "tile_costs.py", "--program", program_path()]

@@ -15,6 +15,7 @@ import pytest
 import tuning_records
 from conftest import TESTS_ALL
 
+from flash_attn_jit import _core
 from flash_attn_jit.report import __main__ as report, classes, comparison, style, work
 from flash_attn_jit.report.findings import Figure, Finding, summarize
 from flash_attn_jit.report.page import Page, render
@@ -389,6 +390,11 @@ def test_beyond_200_classes_the_greatest_regrets_are_drawn():
     drawn = [float(cells) for cells in re.findall(r'<tr><td><a href="#p\d+">.*?(?:<td>[^<]*){4}<td>([\d.]+)', text)]
     greatest = sorted((100 * each.default_regret for each in findings), reverse=True)[:24]
     assert drawn == pytest.approx(greatest, abs=0.06)
+
+
+def test_every_kind_of_kernel_has_words_and_a_mark():
+    kinds = {family.word for family in _core.kernel_families()}
+    assert set(style.KIND_WORDS) == set(style.KIND_MARKS) == kinds
 
 
 HOSTILE = "</script></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'&$\\frac{"

@@ -120,6 +120,9 @@ class Search:
         judged = self._pool.map(lambda tile: judge_tile(self._args, self._problem, tile), new)
         self._judged.update(zip(new, judged))
 
+    def judge_defaults(self) -> None:
+        self.judge(self._defaults)
+
     def best(self) -> list[Judged]:
         return sorted(filter(None, self._judged.values()), key=lambda tile: (-tile.useful, tile.tile))
 
@@ -127,7 +130,7 @@ class Search:
         problem = self._problem
         few = FORWARD_SCHEDULES if is_forward(problem) else BACKWARD_SCHEDULES
         ends = [f"l{load}b{barrier}k{first_keys}" for load, barrier, first_keys in few]
-        self.judge(self._defaults)
+        self.judge_defaults()
         self.judge(shape + end for shape in shapes(problem) for end in ends)
         best_shapes = list(dict.fromkeys(shape_of(tile.tile) for tile in self.best()))[: self._args.refined]
         self.judge(shape + end for shape in best_shapes for end in schedules(problem))
@@ -142,10 +145,18 @@ class Search:
 
 
 def merge(folder: Path, record: dict[str, Any]) -> None:
-    """Puts the record into the file of its kind, in the place of the problem's."""
+    """Puts the record into the file of its kind, in the place of the problem's. What a search found stays
+    beside tiles that were named."""
     path = folder / f"{record['kind']}.json"
     records = json.loads(path.read_text()) if path.exists() else []
-    records = [r for r in records if any(r[name] != record[name] for name in Problem._fields)] + [record]
+    for old in [r for r in records if all(r[name] == record[name] for name in Problem._fields)]:
+        records.remove(old)
+        if "refined" not in record:
+            judged_anew = {tile["tile"] for tile in record["best"]}
+            found = record["best"] + [tile for tile in old["best"] if tile["tile"] not in judged_anew]
+            found.sort(key=lambda tile: (-tile["useful"], tile["tile"]))
+            record = {**old, "tried": max(old["tried"], len(found)), "best": found}
+    records.append(record)
     records.sort(key=lambda r: [str(r[name]).zfill(4) for name in Problem._fields])
     folder.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(r) for r in records)
@@ -188,8 +199,10 @@ def main() -> None:
             search = Search(args, problem, pool)
             if args.tiles == "space":
                 search.search()
+            elif args.tiles == "default":
+                search.judge_defaults()
             else:
-                search.judge(default_tiles(args, problem) if args.tiles == "default" else words(args.tiles))
+                search.judge(words(args.tiles))
             record = search.record()
             print(json.dumps(record), flush=True)
             if args.records:

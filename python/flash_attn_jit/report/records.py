@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import _core
+
 RECORD, DATABASE = "flash-attn-jit tuning record", "flash-attn-jit tuning database"
 VERSION = 1
 PREDICTED = "model"  # the timer of a record for which nothing ran
@@ -23,7 +25,7 @@ OUTCOMES = (
     "crashed",
     "not reached",
 )
-KINDS = ("fwd", "bwd_preprocess", "bwd_dkdv", "bwd_dq", "bwd_all_keys")
+KINDS = tuple(family.word for family in _core.kernel_families())
 MASKS = ("full", "causal", "window")
 _KERNEL = re.compile(
     rf"({'|'.join(KINDS)}) hdim([1-9]\d{{0,2}}) (fp16|bf16) ({'|'.join(MASKS)})((?: [a-z][a-z0-9]{{0,31}})*)"

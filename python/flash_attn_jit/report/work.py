@@ -1,17 +1,9 @@
 """What a kernel has to do: the one place that counts floating-point operations and bytes of a problem."""
 
+from .. import _core
 from .records import Kernel, Record, Sizes
 
-# Matrix products over the visible pairs of a query and a key. bwd_dkdv and bwd_dq make S and dP, each for itself.
-_PRODUCTS = {"fwd": 2, "bwd_dkdv": 4, "bwd_dq": 3, "bwd_all_keys": 5, "bwd_preprocess": 0}
-# Head-dim-wide fp16 rows that are read or written, by query row and by key row, and float32 numbers by query row.
-_ROWS = {
-    "fwd": (2, 2, 1),  # q, out; k, v; softmax_lse
-    "bwd_preprocess": (2, 0, 1),  # out, dout; delta
-    "bwd_dkdv": (2, 4, 2),  # q, dout; k, v, dk, dv; softmax_lse, delta
-    "bwd_dq": (3, 2, 2),  # q, dout, dq; k, v; softmax_lse, delta
-    "bwd_all_keys": (4, 4, 2),  # q, out, dout, dq; k, v, dk, dv; softmax_lse, delta
-}
+_FAMILIES = {family.word: family for family in _core.kernel_families()}
 
 
 def _sum_of_clamped(offset: int, count: int, most: int) -> int:
@@ -44,17 +36,18 @@ def visible_pairs(sizes: Sizes, mask: str) -> int | None:
 def flops(kernel: Kernel, sizes: Sizes) -> int | None:
     """That the problem needs of this kernel: what a tile pads or a mask cuts away is not counted."""
     heads = sizes.batch * sizes.num_heads
-    if kernel.kind == "bwd_preprocess":
+    products = _FAMILIES[kernel.kind].products
+    if products == 0:
         return 2 * heads * sizes.seqlen_q * kernel.head_dim
     pairs = visible_pairs(sizes, kernel.mask)
-    return None if pairs is None else 2 * _PRODUCTS[kernel.kind] * heads * pairs * kernel.head_dim
+    return None if pairs is None else 2 * products * heads * pairs * kernel.head_dim
 
 
 def bytes_moved(kernel: Kernel, sizes: Sizes) -> int:
     """At least: every tensor once."""
-    by_query, by_key, floats = _ROWS[kernel.kind]
-    of_queries = sizes.num_heads * sizes.seqlen_q * (2 * by_query * kernel.head_dim + 4 * floats)
-    of_keys = sizes.num_heads_k * sizes.seqlen_k * 2 * by_key * kernel.head_dim
+    family = _FAMILIES[kernel.kind]
+    of_queries = sizes.num_heads * sizes.seqlen_q * (2 * family.query_rows * kernel.head_dim + 4 * family.query_numbers)
+    of_keys = sizes.num_heads_k * sizes.seqlen_k * 2 * family.key_rows * kernel.head_dim
     return sizes.batch * (of_queries + of_keys)
 
 
