@@ -93,7 +93,8 @@ $(stamps)/threads: $(stamps)/package $(cpp_tests)
 
 test-threads: $(stamps)/threads
 	@echo '== C++ tests under ThreadSanitizer'
-	@for test in kernel_cache cache_processes kernel_library devices host_compiler interrupt side_by_side; do \
+	@for test in kernel_cache cache_processes kernel_library devices host_compiler interrupt side_by_side \
+	  recorded_tiles autotune; do \
 	  TSAN_OPTIONS=suppressions=tests/setup/thread_sanitizer.txt $(build_threads)/flash_attn_jit_tests \
 	    --source-file="*/test_$$test.cpp" --test-case-exclude='*file-size limit*'; \
 	done
@@ -140,6 +141,8 @@ demo: $(stamps)/package
 lint: $(stamps)/lint
 	@echo '== clang-format, ruff and mypy'
 	@$(venv)/bin/clang-format --dry-run --Werror $(formatted)
+	@awk 'length > 120 && /^ *\/\/ [^ ]/ { print FILENAME ":" FNR ": more than 120 columns"; bad = 1 } END { exit bad }' \
+	  $(formatted)
 	@$(venv)/bin/ruff check --quiet
 	@$(venv)/bin/ruff format --check --quiet
 	@$(venv)/bin/mypy --python-executable $(python)

@@ -74,8 +74,8 @@ struct KernelSpec {
   // head_dim rounded up to the 16 dims that two tensor instructions consume.
   int padded_head_dim() const { return (head_dim + 15) / 16 * 16; }
 
-  // Canonical form: "fwd hdim128 fp16 causal gqa8 vec16 m256n16w8q96l2b4k7"; the words of the features that are on stand
-  // behind the mask.
+  // Canonical form: "fwd hdim128 fp16 causal gqa8 vec16 m256n16w8q96l2b4k7"; the words of the features that are on
+  // stand behind the mask.
   std::string text() const;
   static KernelSpec parse(std::string_view text);  // throws SpecError
 

@@ -7,8 +7,8 @@
 namespace flash_attn_jit {
 namespace {
 
-// Writes `file` into `out`, every `#include "x"` of another template replaced by its text, each file once. `asked_by` says
-// who includes it.
+// Writes `file` into `out`, every `#include "x"` of another template replaced by its text, each file once. `asked_by`
+// says who includes it.
 void inline_template(std::string_view file, const std::string& asked_by, const TemplateSet& templates,
                      std::set<std::string, std::less<>>& seen, std::string& out) {
   if (!seen.emplace(file).second) return;
@@ -40,6 +40,17 @@ void inline_template(std::string_view file, const std::string& asked_by, const T
   }
 }
 
+// The templates' class of an element type: primitives.cuh.
+const char* element_class(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return "Fp16";
+    case DType::kBFloat16:
+      break;  // check() refuses it
+  }
+  throw Error("the templates have no class for elements of " + std::string(to_text(dtype)));
+}
+
 // The traits struct that specialises the kernel template: every number that the generator decided.
 std::string traits(const KernelSpec& spec) {
   const TileConfig& tile = spec.tile;
@@ -53,10 +64,10 @@ std::string traits(const KernelSpec& spec) {
   const auto flag = [&](std::string_view name, bool value) { return constant("bool", name, value ? "true" : "false"); };
   std::string features;
   for (const FeatureInfo& info : kFeatures) features += flag(info.trait, spec.has(info.feature));
-  return "// " + spec.text() + "\nstruct Traits {\n" + type("Element", "Fp16") + type("Copy", "RegisterStagedCopy") +
-         number("kHeadDim", spec.head_dim) + number("kTileDims", kernel_dims(spec)) +
-         number("kGroupSize", spec.group_size) + flag("kIsCausal", spec.mask == Mask::kCausal) +
-         flag("kIsLocal", spec.mask == Mask::kWindow) + features +
+  return "// " + spec.text() + "\nstruct Traits {\n" + type("Element", element_class(spec.dtype)) +
+         type("Copy", "RegisterStagedCopy") + number("kHeadDim", spec.head_dim) +
+         number("kTileDims", kernel_dims(spec)) + number("kGroupSize", spec.group_size) +
+         flag("kIsCausal", spec.mask == Mask::kCausal) + flag("kIsLocal", spec.mask == Mask::kWindow) + features +
          flag("kVectorAccess", spec.access == GlobalAccess::kVector16B) + number("kBlockM", tile.block_m) +
          number("kBlockN", tile.block_n) + number("kNWarps", tile.warps) + number("kRegisterDims", tile.register_dims) +
          number("kLoadEighth", tile.schedule.load) + number("kBarrierEighth", tile.schedule.barrier) +

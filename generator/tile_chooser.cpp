@@ -56,7 +56,8 @@ Sides sides_of(const KernelSpec& spec, const Problem& problem) {
 // Cycles of one of `sharing` blocks, whose rows see `seen` columns in the mean.
 std::int64_t cycles_of(const KernelSpec& spec, const TileCost& cost, const TileConfig& tile, const Sides& sides,
                        std::int64_t seen, std::int64_t sharing) {
-  // Where a mask cuts tiles, along one edge of what is seen or along two, its first and last row see others than the mean.
+  // Where a mask cuts tiles, along one edge of what is seen or along two, its first and last row see others than the
+  // mean.
   const std::int64_t rows = std::min<std::int64_t>(tile.block_m, sides.rows);
   const std::int64_t spread = spec.mask == Mask::kNone ? 0 : spec.mask == Mask::kCausal ? rows / 2 : rows;
   const std::int64_t whole = std::max<std::int64_t>(0, seen - spread) / tile.block_n;
@@ -120,6 +121,15 @@ DefaultChoice choose_default(const KernelSpec& spec, const Problem& problem) {
   return best;
 }
 
+// Infinite where no tile is for the problem.
+double cycles_with_default(KernelSpec spec, KernelKind kind, const Problem& problem) {
+  spec.kind = kind;
+  const auto queries = static_cast<double>(problem.batch_heads * problem.seqlen_q);
+  const auto keys = static_cast<double>(problem.batch_heads * problem.seqlen_k) / spec.group_size;
+  return std::max(choose_default(spec, problem).cycles,
+                  kernel_traffic(spec, queries, keys) / (kDramBytesPerCycle * problem.multiprocessors));
+}
+
 class DefaultTileChooser final : public TileChooser {
  public:
   TileConfig choose(const KernelSpec& spec, const Problem& problem) const override {
@@ -129,6 +139,14 @@ class DefaultTileChooser final : public TileChooser {
     throw UnsupportedError("seqlen_k is " + std::to_string(problem.seqlen_k) + " with kind " +
                            std::string(to_text(spec.kind)) + " at head_dim " + std::to_string(spec.head_dim) +
                            ", which has no default tile with as many rows");
+  }
+
+  bool takes_all_keys(const KernelSpec& spec, const Problem& problem) const override {
+    const double of_one = cycles_with_default(spec, KernelKind::kBackwardAllKeys, problem);
+    if (std::isinf(of_one)) return false;  // no tile has the rows: most problems, of which nothing more is asked
+    double of_three = 2 * kLaunchGap;
+    for (const KernelKind kind : kSeparateBackwardKinds) of_three += cycles_with_default(spec, kind, problem);
+    return of_one <= of_three;
   }
 };
 
@@ -144,20 +162,10 @@ bool has_rows(const KernelSpec& spec, const TileConfig& tile, std::int64_t seqle
   return !family_of(spec.kind).has_all_rows || tile.block_m >= seqlen_k;
 }
 
-bool takes_all_keys(KernelSpec spec, const Problem& problem) {
-  const auto queries = static_cast<double>(problem.batch_heads * problem.seqlen_q);
-  const auto keys = static_cast<double>(problem.batch_heads * problem.seqlen_k) / spec.group_size;
-  const auto cycles = [&](KernelKind kind) {
-    spec.kind = kind;
-    return std::max(choose_default(spec, problem).cycles,
-                    kernel_traffic(spec, queries, keys) / (kDramBytesPerCycle * problem.multiprocessors));
-  };
-  const double of_one = cycles(KernelKind::kBackwardAllKeys);
-  if (std::isinf(of_one)) return false;  // no tile has the rows: most problems, of which nothing more is asked
-  double of_three = 2 * kLaunchGap;
-  for (const KernelKind kind : {KernelKind::kBackwardPreprocess, KernelKind::kBackwardDkDv, KernelKind::kBackwardDq})
-    of_three += cycles(kind);
-  return of_one <= of_three;
+bool has_default_tile(const KernelSpec& spec, std::int64_t seqlen_k) {
+  return std::ranges::any_of(find_default_tiles(spec), [&](const std::optional<TileConfig>& tile) {
+    return tile && has_rows(spec, *tile, seqlen_k);
+  });
 }
 
 const TileChooser& default_tile_chooser() {

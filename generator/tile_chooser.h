@@ -1,7 +1,8 @@
-// Which tile for a spec and a problem: one question, whoever answers it. The default tables, which the families hold, do;
-// on GPUs measured records stand before them.
+// Which tile for a spec and a problem: one question, whoever answers it. The default tables, which the families hold,
+// do; on GPUs measured records stand before them.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -16,7 +17,13 @@ struct Problem {
   std::int64_t batch_heads = 0;  // batch x num_heads
   int multiprocessors = 0;       // of the device
   std::int64_t window = 0;       // columns that a row sees at the most, where the mask is a window
+
+  friend bool operator==(const Problem&, const Problem&) = default;
 };
+
+// A backward pass takes these, or the one whose blocks have all keys.
+inline constexpr std::array kSeparateBackwardKinds = {KernelKind::kBackwardPreprocess, KernelKind::kBackwardDkDv,
+                                                      KernelKind::kBackwardDq};
 
 class TileChooser {
  public:
@@ -25,14 +32,17 @@ class TileChooser {
   // A tile for `spec`, whose own is not read. Asked at every launch: allocates nothing and waits for nobody. Throws
   // UnsupportedError where there is none (head dims above 256).
   virtual TileConfig choose(const KernelSpec& spec, const Problem& problem) const = 0;
+
+  // Whether a backward pass that is to make all gradients takes the one kernel whose blocks have all keys: where there
+  // is a tile for it, and it is done before the other three. Of `spec` the kind and the tile are not read. As choose().
+  virtual bool takes_all_keys(const KernelSpec& spec, const Problem& problem) const = 0;
 };
 
 // Whether a block of `tile` has the rows that its family asks for: all of a sequence, or any number.
 bool has_rows(const KernelSpec& spec, const TileConfig& tile, std::int64_t seqlen_k);
 
-// Whether a backward pass that is to make all gradients takes the one kernel whose blocks have all keys: where there is a
-// tile for it, and it is done before the other three. Of `spec` the kind and the tile are not read.
-bool takes_all_keys(KernelSpec spec, const Problem& problem);
+// Whether one of the default tiles for `spec` has them.
+bool has_default_tile(const KernelSpec& spec, std::int64_t seqlen_k);
 
 // Of the default tiles, the one that would be done first on a Turing card with as many multiprocessors.
 const TileChooser& default_tile_chooser();

@@ -5,19 +5,19 @@
 
 namespace flash_attn_jit {
 
-// Head dims that the kernel computes with: head_dim rounded up to 16, and to 32 where its gradients are split in two. Those
-// beyond head_dim are zeros that no tensor holds.
+// Head dims that the kernel computes with: head_dim rounded up to 16, and to 32 where its gradients are split in two.
+// Those beyond head_dim are zeros that no tensor holds.
 int kernel_dims(const KernelSpec& spec);
 
 // Blocks that the kernel is compiled to keep on one multiprocessor: 8 warps of 255 registers fill its registers.
 int blocks_per_multiprocessor(const TileConfig& tile);
 
-// m16n8k8 tensor instructions that one warp's iteration of the unmasked main loop needs for the true head dim: where two blocks
-// make half of the gradients each and both compute S and dP, half of what the two need together.
+// m16n8k8 tensor instructions that one warp's iteration of the unmasked main loop needs for the true head dim: where
+// two blocks make half of the gradients each and both compute S and dP, half of what the two need together.
 int useful_mma_per_iteration(const KernelSpec& spec);
 
-// Shared memory: bytes from a row of a tile to the next (templates/tile_copy.cuh), head dims that a warp's rows are staged
-// by on their way out (templates/row_output.cuh), bytes of one operand's rows that registers do not hold.
+// Shared memory: bytes from a row of a tile to the next (templates/tile_copy.cuh), head dims that a warp's rows are
+// staged by on their way out (templates/row_output.cuh), bytes of one operand's rows that registers do not hold.
 int row_pitch(int dims);
 int staging_dims(int dims);
 int shared_row_bytes(const KernelSpec& spec);

@@ -13,8 +13,8 @@
 //   step j (8 columns):  S(j), dP(j)                          meanwhile   P(j-1), dS(j-1)
 //                        gradients += dS(j-1), P(j-1) times columns of step j-1
 //
-// dK and dV of a group's query heads are summed in the same accumulators, one head after the other. A block that has all
-// keys of its sequence makes dQ, too: see flash_bwd_all_keys.cuh.
+// dK and dV of a group's query heads are summed in the same accumulators, one head after the other. A block that has
+// all keys of its sequence makes dQ, too: see flash_bwd_all_keys.cuh.
 #pragma once
 
 #include "accumulator.cuh"
@@ -58,9 +58,10 @@ struct FlashBwdTile {
   using DpFragments = RowFragments<Traits, kRowsPerWarp, kDims, Traits::kRegisterDims>;
   using Output = RowOutput<Traits, kRowsPerWarp, kOutputDims>;
 
-  // Shared memory: three slots of (tile of S's columns, tile of dP's columns, statistics, dS for dQ), then each warp's rows
-  // beyond the dims in registers, then where dQ passes through. Iteration n reads tiles n+1 (for its first step) and n, and
-  // commits tile n-1 before its barrier, which stands behind that first step; behind it dQ reads the dS of tile n+1.
+  // Shared memory: three slots of (tile of S's columns, tile of dP's columns, statistics, dS for dQ), then each warp's
+  // rows beyond the dims in registers, then where dQ passes through. Iteration n reads tiles n+1 (for its first step)
+  // and n, and commits tile n-1 before its barrier, which stands behind that first step; behind it dQ reads the dS of
+  // tile n+1.
   static constexpr int kSlots = 3;
   static constexpr int kTileBytes = Traits::kBlockN * row_pitch(kDims);
   static constexpr int kStatisticsBytes = Side::kColumnsAreQueries ? Traits::kBlockN * 8 : 0;
@@ -525,7 +526,8 @@ class FlashBwd {
     }
   }
 
-  // Of a p of NaN saturate() has made 0. All of a query's p are NaN where its lse is, and then its delta and dK are, too.
+  // Of a p of NaN saturate() has made 0. All of a query's p are NaN where its lse is, and then its delta and dK are,
+  // too.
   __device__ __forceinline__ bool has_nan_probabilities() const {
     bool has_nan = false;
 #pragma unroll

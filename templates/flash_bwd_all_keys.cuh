@@ -1,5 +1,5 @@
-// What a block that has all keys of a sequence makes beside dK and dV: delta of its queries before the main loop, and after
-// each tile of queries their dQ, out of the dS that all warps have left in shared memory.
+// What a block that has all keys of a sequence makes beside dK and dV: delta of its queries before the main loop, and
+// after each tile of queries their dQ, out of the dS that all warps have left in shared memory.
 //
 //   dQ^T (dims x 8 queries) += K^T (dims x keys) dS (keys x 8 queries)
 //
@@ -8,8 +8,8 @@
 //   step 0   | key 0: queries 0-7 | key 1: queries 0-7 | ... |
 //   step 1   | key 0: queries 8-15 | ...
 //
-// A warp makes a part: 16 dims, of all the tile's queries where there are as many such parts as warps, else of 8 queries.
-// Where it has one part alone and registers to spare, it keeps the part's K^T in them.
+// A warp makes a part: 16 dims, of all the tile's queries where there are as many such parts as warps, else of 8
+// queries. Where it has one part alone and registers to spare, it keeps the part's K^T in them.
 #pragma once
 
 #include "accumulator.cuh"

@@ -1,4 +1,5 @@
-// delta of a query row: the sum over the head dims of dout * out. It is the part of dS that a row's own softmax takes back.
+// delta of a query row: the sum over the head dims of dout * out. It is the part of dS that a row's own softmax takes
+// back.
 //
 // Some lanes of a warp share a row, a chunk of 8 dims each. All chunks of some rows are on their way at once.
 #pragma once

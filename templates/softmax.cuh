@@ -146,9 +146,9 @@ struct Softmax {
 
   // The natural logarithm of the row's sum of exponentials, of its total().
   //
-  // The backward pass makes 2^(s * scale - lse) of it, whose exponent is wrong by what float32 rounds at the size of lse,
-  // while that of a key that has the row to itself has to come out at 0. Where that would tell in fp16, the lse of such a
-  // row is rounded down by more than all that: its p is then above 1, and saturate() makes it 1.
+  // The backward pass makes 2^(s * scale - lse) of it, whose exponent is wrong by what float32 rounds at the size of
+  // lse, while that of a key that has the row to itself has to come out at 0. Where that would tell in fp16, the lse of
+  // such a row is rounded down by more than all that: its p is then above 1, and saturate() makes it 1.
   __device__ __forceinline__ float log_sum_exp(int row, float sum) const {
     constexpr float kLn2 = 0.693147180559945309f;
     constexpr float kTells = 1024.0f;     // in log2 units: kRounded of it changes p by 2^-12, half of fp16's last bit

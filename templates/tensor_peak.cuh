@@ -1,4 +1,5 @@
-// The tensor instructions that the attention kernels are made of, and nothing beside them: how fast a GPU can be at all.
+// The tensor instructions that the attention kernels are made of, and nothing beside them: how fast a GPU can be at
+// all.
 #pragma once
 
 #include "primitives.cuh"

@@ -1,5 +1,5 @@
-// Backward where a block has all keys of a sequence: dK and dV as in their own kernel, and with them delta and dQ, whose dS is
-// there anyway: five products in the place of seven, one kernel in the place of three.
+// Backward where a block has all keys of a sequence: dK and dV as in their own kernel, and with them delta and dQ,
+// whose dS is there anyway: five products in the place of seven, one kernel in the place of three.
 #include "generator/families/backward_gradients.h"
 #include "generator/families/families.h"
 #include "generator/tile_layout.h"
@@ -8,9 +8,9 @@
 namespace flash_attn_jit {
 namespace {
 
-// By what the model says of 384 heads with 128 queries and 128 keys on a T4: a block stands alone on its multiprocessor, so
-// that eight warps of 16 keys go before four of 32, and above head dim 64 shared memory leaves no room for 16 queries.
-// At 128 a causal kernel spills 4 bytes, one with a window 8.
+// By what the model says of 384 heads with 128 queries and 128 keys on a T4: a block stands alone on its
+// multiprocessor, so that eight warps of 16 keys go before four of 32, and above head dim 64 shared memory leaves no
+// room for 16 queries. At 128 a causal kernel spills 4 bytes, one with a window 8.
 constexpr std::array kLarge = {
     TileRow{64, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 4, 8}}},
     TileRow{128, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 128, .schedule = {0, 8, 8}}},

@@ -37,7 +37,8 @@ std::optional<std::string> check_gradient_tile(const KernelSpec& spec) {
   if (tile.block_n < 8 || tile.block_n > 64 || tile.block_n % 8 != 0)
     return tile_name(spec) + " has " + std::to_string(tile.block_n) +
            " columns an iteration; accepted: multiples of 8 up to 64";
-  // The iteration's first step still reads the slot that the tile stored before the barrier goes into: see FlashBwdTile.
+  // The iteration's first step still reads the slot that the tile stored before the barrier goes into: see
+  // FlashBwdTile.
   const LoopSchedule& at = tile.schedule;
   const int first_step_end = (64 + tile.block_n - 1) / tile.block_n;
   if (at.load < 0 || at.load >= at.barrier || at.barrier < first_step_end || at.barrier > 8 || at.first_keys != 8)

@@ -18,8 +18,8 @@ struct GradientLayout {
   int row_matrices = 2;  // of the rows' two, those of which the tile says how many dims are in registers
 };
 
-// The three slots, or where rows come in and gradients go out, which is the same memory. A slot has `more_bytes` beside its
-// tiles and statistics.
+// The three slots, or where rows come in and gradients go out, which is the same memory. A slot has `more_bytes` beside
+// its tiles and statistics.
 int slots_bytes_of(const GradientLayout& layout, const KernelSpec& spec, int more_bytes = 0);
 
 int shared_bytes_of(const GradientLayout& layout, const KernelSpec& spec);

@@ -155,7 +155,8 @@ def tune(
         heads: query heads. With ``head_dims`` alone, as are the next two.
         gqa: group sizes, num_heads / num_heads_k.
         causal: False, True or ``"both"``.
-        kinds: ``"fwd"``, ``"bwd"`` (the three kernels of a backward pass, or its one) or both.
+        kinds: ``"fwd"``, ``"bwd"`` (the three kernels of a backward pass, and where a block can have all keys the one
+            in their place: their times decide which are launched) or both.
         budget_seconds: for all problems together, kept within a tenth.
         device: the CUDA device; the current one where None.
         afresh: measure again what is known.

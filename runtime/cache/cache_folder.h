@@ -51,8 +51,9 @@ struct CacheRemoval {
   std::string fault;             // why one that should have gone is still there; empty where all went
 };
 
-// Removes what dead processes left, then, where there are more than `max_bytes`, the least recently used kernels, broken
-// files and refused sources until no more than `down_to` are left. What was used last stays where `max_bytes` allow it.
+// Removes what dead processes left, then, where there are more than `max_bytes`, the least recently used kernels,
+// broken files and refused sources until no more than `down_to` are left. What was used last stays where `max_bytes`
+// allow it.
 CacheRemoval evict(const std::filesystem::path& dir, std::uint64_t max_bytes, std::uint64_t down_to);
 
 // Removes what was set aside and refused sources, then evicts.

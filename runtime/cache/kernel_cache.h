@@ -44,8 +44,8 @@ class KernelCache {
   FoundKernel get_or_build(const KernelId& id, const Build& build, const Objection& objection = {});
 
   // After a find() in vain: `build()`, whose result is stored. Any number of threads and processes that ask for one key
-  // build it once: the others wait. What `build` throws reaches every waiting thread, and nothing is stored. `build` runs
-  // without a lock that callers of other keys need. Throws Interrupted out of a wait.
+  // build it once: the others wait. What `build` throws reaches every waiting thread, and nothing is stored. `build`
+  // runs without a lock that callers of other keys need. Throws Interrupted out of a wait.
   FoundKernel build(const KernelId& id, const Build& build, const Objection& objection = {});
 
   // Keeps a source that was refused, for its author to look at. The path, or "nowhere: " and the reason.

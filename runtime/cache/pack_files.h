@@ -34,8 +34,8 @@ std::string_view key_in_name(std::string_view kernel_file);
 // Thread-safe.
 class PackFiles {
  public:
-  // An open pack; nothing where there is neither a folder nor a file at `path`. Throws FileError, also for a file that is
-  // no stored zip.
+  // An open pack; nothing where there is neither a folder nor a file at `path`. Throws FileError, also for a file that
+  // is no stored zip.
   static std::unique_ptr<PackFiles> open(const std::filesystem::path& path, Links links = Links::kFollowed);
 
   virtual ~PackFiles() = default;

@@ -1,6 +1,6 @@
-// Zip files as packs are: every file stored as it is, without compression. Only the plainest archives are read: one disk,
-// no zip64, no encryption, no comments, names that lead nowhere else, and no byte that does not belong to a file or to the
-// directory at the end, so that two readers of one archive cannot see different files.
+// Zip files as packs are: every file stored as it is, without compression. Only the plainest archives are read: one
+// disk, no zip64, no encryption, no comments, names that lead nowhere else, and no byte that does not belong to a file
+// or to the directory at the end, so that two readers of one archive cannot see different files.
 #pragma once
 
 #include <cstddef>
@@ -27,15 +27,15 @@ struct ZippedFile {
 
 class StoredZip {
  public:
-  // Reads the directory of an open archive, and nothing else. `path` is for errors. Throws FileError, which says what is
-  // wrong.
+  // Reads the directory of an open archive, and nothing else. `path` is for errors. Throws FileError, which says what
+  // is wrong.
   StoredZip(Descriptor file, std::filesystem::path path);
 
   // In the order of their names.
   const std::vector<ZippedFile>& files() const { return files_; }
 
-  // The whole file, whose header and checksum have been compared; nothing where the archive has none of this name. Throws
-  // FileError, also for one of more than `most_bytes`. Thread-safe.
+  // The whole file, whose header and checksum have been compared; nothing where the archive has none of this name.
+  // Throws FileError, also for one of more than `most_bytes`. Thread-safe.
   std::optional<std::string> read(std::string_view name, std::uint64_t most_bytes) const;
 
  private:
@@ -56,12 +56,12 @@ class StoredZip {
   std::vector<ZippedFile> files_;
 };
 
-// An archive of these files, by name: always the same bytes for the same files. Throws Error where they are more or larger
-// than a zip file without zip64 can hold.
+// An archive of these files, by name: always the same bytes for the same files. Throws Error where they are more or
+// larger than a zip file without zip64 can hold.
 std::string stored_zip(const std::map<std::string, std::string>& files);
 
-// Whether a name stays inside the folder that it is taken from: parts of plain letters between single slashes, none of them
-// "." or "..".
+// Whether a name stays inside the folder that it is taken from: parts of plain letters between single slashes, none of
+// them "." or "..".
 bool is_plain_path(std::string_view name);
 
 }  // namespace flash_attn_jit

@@ -19,8 +19,8 @@ enum class FolderUse {
   kPack,   // a pack: 0755, of whatever owner; where one that is being made cannot be written, it is a FileError
 };
 
-// What a symbolic link in a folder is worth: packagers make folders of links, and so do those who want a file read that is
-// not theirs.
+// What a symbolic link in a folder is worth: packagers make folders of links, and so do those who want a file read that
+// is not theirs.
 enum class Links { kFollowed, kRefused };
 
 // Who may write a file or folder.
@@ -45,12 +45,12 @@ class TrustedFolder {
   static std::optional<TrustedFolder> open(const std::filesystem::path& path, FolderUse use,
                                            Links links = Links::kFollowed);
 
-  // Why nothing in it may be run. A cache must belong to this process's user or to root; a pack, which somebody chose, may
-  // belong to anybody. Nobody but the owner may write either.
+  // Why nothing in it may be run. A cache must belong to this process's user or to root; a pack, which somebody chose,
+  // may belong to anybody. Nobody but the owner may write either.
   std::optional<std::string> distrust() const;
 
-  // The whole file; nothing where there is none. Throws FileError, also where somebody else than the folder's owner, root
-  // or this process's user may have written it, and where it has more than `most_bytes`.
+  // The whole file; nothing where there is none. Throws FileError, also where somebody else than the folder's owner,
+  // root or this process's user may have written it, and where it has more than `most_bytes`.
   std::optional<std::string> read(const std::string& name, std::uint64_t most_bytes = kAnyBytes) const;
 
   // A folder in it, under the conditions of a file. Nothing where there is none.

@@ -27,7 +27,8 @@ struct CompiledKernel {
   // The oldest driver that loads it, counted as cuDriverGetVersion does (12090 is 12.9): for a cubin the first of its
   // NVRTC's major, for PTX its NVRTC's own version; 0 for host objects.
   int min_driver = 0;
-  // Of Turing code that a newer GPU runs because no NVRTC knew it: the newest of those, counted in the same way; else 0.
+  // Of Turing code that a newer GPU runs because no NVRTC knew it: the newest of those, counted in the same way; else
+  // 0.
   int stands_in_for_nvrtc = 0;
   std::string log;     // the compiler's log
   double seconds = 0;  // it took to compile

@@ -30,8 +30,8 @@ std::vector<std::string> compile_options(const CompileTarget& target) {
 
 std::vector<std::string> nvrtc_options(const CompileTarget& target, const NvrtcVersion& version) {
   std::vector<std::string> options = compile_options(target);
-  // NVRTC keeps a cache of its own, in a folder that is not ours, from 12.9 on (older ones refuse the option); what comes
-  // from it has an empty log, which does not tell registers and spills. Not part of the kernel's key.
+  // NVRTC keeps a cache of its own, in a folder that is not ours, from 12.9 on (older ones refuse the option); what
+  // comes from it has an empty log, which does not tell registers and spills. Not part of the kernel's key.
   if (version >= NvrtcVersion{12, 9}) options.push_back("--no-cache");
   return options;
 }

@@ -74,7 +74,8 @@ void BlockEngine::fiber_main() {
   engine.exit_thread();
 }
 
-// Goes back to run_block() from time to time: what it asks there runs foreign code, for which a fiber's stack is no place.
+// Goes back to run_block() from time to time: what it asks there runs foreign code, for which a fiber's stack is no
+// place.
 void BlockEngine::pause_if_due() {
   const auto now = std::chrono::steady_clock::now();
   if (now < next_pause_) return;

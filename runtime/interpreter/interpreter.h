@@ -17,8 +17,8 @@ struct GridShape {
 };
 
 // Runs every block of `grid`; `params` is the kernel's argument struct. `kernel.image` is a host shared
-// object. Throws InterpreterError at the first race, out-of-bounds or unwritten read, Interrupted where the user has asked
-// to stop.
+// object. Throws InterpreterError at the first race, out-of-bounds or unwritten read, Interrupted where the user has
+// asked to stop.
 InterpreterReport interpret(const CompiledKernel& kernel, const GridShape& grid, const void* params,
                             std::span<const TensorExtent> tensors);
 

@@ -28,6 +28,25 @@ bool is_empty(const AttentionCase& sizes) {
   return sizes.batch < 1 || sizes.num_heads < 1 || sizes.seqlen_q < 1 || sizes.seqlen_k < 1;
 }
 
+// Whatever would choose, but for which way a backward pass goes.
+class OneWay final : public TileChooser {
+ public:
+  OneWay(const TileChooser& tiles, bool all_keys) : tiles_(tiles), all_keys_(all_keys) {}
+
+  TileConfig choose(const KernelSpec& spec, const Problem& problem) const override {
+    return tiles_.choose(spec, problem);
+  }
+  bool takes_all_keys(const KernelSpec& spec, const Problem& problem) const override {
+    KernelSpec all_keys = spec;
+    all_keys.kind = KernelKind::kBackwardAllKeys;
+    return all_keys_ && has_default_tile(all_keys, problem.seqlen_k);
+  }
+
+ private:
+  const TileChooser& tiles_;
+  const bool all_keys_;
+};
+
 }  // namespace
 
 void Autotuner::begin(AutotuneSettings settings) {
@@ -80,10 +99,13 @@ void Autotuner::meet(Device& device, const ForwardRequest& request, StreamHandle
 }
 
 void Autotuner::meet(Device& device, const BackwardRequest& request, StreamHandle stream) {
-  const BackwardPlan plan = plan_backward(request, device.plan_target());
+  const PlanTarget target = device.plan_target();
   const AttentionCase sizes = sizes_of(request.q, request.k, request.options);
-  for (const BackwardLaunch& launch : plan)
-    if (launch.blocks > 0 && !tile_of(request, launch.spec.kind)) meet(device, launch, sizes, stream);
+  for (const bool all_keys : {false, true}) {  // where there are both ways, the times of both decide
+    const OneWay tiles(target.tiles, all_keys);
+    for (const BackwardLaunch& launch : plan_backward(request, {target.arch, target.multiprocessors, tiles}))
+      if (launch.blocks > 0 && !tile_of(request, launch.spec.kind)) meet(device, launch, sizes, stream);
+  }
 }
 
 void Autotuner::meet_interpreted() {

@@ -9,8 +9,8 @@
 namespace flash_attn_jit {
 namespace {
 
-// Tensors of kernels that access elements one by one begin 2 bytes behind a multiple of 16, so that they are the ones that
-// are chosen at every head dim.
+// Tensors of kernels that access elements one by one begin 2 bytes behind a multiple of 16, so that they are the ones
+// that are chosen at every head dim.
 constexpr std::int64_t kPadElements = 8;
 
 constexpr std::int64_t kMostCopies = 1024;

@@ -1,4 +1,5 @@
-// The tensors of a problem that is tuned, on a device: their own numbers in them, some copies of all, and requests on them.
+// The tensors of a problem that is tuned, on a device: their own numbers in them, some copies of all, and requests on
+// them.
 #pragma once
 
 #include <vector>
@@ -13,8 +14,8 @@ namespace flash_attn_jit {
 // In the current context.
 class CaseMemory {
  public:
-  // As many copies as make a launch find nothing in a second-level cache of `l2_bytes` that an earlier one left there: twice
-  // the cache. Throws DriverError where the memory does not hold one copy.
+  // As many copies as make a launch find nothing in a second-level cache of `l2_bytes` that an earlier one left there:
+  // twice the cache. Throws DriverError where the memory does not hold one copy.
   CaseMemory(Driver& driver, const AttentionCase& attention, const CaseNumbers& numbers, std::int64_t l2_bytes);
 
   int copies() const { return static_cast<int>(copies_.size()); }

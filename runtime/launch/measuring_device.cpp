@@ -17,8 +17,8 @@ namespace {
 constexpr std::uint64_t kNumbersSeed = 20240601;
 constexpr int kSampledRows = 48;
 
-// Two kernels that are right round in other places: a row differs by some thousandths of its greatest element. One that is
-// next to 0 throughout, because its terms cancel, is compared with the whole tensor.
+// Two kernels that are right round in other places: a row differs by some thousandths of its greatest element. One that
+// is next to 0 throughout, because its terms cancel, is compared with the whole tensor.
 constexpr double kRowTolerance = 0x1p-6;
 constexpr double kTensorTolerance = 0x1p-8;
 constexpr double kLseTolerance = 2e-3;

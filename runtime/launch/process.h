@@ -35,8 +35,8 @@ const std::optional<BundledPack>& process_bundled_pack();
 KernelLibrary& process_library();
 HostKernels& process_host_kernels();
 
-// Chooses tiles where there is no tuning record. In the interpreter always: it plays a T4, but what it runs is to be the
-// same on every machine, whatever was tuned there.
+// Chooses tiles where there is no tuning record. In the interpreter always: it plays a T4, but what it runs is to be
+// the same on every machine, whatever was tuned there.
 const TileChooser& process_tile_chooser();
 
 // Chooses the tiles of launches on GPUs, and keeps what tuning finds.

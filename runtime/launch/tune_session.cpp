@@ -156,8 +156,8 @@ class TuneSession {
     record.seqlen_k = attention.seqlen_k;
     record.window_left = attention.window().left;
     record.window_right = attention.window().right;
-    record.default_tile = default_tile_chooser().choose(attention.spec, problem);
-    task.tiles = tiles_to_try(attention.spec, attention.seqlen_k, record.default_tile, device_.plan_target().arch);
+    record.default_tile = tuning_.otherwise().choose(attention.spec, problem);
+    task.tiles = tiles_to_try(record.key.problem, record.default_tile, device_.plan_target().arch);
     task.multiprocessors = device_.info().multiprocessors;
     if (!settings_.afresh) task.known = known(record.key);
     return task;
@@ -173,7 +173,7 @@ class TuneSession {
     EarlierKernels earlier;
     if (!attention.is_backward()) return earlier;
     earlier.forward = default_kernel(attention, KernelKind::kForward);
-    if (attention.spec.kind != KernelKind::kBackwardPreprocess)
+    if (family_of(attention.spec.kind).products > 0)
       earlier.preprocess = default_kernel(attention, KernelKind::kBackwardPreprocess);
     return earlier;
   }
@@ -182,7 +182,7 @@ class TuneSession {
     KernelSpec spec = attention.spec;
     spec.kind = kind;
     spec = normalized(spec);
-    spec.tile = default_tile_chooser().choose(spec, problem_of(attention, device_.info().multiprocessors));
+    spec.tile = tuning_.otherwise().choose(spec, problem_of(attention, device_.info().multiprocessors));
     return {spec.tile, device_.find_or_compile(spec).kernel, ""};
   }
 
@@ -202,10 +202,8 @@ std::vector<AttentionCase> one_of_each_class(const std::vector<AttentionCase>& c
   std::set<ProblemClass> seen;
   std::vector<AttentionCase> firsts;
   for (const AttentionCase& attention : cases) {
-    const Problem problem = problem_of(attention, multiprocessors);
-    const bool all_keys = attention.spec.kind == KernelKind::kBackwardAllKeys;
-    if (attention.is_backward() && takes_all_keys(attention.spec, problem) != all_keys) continue;
-    if (seen.insert(class_of(attention.spec, problem)).second) firsts.push_back(attention);
+    const ProblemClass problem = class_of(attention.spec, problem_of(attention, multiprocessors));
+    if (has_default_tile(attention.spec, problem.seqlen_k) && seen.insert(problem).second) firsts.push_back(attention);
   }
   return firsts;
 }

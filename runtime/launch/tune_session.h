@@ -16,8 +16,7 @@
 
 namespace flash_attn_jit {
 
-// One problem in each class that `cases` fall into, the first that does, of those that the library launches: a backward pass
-// takes three kernels or one.
+// One problem in each class that `cases` fall into, the first that does, of those that a tile is for.
 std::vector<AttentionCase> one_of_each_class(const std::vector<AttentionCase>& cases, int multiprocessors);
 
 struct TuneSettings {
@@ -30,12 +29,12 @@ struct TuneSettings {
   std::function<void(const TunedProblem&)> tuned;
 };
 
-// Throws ConfigError where compiling is forbidden: every candidate that is not in the cache would be recorded as one that
-// does not compile.
+// Throws ConfigError where compiling is forbidden: every candidate that is not in the cache would be recorded as one
+// that does not compile.
 void refuse_offline(const Config& settings);
 
-// Stops early, with what it has, where the budget ends or the user interrupts. Throws Error where nothing can be measured
-// at all: no process, a full card.
+// Stops early, with what it has, where the budget ends or the user interrupts. Throws Error where nothing can be
+// measured at all: no process, a full card.
 std::vector<TunedProblem> tune(Device& device, Tuning& tuning, const std::vector<AttentionCase>& cases,
                                const TuneSettings& settings);
 

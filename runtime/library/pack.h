@@ -12,17 +12,17 @@
 namespace flash_attn_jit {
 
 // A library that writes into `out_dir` instead of the cache, takes no pack, and compiles for `driver_version`, or where
-// there is none for any driver (the newest NVRTC 12.x unless `config.nvrtc` names one). find_or_compile() of what is there
-// and valid gives origin kDiskCache. Sources that are refused are kept in the cache.
+// there is none for any driver (the newest NVRTC 12.x unless `config.nvrtc` names one). find_or_compile() of what is
+// there and valid gives origin kDiskCache. Sources that are refused are kept in the cache.
 std::unique_ptr<KernelLibrary> open_pack_for_writing(const Config& config, const std::filesystem::path& out_dir,
                                                      std::optional<int> driver_version = std::nullopt);
 
 // Writes `out_dir`/manifest.json from the pack's own verified files, in the order of their names.
 void write_manifest(const std::filesystem::path& out_dir);
 
-// A pack that is being made, or added to. Where its path ends in .zip and is no folder, it is a zip file: kernels are kept
-// beside it, in <path>.parts, until finish() puts them in; should that never come, the next one finds them there. One at a
-// time: a second waits.
+// A pack that is being made, or added to. Where its path ends in .zip and is no folder, it is a zip file: kernels are
+// kept beside it, in <path>.parts, until finish() puts them in; should that never come, the next one finds them there.
+// One at a time: a second waits.
 class PackWriter {
  public:
   // Throws FileError, and Interrupted out of a wait.

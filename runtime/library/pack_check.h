@@ -1,5 +1,5 @@
-// What a pack holds and whether it is as it should be, read so that a pack of anybody's can be looked at: nothing of it is
-// run or loaded, and nothing that it says is believed.
+// What a pack holds and whether it is as it should be, read so that a pack of anybody's can be looked at: nothing of it
+// is run or loaded, and nothing that it says is believed.
 #pragma once
 
 #include <cstddef>
@@ -43,8 +43,8 @@ struct PackVerdict {
 };
 
 // As list_pack(); then whether each kernel is what its spec says and one that `library` would look for. With `rebuild`,
-// a configuration that says where NVRTCs are, each of those is compiled with the version that made it, and its bytes are
-// compared: one whose NVRTC is not here is a fault.
+// a configuration that says where NVRTCs are, each of those is compiled with the version that made it, and its bytes
+// are compared: one whose NVRTC is not here is a fault.
 PackVerdict verify_pack(const PackFiles& pack, KernelLibrary& library, const std::optional<Config>& rebuild);
 
 }  // namespace flash_attn_jit

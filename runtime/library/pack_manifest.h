@@ -1,5 +1,5 @@
-// The manifest of a pack: what is in it and what built it. A header of its own, so that only who reads or writes manifests
-// needs the JSON library.
+// The manifest of a pack: what is in it and what built it. A header of its own, so that only who reads or writes
+// manifests needs the JSON library.
 #pragma once
 
 #include <string>

@@ -8,10 +8,10 @@
 namespace flash_attn_jit {
 namespace {
 
-// Multiprocessors, clocks and memory: NVIDIA's data sheets and "Turing GPU Architecture", appendices. GeForce RTX 20 runs
-// tensor instructions with float32 accumulators at half the rate of those with float16 ones: the same, table of peak rates.
-// A T4's 70 W leave about 0.88 of its boost clock under tensor work: cuBLAS reaches 76 % of the peak there and 87 % of a
-// Titan RTX at locked clocks. The others' power limits are taken not to bind.
+// Multiprocessors, clocks and memory: NVIDIA's data sheets and "Turing GPU Architecture", appendices. GeForce RTX 20
+// runs tensor instructions with float32 accumulators at half the rate of those with float16 ones: the same, table of
+// peak rates. A T4's 70 W leave about 0.88 of its boost clock under tensor work: cuBLAS reaches 76 % of the peak there
+// and 87 % of a Titan RTX at locked clocks. The others' power limits are taken not to bind.
 constexpr std::array kCards = {
     Card{"t4", "Tesla T4", 40, 1590, 1400, 320e9, 8},
     Card{"rtx2060", "NVIDIA GeForce RTX 2060", 30, 1680, 1680, 336e9, 16},

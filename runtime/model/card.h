@@ -24,19 +24,20 @@ const Card& find_card(std::string_view word);
 
 // What decides how fast a multiprocessor (sm_75) runs code, in cycles and bytes.
 struct MultiprocessorModel {
-  // Z. Jia et al., "Dissecting the NVidia Turing T4 GPU via Microbenchmarking", 2019: latencies, and the shared memory's
-  // 3.66 TiB/s over 40 multiprocessors, which are 64 B a cycle each.
+  // Z. Jia et al., "Dissecting the NVidia Turing T4 GPU via Microbenchmarking", 2019: latencies, and the shared
+  // memory's 3.66 TiB/s over 40 multiprocessors, which are 64 B a cycle each.
   int mma_latency = 18;      // until an accumulator can be read
   int mma_read = 10;         // until an operand's register can be written
   int shared_latency = 22;   // and the cycles its data take
   int global_latency = 300;  // of a load that L2 has
   int barrier_latency = 12;
   int shared_bytes_per_cycle = 64;
-  // Two tensor cores of 64 multiply-adds a cycle in each sub-partition: NVIDIA, "Turing GPU Architecture", 2018. Also the
-  // distance that ptxas leaves.
+  // Two tensor cores of 64 multiply-adds a cycle in each sub-partition: NVIDIA, "Turing GPU Architecture", 2018. Also
+  // the distance that ptxas leaves.
   int mma_interval = 8;
-  // R. Huerta et al., "Analyzing Modern NVIDIA GPU cores", MICRO 2025, and its configuration of an RTX 2080 Ti: the first
-  // level of instructions, of each sub-partition, is 16 KiB in 128-byte lines; one stream buffer runs ahead of a miss.
+  // R. Huerta et al., "Analyzing Modern NVIDIA GPU cores", MICRO 2025, and its configuration of an RTX 2080 Ti: the
+  // first level of instructions, of each sub-partition, is 16 KiB in 128-byte lines; one stream buffer runs ahead of a
+  // miss.
   int instruction_sets = 4, instruction_ways = 32;
   int instruction_miss = 78;
   int stream_buffer_lines = 8;

@@ -20,7 +20,8 @@ bool contains(const CodeLoop& outer, const CodeLoop& inner) {
 
 constexpr std::size_t kNowhere = std::numeric_limits<std::size_t>::max();
 
-// The fewest instructions from `begin` to one that `is_end` accepts, which is not among them; nothing where none is reached.
+// The fewest instructions from `begin` to one that `is_end` accepts, which is not among them; nothing where none is
+// reached.
 template <class IsEnd>
 std::optional<Stream> shortest(const MachineCode& code, std::size_t begin, IsEnd is_end) {
   std::vector<std::size_t> from(code.instructions.size(), kNowhere);
@@ -48,9 +49,9 @@ std::optional<Stream> shortest(const MachineCode& code, std::size_t begin, IsEnd
   return stream;
 }
 
-// From `begin` on to the exit; branches are taken where they must be. A loop that ends by an exit, with a branch back behind
-// it, is gone through once. Where that leads round and round, because what must be jumped over lies behind a branch that
-// need not be taken, it is the shortest way.
+// From `begin` on to the exit; branches are taken where they must be. A loop that ends by an exit, with a branch back
+// behind it, is gone through once. Where that leads round and round, because what must be jumped over lies behind a
+// branch that need not be taken, it is the shortest way.
 Stream fall_through(const MachineCode& code, std::size_t begin) {
   Stream stream;
   std::size_t to_last_exit = 0;

@@ -21,11 +21,12 @@ std::vector<CodeLoop> tensor_loops(const MachineCode& code);
 // A loop as straight-line code: what a branch inside it skips counts as run.
 Stream stream_of(const MachineCode& code, const CodeLoop& loop);
 
-// The fewest instructions from the kernel's entry to `loop`: what a block does before it that is not another loop's work.
+// The fewest instructions from the kernel's entry to `loop`: what a block does before it that is not another loop's
+// work.
 Stream path_to(const MachineCode& code, const CodeLoop& loop);
 
-// From behind `loop` to the exit. A branch forward, which skips what lies at an edge of the problem or happens rarely, is
-// not taken, and other loops are passed through once.
+// From behind `loop` to the exit. A branch forward, which skips what lies at an edge of the problem or happens rarely,
+// is not taken, and other loops are passed through once.
 Stream path_from(const MachineCode& code, const CodeLoop& loop);
 
 // From the kernel's entry to its exit, in the same way, of one without such loops.

@@ -12,8 +12,8 @@ namespace {
 // Between the starts of resident blocks, in turns of the loop: in which phase to one another they settle is luck.
 constexpr std::array kOffsets = {.17, .31, .47, .63, .81};
 
-// Iterations of the two runs from which a block's cost is told apart from an iteration's, and blocks of each run for every
-// block that is resident.
+// Iterations of the two runs from which a block's cost is told apart from an iteration's, and blocks of each run for
+// every block that is resident.
 constexpr int kFewIterations = 3, kMoreIterations = 9, kBlocksEach = 3;
 
 Stream repeated(const Stream& before, const Stream& loop, int times, const Stream& after) {

@@ -29,7 +29,8 @@ struct BlockCost {
   double block = 0, iteration = 0, masked_iteration = 0;
 };
 
-// A kernel of sm_75 machine code, and the tensor instructions that an iteration of a warp needs. Throws MachineCodeError.
+// A kernel of sm_75 machine code, and the tensor instructions that an iteration of a warp needs. Throws
+// MachineCodeError.
 class KernelModel {
  public:
   KernelModel(const CompiledKernel& kernel, int useful_mma, const Card& card);

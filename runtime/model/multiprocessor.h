@@ -1,6 +1,6 @@
-// One multiprocessor that runs warps through straight streams of instructions, cycle by cycle: four sub-partitions, each
-// of which issues one warp's next instruction a cycle in order, pipes with fixed intervals, one load/store unit for all,
-// and a first level of instruction cache each.
+// One multiprocessor that runs warps through straight streams of instructions, cycle by cycle: four sub-partitions,
+// each of which issues one warp's next instruction a cycle in order, pipes with fixed intervals, one load/store unit
+// for all, and a first level of instruction cache each.
 #pragma once
 
 #include <cstdint>
@@ -33,8 +33,8 @@ struct Usage {
   double cycles = 0;                  // a turn, or a block
 };
 
-// Every warp of every block goes round `loop`: what `turns` of it take after `warm_up` ones. `offset` cycles lie between
-// the starts of two blocks.
+// Every warp of every block goes round `loop`: what `turns` of it take after `warm_up` ones. `offset` cycles lie
+// between the starts of two blocks.
 struct LoopRun {
   int turns = 8, warm_up = 3;
   std::int64_t offset = 0;

@@ -19,7 +19,8 @@ constexpr std::int64_t kNoEnd = std::int64_t{1} << 40;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// Where the columns (keys, or queries for a kernel that owns keys) that a row sees begin and end, as offsets from the row.
+// Where the columns (keys, or queries for a kernel that owns keys) that a row sees begin and end, as offsets from the
+// row.
 struct Band {
   std::int64_t first = -kNoEnd, last = kNoEnd;
 };
@@ -32,7 +33,8 @@ Band band_of(const KernelSpec& spec, const ProblemSize& size) {
     if (size.window_left >= 0) left = size.window_left;
     if (size.window_right >= 0) right = size.window_right;
   }
-  // Query i sees keys i + shift - left to i + shift + right; key j is seen by queries j - shift - right to j - shift + left.
+  // Query i sees keys i + shift - left to i + shift + right; key j is seen by queries j - shift - right to j - shift +
+  // left.
   if (family_of(spec.kind).rows == RowSide::kQueries) return {shift - left, shift + right};
   return {-shift - right, -shift + left};
 }
@@ -41,8 +43,8 @@ struct Iterations {
   double whole = 0, masked = 0;
 };
 
-// Of the block that owns rows [begin, end): tiles whose every score is seen, and tiles that the mask or the sequence's end
-// cuts. Of the latter a warp leaves out those that none of its rows sees: about half of them at a diagonal.
+// Of the block that owns rows [begin, end): tiles whose every score is seen, and tiles that the mask or the sequence's
+// end cuts. Of the latter a warp leaves out those that none of its rows sees: about half of them at a diagonal.
 Iterations iterations_of(const KernelSpec& spec, const Band& band, std::int64_t begin, std::int64_t end,
                          std::int64_t columns) {
   const std::int64_t n = spec.tile.block_n;

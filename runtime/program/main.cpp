@@ -1,5 +1,5 @@
-// flash-attn-jit: shows what is there, shows one kernel, predicts its speed, builds packs, shows and moves tuning records,
-// looks after the cache.
+// flash-attn-jit: shows what is there, shows one kernel, predicts its speed, builds packs, shows and moves tuning
+// records, looks after the cache.
 #include <cstdlib>
 #include <exception>
 #include <iostream>

@@ -33,9 +33,9 @@ struct Varlen {
   std::int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // no sequence is longer
 };
 
-// A score, at most 256 x 65504^2 before it is scaled, stays above kNoMaximum of templates/softmax.cuh, and finite once it
-// is divided by a softcap. ALiBi's slopes lie on the device and are not checked: what they add rounds as a score does, and
-// with |slope| x distance beyond 1e7 by more than the exponents of float32 take.
+// A score, at most 256 x 65504^2 before it is scaled, stays above kNoMaximum of templates/softmax.cuh, and finite once
+// it is divided by a softcap. ALiBi's slopes lie on the device and are not checked: what they add rounds as a score
+// does, and with |slope| x distance beyond 1e7 by more than the exponents of float32 take.
 inline constexpr double kMostScale = 1e17;
 inline constexpr float kLeastSoftcap = 1e-6f;
 

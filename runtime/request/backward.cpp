@@ -95,11 +95,12 @@ BackwardLaunch lay_out(KernelSpec spec, KernelKind kind, const std::optional<Til
 }
 
 // Whether one kernel makes all gradients.
-bool takes_all_keys(const BackwardRequest& request, const KernelSpec& spec, const Problem& problem) {
+bool takes_all_keys(const BackwardRequest& request, const KernelSpec& spec, const Problem& problem,
+                    const TileChooser& tiles) {
   if (problem.seqlen_k == 0) return false;  // no block has rows
   if (request.all_keys_tile) return true;
   if (!request.dq || !request.dkdv || request.preprocess_tile || request.dkdv_tile || request.dq_tile) return false;
-  return takes_all_keys(spec, problem);
+  return tiles.takes_all_keys(spec, problem);
 }
 
 }  // namespace
@@ -127,7 +128,7 @@ BackwardPlan plan_backward(const BackwardRequest& request, const PlanTarget& tar
       keys{k, shape.batch, shape.seqlen_k};
   const Problem problem = problem_of(request.q, request.k, request.options, target.multiprocessors);
   BackwardPlan plan{};
-  if (takes_all_keys(request, spec, problem)) {
+  if (takes_all_keys(request, spec, problem, target.tiles)) {
     plan[3] = lay_out(spec, KernelKind::kBackwardAllKeys, request.all_keys_tile, keys, params, target, problem);
     return plan;
   }

@@ -26,8 +26,8 @@ struct BackwardRequest {
   const float* softmax_lse = nullptr;  // forward's
   float* delta = nullptr;              // like softmax_lse: room for what one kernel leaves to the next
   AttentionOptions options;
-  // Force these tiles; none: the target's chooser decides. With the last one its kernel is taken, without it but with one
-  // of the others the other three.
+  // Force these tiles; none: the target's chooser decides. With the last one its kernel is taken, without it but with
+  // one of the others the other three.
   std::optional<TileConfig> preprocess_tile, dkdv_tile, dq_tile, all_keys_tile;
 };
 
@@ -37,8 +37,8 @@ const std::optional<TileConfig>& tile_of(const BackwardRequest& request, KernelK
 
 using BackwardLaunch = KernelLaunch<FlashBwdParams>;
 
-// The preprocess kernel, then the one of dK and dV, then that of dQ; or, where a block can have all keys and everything is
-// wanted, one kernel for all. Those that are not taken have no blocks.
+// The preprocess kernel, then the one of dK and dV, then that of dQ; or, where a block can have all keys and everything
+// is wanted, one kernel for all. Those that are not taken have no blocks.
 using BackwardPlan = std::array<BackwardLaunch, 4>;
 
 // As plan_forward().

@@ -25,8 +25,8 @@ struct ForwardRequest {
 
 using LaunchPlan = KernelLaunch<FlashFwdParams>;
 
-// Throws ArgumentError where shapes contradict each other, UnsupportedError where no tile is for the head dim. Whether the
-// spec is legal is checked by whoever makes its kernel, once for each kernel and not at each call.
+// Throws ArgumentError where shapes contradict each other, UnsupportedError where no tile is for the head dim. Whether
+// the spec is legal is checked by whoever makes its kernel, once for each kernel and not at each call.
 LaunchPlan plan_forward(const ForwardRequest& request, const PlanTarget& target);
 
 }  // namespace flash_attn_jit

@@ -9,8 +9,8 @@
 
 namespace flash_attn_jit {
 
-// The file that holds this very code: the Python module, or a program, by the name that it was called by. Empty where that
-// is not known.
+// The file that holds this very code: the Python module, or a program, by the name that it was called by. Empty where
+// that is not known.
 std::filesystem::path file_of_this_code();
 
 // Closes the library when destroyed.

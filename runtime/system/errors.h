@@ -16,8 +16,8 @@ struct CompileError : Error {
   std::string log, options, source_path;
 };
 
-// No cache or pack holds the kernel, and it may not be compiled or no compiler can be had; names the prebuild command that
-// would make it. `no_compiler` is why it cannot be compiled: the same for every kernel.
+// No cache or pack holds the kernel, and it may not be compiled or no compiler can be had; names the prebuild command
+// that would make it. `no_compiler` is why it cannot be compiled: the same for every kernel.
 struct MissingKernelError : Error {
   MissingKernelError(const std::string& message, const KernelSpec& spec, std::string prebuild_command,
                      std::string no_compiler)

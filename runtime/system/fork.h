@@ -1,5 +1,5 @@
-// fork() copies a process with one thread of it alone: what another thread was about to release or to finish stays as it
-// was for good in the child. What is here is whole in the child too.
+// fork() copies a process with one thread of it alone: what another thread was about to release or to finish stays as
+// it was for good in the child. What is here is whole in the child too.
 #pragma once
 
 #include <atomic>
@@ -8,7 +8,8 @@
 
 namespace flash_attn_jit {
 
-// A mutex that is free in a forked child. For a few lines in which no other mutex is taken or made: a fork waits for it.
+// A mutex that is free in a forked child. For a few lines in which no other mutex is taken or made: a fork waits for
+// it.
 class ForkSafeMutex {
  public:
   ForkSafeMutex();

@@ -25,15 +25,15 @@ struct ProgramResult {
   std::string text() const;  // "ended with status 1", "cannot be started: No such file or directory"
 };
 
-// `arguments[0]` is the program, searched on PATH where it has no slash. Nothing is read from stdin. Throws Interrupted,
-// the program ended, where the user has asked to stop.
+// `arguments[0]` is the program, searched on PATH where it has no slash. Nothing is read from stdin. Throws
+// Interrupted, the program ended, where the user has asked to stop.
 ProgramResult run_program(const std::vector<std::string>& arguments);
 
 // A program that answers a line with a line. It is killed where it does not, and when this is destroyed.
 class Conversation {
  public:
-  // `arguments` as of run_program(); the program's stdin and stdout are the conversation. Throws Error where it cannot be
-  // started.
+  // `arguments` as of run_program(); the program's stdin and stdout are the conversation. Throws Error where it cannot
+  // be started.
   explicit Conversation(const std::vector<std::string>& arguments);
   ~Conversation();
   Conversation(const Conversation&) = delete;

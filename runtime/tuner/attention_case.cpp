@@ -4,7 +4,6 @@
 #include <cmath>
 #include <random>
 
-#include "generator/families/families.h"
 #include "generator/legality.h"
 #include "runtime/tuner/half.h"
 

@@ -4,14 +4,15 @@
 #include <cstdint>
 #include <vector>
 
+#include "generator/families/families.h"
 #include "generator/kernel_spec.h"
 #include "runtime/request/attention_options.h"
 #include "runtime/tuner/record.h"
 
 namespace flash_attn_jit {
 
-// Tensors are contiguous, (batch, seqlen, heads, head_dim); varlen, (1, batch x seqlen, heads, head_dim), with sequences
-// of one length.
+// Tensors are contiguous, (batch, seqlen, heads, head_dim); varlen, (1, batch x seqlen, heads, head_dim), with
+// sequences of one length.
 struct AttentionCase {
   KernelSpec spec;  // the tile says nothing
   std::int64_t batch = 0, num_heads = 0, num_heads_k = 0, seqlen_q = 0, seqlen_k = 0;
@@ -29,7 +30,7 @@ struct AttentionCase {
   Score score(double product, std::int64_t h, std::int64_t i, std::int64_t j) const;
   double softmax_scale() const { return default_softmax_scale(spec.head_dim); }
 
-  bool is_backward() const { return spec.kind != KernelKind::kForward; }
+  bool is_backward() const { return !family_of(spec.kind).results.out; }
   std::int64_t rows_q() const { return batch * seqlen_q; }
   std::int64_t rows_k() const { return batch * seqlen_k; }
   std::int64_t statistics() const { return rows_q() * num_heads; }  // numbers of softmax_lse and of delta

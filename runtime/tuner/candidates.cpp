@@ -24,8 +24,9 @@ double tile_distance(const TileConfig& a, const TileConfig& b) {
          schedule;
 }
 
-std::vector<TileConfig> tiles_to_try(const KernelSpec& spec, std::int64_t seqlen_k, const TileConfig& default_tile,
+std::vector<TileConfig> tiles_to_try(const ProblemClass& problem, const TileConfig& default_tile,
                                      const ArchLimits& arch) {
+  const KernelSpec& spec = problem.spec;
   const std::vector<TileConfig> defaults = default_tiles(spec);
   const auto distance = [&](const TileConfig& tile) {
     double least = tile_distance(tile, default_tile);
@@ -34,7 +35,7 @@ std::vector<TileConfig> tiles_to_try(const KernelSpec& spec, std::int64_t seqlen
   };
   std::vector<std::tuple<bool, double, std::string, TileConfig>> ordered;
   for (const TileConfig& tile : tile_space(spec, arch))
-    if (tile != default_tile && has_rows(spec, tile, seqlen_k))
+    if (tile != default_tile && has_rows(spec, tile, problem.seqlen_k))
       ordered.emplace_back(true, distance(tile), tile.text(), tile);
   ordered.emplace_back(false, 0.0, default_tile.text(), default_tile);
   std::sort(ordered.begin(), ordered.end());

@@ -9,8 +9,8 @@
 
 namespace flash_attn_jit {
 
-// The card of a device, from the model's table, or one like a T4 with the device's multiprocessors; nothing where the device
-// does not run sm_75 machine code.
+// The card of a device, from the model's table, or one like a T4 with the device's multiprocessors; nothing where the
+// device does not run sm_75 machine code.
 std::optional<Card> card_of(const TunedDevice& device);
 
 class CardPredictions final : public CandidateModel {

@@ -28,8 +28,8 @@ struct JsonBounds {
   std::size_t values;  // numbers, texts, keys and so on, between two objects that `take` took
 };
 
-// What becomes of an array's element that is an object and complete, with so many around it: true where it was taken and
-// need not be kept.
+// What becomes of an array's element that is an object and complete, with so many around it: true where it was taken
+// and need not be kept.
 using TakeObject = std::function<bool(int depth, nlohmann::json& object)>;
 
 // Refuses, beside what is no JSON, keys that come twice. Throws RecordError, and what `take` throws.

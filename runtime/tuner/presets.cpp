@@ -11,9 +11,10 @@
 namespace flash_attn_jit {
 namespace {
 
-// Heads and head dims: the models' config.json (num_attention_heads, num_key_value_heads, hidden_size). Lengths: language
-// models, prompts up to what a 16 GB card holds; diffusion models, the levels of their UNet for the image size that they
-// were made for, against the image itself and against 77 words, twice for guidance; vision and speech models, their own.
+// Heads and head dims: the models' config.json (num_attention_heads, num_key_value_heads, hidden_size). Lengths:
+// language models, prompts up to what a 16 GB card holds; diffusion models, the levels of their UNet for the image size
+// that they were made for, against the image itself and against 77 words, twice for guidance; vision and speech models,
+// their own.
 constexpr std::array kLayers = {
     PresetLayer{"llama-3-8b", 32, 8, 128, true, 512, 512, 1},
     PresetLayer{"llama-3-8b", 32, 8, 128, true, 2048, 2048, 1},

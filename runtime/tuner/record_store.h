@@ -1,5 +1,5 @@
-// The folder of records: `tuning/` in the cache's folder or in a pack, be that a folder or a zip file; a folder in it for
-// each device.
+// The folder of records: `tuning/` in the cache's folder or in a pack, be that a folder or a zip file; a folder in it
+// for each device.
 //
 //   tuning/tesla-t4-sm75-40mp-native/fwd_hdim128_fp16_causal_gqa8_vec16_q1024_k1024_bh64.0123456789abcdef.json
 //   tuning/tesla-t4-sm75-40mp-native/<64 hex digits>.<number>.tmp         being written
@@ -24,10 +24,12 @@ namespace flash_attn_jit {
 // Thread-safe.
 class RecordStore {
  public:
-  // `home` is the cache's folder, or the pack, a zip file of which is only read; empty: there is none, and memory serves.
+  // `home` is the cache's folder, or the pack, a zip file of which is only read; empty: there is none, and memory
+  // serves.
   RecordStore(std::filesystem::path home, FolderUse use);
 
-  // Those of one device, or of all, of whatever templates, in the order of their files. Never throws for what lies there.
+  // Those of one device, or of all, of whatever templates, in the order of their files. Never throws for what lies
+  // there.
   std::vector<TuningRecord> read(const TunedDevice& device) const;
   std::vector<TuningRecord> read_all() const;
 

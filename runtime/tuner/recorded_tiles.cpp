@@ -2,6 +2,8 @@
 
 #include <mutex>
 
+#include "generator/families/families.h"
+
 namespace flash_attn_jit {
 
 std::size_t RecordedTiles::bucket_of(const ProblemClass& problem) noexcept {
@@ -27,13 +29,33 @@ TileConfig RecordedTiles::choose(const KernelSpec& spec, const Problem& problem)
   return otherwise_.choose(spec, problem);
 }
 
+bool RecordedTiles::takes_all_keys(const KernelSpec& spec, const Problem& problem) const {
+  const auto time_of = [&](KernelKind kind) {
+    KernelSpec other = spec;
+    other.kind = kind;
+    const Entry* const entry = find(class_of(normalized(other), problem));
+    return entry != nullptr ? entry->time : MeasuredTime{};
+  };
+  const MeasuredTime of_one = time_of(KernelKind::kBackwardAllKeys);
+  bool all_measured = of_one.seconds > 0;
+  double of_three = 0;
+  for (const KernelKind kind : kSeparateBackwardKinds) {
+    if (!all_measured) break;
+    const MeasuredTime time = time_of(kind);
+    all_measured = time.seconds > 0 && time.problem == of_one.problem;
+    of_three += time.seconds;
+  }
+  return all_measured ? of_one.seconds <= of_three : otherwise_.takes_all_keys(spec, problem);
+}
+
 bool RecordedTiles::has_measured(const ProblemClass& problem) const noexcept {
   const Entry* const entry = find(problem);
   return entry != nullptr && entry->rank.measured;
 }
 
-void RecordedTiles::add(const ProblemClass& problem, const TileConfig& tile, const RecordRank& rank) {
-  auto made = std::make_unique<Entry>(Entry{problem, tile, rank, nullptr});
+void RecordedTiles::add(const ProblemClass& problem, const TileConfig& tile, const RecordRank& rank,
+                        const MeasuredTime& time) {
+  auto made = std::make_unique<Entry>(Entry{problem, tile, rank, time, nullptr});
   const std::lock_guard guard(mutex_);
   if (const Entry* const known = find(problem);
       known != nullptr && (known->rank > rank || (known->rank == rank && known->tile == tile)))

@@ -22,6 +22,12 @@ struct RecordRank {
   friend auto operator<=>(const RecordRank&, const RecordRank&) = default;
 };
 
+// How long a class's tile took, on one problem of the class.
+struct MeasuredTime {
+  double seconds = 0;  // 0: not measured
+  Problem problem;
+};
+
 // Chooses without a lock while tiles are added: launches go on while the same process tunes.
 class RecordedTiles final : public TileChooser {
  public:
@@ -29,18 +35,21 @@ class RecordedTiles final : public TileChooser {
   explicit RecordedTiles(const TileChooser& otherwise) : otherwise_(otherwise) {}
 
   TileConfig choose(const KernelSpec& spec, const Problem& problem) const override;
+  // By the times of the four kernels, where all were measured on one problem.
+  bool takes_all_keys(const KernelSpec& spec, const Problem& problem) const override;
 
   // Whether the class has a tile that was measured, and not predicted.
   bool has_measured(const ProblemClass& problem) const noexcept;
 
   // From now on `tile` is the class's, unless there is one of a greater rank. `tile` is one that check() allows.
-  void add(const ProblemClass& problem, const TileConfig& tile, const RecordRank& rank);
+  void add(const ProblemClass& problem, const TileConfig& tile, const RecordRank& rank, const MeasuredTime& time = {});
 
  private:
   struct Entry {
     ProblemClass problem;
     TileConfig tile;
     RecordRank rank;
+    MeasuredTime time;
     const Entry* next;  // of the same bucket, older
   };
   static constexpr std::size_t kBuckets = 1024;

@@ -7,8 +7,8 @@
 
 namespace flash_attn_jit {
 
-// A row of an output, and how far fp16 operands may take each element from it: probabilities and gradients of scores are
-// rounded to fp16, and so is the result; twice that, for float32's own rounding.
+// A row of an output, and how far fp16 operands may take each element from it: probabilities and gradients of scores
+// are rounded to fp16, and so is the result; twice that, for float32's own rounding.
 struct ReferenceRow {
   std::vector<double> value, bound;
 };

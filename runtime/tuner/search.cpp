@@ -22,8 +22,8 @@ constexpr double kIdleSeconds = 0.25;
 // Beside the leader, at most so many new candidates enter a round.
 constexpr int kNewAtOnce = 4;
 
-// The last part of a budget: nothing is compiled and nobody comes in, and the best so far race on until they can be told
-// apart.
+// The last part of a budget: nothing is compiled and nobody comes in, and the best so far race on until they can be
+// told apart.
 constexpr double kFinalShare = 0.3;
 constexpr std::size_t kFinalists = 5;  // the default, which races anyway, not among them
 
@@ -527,9 +527,9 @@ class TileSearch {
     std::string rule;
   };
 
-  // Who wins by what was measured: of those that are known to be no slower than the anchor the one with the least median
-  // ratio to it, or the anchor where it cannot be told apart from that one. What differs from the winner by less than
-  // the least gap is as good, and the smallest name stands for all of them.
+  // Who wins by what was measured: of those that are known to be no slower than the anchor the one with the least
+  // median ratio to it, or the anchor where it cannot be told apart from that one. What differs from the winner by less
+  // than the least gap is as good, and the smallest name stands for all of them.
   Decision decide() {
     std::vector<Entry*> contenders{anchor_};
     int unknown = 0;  // perhaps faster than the anchor, and in too few rounds

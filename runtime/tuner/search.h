@@ -1,10 +1,11 @@
 // The search for the fastest tile of one problem class.
 //
-// The default tile is compiled, checked and measured first; the others come in as the compiler finishes them, those that
-// are likely to be fast before the others. Each is checked before it is measured. Then they take turns: a round is one
-// burst of each in random order and one more in the reverse order, so that a clock that sinks evenly costs all the same.
-// Candidates are compared by their ratios within the rounds that both were in. One that is told apart from the leader
-// drops out; the search ends when all are told apart or tied, or with its budget, whose last part is for the best so far.
+// The default tile is compiled, checked and measured first; the others come in as the compiler finishes them, those
+// that are likely to be fast before the others. Each is checked before it is measured. Then they take turns: a round is
+// one burst of each in random order and one more in the reverse order, so that a clock that sinks evenly costs all the
+// same. Candidates are compared by their ratios within the rounds that both were in. One that is told apart from the
+// leader drops out; the search ends when all are told apart or tied, or with its budget, whose last part is for the
+// best so far.
 #pragma once
 
 #include <cstdint>
@@ -52,8 +53,8 @@ struct SearchParts {
   SearchWatcher* watcher = nullptr;
 };
 
-// Runs until the ranking is settled, the budget ends or the user interrupts, which is no error here: what was measured is
-// published and returned.
+// Runs until the ranking is settled, the budget ends or the user interrupts, which is no error here: what was measured
+// is published and returned.
 SearchResult search_tiles(const SearchTask& task, const SearchParts& parts, const SearchSettings& settings);
 
 }  // namespace flash_attn_jit

@@ -1,5 +1,5 @@
-// What a search works with: a clock, a compiler, a device, a model, somewhere to put records. On a GPU and in tests they
-// are different ones behind the same search.
+// What a search works with: a clock, a compiler, a device, a model, somewhere to put records. On a GPU and in tests
+// they are different ones behind the same search.
 #pragma once
 
 #include <optional>

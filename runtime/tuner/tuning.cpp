@@ -49,7 +49,11 @@ void Tuning::use(RecordedTiles& tiles, const TuningRecord& record, bool own) con
               " is passed over: " + *reason);
     return;
   }
-  tiles.add(record.key.problem, record.winner, {!record.key.policy.is_prediction(), own, record.when});
+  const bool is_measured = !record.key.policy.is_prediction();
+  const Candidate* const winner = record.candidate(record.winner);
+  const MeasuredTime time{is_measured && winner != nullptr ? winner->median_seconds.value_or(0) : 0,
+                          record.measured_problem()};
+  tiles.add(record.key.problem, record.winner, {is_measured, own, record.when}, time);
 }
 
 std::optional<std::string> check_winner(const TuningRecord& record) {

@@ -1,4 +1,5 @@
-// What tuning has found, as a process uses it: the records of the cache and of a pack, and each device's chooser of tiles.
+// What tuning has found, as a process uses it: the records of the cache and of a pack, and each device's chooser of
+// tiles.
 #pragma once
 
 #include <array>
@@ -28,6 +29,9 @@ class Tuning {
 
   // Reads the device's records at the first call. The chooser lives as long as this object.
   const TileChooser& tiles_of(const TunedDevice& device);
+
+  // What chooses where there is no record.
+  const TileChooser& otherwise() const { return otherwise_; }
 
   // Whether a choice for this class follows a record of what was measured.
   bool has_measured(const TunedDevice& device, const ProblemClass& problem);

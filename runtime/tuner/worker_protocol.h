@@ -12,7 +12,8 @@
 
 namespace flash_attn_jit {
 
-// The default kernels of what comes before the one that is tuned: a gradient's needs both, the preprocess kernel the first.
+// The default kernels of what comes before the one that is tuned: a gradient's needs both, the preprocess kernel the
+// first.
 struct EarlierKernels {
   std::optional<CompiledCandidate> forward, preprocess;
 };

@@ -47,8 +47,8 @@ struct Exact {
   static double gradient(double x) { return x; }
 };
 
-// In float32 from the tensors' own out and softmax_lse, with P, dS and the gradients rounded to fp16: the error that any
-// kernel with fp16 operands has to make.
+// In float32 from the tensors' own out and softmax_lse, with P, dS and the gradients rounded to fp16: the error that
+// any kernel with fp16 operands has to make.
 struct Emulated {
   using Number = float;
   static float fp16(float x) { return static_cast<float>(rounded_to_fp16(x)); }
@@ -185,9 +185,10 @@ void fill_dout(const BackwardCase& c, WatchedTensor& dout) {
         for (std::int64_t d = 0; d < dim; ++d) dout.at(b, s, h, d) = to_fp16(normal(random) * c.dout_factor);
 }
 
-// By luck of the order of adding, an emulation's error can be small: the bound takes the worst of a few orders, and of more
-// where it is exceeded, as of thousands of cases some have luck with all of the few. Where every row sees one key, dP and
-// delta cancel but for the order of adding, in all rows alike: then delta is off by as much as another order may make it.
+// By luck of the order of adding, an emulation's error can be small: the bound takes the worst of a few orders, and of
+// more where it is exceeded, as of thousands of cases some have luck with all of the few. Where every row sees one key,
+// dP and delta cancel but for the order of adding, in all rows alike: then delta is off by as much as another order may
+// make it.
 constexpr std::int64_t kFewSumSteps[] = {1, 2, 8}, kMoreSumSteps[] = {1, 3, 4, 5, 7, 11, 16, 32};
 constexpr float kDeltaFactors[] = {1 - 0x1p-22f, 1, 1 + 0x1p-22f};
 

@@ -16,10 +16,10 @@
 
 namespace flash_attn_jit::testing {
 
-// Head dims of every class that the code tells apart, at least one of each. Classes: whether rows can be read 16 bytes at a
-// time (8), whether the tensor instructions' 16 dims and the 32 of a fragment load are full, in the tensor and in the
-// padded tile, whether the last dim stands alone in its pair, on which side of 128, where gradients are split; and every
-// row of the tables of default tiles.
+// Head dims of every class that the code tells apart, at least one of each. Classes: whether rows can be read 16 bytes
+// at a time (8), whether the tensor instructions' 16 dims and the 32 of a fragment load are full, in the tensor and in
+// the padded tile, whether the last dim stands alone in its pair, on which side of 128, where gradients are split; and
+// every row of the tables of default tiles.
 const std::vector<int>& head_dims();
 
 // A case's choices, as indices into lists of values.
@@ -50,9 +50,9 @@ Choice only(int head_dim);
 // The same with every combination of what else default tiles depend on: mask, features, kind of access.
 std::vector<Choice> choices_of_tiles(int head_dim);
 
-// Every head dim and mask with every length of queries, every length of keys, and every fourth pair of the two, so that a
-// pair meets a quarter of the head dims. What else makes another kernel (group, features, kind of access) takes turns, once
-// for each head dim and mask: few kernels to compile.
+// Every head dim and mask with every length of queries, every length of keys, and every fourth pair of the two, so that
+// a pair meets a quarter of the head dims. What else makes another kernel (group, features, kind of access) takes
+// turns, once for each head dim and mask: few kernels to compile.
 std::vector<Choice> lengths_and_masks();
 
 // Draws choices, each time the best of a few, until every pair of values of two factors has stood in one.
@@ -80,8 +80,8 @@ struct Share {
   std::size_t first, step;
 };
 
-// The plain program has an eighth of a grid, and the one under sanitizers, which is several times slower, a forty-eighth,
-// with no case in both. With FLASH_ATTN_JIT_TEST_ALL=1 they have all and a sixth.
+// The plain program has an eighth of a grid, and the one under sanitizers, which is several times slower, a
+// forty-eighth, with no case in both. With FLASH_ATTN_JIT_TEST_ALL=1 they have all and a sixth.
 Share share_of_grid();
 
 // Cases that are few, drawn or listed: the plain program has all, the one under sanitizers a fifth.
@@ -115,8 +115,8 @@ std::vector<Case> pick_of_grid(const std::vector<Case>& cases) {
   return kept;
 }
 
-// Runs cases on as many threads as there are cores, two at the least; `run` returns a fault or "". Faults are told as they
-// come, so that a long run that is broken off has told what it found.
+// Runs cases on as many threads as there are cores, two at the least; `run` returns a fault or "". Faults are told as
+// they come, so that a long run that is broken off has told what it found.
 template <class Case, class Run>
 int count_faults(const std::vector<Case>& cases, Run run) {
   std::atomic<std::size_t> next = 0;

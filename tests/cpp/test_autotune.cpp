@@ -1,4 +1,5 @@
-// Tuning of what a process launches, on a libcuda that plays a GPU and a shell script that plays the process that measures.
+// Tuning of what a process launches, on a libcuda that plays a GPU and a shell script that plays the process that
+// measures.
 #include <doctest/doctest.h>
 
 #ifdef FLASH_ATTN_JIT_STUB_LIBCUDA
@@ -109,8 +110,8 @@ ForwardRequest request(std::int64_t seqlen = 1024) {
   return r;
 }
 
-BackwardRequest backward_request() {
-  const ForwardRequest f = request();
+BackwardRequest backward_request(std::int64_t seqlen = 1024) {
+  const ForwardRequest f = request(seqlen);
   BackwardRequest r;
   r.q = f.q;
   r.k = f.k;
@@ -192,6 +193,16 @@ TEST_CASE("autotune: every kernel of a backward pass, and none whose tile is giv
   REQUIRE(found.size() == 3);
   CHECK(found[2].attention.spec.kind == KernelKind::kBackwardDq);
   for (const TunedProblem& one : found) CHECK_MESSAGE(one.result.record, one.result.reason);
+}
+
+TEST_CASE("autotune: both ways of a short backward pass") {
+  PlayedProcess process;
+  process.autotuner.begin(process.settings());
+  process.autotuner.meet(process.device(), backward_request(100), nullptr);
+  std::vector<KernelKind> kinds;
+  for (const TunedProblem& one : process.autotuner.end()) kinds.push_back(one.attention.spec.kind);
+  CHECK(kinds == std::vector{KernelKind::kBackwardPreprocess, KernelKind::kBackwardDkDv, KernelKind::kBackwardDq,
+                             KernelKind::kBackwardAllKeys});
 }
 
 TEST_CASE("autotune: inside stream capture nothing is tuned, and once behind it") {

@@ -122,8 +122,8 @@ std::vector<BackwardCase> pairwise_backward_cases() {
   return cases;
 }
 
-// Where a block has all keys: every head dim with every mask's choices and every number of keys that a tile has, tiles of
-// the space in turn.
+// Where a block has all keys: every head dim with every mask's choices and every number of keys that a tile has, tiles
+// of the space in turn.
 std::vector<BackwardCase> all_keys_cases() {
   std::vector<BackwardCase> cases;
   PairwiseChoices choices;

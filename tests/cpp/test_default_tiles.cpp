@@ -156,13 +156,13 @@ TEST_CASE("a block has all keys, or another kernel is taken") {
   CHECK(chosen(spec, {500, 128, 64, kT4Multiprocessors}).block_m == 128);
   CHECK(chosen(spec, {500, 65, 64, kT4Multiprocessors}).block_m == 128);
   CHECK_THROWS_AS(chosen(spec, {500, 129, 64, kT4Multiprocessors}), Error);
-  CHECK(takes_all_keys(spec, {128, 128, 400, kT4Multiprocessors}));
-  CHECK(takes_all_keys(spec, {128, 1, 400, kT4Multiprocessors}));
-  CHECK_FALSE(takes_all_keys(spec, {128, 129, 400, kT4Multiprocessors}));
+  CHECK(default_tile_chooser().takes_all_keys(spec, {128, 128, 400, kT4Multiprocessors}));
+  CHECK(default_tile_chooser().takes_all_keys(spec, {128, 1, 400, kT4Multiprocessors}));
+  CHECK_FALSE(default_tile_chooser().takes_all_keys(spec, {128, 129, 400, kT4Multiprocessors}));
   // Few blocks, which go over many queries one after the other: the dQ kernel shares them out.
-  CHECK_FALSE(takes_all_keys(spec, {1 << 16, 77, 2, kT4Multiprocessors}));
+  CHECK_FALSE(default_tile_chooser().takes_all_keys(spec, {1 << 16, 77, 2, kT4Multiprocessors}));
   spec.head_dim = 136;
-  CHECK_FALSE(takes_all_keys(spec, {128, 128, 400, kT4Multiprocessors}));
+  CHECK_FALSE(default_tile_chooser().takes_all_keys(spec, {128, 128, 400, kT4Multiprocessors}));
 }
 
 TEST_CASE("there is no tile above head dim 256") {

@@ -33,8 +33,8 @@ ForwardCase with_tile(const Choice& choice, std::optional<TileConfig> tile) {
   return c;
 }
 
-// The default tiles of a head dim, each with the mask, the features and the layout that it is for: what the library runs by
-// itself.
+// The default tiles of a head dim, each with the mask, the features and the layout that it is for: what the library
+// runs by itself.
 void add_default_tiles(int head_dim, PairwiseChoices& choices, std::vector<ForwardCase>& cases) {
   std::set<std::pair<Mask, TileConfig>> seen;
   for (const Choice& fixed : choices_of_tiles(head_dim)) {

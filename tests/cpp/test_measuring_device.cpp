@@ -207,10 +207,9 @@ class PlayedDevice {
       } else {
         const auto& p = *static_cast<const FlashBwdParams*>(params);
         const PlainBackward plain(p, 16, causal);
-        if (name == "preprocess")
-          plain.delta(2);
-        else
-          plain.gradients(2, name.starts_with("dq"));
+        if (name == "preprocess" || name == "all") plain.delta(2);
+        if (name.starts_with("dq") || name == "all") plain.gradients(2, true);
+        if (name == "dkdv" || name == "all") plain.gradients(2, false);
         if (name == "dq_wrong") static_cast<std::uint16_t*>(p.dq)[5] = to_fp16(3.0);
       }
       return 1e-3;
@@ -274,24 +273,54 @@ TEST_CASE("measuring: the first result at full size is itself checked against fl
 }
 
 TEST_CASE("measuring: every gradient kernel, after the kernels that come before it") {
-  for (const char* kernel : {"bwd_dq hdim16 fp16 causal gqa2 vec16", "bwd_dkdv hdim16 fp16 causal gqa2 vec16"}) {
+  for (const KernelKind kind : kKernelKinds) {
+    const KernelResults& made = family_of(kind).results;
+    if (!made.dq && !made.dkdv) continue;
+    const std::string kernel(to_text(kind));
     CAPTURE(kernel);
     PlayedDevice played;
-    const AttentionCase attention = problem(kernel);
+    const AttentionCase attention = problem(kernel + " hdim16 fp16 causal gqa2 vec16");
     const EarlierKernels earlier{kernel_named("fwd"), kernel_named("preprocess", "m64n0w4q0l0b0k0")};
     GpuMeasuringDevice device(*played.driver, {attention, 0, earlier, false, {}});
-    const bool is_dq = attention.spec.kind == KernelKind::kBackwardDq;
-    const CheckedCandidate checked = device.check(kernel_named(is_dq ? "dq" : "dkdv"), 1);
+    const std::string name = made.delta ? "all" : made.dq ? "dq" : "dkdv";
+    const CheckedCandidate checked = device.check(kernel_named(name), 1);
     CHECK_MESSAGE(!checked.fault, checked.fault->reason);
     CHECK(checked.error.value() > 0);
-    CHECK_FALSE(device.time(kernel_named(is_dq ? "dq" : "dkdv"), 2, 1).fault);
-    if (is_dq) CHECK(device.check(kernel_named("dq_wrong", "m128n24w8q16l0b8k8"), 1).fault);
+    CHECK_FALSE(device.time(kernel_named(name), 2, 1).fault);
+    const std::string wrong = made.dq ? "dq_wrong" : "nothing";  // which leaves what was there
+    CHECK(device.check(kernel_named(wrong, "m128n24w8q16l0b8k8"), 1).fault);
   }
   PlayedDevice played(false);
   const AttentionCase attention = problem("bwd_preprocess hdim16 fp16 full gqa1 vec16");
   GpuMeasuringDevice device(*played.driver, {attention, 0, {kernel_named("fwd"), std::nullopt}, false, {}});
   const CheckedCandidate checked = device.check(kernel_named("preprocess", "m64n0w4q0l0b0k0"), 1);
   CHECK_MESSAGE(!checked.fault, checked.fault->reason);
+}
+
+TEST_CASE("measuring: a case asks for its own kernel, and its reference has every feature that changes scores") {
+  PlayedDevice played;
+  Driver& driver = *played.driver;
+  const CudaContext context = driver.primary_context(0);
+  const Driver::CurrentContext current(driver, context);
+  const CaseNumbers numbers(1);
+  const PlanTarget target{arch_limits(75), 40, default_tile_chooser()};
+  for (const FeatureSet& features : all_feature_sets())
+    for (const Mask mask : kAllMasks)
+      for (const GlobalAccess access : {GlobalAccess::kVector16B, GlobalAccess::kElement2B}) {
+        AttentionCase attention = problem("fwd hdim16 fp16 full gqa2 vec16");
+        attention.spec.mask = mask;
+        attention.spec.features = features;
+        attention.spec.access = access;
+        CAPTURE(attention.spec.text());
+        const CaseMemory memory(driver, attention, numbers, 0);
+        KernelSpec planned = plan_forward(memory.forward(0), target).spec;
+        planned.tile = {};
+        CHECK(planned == attention.spec);
+        AttentionCase plain = attention;
+        plain.spec.features = {};
+        const AttentionCase::Score with = attention.score(3, 1, 50, 20), without = plain.score(3, 1, 50, 20);
+        CHECK((with.value != without.value) == features.change_scores());
+      }
 }
 
 TEST_CASE("measuring: a kernel that the device refuses is out; one that ends with an error takes the process along") {

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <thread>
 
+#include "generator/families/families.h"
 #include "runtime/launch/forward_launch.h"
 #include "runtime/launch/loaded_kernels.h"
 #include "runtime/tuner/tuning.h"
@@ -202,6 +203,39 @@ TEST_CASE("launches choose while records are added: the tile before or the tile 
   for (std::thread& launch : launches) launch.join();
   CHECK(strange == 0);
   CHECK(chooser.choose(first.key.problem.spec, first.measured_problem()) == tiles.back());
+}
+
+TEST_CASE("one backward kernel or three: by their times, where all four were measured on one problem") {
+  KernelSpec spec;
+  spec.head_dim = 64;
+  spec.mask = Mask::kCausal;
+  spec.group_size = 4;
+  const Problem size{120, 100, 400, 40};
+  const bool otherwise = default_tile_chooser().takes_all_keys(spec, size);
+  const auto chooser_of = [&](double all_keys, double dq, const Problem& size_of_dq = {120, 100, 400, 40}) {
+    auto chooser = std::make_unique<RecordedTiles>(default_tile_chooser());
+    const auto add = [&](KernelKind kind, double seconds, const Problem& measured) {
+      KernelSpec one = spec;
+      one.kind = kind;
+      one = normalized(one);
+      chooser->add(class_of(one, size), default_tiles(one).front(), {true, true, "x"}, {seconds, measured});
+    };
+    add(KernelKind::kBackwardPreprocess, 1e-5, size);
+    add(KernelKind::kBackwardDkDv, 2e-5, size);
+    add(KernelKind::kBackwardDq, dq, size_of_dq);
+    add(KernelKind::kBackwardAllKeys, all_keys, size);
+    return chooser;
+  };
+  for (const Problem& asked : {size, Problem{128, 128, 512, 40}, Problem{65, 65, 257, 40}}) {  // of one class
+    CHECK(chooser_of(5.9e-5, 3e-5)->takes_all_keys(spec, asked));
+    CHECK_FALSE(chooser_of(6.1e-5, 3e-5)->takes_all_keys(spec, asked));
+  }
+  // Not measured, or on another problem: as without records.
+  for (const double all_keys : {5.9e-5, 6.1e-5}) {
+    CHECK(chooser_of(all_keys, 0)->takes_all_keys(spec, size) == otherwise);
+    CHECK(chooser_of(all_keys, 3e-5, {128, 128, 400, 40})->takes_all_keys(spec, size) == otherwise);
+  }
+  CHECK_FALSE(chooser_of(1e-6, 3e-5)->takes_all_keys(spec, {128, 129, 400, 40}));  // of another class
 }
 
 TEST_CASE("every class of a grid is told apart") {

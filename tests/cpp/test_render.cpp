@@ -129,7 +129,8 @@ TEST_CASE("what a launch needs comes with the source") {
   CHECK(kernel.useful_mma == 128);
   // The true head dim counts, not the padded one: 72 is 9 steps of 8 and is padded to 10.
   CHECK(render(kSpec, embedded_templates()).useful_mma == 2 * 1 * 2 * 9);
-  // dK and dV above 128: two blocks compute S and dP both and half of the gradients each, 96 instructions in place of 64.
+  // dK and dV above 128: two blocks compute S and dP both and half of the gradients each, 96 instructions in place of
+  // 64.
   const auto useful_of = [](const char* text) { return render(spec_of(text), embedded_templates()).useful_mma; };
   CHECK(useful_of("bwd_dkdv hdim256 fp16 full gqa1 vec16 m64n8w4q112l0b8k8") == 4 * 32 / 2);
   CHECK(useful_of("bwd_dkdv hdim128 fp16 full gqa1 vec16 m128n16w8q128l1b8k8") == 4 * 2 * 16);

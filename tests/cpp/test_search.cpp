@@ -40,7 +40,8 @@ class FakeWorld final : public TuningClock, public CandidateCompiler, public Mea
   int compile_threads = 2;
   double interrupt_at = 1e9;
   std::uint64_t seed = 1;
-  // How much slower than its best the device is at a time; and at the first of so many bursts after a check, which warm it.
+  // How much slower than its best the device is at a time; and at the first of so many bursts after a check, which warm
+  // it.
   std::function<double(double)> slowdown = [](double) { return 1.0; };
   double cold_slowdown = 1;
   int warm_bursts = 0;
@@ -665,7 +666,7 @@ TEST_CASE("the tiles to try: the default first, then by distance from the defaul
   spec.tile = {};
   const ArchLimits arch = arch_limits(75);
   for (const TileConfig& default_tile : default_tiles(spec)) {
-    const std::vector<TileConfig> tiles = tiles_to_try(spec, 1024, default_tile, arch);
+    const std::vector<TileConfig> tiles = tiles_to_try({spec, 1024, 1024, 64}, default_tile, arch);
     REQUIRE(tiles.size() > 20);
     CHECK(tiles.front() == default_tile);
     CHECK(std::set<TileConfig>(tiles.begin(), tiles.end()).size() == tiles.size());

@@ -102,8 +102,8 @@ TEST_CASE("forward rows of a case are those of the tests' reference, with every 
 }
 
 TEST_CASE("gradient rows of a case are the differences of the forward pass") {
-  // d(sum dout x out) / dx by central differences would need other numbers: the chain rule is checked through identities
-  // instead. Rows of dV sum to those of dout; dS sums to 0 along keys, so that equal keys leave no dQ.
+  // d(sum dout x out) / dx by central differences would need other numbers: the chain rule is checked through
+  // identities instead. Rows of dV sum to those of dout; dS sums to 0 along keys, so that equal keys leave no dQ.
   const CaseNumbers numbers(6);
   AttentionCase attention;
   attention.spec = parse_kernel_without_tile("bwd_dkdv hdim16 fp16 causal gqa2 vec16");

@@ -15,8 +15,8 @@ struct StubDevice {
   std::size_t memory = std::size_t{1} << 34;
 };
 
-// What a kernel does when the stub launches it: memory of the stub's devices is the process's own. What it returns is how
-// long the device was busy, in seconds.
+// What a kernel does when the stub launches it: memory of the stub's devices is the process's own. What it returns is
+// how long the device was busy, in seconds.
 using StubKernel = std::function<double(const std::string& function, const void* params)>;
 
 struct StubLaunch {
