@@ -12,6 +12,7 @@ namespace {
 // multiprocessor, so that eight warps of 16 keys go before four of 32, and above head dim 64 shared memory leaves no
 // room for 16 queries. At 128 a causal kernel spills 4 bytes, one with a window 8.
 constexpr std::array kLarge = {
+    TileRow{32, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 32, .schedule = {0, 5, 8}}},
     TileRow{64, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 4, 8}}},
     TileRow{128, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 128, .schedule = {0, 8, 8}}},
 };

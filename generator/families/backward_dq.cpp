@@ -8,6 +8,7 @@ namespace {
 // Chosen like forward's. 32 rows a warp halve the reads of shared memory, which bind it, as far as the registers hold
 // its gradients and operands: to head dim 96.
 constexpr std::array kLargeFull = {
+    TileRow{32, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {0, 5, 8}}},
     TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {0, 6, 8}}},
     TileRow{64, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 64, .schedule = {0, 7, 8}}},
     TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 7, 8}}},
@@ -19,6 +20,7 @@ constexpr std::array kLargeFull = {
     TileRow{256, {.block_m = 64, .block_n = 8, .warps = 4, .register_dims = 112, .schedule = {0, 8, 8}}},
 };
 constexpr std::array kLargeCausal = {
+    TileRow{32, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {1, 8, 8}}},
     TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {0, 6, 8}}},
     TileRow{64, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 64, .schedule = {3, 6, 8}}},
     TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {1, 7, 8}}},
@@ -44,14 +46,21 @@ constexpr std::array kSmall = {
 
 // Windows and features take registers too. Rows for what would spill with the tiles above.
 constexpr std::array kLargeWindow = {
-    TileRow{64, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
+    TileRow{32, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 32, .schedule = {3, 5, 8}}},
+    TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {3, 7, 8}}},
+    TileRow{64, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 64, .schedule = {0, 5, 8}}},
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {4, 8, 8}}},
+    TileRow{112, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 112, .schedule = {3, 5, 8}}},
 };
 constexpr std::array kLargeVarlen = {
+    TileRow{32, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {1, 8, 8}}},
+    TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {3, 7, 8}}},
     TileRow{64, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {3, 7, 8}}},
 };
 constexpr std::array kLargeScores = {
+    TileRow{32, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {0, 5, 8}}},
+    TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {5, 8, 8}}},
     TileRow{64, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
     TileRow{96, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 96, .schedule = {0, 6, 8}}},
 };

@@ -17,8 +17,9 @@ constexpr std::array kLargeFull = {
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 5, 7}}},
     TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {1, 6, 8}}},
     TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 7, 7}}},
-    TileRow{160, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {0, 8, 8}}},
-    TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 192, .schedule = {2, 4, 4}}},
+    TileRow{160, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 160, .schedule = {0, 3, 3}}},
+    TileRow{192, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 192, .schedule = {0, 8, 8}}},
+    TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 224, .schedule = {0, 4, 4}}},
     TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {0, 8, 8}}},
 };
 
@@ -28,8 +29,20 @@ constexpr std::array kLargeCausal = {
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 4, 4}}},
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 5, 7}}},
     TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {5, 8, 8}}},
+    TileRow{160, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 160, .schedule = {0, 7, 7}}},
     TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 192, .schedule = {2, 4, 4}}},
     TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 208, .schedule = {3, 7, 7}}},
+};
+
+// A window has masked iterations at both ends, which take registers.
+constexpr std::array kLargeWindow = {
+    TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {0, 4, 7}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 4, 4}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 1, 1}}},
+    TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 3, 3}}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {5, 8, 8}}},
+    TileRow{192, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 192, .schedule = {2, 4, 4}}},
+    TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 192, .schedule = {0, 8, 8}}},
 };
 
 // Where a score takes its key's position in.
@@ -45,6 +58,13 @@ constexpr std::array kLargeMaskedPositions = {
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 5, 8}}},
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 5, 7}}},
     TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 7, 7}}},
+};
+constexpr std::array kLargeWindowPositions = {
+    TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {0, 4, 7}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 5, 8}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 5, 7}}},
+    TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 7, 7}}},
+    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {2, 5, 7}}},
 };
 
 // Loads of one element at a time take registers for addresses, so that a warp has 16 rows at every head dim.
@@ -68,14 +88,15 @@ constexpr std::array kSmall = {
     TileRow{256, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 192, .schedule = {2, 8, 8}}},
 };
 
-// With a window, positions in scores or cu_seqlens some large tiles spill at head dims 112 and 128: with all three 280
-// bytes at 128, the others up to 100 (NVRTC 12.9).
+// With a window, positions in scores or cu_seqlens some large tiles spill at head dims 112 and 128: up to 100 bytes
+// (NVRTC 12.9).
 TileTables tiles(const KernelSpec& spec) {
   if (spec.access == GlobalAccess::kElement2B) return {TileTableList{kLargeElement}, TileTableList{kSmall}};
-  const bool masked = spec.mask != Mask::kNone;
-  return {TileTableList{
-              only_if(spec.features.need_positions(), masked ? TileTable(kLargeMaskedPositions) : kLargePositions),
-              masked ? TileTable(kLargeCausal) : kLargeFull},
+  const bool masked = spec.mask != Mask::kNone, window = spec.mask == Mask::kWindow,
+             positions = spec.features.need_positions();
+  return {TileTableList{only_if(positions && window, kLargeWindowPositions),
+                        only_if(positions, masked ? TileTable(kLargeMaskedPositions) : kLargePositions),
+                        only_if(window, kLargeWindow), masked ? TileTable(kLargeCausal) : kLargeFull},
           TileTableList{only_if(is_plain(spec), kMedium)}, TileTableList{kSmall}};
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <thread>
 
 #include "runtime/system/errors.h"
 #include "runtime/system/interrupt.h"
@@ -129,7 +130,10 @@ void Autotuner::meet(Device& device, const KernelLaunch<Params>& launch, const A
 
 void Autotuner::tune_in_turn(Device& device, const Key& key, const AttentionCase& attention, StreamHandle stream) {
   std::unique_lock turn(turn_, std::defer_lock);
-  while (!turn.try_lock_for(std::chrono::milliseconds(50))) throw_if_interrupted();
+  while (!turn.try_lock()) {
+    throw_if_interrupted();
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
   if (!is_on() || tuning_.has_measured(key.first, key.second) || is_done(key)) return;
   TunedProblem tuned{attention, {}};
   try {

@@ -1,5 +1,4 @@
-"""Where the default tiles come from: tools/tile_search/records has each of plain kernels and of the forward ones with
-ALiBi."""
+"""Where the default tiles come from: tools/tile_search/records has each, of plain kernels and with a feature."""
 
 import json
 from pathlib import Path
@@ -7,8 +6,10 @@ from pathlib import Path
 import pytest
 from conftest import run_program
 
+from flash_attn_jit import _core
+
 RECORDS = Path(__file__).parents[2] / "tools" / "tile_search" / "records"
-MASKS = {"full": [], "causal": ["--causal"]}
+MASKS = {"full": [], "causal": ["--causal"], "window": ["--window"]}
 
 
 def without_register_dims(tile: str) -> str:
@@ -18,9 +19,8 @@ def without_register_dims(tile: str) -> str:
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(
-    "kind, features", [("fwd", ""), ("fwd", "--alibi"), ("bwd_dkdv", ""), ("bwd_dq", ""), ("bwd_all_keys", "")]
-)
+@pytest.mark.parametrize("features", ["", "--softcap", "--alibi", "--varlen"])
+@pytest.mark.parametrize("kind", [family.word for family in _core.kernel_families() if family.products])
 def test_every_default_tile_has_a_record(kind, features, mask):
     records = [r for r in json.loads((RECORDS / f"{kind}.json").read_text()) if r["mask"] == mask]
     judged = {
