@@ -56,7 +56,7 @@ class Autotuner {
 
   Tuning& tuning_;
   std::atomic<bool> is_on_ = false;
-  std::mutex turn_;     // held while a problem is tuned
+  std::mutex turn_;           // held while a problem is tuned
   mutable std::mutex mutex_;  // guards what is below
   AutotuneSettings settings_;
   double spent_seconds_ = 0;
