@@ -44,8 +44,8 @@ constexpr std::array kMediumFull = {
     TileRow{64, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 64, .schedule = {7, 8, 8}}},
 };
 
-// Windows and features take registers too: rows for what would spill with the tiles above. At 64 some do all the same, 24
-// bytes at the most, and are faster than all that do not.
+// Windows and features take registers too: rows for what would spill with the tiles above. Some do all the same, up to
+// 16 bytes at 48 and 64, and are faster than all that do not.
 constexpr std::array kLargeWindow = {
     TileRow{32, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {3, 6, 8}}},
     TileRow{48, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 48, .schedule = {3, 8, 8}}},
@@ -54,6 +54,11 @@ constexpr std::array kLargeWindow = {
     TileRow{96, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {0, 6, 8}}},
     TileRow{112, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 112, .schedule = {3, 8, 8}}},
     TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {5, 8, 8}}},
+};
+constexpr std::array kLargeWindowScores = {
+    TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {3, 8, 8}}},
+    TileRow{48, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 48, .schedule = {1, 8, 8}}},
+    TileRow{64, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 6, 8}}},
 };
 constexpr std::array kLargePositions = {
     TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {3, 8, 8}}},
@@ -69,8 +74,9 @@ constexpr std::array kLargeFeatures = {
 TileTables tiles(const KernelSpec& spec) {
   return {
       TileTableList{only_if(spec.access == GlobalAccess::kElement2B, kElementGradients),
-                    only_if(spec.mask == Mask::kWindow && spec.features.empty(), kLargeWindow),
-                    only_if(spec.mask == Mask::kWindow || spec.features.need_positions(), kLargePositions),
+                    only_if(spec.mask == Mask::kWindow,
+                            spec.features.change_scores() ? TileTable(kLargeWindowScores) : kLargeWindow),
+                    only_if(spec.features.need_positions(), kLargePositions),
                     only_if(!spec.features.empty(), kLargeFeatures),
                     spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
       TileTableList{only_if(is_plain(spec), kMedium), only_if(is_plain(spec) && spec.mask == Mask::kNone, kMediumFull)},
