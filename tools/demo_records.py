@@ -41,7 +41,13 @@ class Problem(NamedTuple):
 def problems() -> list[Problem]:
     kernels = list(itertools.product(("fwd", "bwd_dkdv", "bwd_dq"), (64, 128), ("full", "causal")))
     large = [Problem(*kernel, 4, 16, seqlen) for kernel in kernels for seqlen in (1024, 4096)]
-    return large + [Problem("fwd", head_dim, mask, 1, 12, 197) for head_dim in (64, 128) for mask in ("full", "causal")]
+    short = [
+        Problem(kind, head_dim, mask, batch, 12, seqlen)
+        for kind, batch, seqlen in (("fwd", 1, 197), ("bwd_all_keys", 32, 128))
+        for head_dim in (64, 128)
+        for mask in ("full", "causal")
+    ]
+    return large + short
 
 
 def default_tiles(program: str, problem: Problem) -> list[str]:

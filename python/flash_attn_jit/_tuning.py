@@ -196,10 +196,11 @@ class autotune:
     """Tunes what it meets: ``with flash_attn_jit.autotune(budget_seconds=300) as tuning: model(batch)``.
 
     A call inside of the with block whose problem class has no measured record yet is tuned before it runs, each kernel
-    once (forward, and the three or the one of a backward pass), as :func:`tune` would; so the first call takes long,
-    and from then on it is as fast as it will be. The records stay: later calls and later processes use them, and a
-    second run finds nothing left to tune. It is the whole process's, and counts for the calls of all threads; it does
-    not nest.
+    once (forward; the three of a backward pass, and the one in their place where a block can have all keys), as
+    :func:`tune` would; so the first call takes long, and from then on it is as fast as it will be. The records stay:
+    later calls and later processes use them, and a second run finds nothing left to tune; what a search found that was
+    interrupted is used too, and :func:`tune` goes on with it. It is the whole process's, and counts for the calls of
+    all threads; it does not nest.
 
     Never inside stream capture: a problem that is met there first is left untuned, with one warning. Problems that do
     not fit into the budget, or that find the GPU's memory too full for a second set of tensors, are left so too. CPU

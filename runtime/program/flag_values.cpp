@@ -103,7 +103,7 @@ Config config_with_nvrtc(const std::string& flag, const std::string& path) {
   return settings;
 }
 
-void add_kernel_flags(CLI::App& command, KernelFlags& flags) {
+void add_kernel_flags(CLI::App& command, KernelFlags& flags, const std::string& automatic) {
   command.add_option("--kind", flags.kind, "Kind of kernel: " + kind_words())->capture_default_str();
   command.add_option("--head-dim", flags.head_dim, "Head dim, 1 to 256")->required();
   command.add_flag("--causal", flags.causal, "With the causal mask");
@@ -112,10 +112,7 @@ void add_kernel_flags(CLI::App& command, KernelFlags& flags) {
     command.add_flag("--" + std::string(kFeatures[i].word), flags.features[i],
                      "The kernel " + std::string(kFeatures[i].phrase));
   command.add_option("--gqa", flags.gqa, "Group size: num_heads / num_heads_k")->capture_default_str();
-  command
-      .add_option("--tile", flags.tile,
-                  "auto (the default: for the problem, where one is given, else for large ones) or a tile like "
-                  "m256n16w8q80l2b4k7")
+  command.add_option("--tile", flags.tile, "auto (the default: " + automatic + ") or a tile like m256n16w8q80l2b4k7")
       ->capture_default_str();
 }
 

@@ -46,7 +46,8 @@ struct KernelFlags {
   std::string gqa = "1";
   std::string tile = "auto";
 };
-void add_kernel_flags(CLI::App& command, KernelFlags& flags);
+// `automatic` says which tile --tile auto is.
+void add_kernel_flags(CLI::App& command, KernelFlags& flags, const std::string& automatic);
 KernelSpec parse_kernel(const KernelFlags& flags, const ArchLimits& arch);
 
 }  // namespace flash_attn_jit::program

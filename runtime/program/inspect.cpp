@@ -119,7 +119,7 @@ int run_inspect(const InspectFlags& flags) {
 void add_inspect(CLI::App& app, Action& chosen) {
   CLI::App* const command = app.add_subcommand("inspect", "Show one kernel: its spec, source, code or resources");
   const auto flags = std::make_shared<InspectFlags>();
-  add_kernel_flags(*command, flags->kernel);
+  add_kernel_flags(*command, flags->kernel, "the one for large problems");
   command->add_option("--arch", flags->arch, "Architecture to compile for")->capture_default_str();
   command
       ->add_option("--emit", flags->emit,

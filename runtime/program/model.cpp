@@ -296,7 +296,7 @@ void add_model(CLI::App& app, Action& chosen) {
   CLI::App* const command =
       app.add_subcommand("model", "Predict how fast a kernel, or a whole problem, runs on a Turing card; needs no GPU");
   const auto flags = std::make_shared<ModelFlags>();
-  add_kernel_flags(*command, flags->kernel);
+  add_kernel_flags(*command, flags->kernel, "for the problem, where one is given, else for large ones");
   command->add_option("--gpu", flags->gpu, "The card: " + card_words())->capture_default_str();
   command->add_option("--batch", flags->batch, "Of a whole problem: its batch (default: 1)");
   command->add_option("--heads", flags->heads, "Query heads (default: those of one key head)");

@@ -54,7 +54,7 @@ std::string resources_text(const Candidate& candidate) {
   return found + ", " + std::to_string(candidate.blocks_per_multiprocessor) + " blocks a multiprocessor";
 }
 
-std::string measured_text(const TuningRecord& record) {
+std::string problem_text(const TuningRecord& record) {
   std::string found = "batch " + std::to_string(record.batch) + ", heads " + std::to_string(record.num_heads) + "/" +
                       std::to_string(record.num_heads_k) + ", lengths " + std::to_string(record.seqlen_q) + " x " +
                       std::to_string(record.seqlen_k);
@@ -116,8 +116,8 @@ void print_row(const ReportRow& row) {
     print_line("beside it  ",
                name + ", " + seconds_text(seconds) +
                    (row.winner ? ", " + text("%.2f", seconds / row.winner->seconds) + " times the winner's" : ""));
-  print_line("measured   ",
-             measured_text(record) + "; " + record.key.policy.timer + ", " + record.key.policy.l2 + "; " + record.when);
+  print_line(record.key.policy.is_prediction() ? "predicted  " : "measured   ",
+             problem_text(record) + "; " + record.key.policy.timer + ", " + record.key.policy.l2 + "; " + record.when);
   for (const std::string& difference : row.differences) print_line("elsewhere  ", difference);
 }
 
