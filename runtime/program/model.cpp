@@ -13,12 +13,14 @@
 #include <nlohmann/json.hpp>
 
 #include "generator/tile_chooser.h"
+#include "runtime/library/templates_folder.h"
 #include "runtime/model/kernel_model.h"
 #include "runtime/model/problem_model.h"
 #include "runtime/program/command.h"
 #include "runtime/program/flag_values.h"
 #include "runtime/program/fresh_kernel.h"
 #include "runtime/system/config.h"
+#include "runtime/tuner/template_digest.h"
 
 namespace flash_attn_jit::program {
 namespace {
@@ -37,6 +39,7 @@ struct ModelFlags {
 };
 
 struct Prediction {
+  std::string templates;  // their digest, as a tuning record has it
   KernelSpec spec;
   const Card* card = nullptr;
   CompiledKernel kernel;
@@ -112,8 +115,9 @@ Prediction predict_all(const ModelFlags& flags) {
   if (size) require_rows(prediction.spec, *size);
   if (size && flags.kernel.tile == KernelFlags().tile)
     prediction.spec.tile = chosen_tile(prediction.spec, *size, *prediction.card);
-  FreshKernel fresh = compile_afresh(prediction.spec, {.sm = kOldestSm, .code = CodeKind::kCubin},
-                                     config_with_nvrtc("--nvrtc", flags.nvrtc));
+  const Config settings = config_with_nvrtc("--nvrtc", flags.nvrtc);
+  prediction.templates = template_digest(prediction.spec.kind, load_templates(settings));
+  FreshKernel fresh = compile_afresh(prediction.spec, {.sm = kOldestSm, .code = CodeKind::kCubin}, settings);
   prediction.kernel = std::move(fresh.kernel);
   const KernelModel model(prediction.kernel, fresh.rendered.useful_mma, *prediction.card);
   prediction.registers = model.registers();
@@ -197,6 +201,7 @@ Json prediction_json(const Prediction& prediction, std::size_t waits) {
                {"kernel", prediction.spec.text()},
                {"tile", prediction.spec.tile.text()},
                {"built_by", prediction.kernel.built_by},
+               {"templates", prediction.templates},
                {"card",
                 {{"name", card.name},
                  {"multiprocessors", card.multiprocessors},

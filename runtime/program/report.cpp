@@ -98,7 +98,8 @@ void print_row(const ReportRow& row) {
   std::string winner = record.winner.text();
   if (row.winner) winner += ", " + time_text(*row.winner);
   if (row.tflops) winner += ", " + text("%.1f TFLOP/s", *row.tflops) + (row.winner ? "" : " as predicted");
-  if (row.share_of_peak) winner += ", " + percent_text(*row.share_of_peak) + " of the measured peak";
+  if (row.share_of_peak)
+    winner += ", " + percent_text(*row.share_of_peak) + (row.winner ? " of the measured peak" : " of the card's peak");
   print_line("winner     ", winner);
   print_line("           ", resources_text(row.winning_candidate()));
   if (row.winner) print_line("runner-up  ", runner_up_text(row));
