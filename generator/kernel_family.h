@@ -20,6 +20,13 @@ struct KernelResults {
   bool out = false, delta = false, dq = false, dkdv = false;  // out: softmax_lse with it
 };
 
+// The tiles that there are beside the default ones: every combination of these, of warps and of rows a warp that is
+// legal. Empty: no others.
+struct TileSpace {
+  std::span<const int> columns;
+  std::span<const LoopSchedule> schedules;
+};
+
 struct KernelFamily {
   std::string_view word;        // in a spec's text, and of `inspect --kind`
   std::string_view pack_group;  // of `prebuild --kinds`: the kernels of one pass are built together
@@ -46,8 +53,7 @@ struct KernelFamily {
   // Which tiles there are.
   std::optional<std::string> (*check_tile)(const KernelSpec&);  // nothing, or why it is not one of this family's
   TileTables (*default_tiles)(const KernelSpec&);
-  // Those that the tile space has beside the defaults'; none: no other tiles.
-  std::span<const LoopSchedule> schedules = {};
+  TileSpace space = {};
 };
 
 }  // namespace flash_attn_jit

@@ -185,9 +185,9 @@ std::vector<TileConfig> tile_space(const KernelSpec& spec, const ArchLimits& arc
   std::vector<TileConfig> tiles = default_tiles(spec);
   for (int warps : {2, 4, 8})
     for (int rows : {16, 32})
-      for (int block_n : {8, 16, 24, 32})
+      for (int block_n : family_of(spec.kind).space.columns)
         for (int register_dims : {dims, dims * 5 / 8 / 16 * 16})
-          for (const LoopSchedule& schedule : family_of(spec.kind).schedules) {
+          for (const LoopSchedule& schedule : family_of(spec.kind).space.schedules) {
             const TileConfig tile{warps * rows, block_n, warps, register_dims, schedule};
             if (is_legal(spec, tile, arch)) tiles.push_back(tile);
           }

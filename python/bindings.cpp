@@ -21,6 +21,7 @@
 #include "runtime/request/attention_options.h"
 #include "runtime/system/interrupt.h"
 #include "runtime/system/log.h"
+#include "runtime/tuner/report_data.h"
 
 namespace py = pybind11;
 using namespace flash_attn_jit;
@@ -192,6 +193,7 @@ void bind_interpreter_report(py::module_& module) {
 void bind_limits(py::module_& module) {
   module.attr("most_head_dim") = kMostHeadDim;
   module.attr("oldest_sm") = kOldestSm;
+  module.attr("report_same_within") = kSameWithin;
   py::dict accepted = bindings::accepted_tensors();
   accepted["softmax_scale"] = accepted_scales();
   accepted["head_dim"] = accepted_head_dims();

@@ -65,7 +65,7 @@ def searched_tiles(problem: Problem, most: int) -> list[str]:
 
 
 def ask(program: str, problem: Problem, tile: str) -> dict[str, Any] | None:
-    """What the model says; None where the tile is not legal for the problem any more."""
+    """What the model says; None where the tile is not legal for the problem any more, which "auto" always is."""
     command = [
         program,
         "model",
@@ -127,9 +127,7 @@ def version() -> str:
     return found[1]
 
 
-def record(problem: Problem, defaults: list[str], answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The default is the tile that the library would choose for a large problem."""
-    default = defaults[0]
+def record(problem: Problem, default: str, answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
     winner = min(answers, key=lambda tile: (answers[tile]["seconds"], tile != default, tile))
     first = answers[default]
     card = first.get("card", {})
@@ -189,11 +187,15 @@ def main() -> None:
     made = []
     with ThreadPoolExecutor(options.jobs) as workers:
         for problem in problems():
-            defaults = default_tiles(options.program, problem)
-            tiles = list(dict.fromkeys([*defaults, *searched_tiles(problem, options.tiles)]))
+            chosen = ask(options.program, problem, "auto")  # what a launch takes without a record
+            assert chosen
+            default = chosen["tile"]
+            tiles = list(
+                dict.fromkeys([*default_tiles(options.program, problem), *searched_tiles(problem, options.tiles)])
+            )
             asked = workers.map(lambda tile, problem=problem: ask(options.program, problem, tile), tiles)
             answers = {tile: answer for tile, answer in zip(tiles, asked) if answer is not None}
-            made.append(record(problem, defaults, answers))
+            made.append(record(problem, default, answers))
             print(f"{problem}: {len(answers)} tiles", file=sys.stderr, flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     database = {"format": "flash-attn-jit tuning database", "version": 1, "records": made}

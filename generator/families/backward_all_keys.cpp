@@ -65,6 +65,6 @@ constinit const KernelFamily kBackwardAllKeysFamily = {
     .registers = registers,
     .check_tile = check_tile,
     .default_tiles = tiles,
-    .schedules = kGradientSchedules};
+    .space = {kGradientColumns, kGradientSchedules}};
 
 }  // namespace flash_attn_jit

@@ -110,6 +110,6 @@ constinit const KernelFamily kBackwardDkDvFamily = {.word = "bwd_dkdv",
                                                     .registers = registers,
                                                     .check_tile = check_key_gradient_tile,
                                                     .default_tiles = tiles,
-                                                    .schedules = kGradientSchedules};
+                                                    .space = {kGradientColumns, kGradientSchedules}};
 
 }  // namespace flash_attn_jit

@@ -97,6 +97,6 @@ constinit const KernelFamily kBackwardDqFamily = {.word = "bwd_dq",
                                                   .registers = registers,
                                                   .check_tile = check_gradient_tile,
                                                   .default_tiles = tiles,
-                                                  .schedules = kGradientSchedules};
+                                                  .space = {kGradientColumns, kGradientSchedules}};
 
 }  // namespace flash_attn_jit

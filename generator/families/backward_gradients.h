@@ -29,6 +29,7 @@ std::optional<std::string> check_gradient_tile(const KernelSpec& spec);
 // The same where columns are queries: a block's threads fetch the statistics of a tile's, one each.
 std::optional<std::string> check_key_gradient_tile(const KernelSpec& spec);
 
+inline constexpr std::array kGradientColumns = {8, 16, 24, 32, 48};
 inline constexpr std::array kGradientSchedules = {LoopSchedule{0, 4, 8}, LoopSchedule{2, 8, 8}};
 
 // Loads of one element at a time: as in the forward pass.

@@ -125,6 +125,7 @@ int registers(const KernelSpec& spec) {
   return acc_o + row_registers(spec) + 2 * scores + kFragmentAndAddressRegisters;
 }
 
+constexpr std::array kColumns = {16, 32, 48};
 constexpr std::array kSchedules = {LoopSchedule{2, 4, 4}, LoopSchedule{2, 4, 7}, LoopSchedule{2, 8, 8}};
 
 }  // namespace
@@ -143,6 +144,6 @@ constinit const KernelFamily kForwardFamily = {.word = "fwd",
                                                .registers = registers,
                                                .check_tile = check_tile,
                                                .default_tiles = tiles,
-                                               .schedules = kSchedules};
+                                               .space = {kColumns, kSchedules}};
 
 }  // namespace flash_attn_jit

@@ -54,6 +54,7 @@ class KernelLibrary:
 
 most_head_dim: int
 oldest_sm: int  # the oldest GPU's compute capability x 10
+report_same_within: float  # a share: times that lie no further apart are the same
 accepted: dict[str, str]  # in the words of the checks, by what they are about
 
 def interprets() -> bool: ...

@@ -6,6 +6,7 @@ imports none of the packages whose versions it tells, but torch.
 """
 
 import argparse
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -150,6 +151,13 @@ def _machine() -> dict[str, Any]:
     except Exception as error:
         return {"error": _words(error)}
     return machine
+
+
+@functools.cache
+def nvrtc_for_packs() -> str | None:
+    """The path of the NVRTC that packs are built with here; None where there is none."""
+    found: str | None = (_machine().get("nvrtc") or {}).get("used_for", {}).get("packs")
+    return found
 
 
 def cache_folder() -> Path | None:

@@ -169,7 +169,12 @@ FoundKernel KernelLibrary::make(const LinkRequest& request, const LinkPtx& link)
 CompiledKernel KernelLibrary::compile_afresh(const CompileRequest& request) {
   if (config_.offline)
     throw ConfigError("FLASH_ATTN_JIT_OFFLINE is '1', and what is asked for compiles kernels afresh; accepted: 0");
-  return compile(request.kernel, request.target, request.id);
+  try {
+    return compile(request.kernel, request.target, request.id);
+  } catch (const MissingKernelError& error) {  // no pack can help
+    throw Error("kernel '" + request.kernel.spec.text() + "' is to be compiled afresh for " + request.target.text() +
+                ", and cannot be: " + error.no_compiler);
+  }
 }
 
 bool KernelLibrary::compiler_lacks(int sm) {

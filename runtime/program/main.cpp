@@ -71,9 +71,10 @@ int run(int argc, char** argv) {
   } catch (const CLI::Success& asked) {  // --help, --version
     return app.exit(asked);
   } catch (const CLI::RequiredError& error) {
-    // The first word that no command took, if there was one, is what was meant for a command.
+    // The first word that nothing took, if there was one, is what was meant for a flag or a command.
     const auto left = innermost_command(app).remaining();
-    return report_usage(app, left.empty() ? error.what() : "'" + left.front() + "' is not a command");
+    if (left.empty()) return report_usage(app, error.what());
+    return report_usage(app, "'" + left.front() + "' is not a " + (left.front()[0] == '-' ? "flag" : "command"));
   } catch (const CLI::ParseError& error) {
     return report_usage(app, error.what());
   } catch (const UsageError& error) {

@@ -255,15 +255,19 @@ int run_prebuild(const PrebuildFlags& flags) {
   const auto driver = flags.driver.empty() ? std::nullopt : std::optional(parse_driver("--driver", flags.driver));
   PackWriter pack(settings, flags.out, driver);
   const Outcome outcome = PackBuilder(pack.library(), content.kernels, target).run(jobs);
-  write_records(content.records, pack.folder());
-  pack.finish();
+  if (outcome.built + outcome.skipped > 0) {  // nothing is no pack
+    write_records(content.records, pack.folder());
+    pack.finish();
+  }
 
   print_failures(outcome);
   if (flags.json)
     std::cout << json_text(outcome_json(outcome, flags.out, target)) << "\n";
   else
     std::cout << flags.out << ": " << outcome.built << " built, " << outcome.skipped << " there already, "
-              << outcome.failures.size() << " failed, " << took_text(outcome.seconds) << "\n";
+              << outcome.failures.size() << " failed, "
+              << content.kernels.size() - outcome.built - outcome.skipped - outcome.failures.size() << " not begun, "
+              << took_text(outcome.seconds) << "\n";
   return outcome.failures.empty() && outcome.stopped_by.empty() ? kSuccess : kFailure;
 }
 

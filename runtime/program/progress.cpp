@@ -8,7 +8,7 @@
 namespace flash_attn_jit::program {
 namespace {
 
-constexpr std::size_t kBarWidth = 24;
+constexpr std::size_t kBarWidth = 10;  // 80 columns have room for what is tried and what leads
 
 std::size_t terminal_columns() {
   winsize size{};

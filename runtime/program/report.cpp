@@ -39,6 +39,7 @@ std::string seconds_text(double seconds) {
 }
 
 std::string time_text(const CandidateTime& time) {
+  if (time.low == time.high) return seconds_text(time.seconds);
   return seconds_text(time.seconds) + " (" + seconds_text(time.low) + " to " + seconds_text(time.high) + ")";
 }
 
@@ -64,10 +65,11 @@ std::string problem_text(const TuningRecord& record) {
 }
 
 std::string runner_up_text(const ReportRow& row) {
-  if (!row.runner_up) return "none was measured";
-  return row.runner_up_tile->text() + ", " + time_text(*row.runner_up) + ", " +
-         percent_text(row.runner_up->seconds / row.winner->seconds - 1) +
-         " slower: " + (*row.told_apart ? "told apart" : "cannot be told apart");
+  if (!row.runner_up) return row.record.key.policy.is_prediction() ? "none" : "none was measured";
+  std::string found = row.runner_up_tile->text() + ", " + time_text(*row.runner_up) + ", " +
+                      percent_text(row.runner_up->seconds / row.winner->seconds - 1) + " slower";
+  if (row.told_apart) found += *row.told_apart ? ": told apart" : ": cannot be told apart";
+  return found;
 }
 
 std::string default_text(const ReportRow& row) {
@@ -94,17 +96,18 @@ constexpr std::size_t kMostReasonsPrinted = 3;
 
 void print_row(const ReportRow& row) {
   const TuningRecord& record = row.record;
+  const bool predicted = record.key.policy.is_prediction();
   std::cout << record.key.problem.text() << (row.in_use ? "" : "  NOT USED: made with other templates") << "\n";
   std::string winner = record.winner.text();
   if (row.winner) winner += ", " + time_text(*row.winner);
-  if (row.tflops) winner += ", " + text("%.1f TFLOP/s", *row.tflops) + (row.winner ? "" : " as predicted");
+  if (row.tflops) winner += ", " + text("%.1f TFLOP/s", *row.tflops) + (predicted ? " as predicted" : "");
   if (row.share_of_peak)
-    winner += ", " + percent_text(*row.share_of_peak) + (row.winner ? " of the measured peak" : " of the card's peak");
+    winner += ", " + percent_text(*row.share_of_peak) + (predicted ? " of the card's peak" : " of the measured peak");
   print_line("winner     ", winner);
   print_line("           ", resources_text(row.winning_candidate()));
   if (row.winner) print_line("runner-up  ", runner_up_text(row));
   print_line("default    ", default_text(row));
-  if (row.predicted_tile) print_line("model      ", model_text(row));
+  if (row.predicted_tile && !predicted) print_line("model      ", model_text(row));
   for (const Rejection& rejection : row.rejections) {
     std::string line = std::to_string(rejection.count) + " " + std::string(to_text(rejection.outcome));
     const std::size_t shown = std::min(rejection.reasons.size(), kMostReasonsPrinted);
@@ -117,7 +120,7 @@ void print_row(const ReportRow& row) {
     print_line("beside it  ",
                name + ", " + seconds_text(seconds) +
                    (row.winner ? ", " + text("%.2f", seconds / row.winner->seconds) + " times the winner's" : ""));
-  print_line(record.key.policy.is_prediction() ? "predicted  " : "measured   ",
+  print_line(predicted ? "predicted  " : "measured   ",
              problem_text(record) + "; " + record.key.policy.timer + ", " + record.key.policy.l2 + "; " + record.when);
   for (const std::string& difference : row.differences) print_line("elsewhere  ", difference);
 }

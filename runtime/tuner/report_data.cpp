@@ -12,14 +12,16 @@
 namespace flash_attn_jit {
 namespace {
 
-// Two times are the same where their intervals overlap and lie within this share of each other, from end to end.
-constexpr double kSameWithin = 0.03;
-
 // Power limits that differ by less are one: NVML counts milliwatts.
 constexpr double kSameWatts = 0.5;
 
-std::optional<CandidateTime> time_of(const Candidate* candidate) {
-  if (candidate == nullptr || !candidate->median_seconds) return std::nullopt;
+std::optional<CandidateTime> time_of(const TuningRecord& record, const Candidate* candidate) {
+  if (candidate == nullptr) return std::nullopt;
+  if (record.key.policy.is_prediction()) {
+    if (!candidate->predicted_seconds) return std::nullopt;
+    return CandidateTime{*candidate->predicted_seconds, *candidate->predicted_seconds, *candidate->predicted_seconds};
+  }
+  if (!candidate->median_seconds) return std::nullopt;
   return CandidateTime{*candidate->median_seconds, candidate->low_seconds.value(), candidate->high_seconds.value()};
 }
 
@@ -67,19 +69,20 @@ const Candidate* fastest(const TuningRecord& record, const SecondsOf& seconds_of
   return best;
 }
 
-void add_measured(ReportRow& row) {
+void add_times(ReportRow& row) {
   const TuningRecord& record = row.record;
-  row.winner = time_of(record.candidate(record.winner));
+  row.winner = time_of(record, record.candidate(record.winner));
   if (!row.winner) return;
-  row.default_tile = time_of(record.candidate(record.default_tile));
+  row.default_tile = time_of(record, record.candidate(record.default_tile));
   if (row.default_tile) row.default_loss = row.default_tile->seconds / row.winner->seconds - 1;
-  const Candidate* const second = fastest(record, [&](const Candidate& candidate) {
-    return candidate.tile == record.winner ? std::nullopt : candidate.median_seconds;
+  const Candidate* const second = fastest(record, [&](const Candidate& candidate) -> std::optional<double> {
+    const auto time = time_of(record, &candidate);
+    return candidate.tile == record.winner || !time ? std::nullopt : std::optional(time->seconds);
   });
   if (second == nullptr) return;
   row.runner_up_tile = second->tile;
-  row.runner_up = time_of(second);
-  row.told_apart = !row.winner->overlaps(*row.runner_up);
+  row.runner_up = time_of(record, second);
+  if (!record.key.policy.is_prediction()) row.told_apart = !row.winner->overlaps(*row.runner_up);
 }
 
 void add_predicted(ReportRow& row) {
@@ -87,7 +90,7 @@ void add_predicted(ReportRow& row) {
       fastest(row.record, [](const Candidate& candidate) { return candidate.predicted_seconds; });
   if (choice == nullptr) return;
   row.predicted_tile = choice->tile;
-  if (!row.winner) return;
+  if (!row.winner || row.record.key.policy.is_prediction()) return;
   if (choice->median_seconds) row.predicted_loss = *choice->median_seconds / row.winner->seconds - 1;
   if (const auto predicted = row.winning_candidate().predicted_seconds)
     row.predicted_over_measured = *predicted / row.winner->seconds;
@@ -119,14 +122,8 @@ bool is_one_problem(const TuningRecord& a, const TuningRecord& b) {
   return sizes(a) == sizes(b);
 }
 
-// A prediction has no spread.
-std::optional<CandidateTime> winner_time(const TuningRecord& record) {
-  const Candidate* const winner = record.candidate(record.winner);
-  if (!record.key.policy.is_prediction() || !winner->predicted_seconds) return time_of(winner);
-  return CandidateTime{*winner->predicted_seconds, *winner->predicted_seconds, *winner->predicted_seconds};
-}
-
 void judge(ComparedClass& compared) {
+  const auto winner_time = [](const TuningRecord& record) { return time_of(record, record.candidate(record.winner)); };
   const auto before = winner_time(*compared.before), after = winner_time(*compared.after);
   if (!is_one_problem(*compared.before, *compared.after)) {
     compared.why = "they measured problems of other sizes";
@@ -138,10 +135,10 @@ void judge(ComparedClass& compared) {
   }
   compared.change = after->seconds / before->seconds - 1;
   const double most = std::max(before->high, after->high), least = std::min(before->low, after->low);
-  if (!before->overlaps(*after))
-    compared.verdict = after->seconds < before->seconds ? Verdict::kFaster : Verdict::kSlower;
-  else if (most <= least * (1 + kSameWithin))
+  if (most <= least * (1 + kSameWithin))
     compared.verdict = Verdict::kSame;
+  else if (!before->overlaps(*after))
+    compared.verdict = after->seconds < before->seconds ? Verdict::kFaster : Verdict::kSlower;
   else
     compared.why = "their intervals overlap";
 }
@@ -156,11 +153,9 @@ ReportRow report_row(TuningRecord record, const ReportPlace& place, bool in_use)
   row.differences = differences(r.environment, place);
   row.rejections = rejections(r);
   row.flops = flops(r);
-  if (!r.key.policy.is_prediction()) add_measured(row);
+  add_times(row);
   add_predicted(row);
-  const std::optional<double> seconds =
-      row.winner ? std::optional(row.winner->seconds) : row.winning_candidate().predicted_seconds;
-  if (seconds) row.tflops = row.flops / *seconds / 1e12;
+  if (row.winner) row.tflops = row.flops / row.winner->seconds / 1e12;
   if (row.tflops && r.environment.peak_tflops) row.share_of_peak = *row.tflops / *r.environment.peak_tflops;
   return row;
 }

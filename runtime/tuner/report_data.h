@@ -9,7 +9,10 @@
 
 namespace flash_attn_jit {
 
-// The median of a candidate's samples, and its interval.
+// Two times are the same where they lie within this share of each other, whole intervals, whatever their order.
+inline constexpr double kSameWithin = 0.02;
+
+// The median of a candidate's samples, and its interval; of a prediction, which has no spread, what is predicted.
 struct CandidateTime {
   double seconds, low, high;
 
@@ -28,15 +31,15 @@ struct ReportRow {
   bool in_use = true;                    // false: made with other templates than those here
   std::vector<std::string> differences;  // from here: "driver 12.4, here 13.0"
 
-  // Nothing: of a prediction, which measured nothing.
+  // Nothing: not known.
   std::optional<CandidateTime> winner, default_tile;
-  std::optional<TileConfig> runner_up_tile;  // the fastest measured beside the winner
+  std::optional<TileConfig> runner_up_tile;  // the fastest beside the winner
   std::optional<CandidateTime> runner_up;
-  std::optional<bool> told_apart;  // winner and runner-up: whether their intervals do not overlap
+  std::optional<bool> told_apart;  // winner and runner-up: whether their intervals do not overlap; not of predictions
 
   double flops = 0;
-  std::optional<double> tflops;         // of the winner's median; of a prediction: as predicted
-  std::optional<double> share_of_peak;  // of the card's measured peak
+  std::optional<double> tflops;         // of the winner's median
+  std::optional<double> share_of_peak;  // of the card's peak, which is measured or predicted as the winner is
   std::optional<double> default_loss;   // 0.041: the default takes 4.1 % longer than the winner
 
   // The candidate that the model puts first, and what taking it would have lost.

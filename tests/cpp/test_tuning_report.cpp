@@ -110,12 +110,15 @@ TEST_CASE("a row of the report") {
   CHECK(report_row(record, {}, true).told_apart == false);
 }
 
-TEST_CASE("a row of a prediction: speed as predicted, nothing as measured") {
+TEST_CASE("a row of a prediction: times as predicted, and nothing told apart") {
   const TuningRecord record = predicted_record();
   const ReportRow row = report_row(record, {}, false);
-  CHECK_FALSE(row.winner);
-  CHECK_FALSE(row.default_loss);
-  CHECK_FALSE(row.runner_up);
+  CHECK(row.winner.value().seconds == doctest::Approx(1.05 * 1.2e-3));
+  CHECK(row.winner->low == row.winner->high);
+  CHECK(row.default_loss.value() == doctest::Approx(1.25 / 1.2 - 1));
+  CHECK(row.runner_up_tile == record.default_tile);
+  CHECK_FALSE(row.told_apart);
+  CHECK_FALSE(row.predicted_over_measured);
   CHECK(row.tflops.value() == doctest::Approx(4 * 64 * 64 * 1e6 / (1.05 * 1.2e-3) / 1e12));
   CHECK(row.predicted_tile == record.winner);
   CHECK_FALSE(row.in_use);
@@ -126,6 +129,8 @@ TEST_CASE("two databases: faster, slower, the same, or it cannot be told") {
   CHECK(verdict(slow, fast) == Verdict::kFaster);
   CHECK(verdict(fast, slow) == Verdict::kSlower);
   CHECK(verdict(slow, record_of_time(1.002e-3, 0.005)) == Verdict::kSame);
+  CHECK(verdict(record_of_time(1e-3, 0.0005), record_of_time(1.002e-3, 0.0005)) ==
+        Verdict::kSame);  // they do not overlap
   CHECK(verdict(slow, record_of_time(0.99e-3, 0.05)) == Verdict::kCannotTell);
   CHECK(compare_records({slow}, {fast})[0].change.value() == doctest::Approx(-0.1));
 

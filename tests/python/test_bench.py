@@ -348,9 +348,14 @@ def test_plot_from_json_alone(tmp_path):
 
 
 def test_plot_of_no_timings(tmp_path):
-    (tmp_path / "cost.json").write_text(json.dumps({"kind": "host_cost", "machine": {}, "rows": []}))
-    done = run_module("bench", "--plot", "cost.json", cwd=tmp_path)
-    assert done.returncode != 0 and "no timings" in done.stderr
+    for record in (
+        {"kind": "host_cost", "machine": {}, "rows": []},
+        {"kind": "predict", "machine": {}, "rows": [{"tflops": 1.0, "problem": {}}]},
+        {"cases": []},
+    ):
+        (tmp_path / "other.json").write_text(json.dumps(record))
+        done = run_module("bench", "--plot", "other.json", cwd=tmp_path)
+        assert done.returncode != 0 and "no timings" in done.stderr
 
 
 def test_predictions_of_a_card(tmp_path):
@@ -368,4 +373,6 @@ def test_predictions_of_a_card(tmp_path):
 
 def test_no_predictions_of_a_card_that_is_not_known(tmp_path):
     done = run_module("bench", "--predict", "a100", "--head-dims", 64, "--seqlens", 256, cwd=tmp_path)
-    assert done.stdout.count("does not run: flash-attn-jit model: --gpu is 'a100'") == 4
+    assert done.stdout.count("is not predicted: flash-attn-jit model: --gpu is 'a100'") == 4
+    assert done.returncode == 1 and "Nothing was predicted" in done.stderr
+    assert not list(tmp_path.glob("*.json"))

@@ -106,7 +106,8 @@ def _measure_model(options: argparse.Namespace) -> list[dict[str, Any]]:
 def _print_rows(problem: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         what = row.get("tensor") or row["pass"]
-        figures = f"does not run: {row['skipped']}" if "skipped" in row else _figures(row)
+        skipped = "is not predicted" if row["backend"].startswith("predicted") else "does not run"
+        figures = f"{skipped}: {row['skipped']}" if "skipped" in row else _figures(row)
         widths = (12, 8) if what in model.STEPS else (32, 4)
         line = f"{problem:{widths[0]}} {what:{widths[1]}} {row['backend']:16} {figures}"
         print(line.lstrip(), flush=True)
@@ -165,11 +166,14 @@ def main(arguments: Sequence[str]) -> None:
             f"This measures on a GPU, and torch sees none. --plot JSON and --predict CARD run without one, and "
             f"--host-cost and --model where {_INTERPRET_VARIABLE}=1 is set."
         )
+    rows = _measure(options)
+    if options.kind == PREDICT and all("skipped" in row for row in rows):
+        raise SystemExit("Nothing was predicted, and nothing is written.")
     record = {
         "kind": options.kind,
         "machine": machine(),
         "command": list(arguments),
-        "rows": _measure(options),
+        "rows": rows,
     }
     # Each mode has a file of its own, so that none overwrites another's.
     default = "bench.json" if options.kind == TIMING else f"bench-{options.kind.replace('_', '-')}.json"

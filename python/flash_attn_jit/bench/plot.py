@@ -48,7 +48,7 @@ def plot(record: dict[str, Any], png: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
-    rows = [row for row in record["rows"] if "tflops" in row]
+    rows = [row for row in record.get("rows", []) if row.keys() >= {"tflops", "head_dim"}]
     if not rows:
         raise SystemExit(f"--plot: this JSON, of the kind {record.get('kind')!r}, holds no timings of single calls")
     head_dims = sorted({row["head_dim"] for row in rows})

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .._environment_report import program_path
+from .._environment_report import nvrtc_for_packs, program_path
 from .problem import BACKWARD, BOTH, FORWARD, Problem
 
 # The kernels of a pass; of several sets the library takes the one that is done first.
@@ -34,10 +34,12 @@ def _ask(kind: str, problem: Problem, card: str, seconds: float) -> dict[str, An
     command += ["--gqa", str(problem.num_heads // problem.num_heads_k)]
     command += ["--batch", str(problem.batch), "--heads", str(problem.num_heads)]
     command += ["--seqlen-q", str(problem.seqlen), "--seqlen-k", str(problem.seqlen)]
+    if nvrtc := nvrtc_for_packs():  # Python knows more folders than the program
+        command += ["--nvrtc", nvrtc]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
         if done.returncode != 0:
-            return {"error": done.stderr.strip()[:300]}
+            return {"error": done.stderr.strip()}
         answer = json.loads(done.stdout)
         return {"kernel": str(answer["kernel"]), "seconds": float(answer["seconds"])}
     except (OSError, ValueError, KeyError, TypeError, subprocess.TimeoutExpired) as error:

@@ -7,10 +7,11 @@ from math import exp, log
 from statistics import median
 from typing import NamedTuple
 
+from .. import _core
 from .records import MEASURED, Candidate, Record
 from .work import bytes_moved, flops, tflops
 
-SAME_WITHIN = 0.02  # times that lie no further apart are the same, wherever in their intervals they are
+SAME_WITHIN = _core.report_same_within  # a share: times that lie no further apart are the same
 
 
 class Figure(NamedTuple):
