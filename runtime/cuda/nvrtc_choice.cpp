@@ -7,10 +7,12 @@
 namespace flash_attn_jit {
 namespace {
 
-constexpr const char* kHowToGetOne =
-    "Install one: pip install 'flash-attn-jit[cu12]' (for CUDA 12 drivers and newer) or "
-    "'flash-attn-jit[cu13]', or set "
-    "FLASH_ATTN_JIT_NVRTC to a libnvrtc.";
+std::string how_to_get_one(std::optional<int> driver_version) {
+  const bool only_12 = driver_version.value_or(13000) < 13000;
+  return std::string("Install one: pip install 'flash-attn-jit[cu12]'") +
+         (only_12 ? "" : " (for CUDA 12 drivers and newer) or 'flash-attn-jit[cu13]'") +
+         ", or set FLASH_ATTN_JIT_NVRTC to a libnvrtc.";
+}
 
 }  // namespace
 
@@ -116,13 +118,13 @@ void NvrtcChoice::warn_about_old_drivers(const Nvrtc& chosen) const {
 
 std::string NvrtcChoice::why_none(const NvrtcSearch& search, CodeKind code) const {
   const std::string looked = "\nLooked for NVRTC in:\n" + search.text();
-  if (search.candidates.empty()) return std::string("no NVRTC was found. ") + kHowToGetOne + looked;
+  if (search.candidates.empty()) return "no NVRTC was found. " + how_to_get_one(driver_version_) + looked;
   std::string found;
   for (const NvrtcCandidate& candidate : search.candidates)
     found += (found.empty() ? "" : ", ") + candidate.version->text() + " (" + candidate.library.string() + ")";
   return "a driver for CUDA " + driver_version_text(driver_version_.value_or(0)) + " cannot load the " +
-         (code == CodeKind::kPtx ? "PTX" : "machine code") + " of the NVRTC found: " + found + ". " + kHowToGetOne +
-         looked;
+         (code == CodeKind::kPtx ? "PTX" : "machine code") + " of the NVRTC found: " + found + ". " +
+         how_to_get_one(driver_version_) + looked;
 }
 
 }  // namespace flash_attn_jit
