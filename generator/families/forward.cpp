@@ -88,8 +88,8 @@ constexpr std::array kSmall = {
     TileRow{256, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 192, .schedule = {2, 8, 8}}},
 };
 
-// With a window, positions in scores or cu_seqlens some large tiles spill at head dims 112 and 128, up to 100 bytes, and
-// with positions at 192 (full: 16 bytes; NVRTC 12.9).
+// With a window, positions in scores or cu_seqlens some large tiles spill at head dims 112 and 128, up to 100 bytes,
+// and with positions at 192 (full: 16 bytes; NVRTC 12.9).
 TileTables tiles(const KernelSpec& spec) {
   if (spec.access == GlobalAccess::kElement2B) return {TileTableList{kLargeElement}, TileTableList{kSmall}};
   const bool masked = spec.mask != Mask::kNone, window = spec.mask == Mask::kWindow,
