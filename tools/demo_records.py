@@ -65,7 +65,7 @@ def searched_tiles(problem: Problem, most: int) -> list[str]:
 
 
 def ask(program: str, problem: Problem, tile: str) -> dict[str, Any] | None:
-    """What the model says; None where the tile is not legal for the problem any more, which "auto" always is."""
+    """What the model says; None where the tile is not legal for the problem any more; "auto" always is."""
     command = [
         program,
         "model",

@@ -56,9 +56,7 @@ constexpr std::array kLargeWindow = {
     TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {5, 8, 8}}},
 };
 // With scores that are computed on, or the loop over a group, a window leaves still fewer.
-constexpr std::array kLargeCrowdedWindow = {
-    TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {3, 8, 8}}},
-    TileRow{48, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 48, .schedule = {1, 8, 8}}},
+constexpr std::array kLargeCrowdedWindowAbove48 = {
     TileRow{64, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 6, 8}}},
 };
 constexpr std::array kLargePositions = {
@@ -73,13 +71,14 @@ constexpr std::array kLargeFeatures = {
 };
 
 TileTables tiles(const KernelSpec& spec) {
+  const bool window = spec.mask == Mask::kWindow, crowded = spec.features.change_scores() || spec.group_size > 1;
   return {
-      TileTableList{
-          only_if(spec.access == GlobalAccess::kElement2B, kElementGradients),
-          only_if(spec.mask == Mask::kWindow,
-                  spec.features.change_scores() || spec.group_size > 1 ? TileTable(kLargeCrowdedWindow) : kLargeWindow),
-          only_if(spec.features.need_positions(), kLargePositions), only_if(!spec.features.empty(), kLargeFeatures),
-          spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
+      TileTableList{only_if(spec.access == GlobalAccess::kElement2B, kElementGradients),
+                    only_if(window && (!crowded || spec.padded_head_dim() > 48),
+                            crowded ? TileTable(kLargeCrowdedWindowAbove48) : kLargeWindow),
+                    only_if(window || spec.features.need_positions(), kLargePositions),
+                    only_if(!spec.features.empty(), kLargeFeatures),
+                    spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
       TileTableList{only_if(is_plain(spec), kMedium), only_if(is_plain(spec) && spec.mask == Mask::kNone, kMediumFull)},
       TileTableList{kSmallGradients}};
 }

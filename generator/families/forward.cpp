@@ -35,9 +35,7 @@ constexpr std::array kLargeCausal = {
 };
 
 // A window has masked iterations at both ends, which take registers.
-constexpr std::array kLargeWindow = {
-    TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {0, 4, 7}}},
-    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 4, 4}}},
+constexpr std::array kLargeWindowAbove64 = {
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 1, 1}}},
     TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 3, 3}}},
     TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {5, 8, 8}}},
@@ -59,11 +57,7 @@ constexpr std::array kLargeMaskedPositions = {
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 5, 7}}},
     TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 7, 7}}},
 };
-constexpr std::array kLargeWindowPositions = {
-    TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {0, 4, 7}}},
-    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 5, 8}}},
-    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 5, 7}}},
-    TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 7, 7}}},
+constexpr std::array kLargeWindowPositionsAbove112 = {
     TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {2, 5, 7}}},
 };
 
@@ -94,10 +88,12 @@ TileTables tiles(const KernelSpec& spec) {
   if (spec.access == GlobalAccess::kElement2B) return {TileTableList{kLargeElement}, TileTableList{kSmall}};
   const bool masked = spec.mask != Mask::kNone, window = spec.mask == Mask::kWindow,
              positions = spec.features.need_positions();
-  return {TileTableList{only_if(positions && window, kLargeWindowPositions),
-                        only_if(positions, masked ? TileTable(kLargeMaskedPositions) : kLargePositions),
-                        only_if(window, kLargeWindow), masked ? TileTable(kLargeCausal) : kLargeFull},
-          TileTableList{only_if(is_plain(spec), kMedium)}, TileTableList{kSmall}};
+  const int dims = spec.padded_head_dim();
+  return {
+      TileTableList{only_if(positions && window && dims > 112, kLargeWindowPositionsAbove112),
+                    only_if(positions, masked ? TileTable(kLargeMaskedPositions) : kLargePositions),
+                    only_if(window && dims > 64, kLargeWindowAbove64), masked ? TileTable(kLargeCausal) : kLargeFull},
+      TileTableList{only_if(is_plain(spec), kMedium)}, TileTableList{kSmall}};
 }
 
 std::optional<std::string> check_tile(const KernelSpec& spec) {

@@ -37,15 +37,14 @@ bool RecordedTiles::takes_all_keys(const KernelSpec& spec, const Problem& proble
     return entry != nullptr ? entry->time : MeasuredTime{};
   };
   const MeasuredTime of_one = time_of(KernelKind::kBackwardAllKeys);
-  bool all_measured = of_one.seconds > 0;
+  if (of_one.seconds == 0) return otherwise_.takes_all_keys(spec, problem);
   double of_three = 0;
   for (const KernelKind kind : kSeparateBackwardKinds) {
-    if (!all_measured) break;
     const MeasuredTime time = time_of(kind);
-    all_measured = time.seconds > 0 && time.problem == of_one.problem;
+    if (time.seconds == 0 || time.problem != of_one.problem) return otherwise_.takes_all_keys(spec, problem);
     of_three += time.seconds;
   }
-  return all_measured ? of_one.seconds <= of_three : otherwise_.takes_all_keys(spec, problem);
+  return of_one.seconds <= of_three;
 }
 
 bool RecordedTiles::has_measured(const ProblemClass& problem) const noexcept {
