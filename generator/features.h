@@ -41,6 +41,7 @@ class FeatureSet {
   constexpr void set(Feature feature, bool on = true) { bits_ = on ? bits_ | bit(feature) : bits_ & ~bit(feature); }
   constexpr std::uint32_t bits() const { return bits_; }
   constexpr bool empty() const { return bits_ == 0; }
+  constexpr bool only(Feature feature) const { return bits_ == bit(feature); }
 
   constexpr bool change_scores() const { return any(&FeatureInfo::changes_scores); }
   constexpr bool need_positions() const { return any(&FeatureInfo::needs_positions); }

@@ -72,28 +72,6 @@ std::int64_t cycles_of(const KernelSpec& spec, const TileCost& cost, const TileC
          (of(&BlockCycles::iteration) * whole + of(&BlockCycles::masked_iteration) * cut) * sides.group;
 }
 
-// How long a problem takes with a tile, in cycles of a Turing card with the device's number of multiprocessors.
-double cycles_of(const KernelSpec& spec, const TileConfig& tile, const Problem& problem) {
-  if (family_of(spec.kind).products == 0) return 0;  // no main loop, one tile
-  const TileCost& cost = tile_cost(spec, tile);
-  const Sides sides = sides_of(spec, problem);
-  const std::int64_t row_blocks = ceil_div(sides.rows, tile.block_m);
-  const std::int64_t blocks = row_blocks * sides.heads * family_of(spec.kind).output_splits(spec);
-  const auto round = [&](std::int64_t seen, std::int64_t sharing) {
-    return static_cast<double>(sharing * cycles_of(spec, cost, tile, sides, seen, sharing));
-  };
-  const std::int64_t sharing = std::clamp<std::int64_t>(ceil_div(blocks, problem.multiprocessors), 1, cost.resident);
-  const std::int64_t at_once = problem.multiprocessors * sharing;
-  const auto rounds = static_cast<double>(blocks / at_once);
-  const std::int64_t rest = blocks % at_once;
-  if (spec.mask != Mask::kCausal || row_blocks == 1)
-    return rounds * round(sides.seen, sharing) +
-           (rest > 0 ? round(sides.seen, ceil_div(rest, problem.multiprocessors)) : 0);
-  // Long blocks go first, so that short ones fill the end; the longest bounds it.
-  const double mean = round(sides.seen, sharing), part = static_cast<double>(rest) / static_cast<double>(at_once);
-  return std::max(round(sides.columns, sharing), (rounds + part + 0.5) * mean);
-}
-
 // The tables of a family, the one for large problems first.
 using DefaultTiles = std::array<std::optional<TileConfig>, std::tuple_size_v<TileTables>>;
 
@@ -113,7 +91,7 @@ DefaultChoice choose_default(const KernelSpec& spec, const Problem& problem) {
   DefaultChoice best;
   for (const std::optional<TileConfig>& tile : find_default_tiles(spec)) {
     if (!tile || !has_rows(spec, *tile, problem.seqlen_k)) continue;
-    const double cycles = cycles_of(spec, *tile, problem);
+    const double cycles = expected_cycles(spec, *tile, problem);
     // What the model cannot tell apart goes to the smaller tile, whose blocks leave less of the device idle at the end.
     if (best.tile && cycles * (1 - kIndistinguishable) >= best.cycles) continue;
     best = {tile, std::min(best.cycles, cycles)};
@@ -166,6 +144,27 @@ bool has_default_tile(const KernelSpec& spec, std::int64_t seqlen_k) {
   return std::ranges::any_of(find_default_tiles(spec), [&](const std::optional<TileConfig>& tile) {
     return tile && has_rows(spec, *tile, seqlen_k);
   });
+}
+
+double expected_cycles(const KernelSpec& spec, const TileConfig& tile, const Problem& problem) {
+  if (family_of(spec.kind).products == 0) return 0;  // no main loop, one tile
+  const TileCost cost = tile_cost(spec, tile);
+  const Sides sides = sides_of(spec, problem);
+  const std::int64_t row_blocks = ceil_div(sides.rows, tile.block_m);
+  const std::int64_t blocks = row_blocks * sides.heads * family_of(spec.kind).output_splits(spec);
+  const auto round = [&](std::int64_t seen, std::int64_t sharing) {
+    return static_cast<double>(sharing * cycles_of(spec, cost, tile, sides, seen, sharing));
+  };
+  const std::int64_t sharing = std::clamp<std::int64_t>(ceil_div(blocks, problem.multiprocessors), 1, cost.resident);
+  const std::int64_t at_once = problem.multiprocessors * sharing;
+  const auto rounds = static_cast<double>(blocks / at_once);
+  const std::int64_t rest = blocks % at_once;
+  if (spec.mask != Mask::kCausal || row_blocks == 1)
+    return rounds * round(sides.seen, sharing) +
+           (rest > 0 ? round(sides.seen, ceil_div(rest, problem.multiprocessors)) : 0);
+  // Long blocks go first, so that short ones fill the end; the longest bounds it.
+  const double mean = round(sides.seen, sharing), part = static_cast<double>(rest) / static_cast<double>(at_once);
+  return std::max(round(sides.columns, sharing), (rounds + part + 0.5) * mean);
 }
 
 const TileChooser& default_tile_chooser() {

@@ -34,9 +34,22 @@ int distance(const TileCost& cost, const TileConfig& tile) {
          std::abs(cost.block_n - tile.block_n);
 }
 
+// As if each score cost as much: what is known of other tiles before they are compiled.
+TileCost scaled_to(const TileConfig& tile, const TileCost& known) {
+  if (distance(known, tile) == 0) return known;
+  const double rows = static_cast<double>(tile.block_m) / known.block_m;
+  const double scores = rows * tile.block_n / known.block_n;
+  const auto cycles = [&](const BlockCycles& of) {
+    return BlockCycles{static_cast<int>(of.block * rows), static_cast<int>(of.iteration * scores),
+                       static_cast<int>(of.masked_iteration * scores)};
+  };
+  return {tile.block_m,        tile.block_n,         tile.warps, std::max(1, known.resident * known.warps / tile.warps),
+          cycles(known.alone), cycles(known.sharing)};
+}
+
 }  // namespace
 
-const TileCost& tile_cost(const KernelSpec& spec, const TileConfig& tile) {
+const TileCost& nearest_cost(const KernelSpec& spec, const TileConfig& tile) {
   if (family_of(spec.kind).products == 0)
     throw Error("there are no costs for a kernel without a main loop: " + spec.text());
   const auto mask = static_cast<std::size_t>(std::ranges::find(kAllMasks, spec.mask) - kAllMasks.begin());
@@ -51,5 +64,7 @@ const TileCost& tile_cost(const KernelSpec& spec, const TileConfig& tile) {
     if (cost.resident > 0 && distance(cost, tile) < distance(*nearest, tile)) nearest = &cost;
   return *nearest;
 }
+
+TileCost tile_cost(const KernelSpec& spec, const TileConfig& tile) { return scaled_to(tile, nearest_cost(spec, tile)); }
 
 }  // namespace flash_attn_jit

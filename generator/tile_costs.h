@@ -16,9 +16,11 @@ struct TileCost {
   BlockCycles alone, sharing;               // of a block that has it to itself, and of each of `resident`
 };
 
-// Of `tile` for the spec's kind, mask and head dim. Features change the cost of all tiles: those of plain kernels are
-// taken. A tile that has no cost is given that of the default with the nearest number of rows. Throws Error for a
-// kernel without a main loop.
-const TileCost& tile_cost(const KernelSpec& spec, const TileConfig& tile);
+// For the spec's kind, mask and head dim the cost of `tile`, or of the default with the nearest number of rows. Features
+// change the cost of all tiles: those of plain kernels are taken. Throws Error for a kernel without a main loop.
+const TileCost& nearest_cost(const KernelSpec& spec, const TileConfig& tile);
+
+// That, for the rows, columns and warps that `tile` has.
+TileCost tile_cost(const KernelSpec& spec, const TileConfig& tile);
 
 }  // namespace flash_attn_jit

@@ -5,13 +5,14 @@
 namespace flash_attn_jit {
 
 std::optional<TileConfig> find_tile(const TileTableList& tables, const KernelSpec& spec) {
-  for (const TileTable rows : tables)
-    for (const TileRow& row : rows)
-      if (spec.padded_head_dim() <= row.max_head_dim) {
-        TileConfig tile = row.tile;
-        tile.register_dims = std::min(tile.register_dims, spec.padded_head_dim());
-        return tile;
-      }
+  const int head_dim = spec.padded_head_dim();
+  for (const TileTable rows : tables) {
+    const auto row = std::ranges::find_if(rows, [&](const TileRow& each) { return head_dim <= each.max_head_dim; });
+    if (row == rows.end() || row->tile == kElsewhere) continue;
+    TileConfig tile = row->tile;
+    tile.register_dims = std::min(tile.register_dims, head_dim);
+    return tile;
+  }
   return std::nullopt;
 }
 

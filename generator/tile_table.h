@@ -15,6 +15,9 @@ struct TileRow {
   TileConfig tile;  // register_dims is an upper bound: smaller head dims keep all of their rows in registers
 };
 
+// The tile of a row whose head dims the tables behind it serve.
+inline constexpr TileConfig kElsewhere = {};
+
 using TileTable = std::span<const TileRow>;
 
 // Nothing in the kernel takes registers but attention itself.
@@ -25,12 +28,12 @@ inline bool is_plain(const KernelSpec& spec) {
 inline TileTable only_if(bool applies, TileTable table) { return applies ? table : TileTable{}; }
 
 // Looked in one after the other; some may be empty. They are read at every launch, so nothing is allocated.
-using TileTableList = std::array<TileTable, 5>;
+using TileTableList = std::array<TileTable, 6>;
 
 // Tables of a family, from those for large problems to those for problems that do not fill the device.
 using TileTables = std::array<TileTableList, 3>;
 
-// The first row that the spec's head dim fits, if there is one.
+// The tile of the first table that has one for the spec's head dim, if there is one.
 std::optional<TileConfig> find_tile(const TileTableList& tables, const KernelSpec& spec);
 
 }  // namespace flash_attn_jit

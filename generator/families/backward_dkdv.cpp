@@ -56,7 +56,8 @@ constexpr std::array kLargeWindow = {
     TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {5, 8, 8}}},
 };
 // With scores that are computed on, or the loop over a group, a window leaves still fewer.
-constexpr std::array kLargeCrowdedWindowAbove48 = {
+constexpr std::array kLargeCrowdedWindow = {
+    TileRow{48, kElsewhere},
     TileRow{64, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 6, 8}}},
 };
 constexpr std::array kLargePositions = {
@@ -70,12 +71,40 @@ constexpr std::array kLargeFeatures = {
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {1, 8, 8}}},
 };
 
+// One feature alone without a mask. Above 128 what is fastest spills up to 80 bytes.
+constexpr std::array kLargeFullSoftcap = {
+    TileRow{32, kElsewhere},
+    TileRow{48, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 48, .schedule = {1, 4, 8}}},
+    TileRow{96, kElsewhere},
+    TileRow{112, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 112, .schedule = {1, 7, 8}}},
+    TileRow{128, kElsewhere},
+    TileRow{160, {.block_m = 128, .block_n = 24, .warps = 8, .register_dims = 160, .schedule = {0, 7, 8}}},
+};
+constexpr std::array kLargeFullAlibi = {
+    TileRow{32, {.block_m = 256, .block_n = 48, .warps = 8, .register_dims = 32, .schedule = {3, 5, 8}}},
+    TileRow{160, kElsewhere},
+    TileRow{192, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 192, .schedule = {7, 8, 8}}},
+};
+constexpr std::array kLargeFullVarlen = {
+    TileRow{112, kElsewhere},
+    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {7, 8, 8}}},
+    TileRow{160, {.block_m = 128, .block_n = 24, .warps = 8, .register_dims = 160, .schedule = {3, 5, 8}}},
+    TileRow{192, kElsewhere},
+    TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 176, .schedule = {0, 8, 8}}},
+};
+
+TileTable full_feature(const FeatureSet& features) {
+  if (features.only(Feature::kSoftcap)) return kLargeFullSoftcap;
+  if (features.only(Feature::kAlibi)) return kLargeFullAlibi;
+  return only_if(features.only(Feature::kVarlen), kLargeFullVarlen);
+}
+
 TileTables tiles(const KernelSpec& spec) {
   const bool window = spec.mask == Mask::kWindow, crowded = spec.features.change_scores() || spec.group_size > 1;
   return {
       TileTableList{only_if(spec.access == GlobalAccess::kElement2B, kElementGradients),
-                    only_if(window && (!crowded || spec.padded_head_dim() > 48),
-                            crowded ? TileTable(kLargeCrowdedWindowAbove48) : kLargeWindow),
+                    only_if(window, crowded ? TileTable(kLargeCrowdedWindow) : kLargeWindow),
+                    only_if(spec.mask == Mask::kNone && spec.group_size == 1, full_feature(spec.features)),
                     only_if(window || spec.features.need_positions(), kLargePositions),
                     only_if(!spec.features.empty(), kLargeFeatures),
                     spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},

@@ -44,7 +44,8 @@ constexpr std::array kSmall = {
     TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 128, .schedule = {0, 8, 8}}},
 };
 
-// Windows and features take registers too. Rows for what would spill with the tiles above.
+// Windows and features take registers too. Rows for what would spill with the tiles above, or is faster with others
+// (up to 40 bytes spill at 80 and 96 all the same).
 constexpr std::array kLargeWindow = {
     TileRow{32, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 32, .schedule = {3, 5, 8}}},
     TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {3, 7, 8}}},
@@ -55,22 +56,34 @@ constexpr std::array kLargeWindow = {
 constexpr std::array kLargeVarlen = {
     TileRow{32, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {1, 8, 8}}},
     TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {3, 7, 8}}},
-    TileRow{64, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
+    TileRow{64, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 64, .schedule = {0, 4, 8}}},
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {3, 7, 8}}},
 };
 constexpr std::array kLargeScores = {
     TileRow{32, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {0, 5, 8}}},
     TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {5, 8, 8}}},
-    TileRow{64, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
+    TileRow{64, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 64, .schedule = {0, 4, 8}}},
+    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 6, 8}}},
     TileRow{96, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 96, .schedule = {0, 6, 8}}},
 };
 
+constexpr std::array kLargeFullScores = {
+    TileRow{80, kElsewhere},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {3, 7, 8}}},
+};
+constexpr std::array kLargeWindowScores = {
+    TileRow{64, kElsewhere},
+    TileRow{80, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 80, .schedule = {0, 6, 8}}},
+};
+
 TileTables tiles(const KernelSpec& spec) {
-  return {TileTableList{only_if(spec.access == GlobalAccess::kElement2B, kElementGradients),
-                        only_if(spec.features.change_scores(), kLargeScores),
-                        only_if(spec.mask == Mask::kWindow, kLargeWindow),
-                        only_if(spec.has(Feature::kVarlen), kLargeVarlen),
-                        spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
+  const bool scores = spec.features.change_scores(), window = spec.mask == Mask::kWindow;
+  return {TileTableList{
+              only_if(spec.access == GlobalAccess::kElement2B, kElementGradients),
+              only_if(scores && spec.mask != Mask::kCausal, window ? TileTable(kLargeWindowScores) : kLargeFullScores),
+              only_if(scores, kLargeScores), only_if(window, kLargeWindow),
+              only_if(spec.has(Feature::kVarlen), kLargeVarlen),
+              spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
           TileTableList{only_if(is_plain(spec), kMedium)}, TileTableList{kSmall, kSmallGradients}};
 }
 

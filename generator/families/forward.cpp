@@ -35,7 +35,8 @@ constexpr std::array kLargeCausal = {
 };
 
 // A window has masked iterations at both ends, which take registers.
-constexpr std::array kLargeWindowAbove64 = {
+constexpr std::array kLargeWindow = {
+    TileRow{64, kElsewhere},
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 1, 1}}},
     TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 3, 3}}},
     TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {5, 8, 8}}},
@@ -57,9 +58,37 @@ constexpr std::array kLargeMaskedPositions = {
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 5, 7}}},
     TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 7, 7}}},
 };
-constexpr std::array kLargeWindowPositionsAbove112 = {
+constexpr std::array kLargeWindowPositions = {
+    TileRow{112, kElsewhere},
     TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {2, 5, 7}}},
 };
+
+// Where a feature gains so much from other schedules that it has rows of its own.
+constexpr std::array kLargeFullSoftcap = {
+    TileRow{64, kElsewhere},
+    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 1, 1}}},
+    TileRow{112, kElsewhere},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 1, 5}}},
+};
+constexpr std::array kLargeCausalSoftcap = {
+    TileRow{64, kElsewhere},
+    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 2, 2}}},
+    TileRow{96, kElsewhere},
+    TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 2, 2}}},
+};
+constexpr std::array kLargeFullVarlen = {
+    TileRow{64, kElsewhere},
+    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 1, 1}}},
+    TileRow{96, kElsewhere},
+    TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 2, 2}}},
+};
+
+TileTable one_feature(const KernelSpec& spec) {
+  const bool full = spec.mask == Mask::kNone;
+  if (spec.features.only(Feature::kSoftcap) && spec.mask != Mask::kWindow)
+    return full ? TileTable(kLargeFullSoftcap) : kLargeCausalSoftcap;
+  return only_if(full && spec.features.only(Feature::kVarlen), kLargeFullVarlen);
+}
 
 // Loads of one element at a time take registers for addresses, so that a warp has 16 rows at every head dim.
 constexpr std::array kLargeElement = {
@@ -88,12 +117,10 @@ TileTables tiles(const KernelSpec& spec) {
   if (spec.access == GlobalAccess::kElement2B) return {TileTableList{kLargeElement}, TileTableList{kSmall}};
   const bool masked = spec.mask != Mask::kNone, window = spec.mask == Mask::kWindow,
              positions = spec.features.need_positions();
-  const int dims = spec.padded_head_dim();
-  return {
-      TileTableList{only_if(positions && window && dims > 112, kLargeWindowPositionsAbove112),
-                    only_if(positions, masked ? TileTable(kLargeMaskedPositions) : kLargePositions),
-                    only_if(window && dims > 64, kLargeWindowAbove64), masked ? TileTable(kLargeCausal) : kLargeFull},
-      TileTableList{only_if(is_plain(spec), kMedium)}, TileTableList{kSmall}};
+  return {TileTableList{one_feature(spec), only_if(positions && window, kLargeWindowPositions),
+                        only_if(positions, masked ? TileTable(kLargeMaskedPositions) : kLargePositions),
+                        only_if(window, kLargeWindow), masked ? TileTable(kLargeCausal) : kLargeFull},
+          TileTableList{only_if(is_plain(spec), kMedium)}, TileTableList{kSmall}};
 }
 
 std::optional<std::string> check_tile(const KernelSpec& spec) {

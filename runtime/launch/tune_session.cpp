@@ -157,7 +157,7 @@ class TuneSession {
     record.window_left = attention.window().left;
     record.window_right = attention.window().right;
     record.default_tile = tuning_.otherwise().choose(attention.spec, problem);
-    task.tiles = tiles_to_try(record.key.problem, record.default_tile, device_.plan_target().arch);
+    task.tiles = tiles_to_try(record.key.problem, problem, record.default_tile, device_.plan_target().arch);
     task.multiprocessors = device_.info().multiprocessors;
     if (!settings_.afresh) task.known = known(record.key);
     return task;

@@ -19,20 +19,19 @@ constexpr int kLanes = 32;
 constexpr std::int64_t kMostCycles = 50'000'000;
 constexpr std::int64_t kNever = std::int64_t{1} << 60;
 
-// Cycles until a pipe of a sub-partition takes the next instruction of a warp: 32 lanes over those that it has. NVIDIA,
-// "Turing GPU Architecture": 16 for float32 and integers each, 4 for special functions, 1 for double precision.
+// Cycles until a pipe of a sub-partition takes the next instruction of a warp.
 int interval_of(const MultiprocessorModel& model, const Instruction& instruction) {
   switch (instruction.pipe) {
     case Pipe::kTensor:
       return instruction.is("IMMA") || instruction.is("HMMA884") ? model.mma_interval / 2 : model.mma_interval;
     case Pipe::kXu:
-      return 8;
+      return model.xu_interval;
     case Pipe::kFp64:
-      return 32;
+      return model.fp64_interval;
     case Pipe::kMemory:
       return 1;
     default:
-      return 2;
+      return model.alu_interval;
   }
 }
 
@@ -42,28 +41,28 @@ int latency_of(const MultiprocessorModel& model, Pipe pipe) {
     case Pipe::kTensor:
       return model.mma_latency;
     case Pipe::kXu:
-      return 20;
+      return model.xu_latency;
     case Pipe::kFp64:
-      return 60;
+      return model.fp64_latency;
     default:
-      return 6;
+      return model.alu_latency;
   }
 }
 
 // What a memory instruction costs, without bank conflicts: cycles of the load/store unit, and from then to its result.
 struct MemoryCost {
-  int data = 1, latency = 25;
+  int data = 0, latency = 0;
 };
 
 MemoryCost memory_cost(const MultiprocessorModel& model, const Instruction& instruction) {
   const std::string_view name = instruction.name;
   const int data = std::max(2, instruction.width * kLanes / model.shared_bytes_per_cycle);
   if (name == "LDSM" || name == "LDS" || name == "STS" || name == "ATOMS") return {data, model.shared_latency + data};
-  if (name == "SHFL") return {2, 22};
+  if (name == "SHFL") return {2, model.shuffle_latency};
   if (name == "LDG" || name == "LD") return {data, model.global_latency};
-  if (name == "STG" || name == "ST" || name == "LDL" || name == "STL") return {data, 40};
-  if (name == "RED" || name == "ATOM" || name == "ATOMG") return {8, 300};
-  return {};
+  if (name == "STG" || name == "ST" || name == "LDL" || name == "STL") return {data, model.store_latency};
+  if (name == "RED" || name == "ATOM" || name == "ATOMG") return {model.atomic_interval, model.atomic_latency};
+  return {1, model.other_memory_latency};
 }
 
 // An instruction with all that the clockwork below asks of it.

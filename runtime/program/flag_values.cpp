@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <charconv>
 #include <limits>
+#include <system_error>
 
 #include "generator/errors.h"
 #include "generator/families/families.h"
@@ -114,6 +115,15 @@ void add_kernel_flags(CLI::App& command, KernelFlags& flags, const std::string& 
   command.add_option("--gqa", flags.gqa, "Group size: num_heads / num_heads_k")->capture_default_str();
   command.add_option("--tile", flags.tile, "auto (the default: " + automatic + ") or a tile like m256n16w8q80l2b4k7")
       ->capture_default_str();
+}
+
+std::filesystem::path existing_file(const std::string& flag, const std::string& path) {
+  std::error_code ignored;
+  if (std::filesystem::is_directory(path, ignored))
+    throw UsageError(flag + " is '" + path + "', a folder; accepted: a file");
+  if (!std::filesystem::exists(path, ignored))
+    throw UsageError(flag + " is '" + path + "', and there is no such file; accepted: one that there is");
+  return path;
 }
 
 KernelSpec parse_kernel(const KernelFlags& flags, const ArchLimits& arch) {

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <filesystem>
 #include <limits>
 #include <string>
 #include <vector>
@@ -32,6 +33,9 @@ std::vector<KernelKind> parse_kinds(const std::string& flag, const std::vector<s
 int parse_driver(const std::string& flag, const std::string& text);  // "12.4" -> 12040, as cuDriverGetVersion counts
 
 Switch parse_switch(const std::string& flag, const std::string& text);  // "no", "yes", "both"
+
+// The path of a file that there is.
+std::filesystem::path existing_file(const std::string& flag, const std::string& path);
 
 // The process's configuration, with the NVRTC that the flag names, if it names one.
 Config config_with_nvrtc(const std::string& flag, const std::string& path);

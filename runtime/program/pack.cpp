@@ -1,4 +1,5 @@
 // flash-attn-jit pack: what a pack holds, and whether it is as it should be, whoever made it.
+#include <algorithm>
 #include <filesystem>
 #include <iostream>
 #include <memory>
@@ -18,6 +19,8 @@ namespace flash_attn_jit::program {
 namespace {
 
 using Json = nlohmann::ordered_json;
+
+constexpr std::size_t kMostFaultsPrinted = 20;
 
 struct PackFlags {
   std::string path;
@@ -52,9 +55,14 @@ Json faults_json(const PackListing& listing) {
 }
 
 void print_faults(const PackListing& listing) {
-  for (const PackFault& fault : listing.faults)
+  const std::size_t printed = std::min(listing.faults.size(), kMostFaultsPrinted);
+  for (std::size_t i = 0; i < printed; ++i) {
+    const PackFault& fault = listing.faults[i];
     std::cout << "FAULT: " << (fault.name.empty() ? "" : printable(fault.name) + ": ") << printable(fault.fault)
               << "\n";
+  }
+  if (listing.faults.size() > printed)
+    std::cout << "FAULT: and " << listing.faults.size() - printed << " more; --json names all\n";
 }
 
 Json kernel_json(const PackedKernel& packed) {
@@ -137,7 +145,7 @@ int verify(const PackFlags& flags) {
     print_faults(listing);
     std::cout << flags.path << ": " << summary(listing) << "; "
               << (rebuild ? std::to_string(verdict.rebuilt) + " rebuilt to the same bytes, " : "")
-              << listing.faults.size() << " faults\n";
+              << listing.faults.size() << (listing.faults.size() == 1 ? " fault\n" : " faults\n");
   }
   return listing.faults.empty() ? kSuccess : kFailure;
 }

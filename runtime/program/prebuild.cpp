@@ -108,7 +108,7 @@ std::optional<std::string> no_use_in_pack(const TuningRecord& record, const Arch
 }
 
 Content tuned_content(const PrebuildFlags& flags, const ArchLimits& arch) {
-  Database database = read_database(flags.tuned);
+  Database database = read_database(existing_file("--tuned", flags.tuned));
   for (const RefusedRecord& refused : database.refused)
     log(LogLevel::kWarning, flags.tuned + ": " + refused.what + " is passed over: " + refused.reason);
   Content content;

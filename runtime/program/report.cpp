@@ -13,6 +13,7 @@
 #include "runtime/cuda/nvrtc_search.h"
 #include "runtime/launch/process.h"
 #include "runtime/program/command.h"
+#include "runtime/program/flag_values.h"
 #include "runtime/program/report_json.h"
 #include "runtime/system/log.h"
 #include "runtime/tuner/database.h"
@@ -165,7 +166,7 @@ std::map<std::string, double> power_limits_here() {
 
 std::vector<TuningRecord> records_of(const std::string& file) {
   if (file.empty()) return process_tuning().store().read_all();
-  Database database = read_database(file);
+  Database database = read_database(existing_file("--database", file));
   for (const RefusedRecord& refused : database.refused)
     std::cerr << "flash-attn-jit report: " << file << ": " << refused.what << " is passed over: " << refused.reason
               << "\n";

@@ -6,6 +6,7 @@
 
 #include "runtime/launch/process.h"
 #include "runtime/program/command.h"
+#include "runtime/program/flag_values.h"
 #include "runtime/tuner/database.h"
 
 namespace flash_attn_jit::program {
@@ -69,7 +70,7 @@ void print_import(const std::string& file, const ImportResult& result, bool as_j
 }
 
 int import_database(const TuneDatabaseFlags& flags, bool as_json) {
-  const Database database = read_database(flags.import_from);
+  const Database database = read_database(existing_file("--import", flags.import_from));
   std::optional<std::vector<TunedDevice>> devices;
   if (!flags.any_device) devices = devices_here();
   const ImportResult result = flash_attn_jit::import_database(process_tuning(), database, devices);

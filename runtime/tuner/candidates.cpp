@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <tuple>
 
 #include "generator/tile_chooser.h"
@@ -10,6 +11,10 @@ namespace flash_attn_jit {
 namespace {
 
 double doublings(int a, int b) { return a > 0 && b > 0 ? std::fabs(std::log2(static_cast<double>(a) / b)) : a != b; }
+
+// Of six problems (forward, dQ, dK and dV; head dims 64 and 128) the 20 tiles that this puts first take 1.24 times as
+// long as the best, in the mean and by the model of the compiled kernels; without doubt 1.61, by distance alone 1.31.
+constexpr double kDoubt = 0.2;
 
 }  // namespace
 
@@ -24,23 +29,21 @@ double tile_distance(const TileConfig& a, const TileConfig& b) {
          schedule;
 }
 
-std::vector<TileConfig> tiles_to_try(const ProblemClass& problem, const TileConfig& default_tile,
+double promising_cycles(const KernelSpec& spec, const TileConfig& tile, const Problem& problem) {
+  double distance = std::numeric_limits<double>::infinity();
+  for (const TileConfig& known : default_tiles(spec)) distance = std::min(distance, tile_distance(tile, known));
+  return (1 + kDoubt * distance) * expected_cycles(spec, tile, problem);
+}
+
+std::vector<TileConfig> tiles_to_try(const ProblemClass& of, const Problem& problem, const TileConfig& default_tile,
                                      const ArchLimits& arch) {
-  const KernelSpec& spec = problem.spec;
-  const std::vector<TileConfig> defaults = default_tiles(spec);
-  const auto distance = [&](const TileConfig& tile) {
-    double least = tile_distance(tile, default_tile);
-    for (const TileConfig& known : defaults) least = std::min(least, tile_distance(tile, known));
-    return least;
-  };
-  std::vector<std::tuple<bool, double, std::string, TileConfig>> ordered;
-  for (const TileConfig& tile : tile_space(spec, arch))
-    if (tile != default_tile && has_rows(spec, tile, problem.seqlen_k))
-      ordered.emplace_back(true, distance(tile), tile.text(), tile);
-  ordered.emplace_back(false, 0.0, default_tile.text(), default_tile);
+  std::vector<std::tuple<double, std::string, TileConfig>> ordered;
+  for (const TileConfig& tile : tile_space(of.spec, arch))
+    if (tile != default_tile && has_rows(of.spec, tile, of.seqlen_k))
+      ordered.emplace_back(promising_cycles(of.spec, tile, problem), tile.text(), tile);
   std::sort(ordered.begin(), ordered.end());
-  std::vector<TileConfig> tiles;
-  for (const auto& entry : ordered) tiles.push_back(std::get<TileConfig>(entry));
+  std::vector<TileConfig> tiles{default_tile};
+  for (const auto& [cycles, name, tile] : ordered) tiles.push_back(tile);
   return tiles;
 }
 

@@ -63,7 +63,7 @@ TEST_CASE("every default tile and every tile of the space is legal on a T4, and 
 // What the card's model says of a problem, from the costs that stand beside the tiles.
 double predicted_cycles(KernelSpec spec, const TileConfig& tile, const ProblemSize& size, int multiprocessors) {
   spec.tile = tile;
-  const TileCost& cost = tile_cost(spec, tile);
+  const TileCost cost = tile_cost(spec, tile);
   std::vector<BlockCost> costs;
   for (int sharing = 1; sharing <= cost.resident; ++sharing) {
     const auto of = [&](int BlockCycles::* part) {
@@ -89,7 +89,7 @@ TEST_CASE("every default tile has a cost of its own") {
         CAPTURE(spec.text());
         if (family_of(kind).products == 0) continue;
         for (const TileConfig& tile : default_tiles(spec)) {
-          const TileCost& cost = tile_cost(spec, tile);
+          const TileCost& cost = nearest_cost(spec, tile);
           CHECK(cost.block_m == tile.block_m);
           CHECK(cost.block_n == tile.block_n);
           CHECK(cost.warps == tile.warps);

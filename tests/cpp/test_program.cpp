@@ -446,7 +446,10 @@ TEST_CASE("tune --export and --import move records; --import takes another GPU's
   const ProgramRun bad = there.run("tune --any-device --import " + file);
   CHECK(bad.exit_code == 1);
   CHECK(holds(bad.err, "is no tuning database: format is 1"));
-  CHECK(there.run("tune --any-device --import nowhere.json").exit_code == 1);
+  const ProgramRun missing = there.run("tune --any-device --import nowhere.json");
+  CHECK(missing.exit_code == 2);
+  CHECK(holds(missing.err, "--import is 'nowhere.json', and there is no such file"));
+  CHECK(holds(there.run("report --database " + here.folder().string()).err, ", a folder; accepted: a file"));
 }
 
 TEST_CASE("report: a table, JSON and CSV of the same records") {

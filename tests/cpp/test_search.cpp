@@ -661,24 +661,35 @@ TEST_CASE("search: short kernels are timed in long bursts, long ones alone") {
   CHECK(world.bursts[kOther] <= 6);
 }
 
-TEST_CASE("the tiles to try: the default first, then by distance from the default tiles, each once") {
+TEST_CASE("the tiles to try: the default first, then by what the costs beside the default tiles promise, each once") {
   KernelSpec spec = KernelSpec::parse("fwd hdim64 fp16 causal gqa1 vec16 m128n16w8q64l0b8k8");
   spec.tile = {};
   const ArchLimits arch = arch_limits(75);
-  for (const TileConfig& default_tile : default_tiles(spec)) {
-    const std::vector<TileConfig> tiles = tiles_to_try({spec, 1024, 1024, 64}, default_tile, arch);
-    REQUIRE(tiles.size() > 20);
-    CHECK(tiles.front() == default_tile);
-    CHECK(std::set<TileConfig>(tiles.begin(), tiles.end()).size() == tiles.size());
-    const std::vector<TileConfig> space = tile_space(spec, arch);
-    CHECK(std::set<TileConfig>(tiles.begin(), tiles.end()) == std::set<TileConfig>(space.begin(), space.end()));
-    const auto distance = [&](const TileConfig& tile) {
-      double least = 1e9;
-      for (const TileConfig& known : default_tiles(spec)) least = std::min(least, tile_distance(tile, known));
-      return least;
-    };
-    for (std::size_t i = 2; i < tiles.size(); ++i) CHECK(distance(tiles[i - 1]) <= distance(tiles[i]));
-  }
+  const std::vector<TileConfig> defaults = default_tiles(spec), space = tile_space(spec, arch);
+  const Problem large{1024, 1024, 64, 40, 0}, small{100, 100, 2, 40, 0};
+  for (const Problem& problem : {large, small})
+    for (const TileConfig& default_tile : defaults) {
+      const std::vector<TileConfig> tiles = tiles_to_try(class_of(spec, problem), problem, default_tile, arch);
+      REQUIRE(tiles.size() > 20);
+      CHECK(tiles.front() == default_tile);
+      CHECK(std::set<TileConfig>(tiles.begin(), tiles.end()).size() == tiles.size());
+      CHECK(std::set<TileConfig>(tiles.begin(), tiles.end()) == std::set<TileConfig>(space.begin(), space.end()));
+      for (std::size_t i = 2; i < tiles.size(); ++i)
+        CHECK(promising_cycles(spec, tiles[i - 1], problem) <= promising_cycles(spec, tiles[i], problem));
+    }
+  // What one block of 256 rows leaves idle on 40 multiprocessors goes last.
+  const auto place = [&](const Problem& problem, const TileConfig& which) {
+    const std::vector<TileConfig> tiles = tiles_to_try(class_of(spec, problem), problem, defaults.back(), arch);
+    return std::find(tiles.begin(), tiles.end(), which) - tiles.begin();
+  };
+  REQUIRE(defaults.front().block_m == 256);
+  CHECK(place(large, defaults.front()) < 10);
+  CHECK(place(small, defaults.front()) > 20);
+  // Of equal promise, the one nearer to a default tile.
+  TileConfig near = defaults.front(), far = near;
+  near.schedule.load += 1, far.schedule.load += 3;
+  CHECK(promising_cycles(spec, defaults.front(), large) == expected_cycles(spec, defaults.front(), large));
+  CHECK(promising_cycles(spec, near, large) < promising_cycles(spec, far, large));
   CHECK(tile_distance(tile(16), tile(16)) == 0);
   CHECK(tile_distance(tile(16), tile(32)) == 1);
   CHECK(tile_distance(tile(16, 0), tile(16, 4)) == 0.5);

@@ -1,19 +1,23 @@
 """The bench, as far as it goes without a GPU; test_bench_model.py has its whole model."""
 
 import json
+from contextlib import nullcontext
 from math import isnan, nan
 
 import pytest
 import torch
 import torch.nn.functional as F
+import tuning_records
 from attention_reference import attention, exact_gradients, normal, normal_qkv
 from conftest import find_nvrtc, needs_enable_gqa, run_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flash_attn_jit.bench import __main__ as bench
 from flash_attn_jit.bench import accuracy, backends, memory, options, problem, timing
 from flash_attn_jit.bench.backends import NAMES, OURS, SDPA_EFFICIENT, SDPA_FLASH, SDPA_MATH, Backend, default_names
 from flash_attn_jit.bench.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
 from flash_attn_jit.bench.problem import BACKWARD, BOTH, FORWARD, PASSES, Inputs, Problem, sweep
+from flash_attn_jit.report.records import DATABASE, parse_record
 
 SMALL = Problem(2, 4, 2, 16, 24, True)
 
@@ -376,3 +380,38 @@ def test_no_predictions_of_a_card_that_is_not_known(tmp_path):
     assert done.stdout.count("is not predicted: flash-attn-jit model: --gpu is 'a100'") == 4
     assert done.returncode == 1 and "Nothing was predicted" in done.stderr
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_sdpa_beside_tuning_records(on_cpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    without_clocks(monkeypatch)
+    monkeypatch.setattr(Backend, "why_not", lambda backend, inputs: "")
+    monkeypatch.setattr(Backend, "selected", lambda backend: nullcontext())
+    monkeypatch.setattr(timing, "_burst_ms", lambda calls, count: 0.25)
+    of_another = {**tuning_records.T4, "name": "Tesla T40"}
+    records = [
+        tuning_records.record(head_dim=16, seqlen=24, batch=1),
+        tuning_records.record(head_dim=16, seqlen=24, batch=1, device=of_another),
+        tuning_records.record("bwd_dq", head_dim=16, seqlen=24, batch=1),
+        tuning_records.record(head_dim=16, seqlen=24, batch=1, mask="window"),
+    ]
+    for record in records:
+        record["others"] = {}
+    path, output = tmp_path / "database.json", tmp_path / "beside.json"
+    path.write_text(json.dumps({"format": DATABASE, "version": 1, "records": records}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    bench.main(["--beside", str(path), "--output", str(output)])
+    written = json.loads(output.read_text())["records"]
+    assert [record["others"] for record in written] == [{SDPA_EFFICIENT: 0.25e-3}, {}, {}, {}]
+    assert [{**record, "others": {}} for record in written] == records
+    assert parse_record(written[0]).others == {SDPA_EFFICIENT: 0.25e-3}
+    assert "q24 k24" in capsys.readouterr().out
+
+    path.write_text(json.dumps({"format": DATABASE, "version": 1, "records": records[1:]}))
+    with pytest.raises(SystemExit, match="no record is this GPU's"):
+        bench.main(["--beside", str(path)])
+    assert json.loads(path.read_text())["records"] == records[1:]
+    for bad in ("no JSON", "[]", json.dumps({"format": DATABASE, "version": 1, "records": [{}]})):
+        path.write_text(bad)
+        with pytest.raises(SystemExit, match=r"--beside is .*; accepted: what `flash-attn-jit tune --export` wrote"):
+            bench.main(["--beside", str(path)])

@@ -22,7 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-KEPT = 10  # of a problem's tiles, the best first; with them its default tiles
+# Of a problem's tiles, the best first; with them its default tiles.
+KEPT_OF_SEARCH, KEPT_OF_NAMED = 10, 3
 
 # Rows a warp x warps, columns, and what a shape is tried with: (load, barrier, first keys) in eighths.
 WARPS, ROWS_PER_WARP, COLUMNS = (2, 4, 8), (16, 32), (8, 16, 24, 32, 48, 64)
@@ -138,9 +139,11 @@ class Search:
     def record(self) -> dict[str, Any]:
         judged = self.best()
         record = {**self._problem._asdict(), "tried": len(judged)}
-        if self._args.tiles == "space":
+        searched = self._args.tiles == "space"
+        if searched:
             record["refined"] = self._args.refined
-        kept = [tile for i, tile in enumerate(judged) if i < KEPT or tile.tile in self._defaults]
+        most = KEPT_OF_SEARCH if searched else KEPT_OF_NAMED
+        kept = [tile for i, tile in enumerate(judged) if i < most or tile.tile in self._defaults]
         return {**record, "best": [tile._asdict() for tile in kept]}
 
 

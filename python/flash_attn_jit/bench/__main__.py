@@ -11,9 +11,20 @@ from typing import Any
 import torch
 
 from .. import __version__, _core
-from . import accuracy, host_cost, memory, model, plot, prediction, timing
+from . import accuracy, beside, host_cost, memory, model, plot, prediction, timing
 from .backends import KNOWS_ENABLE_GQA, default_names
-from .options import ACCURACY, HOST_COST, MEMORY, MODEL, PLOT, PREDICT, TARGET_VARIABLE, TIMING, parse_arguments
+from .options import (
+    ACCURACY,
+    BESIDE,
+    HOST_COST,
+    MEMORY,
+    MODEL,
+    PLOT,
+    PREDICT,
+    TARGET_VARIABLE,
+    TIMING,
+    parse_arguments,
+)
 from .problem import Problem, sweep
 
 _INTERPRET_VARIABLE = "FLASH_ATTN_JIT_INTERPRET"
@@ -82,6 +93,18 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 measured = timing.run(problem, which, backends, options.rounds, options.burst_ms)
                 rows += _print_rows(str(problem), measured)
     return rows
+
+
+def _put_beside(options: argparse.Namespace) -> None:
+    database = beside.read_database(options.beside)
+    rows = beside.run(database, options.rounds, options.burst_ms)
+    if not rows:
+        raise SystemExit(f"--beside is {options.beside}: no record is this GPU's, of a forward pass without features.")
+    for row in rows:
+        _print_rows(row["class"], [row])
+    output = options.output or options.beside
+    output.write_text(json.dumps(database) + "\n")
+    print(output)
 
 
 def _measure_model(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -166,6 +189,9 @@ def main(arguments: Sequence[str]) -> None:
             f"This measures on a GPU, and torch sees none. --plot JSON and --predict CARD run without one, and "
             f"--host-cost and --model where {_INTERPRET_VARIABLE}=1 is set."
         )
+    if options.kind == BESIDE:
+        _put_beside(options)
+        return
     rows = _measure(options)
     if options.kind == PREDICT and all("skipped" in row for row in rows):
         raise SystemExit("Nothing was predicted, and nothing is written.")

@@ -10,13 +10,14 @@ from .problem import BACKWARD, FORWARD, PASSES
 
 TARGET_VARIABLE = "FLASH_ATTN_JIT_TARGET"
 
-TIMING, MODEL, PREDICT, ACCURACY, MEMORY, HOST_COST, PLOT = KINDS = (
+TIMING, MODEL, PREDICT, ACCURACY, MEMORY, HOST_COST, BESIDE, PLOT = KINDS = (
     "timing",
     "model",
     "predict",
     "accuracy",
     "memory",
     "host_cost",
+    "beside",
     "plot",
 )
 _ONE_CALL: dict[str, Any] = {
@@ -58,6 +59,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     MEMORY: {**_ONE_CALL, "seqlens": [1024, 4096], "backends": None},
     HOST_COST: {"rounds": 50},
+    BESIDE: {"rounds": 5, "burst_ms": 50.0},
     PLOT: {},
 }
 
@@ -148,6 +150,13 @@ def _add_kinds(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--host-cost", action="store_true", help="the cost of a Python call beside SDPA's instead of times"
     )
+    what.add_argument(
+        "--beside",
+        type=Path,
+        metavar="DATABASE",
+        help="times SDPA's memory-efficient backend for the forward records, of this GPU and without features, that "
+        "`flash-attn-jit tune --export` wrote, and writes DATABASE anew with it: reports show it beside the tiles",
+    )
     what.add_argument("--plot", type=Path, metavar="JSON", help="measure nothing: draw the PNG of this timing run")
 
 
@@ -201,7 +210,8 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="FILE",
-        help="JSON to write (default: bench.json, bench-accuracy.json and so on), or --plot's PNG",
+        help="JSON to write (default: bench.json, bench-accuracy.json and so on; --beside's database in its place), or "
+        "--plot's PNG",
     )
     _add_problem(parser)
     _add_model(parser)
@@ -235,7 +245,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
             parser.error(f"{_flag(name)} means nothing {_with(options.kind)}, which takes {flags}")
         if getattr(options, name) is None:
             setattr(options, name, taken.get(name))
-    if options.kind != PLOT and options.kind != HOST_COST:
+    if options.kind not in (PLOT, HOST_COST, BESIDE):
         _check_sizes(parser, options)
     return options
 
