@@ -44,8 +44,8 @@ bool has_rows(const KernelSpec& spec, const TileConfig& tile, std::int64_t seqle
 // Whether one of the default tiles for `spec` has them.
 bool has_default_tile(const KernelSpec& spec, std::int64_t seqlen_k);
 
-// How long the problem would take with a tile on a Turing card with as many multiprocessors, in its cycles, by the costs
-// of the default tiles: what there is to say of a kernel that nobody has compiled.
+// How long the problem would take with a tile on a Turing card with as many multiprocessors, in its cycles, by the
+// costs of the default tiles: what there is to say of a kernel that nobody has compiled.
 double expected_cycles(const KernelSpec& spec, const TileConfig& tile, const Problem& problem);
 
 // Of the default tiles, the one that would be done first on a Turing card with as many multiprocessors.

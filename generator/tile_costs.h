@@ -16,8 +16,9 @@ struct TileCost {
   BlockCycles alone, sharing;               // of a block that has it to itself, and of each of `resident`
 };
 
-// For the spec's kind, mask and head dim the cost of `tile`, or of the default with the nearest number of rows. Features
-// change the cost of all tiles: those of plain kernels are taken. Throws Error for a kernel without a main loop.
+// For the spec's kind, mask and head dim the cost of `tile`, or of the default with the nearest number of rows.
+// Features change the cost of all tiles: those of plain kernels are taken. Throws Error for a kernel without a main
+// loop.
 const TileCost& nearest_cost(const KernelSpec& spec, const TileConfig& tile);
 
 // That, for the rows, columns and warps that `tile` has.
