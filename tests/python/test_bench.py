@@ -12,8 +12,7 @@ from attention_reference import attention, exact_gradients, normal, normal_qkv
 from conftest import find_nvrtc, needs_enable_gqa, run_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_attn_jit.bench import __main__ as bench
-from flash_attn_jit.bench import accuracy, backends, memory, options, problem, timing
+from flash_attn_jit.bench import __main__ as bench, accuracy, backends, memory, options, problem, timing
 from flash_attn_jit.bench.backends import NAMES, OURS, SDPA_EFFICIENT, SDPA_FLASH, SDPA_MATH, Backend, default_names
 from flash_attn_jit.bench.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
 from flash_attn_jit.bench.problem import BACKWARD, BOTH, FORWARD, PASSES, Inputs, Problem, sweep
