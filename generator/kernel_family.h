@@ -42,6 +42,9 @@ struct KernelFamily {
   RowSide rows;
   bool reads_mask;            // false: mask, features and group size say nothing about the kernel
   bool has_all_rows = false;  // a block owns all rows of a sequence: a tile with fewer is not for the problem
+  // A block's warps have the same rows and take turns with tiles of columns; the query heads of a group are rows of one
+  // block. A block has some of the columns: see key_splits.h.
+  bool warps_share_rows = false;
   int most_head_dim = kMostHeadDim;
 
   // What a tile occupies. None of these reads more of a spec than its head dim and tile.

@@ -11,11 +11,22 @@
 
 namespace flash_attn_jit {
 
-// The backward pass takes three kernels, one after the other, or one alone where a block can have all keys.
-enum class KernelKind : std::uint8_t { kForward, kBackwardPreprocess, kBackwardDkDv, kBackwardDq, kBackwardAllKeys };
-inline constexpr std::array kKernelKinds = {KernelKind::kForward, KernelKind::kBackwardPreprocess,
-                                            KernelKind::kBackwardDkDv, KernelKind::kBackwardDq,
-                                            KernelKind::kBackwardAllKeys};
+// The backward pass takes three kernels, one after the other, or one alone where a block can have all keys. A forward
+// pass of few queries takes the decode kernel, and behind it, where the keys are split over blocks, the one that puts
+// their results together.
+enum class KernelKind : std::uint8_t {
+  kForward,
+  kBackwardPreprocess,
+  kBackwardDkDv,
+  kBackwardDq,
+  kBackwardAllKeys,
+  kDecode,
+  kDecodeCombine,
+};
+inline constexpr std::array kKernelKinds = {KernelKind::kForward,         KernelKind::kBackwardPreprocess,
+                                            KernelKind::kBackwardDkDv,    KernelKind::kBackwardDq,
+                                            KernelKind::kBackwardAllKeys, KernelKind::kDecode,
+                                            KernelKind::kDecodeCombine};
 
 inline constexpr int kMostHeadDim = 256;
 
@@ -45,13 +56,13 @@ struct LoopSchedule {
 
 // How one thread block covers its part of the problem. Text: "m256n16w8q96l2b4k7".
 struct TileConfig {
-  int block_m = 0;  // rows of a block, queries or (dK and dV) keys; a warp owns block_m / warps of them (16 or 32)
-  int block_n = 0;  // keys, or (dK and dV) queries, of one iteration of the main loop
+  int block_m = 0;  // rows of a block, queries or (dK and dV) keys; a warp owns block_m / warps of them (16 or 32), or
+                    // (decode) has all 16
+  int block_n = 0;  // keys, or (dK and dV) queries, of one iteration of the main loop; decode: of each warp's
   int warps = 0;    // warps of a block
   int register_dims = 0;  // head dims of the rows' matrices held in registers; the rest stays in shared memory
   LoopSchedule schedule;
 
-  int rows_per_warp() const { return block_m / warps; }
   int threads() const { return warps * 32; }
   std::string text() const;
   static TileConfig parse(std::string_view text);  // throws SpecError

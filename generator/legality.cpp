@@ -48,14 +48,10 @@ std::optional<std::string> check_problem(const KernelSpec& spec, const ArchLimit
   return std::nullopt;
 }
 
-std::optional<std::string> check_rows(const KernelSpec& spec) {
-  const TileConfig& tile = spec.tile;
-  if (tile.warps < 1 || tile.warps > 16)
-    return tile_name(spec) + " has " + std::to_string(tile.warps) + " warps; accepted: 1 to 16";
-  if (tile.block_m != tile.warps * 16 && tile.block_m != tile.warps * 32)
-    return tile_name(spec) + " has " + std::to_string(tile.block_m) + " rows for " + std::to_string(tile.warps) +
-           " warps; accepted: 16 or 32 rows a warp";
-  return std::nullopt;
+std::optional<std::string> check_warps(const KernelSpec& spec) {
+  const int warps = spec.tile.warps;
+  if (warps >= 1 && warps <= 16) return std::nullopt;
+  return tile_name(spec) + " has " + std::to_string(warps) + " warps; accepted: 1 to 16";
 }
 
 std::optional<std::string> check_resources(const KernelSpec& spec, const ArchLimits& arch) {
@@ -101,7 +97,7 @@ int parse_arch(std::string_view text) {
 
 std::optional<std::string> check(const KernelSpec& spec, const ArchLimits& arch) {
   if (auto reason = check_problem(spec, arch)) return reason;
-  if (auto reason = check_rows(spec)) return reason;
+  if (auto reason = check_warps(spec)) return reason;
   if (auto reason = family_of(spec.kind).check_tile(spec)) return reason;
   return check_resources(spec, arch);
 }

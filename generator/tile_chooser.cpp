@@ -8,7 +8,9 @@
 
 #include "generator/errors.h"
 #include "generator/families/families.h"
+#include "generator/integers.h"
 #include "generator/kernel_traffic.h"
+#include "generator/key_splits.h"
 #include "generator/tile_costs.h"
 #include "generator/tile_layout.h"
 
@@ -21,10 +23,12 @@ constexpr double kIndistinguishable = 0.03;
 // Cycles from one kernel's end to the next one's beginning in a row of launches: 1.5 us.
 constexpr double kLaunchGap = 2400;
 
+// Rows of a key head that the decode kernel is thought of for: beyond them the forward kernel's tiles are full. Keys:
+// kernels count them in 32 bits, past the last split's end too.
+constexpr std::int64_t kMostDecodeRows = 64, kMostDecodeKeys = std::int64_t{1} << 30;
+
 // A T4's DRAM, 320 GB/s over 40 multiprocessors of 1590 MHz; an RTX 2080 Ti has 5.9 bytes.
 constexpr double kDramBytesPerCycle = 5.0;
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // A kernel's side of a problem: rows are those that its blocks own, columns what its main loop goes over.
 struct Sides {
@@ -70,6 +74,19 @@ std::int64_t cycles_of(const KernelSpec& spec, const TileCost& cost, const TileC
   };
   return of(&BlockCycles::block) +
          (of(&BlockCycles::iteration) * whole + of(&BlockCycles::masked_iteration) * cut) * sides.group;
+}
+
+// Of a decode kernel: its splits are alike, and what puts them together is done soon after it begins.
+double decode_cycles(const KernelSpec& spec, const TileCost& cost, const Problem& problem) {
+  const KeySplits splits = split_keys(spec, problem);
+  const std::int64_t seen = spec.mask == Mask::kWindow ? std::min(problem.seqlen_k, problem.window) : problem.seqlen_k;
+  const std::int64_t iterations = ceil_div(std::min<std::int64_t>(splits.keys, seen), columns_of_iteration(spec));
+  const std::int64_t blocks = decode_row_blocks(spec, problem) * splits.count;
+  const std::int64_t sharing = std::clamp<std::int64_t>(ceil_div(blocks, problem.multiprocessors), 1, cost.resident);
+  const BlockCycles& of = sharing > 1 ? cost.sharing : cost.alone;
+  const auto rounds = static_cast<double>(ceil_div(blocks, problem.multiprocessors * sharing));
+  return rounds * static_cast<double>(sharing * (of.block + of.iteration * iterations)) +
+         (splits.count > 1 ? kLaunchGap : 0);
 }
 
 // The tables of a family, the one for large problems first.
@@ -126,6 +143,14 @@ class DefaultTileChooser final : public TileChooser {
     for (const KernelKind kind : kSeparateBackwardKinds) of_three += cycles_with_default(spec, kind, problem);
     return of_one <= of_three;
   }
+
+  bool takes_decode(const KernelSpec& spec, const Problem& problem) const override {
+    if (problem.seqlen_q * spec.group_size > kMostDecodeRows || problem.seqlen_k > kMostDecodeKeys) return false;
+    KernelSpec forward = spec, decode = spec;
+    forward.kind = KernelKind::kForward;
+    decode.kind = KernelKind::kDecode;
+    return choose_default(decode, problem).cycles <= choose_default(forward, problem).cycles;
+  }
 };
 
 bool is_legal(const KernelSpec& spec, const TileConfig& tile, const ArchLimits& arch) {
@@ -149,6 +174,11 @@ bool has_default_tile(const KernelSpec& spec, std::int64_t seqlen_k) {
 double expected_cycles(const KernelSpec& spec, const TileConfig& tile, const Problem& problem) {
   if (family_of(spec.kind).products == 0) return 0;  // no main loop, one tile
   const TileCost cost = tile_cost(spec, tile);
+  if (family_of(spec.kind).warps_share_rows) {
+    KernelSpec with_tile = spec;
+    with_tile.tile = tile;
+    return decode_cycles(with_tile, cost, problem);
+  }
   const Sides sides = sides_of(spec, problem);
   const std::int64_t row_blocks = ceil_div(sides.rows, tile.block_m);
   const std::int64_t blocks = row_blocks * sides.heads * family_of(spec.kind).output_splits(spec);
@@ -187,7 +217,8 @@ std::vector<TileConfig> tile_space(const KernelSpec& spec, const ArchLimits& arc
       for (int block_n : family_of(spec.kind).space.columns)
         for (int register_dims : {dims, dims * 5 / 8 / 16 * 16})
           for (const LoopSchedule& schedule : family_of(spec.kind).space.schedules) {
-            const TileConfig tile{warps * rows, block_n, warps, register_dims, schedule};
+            const int block_m = family_of(spec.kind).warps_share_rows ? 16 : warps * rows;
+            const TileConfig tile{block_m, block_n, warps, register_dims, schedule};
             if (is_legal(spec, tile, arch)) tiles.push_back(tile);
           }
   std::sort(tiles.begin(), tiles.end());

@@ -8,18 +8,9 @@
 
 #include "generator/kernel_spec.h"
 #include "generator/legality.h"
+#include "generator/problem.h"
 
 namespace flash_attn_jit {
-
-// What decides among the tiles of a spec. Of a batch of different lengths the lengths are the greatest.
-struct Problem {
-  std::int64_t seqlen_q = 0, seqlen_k = 0;
-  std::int64_t batch_heads = 0;  // batch x num_heads
-  int multiprocessors = 0;       // of the device
-  std::int64_t window = 0;       // columns that a row sees at the most, where the mask is a window
-
-  friend bool operator==(const Problem&, const Problem&) = default;
-};
 
 // A backward pass takes these, or the one whose blocks have all keys.
 inline constexpr std::array kSeparateBackwardKinds = {KernelKind::kBackwardPreprocess, KernelKind::kBackwardDkDv,
@@ -36,6 +27,9 @@ class TileChooser {
   // Whether a backward pass that is to make all gradients takes the one kernel whose blocks have all keys: where there
   // is a tile for it, and it is done before the other three. Of `spec` the kind and the tile are not read. As choose().
   virtual bool takes_all_keys(const KernelSpec& spec, const Problem& problem) const = 0;
+
+  // Whether a forward pass takes the decode kernel: where its rows are few. As takes_all_keys().
+  virtual bool takes_decode(const KernelSpec& spec, const Problem& problem) const = 0;
 };
 
 // Whether a block of `tile` has the rows that its family asks for: all of a sequence, or any number.

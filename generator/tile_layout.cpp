@@ -11,11 +11,20 @@ int kernel_dims(const KernelSpec& spec) {
   return (spec.head_dim + step - 1) / step * step;
 }
 
+int row_tiles_of_warp(const KernelSpec& spec) {
+  const TileConfig& tile = spec.tile;
+  return family_of(spec.kind).warps_share_rows ? tile.block_m / 16 : tile.block_m / tile.warps / 16;
+}
+
+int columns_of_iteration(const KernelSpec& spec) {
+  return family_of(spec.kind).warps_share_rows ? spec.tile.block_n * spec.tile.warps : spec.tile.block_n;
+}
+
 int blocks_per_multiprocessor(const TileConfig& tile) { return std::max(1, 8 / tile.warps); }
 
 int useful_mma_per_iteration(const KernelSpec& spec) {
   const KernelFamily& family = family_of(spec.kind);
-  const int m_tiles = spec.tile.rows_per_warp() / 16;
+  const int m_tiles = row_tiles_of_warp(spec);
   const int steps_of_8_dims = (spec.head_dim + 7) / 8;
   // Blocks that share a row's output dims would, between them, need each product once.
   return family.products * m_tiles * (spec.tile.block_n / 8) * steps_of_8_dims / family.output_splits(spec);
@@ -30,6 +39,6 @@ int shared_row_bytes(const KernelSpec& spec) {
   return shared_dims > 0 ? spec.tile.block_m * row_pitch(shared_dims) : 0;
 }
 
-int row_registers(const KernelSpec& spec) { return spec.tile.rows_per_warp() / 16 * spec.tile.register_dims / 4; }
+int row_registers(const KernelSpec& spec) { return row_tiles_of_warp(spec) * spec.tile.register_dims / 4; }
 
 }  // namespace flash_attn_jit

@@ -9,6 +9,12 @@ namespace flash_attn_jit {
 // Those beyond head_dim are zeros that no tensor holds.
 int kernel_dims(const KernelSpec& spec);
 
+// Tiles of 16 rows that a warp has.
+int row_tiles_of_warp(const KernelSpec& spec);
+
+// Columns that a block's warps go over together, one iteration each.
+int columns_of_iteration(const KernelSpec& spec);
+
 // Blocks that the kernel is compiled to keep on one multiprocessor: 8 warps of 255 registers fill its registers.
 int blocks_per_multiprocessor(const TileConfig& tile);
 

@@ -12,6 +12,13 @@ std::string schedule_name(const KernelSpec& spec) {
          std::to_string(at.barrier) + " and " + std::to_string(at.first_keys) + " eighths; accepted: ";
 }
 
+std::optional<std::string> check_rows_of_warps(const KernelSpec& spec) {
+  const TileConfig& tile = spec.tile;
+  if (tile.block_m == tile.warps * 16 || tile.block_m == tile.warps * 32) return std::nullopt;
+  return tile_name(spec) + " has " + std::to_string(tile.block_m) + " rows for " + std::to_string(tile.warps) +
+         " warps; accepted: 16 or 32 rows a warp";
+}
+
 std::optional<std::string> check_register_dims(const KernelSpec& spec) {
   const int dims = spec.tile.register_dims;
   if (dims >= 0 && dims <= spec.padded_head_dim() && dims % 16 == 0) return std::nullopt;
@@ -20,6 +27,7 @@ std::optional<std::string> check_register_dims(const KernelSpec& spec) {
 }
 
 std::optional<std::string> check_rows_alone(const KernelSpec& spec) {
+  if (auto reason = check_rows_of_warps(spec)) return reason;
   const TileConfig& tile = spec.tile;
   if (tile.block_n == 0 && tile.register_dims == 0 && tile.schedule == LoopSchedule{0, 0, 0}) return std::nullopt;
   return tile_name(spec) + " is for kind " + std::string(to_text(spec.kind)) +

@@ -12,6 +12,7 @@ std::string quoted(const std::string& text);        // 'text'
 std::string tile_name(const KernelSpec& spec);      // "tile 'm256...'"
 std::string schedule_name(const KernelSpec& spec);  // "tile '...' has its loads, ... at 2, 4 and 7 eighths; accepted: "
 
+std::optional<std::string> check_rows_of_warps(const KernelSpec& spec);  // 16 or 32 each
 std::optional<std::string> check_register_dims(const KernelSpec& spec);
 std::optional<std::string> check_rows_alone(const KernelSpec& spec);  // of a kernel without a main loop
 

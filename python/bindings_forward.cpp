@@ -7,6 +7,31 @@
 namespace py = pybind11;
 
 namespace flash_attn_jit::bindings {
+namespace {
+
+// torch's memory, so that its allocator knows who uses it, in stream capture too. It is free to others as soon as the
+// call returns: those of the same stream come after.
+class TorchWorkspace final : public Workspace {
+ public:
+  explicit TorchWorkspace(py::handle like) : like_(like) {}
+  ~TorchWorkspace() override {
+    const py::gil_scoped_acquire gil;
+    tensor_ = py::object();
+  }
+  TorchWorkspace(const TorchWorkspace&) = delete;
+
+  float* allocate(std::int64_t floats) override {
+    const py::gil_scoped_acquire gil;
+    tensor_ = empty_floats(floats, like_);
+    return static_cast<float*>(read_tensor(tensor_, "workspace").data);
+  }
+
+ private:
+  py::handle like_;
+  py::object tensor_;
+};
+
+}  // namespace
 
 void forward(py::handle q_object, py::handle k_object, py::handle v_object, py::handle out_object,
              py::handle lse_object, py::handle options, const std::optional<std::string>& tile) {
@@ -32,6 +57,8 @@ void forward(py::handle q_object, py::handle k_object, py::handle v_object, py::
   }
   const int ordinal = q.info.device.ordinal;
   void* stream = current_cuda_stream(ordinal);
+  TorchWorkspace workspace(q_object);
+  request.workspace = &workspace;
   const py::gil_scoped_release without_gil;
   forward_on_device(request, ordinal, stream);
 }

@@ -61,6 +61,7 @@ struct Fields {
   Field<py::handle> alibi_slopes{"alibi_slopes", kAcceptedPerHead};
   Field<py::handle> cu_seqlens_q{"cu_seqlens_q", kAcceptedCuSeqlens}, cu_seqlens_k{"cu_seqlens_k", kAcceptedCuSeqlens};
   Field<std::int64_t> max_seqlen_q{"max_seqlen_q"}, max_seqlen_k{"max_seqlen_k"};
+  Field<bool> has_backward{"has_backward"};
 } field;
 
 // A contiguous tensor of numbers on q's device.
@@ -140,6 +141,7 @@ AttentionOptions read_options(py::handle options, const Argument& q) {
   read.softmax_scale = field.softmax_scale(options).value_or(default_softmax_scale(q.info.shape[q.info.rank - 1]));
   set_mask(read, field.causal(options), {field.window_left(options), field.window_right(options)});
   read.softcap = field.softcap(options);
+  read.has_backward = field.has_backward(options);
   read.varlen = read_varlen(options, q);
   read.alibi = read_per_head(field.alibi_slopes, options, q, read.varlen);
   return read;

@@ -15,6 +15,7 @@ struct Torch {
   const dlpack::ExchangeApi* exchange = nullptr;  // null: read attributes instead
   py::object tensor_type, float16, bfloat16, float32, int32;
   py::object current_stream_of;  // an ordinal's raw stream
+  py::object empty;
 };
 Torch* torch = nullptr;
 
@@ -123,6 +124,7 @@ void connect_torch(py::module_ module) {
   found->int32 = module.attr("int32");
   found->exchange = find_exchange_api(found->tensor_type);
   found->current_stream_of = find_current_stream(module);
+  found->empty = module.attr("empty");
   torch = found;
 }
 
@@ -141,6 +143,11 @@ void* current_cuda_stream(int ordinal) {
     return stream;
   }
   return reinterpret_cast<void*>(torch->current_stream_of(ordinal).cast<std::uintptr_t>());
+}
+
+py::object empty_floats(std::int64_t count, py::handle like) {
+  using namespace py::literals;
+  return torch->empty(count, "dtype"_a = torch->float32, "device"_a = like.attr("device"));
 }
 
 bool uses_exchange_api() { return torch && torch->exchange; }

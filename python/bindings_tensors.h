@@ -44,6 +44,9 @@ TensorInfo read_tensor(pybind11::handle tensor, const char* argument);
 // torch's current stream on a CUDA device, as an opaque CUstream.
 void* current_cuda_stream(int ordinal);
 
+// torch.empty(count), of float32, on the device of `like`.
+pybind11::object empty_floats(std::int64_t count, pybind11::handle like);
+
 // Whether read_tensor goes through the exchange interface.
 bool uses_exchange_api();
 

@@ -13,6 +13,7 @@ enum class HostAccess : int {
   kStoreGlobalF32,
   kLoadShared16B,
   kLoadShared2B,
+  kLoadSharedF32,
   kStoreShared16B,
   kStoreShared4B,
   kStoreShared2B,
@@ -21,7 +22,7 @@ enum class HostAccess : int {
   kLdmatrixX2,
   kLdmatrixX2Trans,
 };
-constexpr int kHostAccesses = 16;
+constexpr int kHostAccesses = 17;
 
 // Every function takes the template's file and line last, so that a failing check names them.
 struct HostEngine {

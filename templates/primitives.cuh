@@ -19,6 +19,7 @@
 // Shared memory (addresses are byte offsets into the block's dynamic shared memory, of type SharedAddress)
 //   load_shared_16B(Vec16&, address)              address 16-byte aligned
 //   load_shared_2B(address) -> unsigned
+//   load_shared_f32(address) -> float
 //   store_shared_16B(address, Vec16)
 //   store_shared_4B(address, unsigned)
 //   store_shared_f32(address, float)
@@ -42,7 +43,8 @@
 //   saturate(float)                               to 0 ... 1; NaN to 0
 //   fma_rounded(a, b, c)                          one rounding
 //   infinity(), not_a_number(), is_nan(float)
-//   float_of_bits(unsigned) -> float
+//   float_of_bits(unsigned) -> float, bits_of_float(float) -> unsigned
+//   low_halves(a, b), high_halves(a, b)           those of a in the low half, of b in the high half
 //
 // Elements: what q, k, v, out and their gradients are made of, 16 bits each, two in a register. A struct for every
 // type; the kernels know it as Traits::Element. There is Fp16.

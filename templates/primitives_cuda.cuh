@@ -78,6 +78,12 @@ __device__ __forceinline__ unsigned load_shared_2B(SharedAddress a) {
   return v;
 }
 
+__device__ __forceinline__ float load_shared_f32(SharedAddress a) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(shared_window(a)) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ void store_shared_16B(SharedAddress a, const Vec16& v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared_window(a)), "r"(v.word[0]), "r"(v.word[1]),
                "r"(v.word[2]), "r"(v.word[3])
@@ -196,6 +202,19 @@ __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffff
 __device__ __forceinline__ bool is_nan(float x) { return x != x; }
 
 __device__ __forceinline__ float float_of_bits(unsigned u) { return __uint_as_float(u); }
+__device__ __forceinline__ unsigned bits_of_float(float x) { return __float_as_uint(x); }
+
+__device__ __forceinline__ unsigned low_halves(unsigned a, unsigned b) {
+  unsigned r;
+  asm("prmt.b32 %0, %1, %2, 0x5410;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
+__device__ __forceinline__ unsigned high_halves(unsigned a, unsigned b) {
+  unsigned r;
+  asm("prmt.b32 %0, %1, %2, 0x7632;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
 
 // ---- elements ----
 

@@ -73,6 +73,12 @@ inline unsigned load_shared_2B(SharedAddress a, FLASH_ATTN_JIT_SITE) {
   return v;
 }
 
+inline float load_shared_f32(SharedAddress a, FLASH_ATTN_JIT_SITE) {
+  float v;
+  flash_attn_jit_engine.load_shared(HostAccess::kLoadSharedF32, &v, a, file, line);
+  return v;
+}
+
 inline void store_shared_16B(SharedAddress a, const Vec16& v, FLASH_ATTN_JIT_SITE) {
   flash_attn_jit_engine.store_shared(HostAccess::kStoreShared16B, a, &v, file, line);
 }
@@ -154,6 +160,9 @@ inline float max_ignoring_nan(float a, float b) {
 }
 
 inline float float_of_bits(unsigned u) { return bits_float(u); }
+inline unsigned bits_of_float(float x) { return float_bits(x); }
+inline unsigned low_halves(unsigned a, unsigned b) { return (a & 0xffffu) | b << 16; }
+inline unsigned high_halves(unsigned a, unsigned b) { return a >> 16 | (b & 0xffff0000u); }
 
 // ---- elements ----
 

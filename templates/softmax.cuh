@@ -28,6 +28,21 @@ struct Exponents {
 template <int kMTiles, int kNTiles>
 using Probabilities = unsigned[kMTiles][kNTiles][2];
 
+// The natural logarithm of a row's sum of exponentials, of its maximum and of its sum above that.
+//
+// The backward pass makes 2^(s * scale - lse) of it, whose exponent is wrong by what float32 rounds at the size of lse,
+// while that of a key that has the row to itself has to come out at 0. Where that would tell in fp16, the lse of such a
+// row is rounded down by more than all that: its p is then above 1, and saturate() makes it 1.
+__device__ __forceinline__ float log_sum_exp(float row_max, float sum) {
+  constexpr float kLn2 = 0.693147180559945309f;
+  constexpr float kTells = 1024.0f;     // in log2 units: kRounded of it changes p by 2^-12, half of fp16's last bit
+  constexpr float kRounded = 0x3p-23f;  // of row_max (4 half bits), of the product with kLn2 and of that with kLog2E
+  const float lse = fma_rounded(row_max, kLn2, log2_approx(sum) * kLn2);
+  const float magnitude = max_ignoring_nan(row_max, -row_max);
+  const bool is_one_keys = sum <= 1.0f + 0x1p-12f && magnitude > kTells;
+  return is_one_keys ? lse - kLn2 * kRounded * magnitude : lse;
+}
+
 template <class Element, int kMTiles, int kNTiles>
 struct Softmax {
   static constexpr int kRows = 2 * kMTiles;
@@ -144,20 +159,7 @@ struct Softmax {
     return sum;
   }
 
-  // The natural logarithm of the row's sum of exponentials, of its total().
-  //
-  // The backward pass makes 2^(s * scale - lse) of it, whose exponent is wrong by what float32 rounds at the size of
-  // lse, while that of a key that has the row to itself has to come out at 0. Where that would tell in fp16, the lse of
-  // such a row is rounded down by more than all that: its p is then above 1, and saturate() makes it 1.
-  __device__ __forceinline__ float log_sum_exp(int row, float sum) const {
-    constexpr float kLn2 = 0.693147180559945309f;
-    constexpr float kTells = 1024.0f;     // in log2 units: kRounded of it changes p by 2^-12, half of fp16's last bit
-    constexpr float kRounded = 0x3p-23f;  // of row_max (4 half bits), of the product with kLn2 and of that with kLog2E
-    const float lse = fma_rounded(row_max[row], kLn2, log2_approx(sum) * kLn2);
-    const float magnitude = max_ignoring_nan(row_max[row], -row_max[row]);
-    const bool is_one_keys = sum <= 1.0f + 0x1p-12f && magnitude > kTells;
-    return is_one_keys ? lse - kLn2 * kRounded * magnitude : lse;
-  }
+  __device__ __forceinline__ float log_sum_exp(int row, float sum) const { return ::log_sum_exp(row_max[row], sum); }
 
  private:
   // The largest value in the 4 lanes that share a row.

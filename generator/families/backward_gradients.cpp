@@ -26,13 +26,14 @@ int shared_bytes_of(const GradientLayout& layout, const KernelSpec& spec) {
 }
 
 int registers_of(const GradientLayout& layout, const KernelSpec& spec) {
-  const int m_tiles = spec.tile.rows_per_warp() / 16;
+  const int m_tiles = row_tiles_of_warp(spec);
   const int gradients = layout.gradients * m_tiles * output_dims(layout, spec) / 2;
   const int scores = 2 * m_tiles * 4;  // S and dP of a step of 8 columns
   return gradients + layout.row_matrices * row_registers(spec) + scores + kFragmentAndAddressRegisters;
 }
 
 std::optional<std::string> check_gradient_tile(const KernelSpec& spec) {
+  if (auto reason = check_rows_of_warps(spec)) return reason;
   const TileConfig& tile = spec.tile;
   if (tile.block_n < 8 || tile.block_n > 64 || tile.block_n % 8 != 0)
     return tile_name(spec) + " has " + std::to_string(tile.block_n) +

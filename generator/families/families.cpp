@@ -33,6 +33,10 @@ const KernelFamily& family_of(KernelKind kind) {
       return kBackwardDqFamily;
     case KernelKind::kBackwardAllKeys:
       return kBackwardAllKeysFamily;
+    case KernelKind::kDecode:
+      return kDecodeFamily;
+    case KernelKind::kDecodeCombine:
+      return kDecodeCombineFamily;
   }
   return kForwardFamily;
 }

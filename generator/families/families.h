@@ -12,11 +12,13 @@ extern const KernelFamily kBackwardPreprocessFamily;
 extern const KernelFamily kBackwardDkDvFamily;
 extern const KernelFamily kBackwardDqFamily;
 extern const KernelFamily kBackwardAllKeysFamily;
+extern const KernelFamily kDecodeFamily;
+extern const KernelFamily kDecodeCombineFamily;
 
 const KernelFamily& family_of(KernelKind kind);
 
 std::string kind_words();        // "fwd, bwd_preprocess, ..."
-std::string pack_group_words();  // "fwd, bwd"
+std::string pack_group_words();  // "fwd, bwd, decode"
 
 // The spec with what its family does not read at its plainest value, so that problems which can share a kernel do.
 KernelSpec normalized(KernelSpec spec);

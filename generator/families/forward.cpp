@@ -124,6 +124,7 @@ TileTables tiles(const KernelSpec& spec) {
 }
 
 std::optional<std::string> check_tile(const KernelSpec& spec) {
+  if (auto reason = check_rows_of_warps(spec)) return reason;
   const TileConfig& tile = spec.tile;
   if (tile.block_n < 16 || tile.block_n > 64 || tile.block_n % 16 != 0)
     return tile_name(spec) + " has " + std::to_string(tile.block_n) + " keys an iteration; accepted: 16, 32, 48 or 64";
@@ -142,7 +143,7 @@ int shared_bytes(const KernelSpec& spec) {
 }
 
 int registers(const KernelSpec& spec) {
-  const int m_tiles = spec.tile.rows_per_warp() / 16;
+  const int m_tiles = row_tiles_of_warp(spec);
   const int acc_o = m_tiles * spec.padded_head_dim() / 2;
   const int scores = m_tiles * spec.tile.block_n / 2;
   return acc_o + row_registers(spec) + 2 * scores + kFragmentAndAddressRegisters;

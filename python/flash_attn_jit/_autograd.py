@@ -16,8 +16,14 @@ from ._arguments import (
     reject_nested,
     reject_what_is_no_tensor,
 )
-from ._options import NO_TENSORS, TENSOR_FIELDS, Options, are_none, tensors_of, with_tensors
-from ._torch_internals import forward_mode_is_on, transforms_are_active
+from ._options import NO_TENSORS, TENSOR_FIELDS, Options, are_none, before_backward, tensors_of, with_tensors
+from ._torch_internals import (
+    dispatch_modes_are_on,
+    forward_mode_is_on,
+    is_exporting,
+    jit_trace_is_on,
+    transforms_are_active,
+)
 from .ops import KVPACKED, QKVPACKED, SEPARATE, Form, are_plain, forward_plainly, is_plain
 
 _float32, _is_grad_enabled = torch.float32, torch.is_grad_enabled
@@ -216,6 +222,19 @@ _qkvpacked: Callable[..., Any] = super(Function, _QkvpackedAttention).apply
 # ---- calls ----
 
 
+def _is_recorded() -> bool:
+    """Whether what is called now may run later, with gradients or without, and nothing asks again."""
+    if torch.compiler.is_compiling():
+        return is_exporting()
+    return bool(jit_trace_is_on() or dispatch_modes_are_on())
+
+
+def _for_operator(options: Options, *inputs: torch.Tensor) -> Options:
+    """What a transform of torch.func differentiates says nothing of it."""
+    wants_gradient = _is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    return before_backward(options) if wants_gradient or _is_transformed() or _is_recorded() else options
+
+
 def _are_plain(options: Options) -> bool:
     return are_plain(tensors_of(options))
 
@@ -250,9 +269,9 @@ def attention(q: Any, k: Any, v: Any, options: Options, wants_lse: bool) -> Resu
         _reject_tangents(q=q, k=k, v=v)
     try:
         if not (is_plain(q, k, v) and _are_plain(options)):
-            return _forward_operator(SEPARATE)(q, k, v, *options)
+            return _forward_operator(SEPARATE)(q, k, v, *_for_operator(options, q, k, v))
         if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            result = _attention(q, k, v, (options, wants_lse))
+            result = _attention(q, k, v, (before_backward(options), wants_lse))
             return result if wants_lse else (result, None)
         return forward_plainly(q, k, v, options)
     except RuntimeError:
@@ -265,10 +284,10 @@ def attention_heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, opt
     if forward_mode_is_on():
         _reject_tangents(query=q, key=k, value=v)
     if not (is_plain(q, k, v) and _are_plain(options)):
-        out, _ = _forward_operator(SEPARATE)(*_heads_second(q, k, v), *options)
+        out, _ = _forward_operator(SEPARATE)(*_heads_second(q, k, v), *_for_operator(options, q, k, v))
         return out.transpose(1, 2)
     if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _heads_first(q, k, v, options)
+        return _heads_first(q, k, v, before_backward(options))
     out, _ = forward_plainly(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), options)
     return out.transpose(1, 2)
 
@@ -285,9 +304,9 @@ def attention_kvpacked(q: Any, kv: Any, options: Options, wants_lse: bool) -> Re
         if forward_mode_is_on():
             _reject_tangents(q=q, kv=kv)
         if not (is_plain(q, kv, kv) and _are_plain(options)):
-            return _forward_operator(KVPACKED)(q, kv, *options)
+            return _forward_operator(KVPACKED)(q, kv, *_for_operator(options, q, kv))
         if _is_grad_enabled() and (q.requires_grad or kv.requires_grad):
-            result = _kvpacked(q, kv, (options, wants_lse))
+            result = _kvpacked(q, kv, (before_backward(options), wants_lse))
             return result if wants_lse else (result, None)
         k, v = kv.unbind(-3)
         return forward_plainly(q, k, v, options)
@@ -310,9 +329,9 @@ def attention_qkvpacked(qkv: Any, options: Options, wants_lse: bool) -> Result:
         if forward_mode_is_on():
             _reject_tangents(qkv=qkv)
         if not (is_plain(qkv, qkv, qkv) and _are_plain(options)):
-            return _forward_operator(QKVPACKED)(qkv, *options)
+            return _forward_operator(QKVPACKED)(qkv, *_for_operator(options, qkv))
         if _is_grad_enabled() and qkv.requires_grad:
-            result = _qkvpacked(qkv, (options, wants_lse))
+            result = _qkvpacked(qkv, (before_backward(options), wants_lse))
             return result if wants_lse else (result, None)
         q, k, v = qkv.unbind(-3)
         return forward_plainly(q, k, v, options)

@@ -21,6 +21,9 @@ class Options(NamedTuple):
     cu_seqlens_k: torch.Tensor | None = None
     max_seqlen_q: int = 0  # read with cu_seqlens only
     max_seqlen_k: int = 0
+    # A backward pass may follow, which makes the scores anew and has to find the same ones: the decode kernel, whose
+    # sums come in another order, is left out. Stands last: see before_backward().
+    has_backward: bool = False
 
 
 Tensors = tuple[torch.Tensor | None, ...]
@@ -47,6 +50,10 @@ _in_order = itemgetter(*((_NUMBERS + _TENSORS).index(i) for i in range(len(Optio
 tensors_of: Callable[[Options], Tensors] = itemgetter(*_TENSORS)
 NO_TENSORS: Tensors = (None,) * len(_TENSORS)
 are_none: Callable[[Tensors], bool] = frozenset((None,)).issuperset
+
+
+def before_backward(options: Options) -> Options:
+    return Options._make((*options[:-1], True))
 
 
 def with_tensors(options: Options, tensors: Tensors) -> Options:

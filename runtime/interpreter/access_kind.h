@@ -22,6 +22,7 @@ inline constexpr std::array<AccessKind, kHostAccesses> kAccessKinds = {{
     {"store_global_f32", 4},
     {"load_shared_16B", 16},
     {"load_shared_2B", 2},
+    {"load_shared_f32", 4},
     {"store_shared_16B", 16},
     {"store_shared_4B", 4},
     {"store_shared_2B", 2},

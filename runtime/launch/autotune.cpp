@@ -42,6 +42,9 @@ class OneWay final : public TileChooser {
     all_keys.kind = KernelKind::kBackwardAllKeys;
     return all_keys_ && has_default_tile(all_keys, problem.seqlen_k);
   }
+  bool takes_decode(const KernelSpec& spec, const Problem& problem) const override {
+    return tiles_.takes_decode(spec, problem);
+  }
 
  private:
   const TileChooser& tiles_;
@@ -96,7 +99,8 @@ void Autotuner::leave(const Key& key, const AttentionCase& attention, const std:
 
 void Autotuner::meet(Device& device, const ForwardRequest& request, StreamHandle stream) {
   const LaunchPlan plan = plan_forward(request, device.plan_target());
-  if (!request.tile) meet(device, plan, sizes_of(request.q, request.k, request.options), stream);
+  if (plan.spec.kind == KernelKind::kForward && !request.tile)
+    meet(device, plan, sizes_of(request.q, request.k, request.options), stream);
 }
 
 void Autotuner::meet(Device& device, const BackwardRequest& request, StreamHandle stream) {

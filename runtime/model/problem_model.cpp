@@ -8,6 +8,7 @@
 
 #include "generator/errors.h"
 #include "generator/families/families.h"
+#include "generator/integers.h"
 #include "generator/kernel_traffic.h"
 #include "generator/tile_layout.h"
 
@@ -16,8 +17,6 @@ namespace {
 
 constexpr double kElementBytes = 2;  // fp16
 constexpr std::int64_t kNoEnd = std::int64_t{1} << 40;
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // Where the columns (keys, or queries for a kernel that owns keys) that a row sees begin and end, as offsets from the
 // row.

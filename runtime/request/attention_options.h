@@ -46,6 +46,8 @@ struct AttentionOptions {
   double softcap = 0;  // softcap * tanh(score / softcap); 0: none
   std::optional<PerHead> alibi;
   std::optional<Varlen> varlen;
+  // Of a forward pass: a backward pass may follow, whose scores have to be the same bits. The decode kernel's are not.
+  bool has_backward = false;
 };
 
 // What `softmax_scale` accepts, in words.

@@ -3,7 +3,11 @@
 #include <cstdint>
 
 #include "generator/errors.h"
+#include "generator/families/families.h"
+#include "generator/integers.h"
+#include "generator/key_splits.h"
 #include "generator/legality.h"
+#include "generator/tile_layout.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -21,8 +25,8 @@ GlobalAccess access_of(const ForwardRequest& request) {
   return aligned ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
 }
 
-FlashFwdParams params_of(const ForwardRequest& request, std::int64_t num_m_blocks) {
-  FlashFwdParams params{};
+FlashDecodeParams params_of(const ForwardRequest& request) {
+  FlashDecodeParams params{};
   static_cast<AttentionParams&>(params) = attention_params(request.q, request.k, request.options);
   params.q = request.q.data;
   params.k = request.k.data;
@@ -33,23 +37,75 @@ FlashFwdParams params_of(const ForwardRequest& request, std::int64_t num_m_block
   params.k_strides = strides_of(request.k);
   params.v_strides = strides_of(request.v);
   params.out_strides = strides_of(request.out);
-  params.num_m_blocks = static_cast<int>(num_m_blocks);
   return params;
 }
 
+bool takes_decode(const ForwardRequest& request, const KernelSpec& spec, const Problem& problem,
+                  const TileChooser& tiles) {
+  if (request.tile || request.decode_tile) return request.decode_tile.has_value();
+  return !request.options.has_backward && tiles.takes_decode(spec, problem);
+}
+
+// Rows of all sequences are alike where splits are put together: those of softmax_lse, in its order.
+ForwardLaunch plan_combine(const ForwardLaunch& decode, const PlanTarget& target, const Problem& problem) {
+  ForwardLaunch combine{.spec = decode.spec, .params = decode.params};
+  combine.spec.kind = KernelKind::kDecodeCombine;
+  combine.spec = normalized(combine.spec);
+  combine.spec.tile = target.tiles.choose(combine.spec, problem);
+  combine.blocks = ceil_div(decode.params.total_rows, combine.spec.tile.warps);
+  if (decode.spec.has(Feature::kVarlen)) combine.params.seqlen_q = decode.params.total_q;
+  return combine;
+}
+
+void plan_decode(LaunchPlan& plan, const ForwardRequest& request, const PlanTarget& target, const Problem& problem) {
+  plan.spec.kind = KernelKind::kDecode;
+  plan.spec.tile = request.decode_tile ? *request.decode_tile : target.tiles.choose(plan.spec, problem);
+  if (plan.spec.tile.block_m < 1) throw UnsupportedError(check(plan.spec, target.arch).value());
+  const std::int64_t row_blocks = ceil_div(problem.seqlen_q * plan.spec.group_size, plan.spec.tile.block_m);
+  const KeySplits splits = split_keys(plan.spec, problem, request.workspace != nullptr ? request.num_splits : 1);
+  const TensorView& q = request.q;
+  const std::int64_t total_rows = q.shape[kBatch] * q.shape[kHeads] * q.shape[kSeqlen];
+  plan.params.num_m_blocks = static_cast<int>(row_blocks);
+  plan.params.num_splits = splits.count;
+  plan.params.keys_per_split = splits.keys;
+  plan.params.total_rows = static_cast<int>(total_rows);
+  plan.blocks =
+      grid_blocks({"k", request.k}, problem_shape(q, request.k, request.options).batch, row_blocks * splits.count);
+  if (splits.count == 1 || plan.blocks == 0) return;
+  plan.workspace_floats = splits.count * total_rows * (kernel_dims(plan.spec) + 2);
+  plan.combine = plan_combine(plan, target, problem);
+}
+
+void plan_whole(LaunchPlan& plan, const ForwardRequest& request, const PlanTarget& target, const Problem& problem) {
+  plan.spec.tile = request.tile ? *request.tile : target.tiles.choose(plan.spec, problem);
+  if (plan.spec.tile.block_m < 1) throw UnsupportedError(check(plan.spec, target.arch).value());
+  const ProblemShape shape = problem_shape(request.q, request.k, request.options);
+  const std::int64_t num_m_blocks = ceil_div(shape.seqlen_q, plan.spec.tile.block_m);
+  plan.params.num_m_blocks = static_cast<int>(num_m_blocks);
+  plan.blocks = grid_blocks({"q", request.q}, shape.batch, num_m_blocks);
+}
+
 }  // namespace
+
+void give_workspace(LaunchPlan& plan, float* workspace) {
+  const FlashDecodeParams& params = plan.params;
+  const std::int64_t rows = std::int64_t{params.num_splits} * params.total_rows;
+  for (ForwardLaunch* launch : {static_cast<ForwardLaunch*>(&plan), &plan.combine}) {
+    launch->params.partial_out = workspace;
+    launch->params.partial_rows = workspace + rows * kernel_dims(plan.spec);
+  }
+}
 
 LaunchPlan plan_forward(const ForwardRequest& request, const PlanTarget& target) {
   require_arguments(request);
   LaunchPlan plan;
   plan.spec = problem_spec(request.q, request.k, request.options, access_of(request));
-  const ProblemShape shape = problem_shape(request.q, request.k, request.options);
+  plan.params = params_of(request);
   const Problem problem = problem_of(request.q, request.k, request.options, target.multiprocessors);
-  plan.spec.tile = request.tile ? *request.tile : target.tiles.choose(plan.spec, problem);
-  if (plan.spec.tile.block_m < 1) throw UnsupportedError(check(plan.spec, target.arch).value());
-  const std::int64_t num_m_blocks = (shape.seqlen_q + plan.spec.tile.block_m - 1) / plan.spec.tile.block_m;
-  plan.params = params_of(request, num_m_blocks);
-  plan.blocks = grid_blocks({"q", request.q}, shape.batch, num_m_blocks);
+  if (takes_decode(request, plan.spec, problem, target.tiles))
+    plan_decode(plan, request, target, problem);
+  else
+    plan_whole(plan, request, target, problem);
   return plan;
 }
 

@@ -29,6 +29,10 @@ TileConfig RecordedTiles::choose(const KernelSpec& spec, const Problem& problem)
   return otherwise_.choose(spec, problem);
 }
 
+bool RecordedTiles::takes_decode(const KernelSpec& spec, const Problem& problem) const {
+  return otherwise_.takes_decode(spec, problem);
+}
+
 bool RecordedTiles::takes_all_keys(const KernelSpec& spec, const Problem& problem) const {
   const auto time_of = [&](KernelKind kind) {
     KernelSpec other = spec;

@@ -37,6 +37,7 @@ class RecordedTiles final : public TileChooser {
   TileConfig choose(const KernelSpec& spec, const Problem& problem) const override;
   // By the times of the four kernels, where all were measured on one problem.
   bool takes_all_keys(const KernelSpec& spec, const Problem& problem) const override;
+  bool takes_decode(const KernelSpec& spec, const Problem& problem) const override;
 
   // Whether the class has a tile that was measured, and not predicted.
   bool has_measured(const ProblemClass& problem) const noexcept;

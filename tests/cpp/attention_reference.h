@@ -31,6 +31,9 @@ class WatchedTensor {
   }
   const std::array<std::int64_t, 4>& shape() const { return shape_; }
 
+  // All memory, elements and what lies between and around them.
+  const std::vector<std::uint16_t>& memory() const { return memory_; }
+
   // Whether everything but the elements still holds the pattern.
   bool surroundings_are_untouched() const;
 

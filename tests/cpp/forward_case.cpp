@@ -116,7 +116,7 @@ bool take_word(std::string_view word, ForwardCase& c) {
   return take_number(word, "hdim", c.head_dim) || take_number(word, "gqa", c.group_size) ||
          take_number(word, "batch", c.batch) || take_number(word, "headsk", c.num_heads_k) ||
          take_number(word, "sq", c.seqlen_q) || take_number(word, "sk", c.seqlen_k) ||
-         take_number(word, "seed", c.seed);
+         take_number(word, "splits", c.splits) || take_number(word, "seed", c.seed);
 }
 
 void fill_normal(WatchedTensor& tensor, std::mt19937& random, double factor) {
@@ -213,6 +213,7 @@ std::string ForwardCase::text() const {
   if (alibi != AlibiCase::kOff) text += alibi == AlibiCase::kHeads ? " alibi" : " alibibatch";
   if (sequences > 0) text += " varlen" + std::to_string(sequences);
   if (softmax_scale) text += " scale" + number_text(*softmax_scale);
+  if (splits > 0) text += " splits" + std::to_string(splits);
   if (seed != 1) text += " seed" + std::to_string(seed);
   if (tile) text += " " + tile->text();
   return text;
@@ -251,10 +252,17 @@ ForwardTensors::ForwardTensors(const ForwardCase& c)
       v(k.shape(), c.layout),
       out(q.shape(), c.layout),
       lse(q.shape()[0] * q.shape()[2] * q.shape()[1], NAN),
-      tile(c.tile) {
+      tile(c.tile),
+      splits(c.splits) {
   const std::int64_t batch = c.sequences > 0 ? c.sequences : c.batch;
   for (std::int64_t i = 0; i < batch * c.num_heads_k * c.group_size; ++i)
     alibi_slopes.push_back(0.5f / static_cast<float>(1 + i % 5));
+  if (splits > 0) {
+    KernelSpec decode = spec_of(c);
+    decode.kind = KernelKind::kDecode;
+    decode_tile = tile.value_or(default_tiles(decode).front());
+    tile.reset();
+  }
   options = options_of(c, *this);
   fill_inputs(c, *this);
 }
@@ -266,7 +274,9 @@ ForwardRequest ForwardTensors::request() {
           .out = out.view(),
           .softmax_lse = lse.data(),
           .options = options,
-          .tile = tile};
+          .num_splits = splits,
+          .tile = tile,
+          .decode_tile = decode_tile};
 }
 
 std::vector<TileConfig> tiles_of(int head_dim) {

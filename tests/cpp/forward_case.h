@@ -34,6 +34,7 @@ struct ForwardCase {
   double rise = 0;                     // natural logarithm
   std::optional<float> softmax_scale;  // none: 1 / sqrt(head_dim)
   std::optional<TileConfig> tile;      // none: the library chooses
+  std::int64_t splits = 0;  // the decode kernel, with at most so many; 0: the tile's kernel, or what is chosen
   unsigned seed = 1;
 
   // "window5,-1" for a mask, "softcap15", "alibi" or "alibibatch", "varlen4", and so on:
@@ -67,7 +68,8 @@ struct ForwardTensors {
   WatchedTensor q, k, v, out;
   std::vector<float> lse, alibi_slopes;
   AttentionOptions options;
-  std::optional<TileConfig> tile;
+  std::optional<TileConfig> tile, decode_tile;
+  std::int64_t splits;
 };
 
 // The tile space of a head dim: of both masks and of both kinds of access.

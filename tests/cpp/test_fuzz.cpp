@@ -88,6 +88,18 @@ KernelSpec spec_of(KernelKind kind, const ForwardCase& c) {
   return spec;
 }
 
+TileConfig random_decode_tile(Dice& dice, const ForwardCase& f) {
+  KernelSpec spec = spec_of(KernelKind::kDecode, f);
+  while (true) {
+    spec.tile = {.block_m = 16,
+                 .block_n = 8 * dice.between(1, 2),
+                 .warps = dice.between(1, 16),
+                 .register_dims = spec.padded_head_dim(),
+                 .schedule = {0, 0, 0}};
+    if (!check(spec, arch_limits(75))) return spec.tile;
+  }
+}
+
 // A small problem with random tiles of every kind.
 BackwardCase random_tiles(Dice& dice) {
   BackwardCase c;
@@ -97,7 +109,12 @@ BackwardCase random_tiles(Dice& dice) {
   f.window = {dice.between(0, 80), dice.between(0, 40)};
   f.seqlen_q = dice.between(1, 140);
   f.seqlen_k = dice.between(1, 140);
-  f.tile = random_tile(dice, spec_of(KernelKind::kForward, f));
+  if (dice.once_in(3)) {
+    f.splits = dice.between(1, 6);
+    f.tile = random_decode_tile(dice, f);
+  } else {
+    f.tile = random_tile(dice, spec_of(KernelKind::kForward, f));
+  }
   c.preprocess_tile = random_tile(dice, spec_of(KernelKind::kBackwardPreprocess, f));
   c.dkdv_tile = random_tile(dice, spec_of(KernelKind::kBackwardDkDv, f));
   c.dq_tile = random_tile(dice, spec_of(KernelKind::kBackwardDq, f));

@@ -118,8 +118,8 @@ except flash_attn_jit.CompileError as error:
 def test_a_template_that_does_not_compile(work, tmp_path):
     templates = tmp_path / "templates"
     shutil.copytree(Path(__file__).parents[2] / "templates", templates)
-    with open(templates / "mask.cuh", "a") as mask:
-        mask.write("\nthis is no C++\n")
+    with open(templates / "sequence.cuh", "a") as sequence:
+        sequence.write("\nthis is no C++\n")
     cache = tmp_path / "cache"
     done = run_python(
         CATCH_COMPILE_ERROR.replace("WORK", work),
@@ -128,6 +128,6 @@ def test_a_template_that_does_not_compile(work, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     message, log, options, source_path = json.loads(done.stdout)
-    assert "mask.cuh" in log and options and log in message
+    assert "sequence.cuh" in log and options and log in message
     assert source_path in message and "this is no C++" in Path(source_path).read_text()
     assert not list(cache.glob("*.kernel"))

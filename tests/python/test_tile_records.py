@@ -18,9 +18,13 @@ def without_register_dims(tile: str) -> str:
     return before + after[after.index("l") :]
 
 
+# Not of decode: what counts there is memory, where the search goes by products.
+SEARCHED = [family.word for family in _core.kernel_families() if family.products and family.word != "decode"]
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("features", ["", "--softcap", "--alibi", "--varlen"])
-@pytest.mark.parametrize("kind", [family.word for family in _core.kernel_families() if family.products])
+@pytest.mark.parametrize("kind", SEARCHED)
 def test_every_default_tile_has_a_record(kind, features, mask):
     records = [r for r in json.loads((RECORDS / f"{kind}.json").read_text()) if r["mask"] == mask]
     judged = {

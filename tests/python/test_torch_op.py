@@ -34,6 +34,7 @@ ALL_OPTIONS = Options(
     cu_seqlens_k=CU_SEQLENS,
     max_seqlen_q=15,
     max_seqlen_k=15,
+    has_backward=True,
 )
 
 
@@ -251,7 +252,8 @@ def test_vmap():
     q, k, v = (t.unflatten(0, (2, 1)) for t in normal_qkv(2, 20, 20, 2, 2, 64))
     batched = torch.vmap(flash_attn_func)(q, k, v)
     for i in range(2):
-        assert torch.equal(batched[i], flash_attn_func(q[i], k[i], v[i]))
+        # Inside a transform the forward kernel, outside that of few queries.
+        torch.testing.assert_close(batched[i], flash_attn_func(q[i], k[i], v[i]), atol=1e-3, rtol=1e-3)
 
 
 class Recorder(TorchDispatchMode):
@@ -457,7 +459,8 @@ def count_graphs(function, calls):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, backend=counter, fullgraph=True)
     for call in calls:
-        assert torch.equal(compiled(*call), function(*call))
+        # A window's kernel may be another where the compiler has it as a number of its own.
+        torch.testing.assert_close(compiled(*call), function(*call), atol=1e-3, rtol=1e-3)
     return counter.frame_count
 
 

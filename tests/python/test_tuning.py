@@ -237,7 +237,7 @@ print(json.dumps([told(lambda: flash_attn_jit.tune(head_dims=16, seqlens=64)),
 
 def test_what_the_budget_does_not_reach_says_so(tmp_path, t4):
     problems = tuned(t4, tmp_path, "head_dims=[16, 32, 48, 64], seqlens=64, kinds=['fwd', 'bwd'], budget_seconds=1")
-    backward = [family.word for family in _core.kernel_families() if family.word != "fwd"]
+    backward = [family.word for family in _core.kernel_families() if family.word.startswith("bwd")]
     assert [p["kernel"].split()[0] for p in problems] == ["fwd", *backward] * 4
     last = problems[-1]
     assert last["winner"] is None and last["record"] is None and last["problem_class"] is None
@@ -257,7 +257,7 @@ def test_the_process_that_measures_checks_kernels(tmp_path, t4):
     """The true one, on a GPU whose kernels do nothing: it finds them wrong."""
     code = (
         "import flash_attn_jit\n"
-        "(problem,) = flash_attn_jit.tune(head_dims=16, seqlens=64, heads=1, budget_seconds=6)\n"
+        "(problem,) = flash_attn_jit.tune(head_dims=16, seqlens=64, heads=1, budget_seconds=12)\n"
         "print(problem.winner, problem.rule)\n"
     )
     done = run_python(code, LD_LIBRARY_PATH=t4, FLASH_ATTN_JIT_CACHE_DIR=tmp_path)

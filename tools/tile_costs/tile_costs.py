@@ -14,7 +14,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-KINDS = ("fwd", "bwd_dkdv", "bwd_dq", "bwd_all_keys")
+KINDS = ("fwd", "bwd_dkdv", "bwd_dq", "bwd_all_keys", "decode")
 MASKS = ("full", "causal", "window")
 DIMS = range(16, 257, 16)
 MOST_DIMS = {"bwd_all_keys": 128}  # of a kind that has fewer; its rows above are empty

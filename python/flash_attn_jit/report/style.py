@@ -73,6 +73,8 @@ KIND_WORDS = {
     "bwd_dkdv": "backward, dK and dV",
     "bwd_dq": "backward, dQ",
     "bwd_all_keys": "backward, all keys in a block",
+    "decode": "forward of few queries",
+    "decode_combine": "forward of few queries, splits put together",
 }
 KIND_MARKS = {
     "fwd": Mark("tensor", "o", "●", KIND_WORDS["fwd"]),
@@ -80,6 +82,8 @@ KIND_MARKS = {
     "bwd_dq": Mark("xu", "^", "▲", KIND_WORDS["bwd_dq"]),
     "bwd_all_keys": Mark("fma", "v", "▼", KIND_WORDS["bwd_all_keys"]),
     "bwd_preprocess": Mark("issue", "D", "◆", KIND_WORDS["bwd_preprocess"]),
+    "decode": Mark("dram", "p", "⬟", KIND_WORDS["decode"]),
+    "decode_combine": Mark("alu", "P", "✚", KIND_WORDS["decode_combine"]),
 }
 
 

@@ -1,0 +1,35 @@
+// Behind the decode kernel: the splits of a row, put together by a warp.
+#include "generator/families/families.h"
+#include "generator/tile_rules.h"
+
+namespace flash_attn_jit {
+namespace {
+
+constexpr std::array kTiles = {
+    TileRow{256, {.block_m = 4, .block_n = 0, .warps = 4, .register_dims = 0, .schedule = {0, 0, 0}}},
+};
+
+TileTables tiles(const KernelSpec&) { return {TileTableList{kTiles}}; }
+
+std::optional<std::string> check_tile(const KernelSpec& spec) {
+  const TileConfig& tile = spec.tile;
+  if (tile == TileConfig{tile.warps, 0, tile.warps, 0, {0, 0, 0}}) return std::nullopt;
+  return tile_name(spec) + " is for kind " + std::string(to_text(spec.kind)) +
+         "; accepted: a row for each warp, and 0 for all else, as in " + quoted("m4n0w4q0l0b0k0");
+}
+
+}  // namespace
+
+constinit const KernelFamily kDecodeCombineFamily = {.word = "decode_combine",
+                                                     .pack_group = "decode",
+                                                     .template_file = "flash_decode_combine.cuh",
+                                                     .function = "flash_decode_combine",
+                                                     .params = "FlashDecodeParams",
+                                                     .results = {.out = true},
+                                                     .rows = RowSide::kQueries,
+                                                     .reads_mask = false,
+                                                     .registers = [](const KernelSpec&) { return 32; },
+                                                     .check_tile = check_tile,
+                                                     .default_tiles = tiles};
+
+}  // namespace flash_attn_jit

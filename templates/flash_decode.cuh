@@ -1,0 +1,359 @@
+// Forward attention of few queries: what counts is how fast keys and values come from memory.
+//
+// A block has 16 rows of one key head: row r is query r / group of query head r % group of those that share the head,
+// so that keys are read once for all of them. The block's warps have the same rows and take turns with tiles of kBlockN
+// keys; other blocks have other parts of the keys (splits).
+//
+// K and V go from global memory straight into the operands of tensor instructions, 16 bytes a lane, and wait in
+// registers: nothing is shared, nothing waits for a barrier, and a warp has the next tile's K on its way while it works
+// on O, and its V while it works on S. The order of the dims in a product's sum is free, and so is that of O's columns:
+//
+//   S = Q K^T   lane 4g + t has dims 32c + 8t .. + 7 of key g (and of rows g, g + 8 of Q). Its word j is the B operand
+//               (A operand) of product j, whose dims 2t', 2t' + 1 are 32c + 8t' + 2j and the one behind it.
+//   O += P V    lane 4g + t has dims 64c + 8g .. + 7 of keys 2t and 2t + 1. Element j of both, packed, is the B operand
+//               of product j, whose column g' is dim 64c + 8g' + j. So in O a lane has dims 64c + 16t .. + 15.
+#pragma once
+
+#include "accumulator.cuh"
+#include "flash_decode_params.cuh"
+#include "primitives.cuh"
+#include "row_parts.cuh"
+#include "score_variant.cuh"
+#include "sequence.cuh"
+#include "softmax.cuh"
+#include "tile_copy.cuh"
+
+constexpr int kDecodeRows = 16;
+
+// Warps are put together through shared memory, 64 dims at a time: each one's O, then its row_max and row_sum.
+template <class Traits>
+struct FlashDecodeTile {
+  static constexpr int kMergedDims = 64;
+  static constexpr int kPitch = (kMergedDims + 4) * 4;
+  static constexpr int kWarpBytes = kDecodeRows * kPitch;
+  static constexpr int kRowsBegin = Traits::kNWarps * kWarpBytes;
+  static constexpr int kRowBytes = 8;
+  static constexpr int kSharedBytes = kRowsBegin + Traits::kNWarps * kDecodeRows * kRowBytes;
+};
+
+template <class Traits>
+class FlashDecode {
+  using Tile = FlashDecodeTile<Traits>;
+  using Element = typename Traits::Element;
+  using Bits = typename Element::Bits;
+  using Matrix = GlobalMatrix<Element>;
+  static constexpr int kDims = Traits::kHeadDim, kGroup = Traits::kGroupSize, kThreads = 32 * Traits::kNWarps;
+  static constexpr int kKeys = Traits::kBlockN, kSteps = kKeys / 8;
+  static constexpr int kKeysOfAllWarps = Traits::kNWarps * kKeys;
+  static constexpr int kKeyChunks = (kDims + 31) / 32, kValueChunks = (kDims + 63) / 64;
+  static_assert(Traits::kBlockM == kDecodeRows, "a warp has all rows of its block");
+
+  using Rows = Softmax<Element, 1, kSteps>;
+  using Output = Accumulator<1, 8 * kValueChunks>;
+  using QueryChunks = Vec16[2][kKeyChunks];  // of the lane's two rows
+  using KeyChunks = Vec16[kSteps][kKeyChunks];
+  using ValueChunks = Vec16[kSteps][2][kValueChunks];
+
+ public:
+  __device__ __forceinline__ FlashDecode(const FlashDecodeParams& params, int block)
+      : params_(params),
+        sequence_(params, block / params.num_m_blocks / params.num_splits / params.num_heads_k),
+        head_k_(block / params.num_m_blocks / params.num_splits % params.num_heads_k),
+        split_(block / params.num_m_blocks % params.num_splits),
+        first_row_(block % params.num_m_blocks * kDecodeRows),
+        lane_(thread_in_block() % 32),
+        warp_(thread_in_block() / 32),
+        softmax_(params.softmax_scale_log2) {}
+
+  __device__ __forceinline__ void run() {
+    if (first_row_ >= rows()) return;
+    attend();
+    put_rows_together();
+#pragma unroll
+    for (int c = 0; c < kValueChunks; ++c) put_outputs_together(c);
+  }
+
+ private:
+  // ---- rows and keys ----
+
+  __device__ __forceinline__ int rows() const { return sequence_.seqlen_q() * kGroup; }
+  __device__ __forceinline__ int row_of_lane(int r) const { return first_row_ + lane_row(lane_) + 8 * r; }
+  static __device__ __forceinline__ int query_of(int row) { return row / kGroup; }
+  __device__ __forceinline__ int head_of(int row) const { return head_k_ * kGroup + row % kGroup; }
+
+  // The part of [first, end) that the split has.
+  struct KeyRange {
+    int first, end;
+  };
+  __device__ __forceinline__ KeyRange of_split(int first, int end) const {
+    const int begin = split_ * params_.keys_per_split;
+    return {Sequence<Traits>::maximum(first, begin), Sequence<Traits>::minimum(end, begin + params_.keys_per_split)};
+  }
+  __device__ __forceinline__ KeyRange seen_by(int query) const {
+    return of_split(sequence_.first_key(query), sequence_.end_key(query));
+  }
+
+  // ---- memory to operands ----
+
+  // Dims [dim, dim + 8) of a row. kSpan dims are read of every row, which may be more than there are.
+  template <int kSpan>
+  static __device__ __forceinline__ void load(Vec16& chunk, const Matrix& matrix, int row, int dim, bool is_there) {
+    if (is_there && (kDims % kSpan == 0 || dim < kDims))
+      load_chunk<Traits>(chunk, matrix.base + row * matrix.row_stride + dim, dim, 1);
+    else
+      chunk = Vec16{};
+  }
+
+  __device__ __forceinline__ void load_queries(QueryChunks& q) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = row_of_lane(r);
+      const TensorStrides& strides = params_.q_strides;
+      const Matrix matrix{static_cast<const Bits*>(params_.q) + sequence_.query_offset(strides, head_of(row)),
+                          strides.row};
+#pragma unroll
+      for (int c = 0; c < kKeyChunks; ++c) {
+        load<32>(q[r][c], matrix, query_of(row), 32 * c + lane_ % 4 * kChunkDims, row < rows());
+#pragma unroll
+        for (int j = 0; j < 4; ++j) q[r][c].word[j] ^= params_.sign;
+      }
+    }
+  }
+
+  __device__ __forceinline__ Matrix keys(const void* tensor, const TensorStrides& strides) const {
+    return {static_cast<const Bits*>(tensor) + sequence_.key_offset(strides, head_k_), strides.row};
+  }
+
+  // Of the keys from `key` on, those below `end`; the others are zero.
+  __device__ __forceinline__ void load_keys(KeyChunks& k, const Matrix& matrix, int key, int end) const {
+#pragma unroll
+    for (int n = 0; n < kSteps; ++n) {
+      const int at = key + 8 * n + lane_ / 4;
+#pragma unroll
+      for (int c = 0; c < kKeyChunks; ++c) load<32>(k[n][c], matrix, at, 32 * c + lane_ % 4 * kChunkDims, at < end);
+    }
+  }
+  __device__ __forceinline__ void load_values(ValueChunks& v, const Matrix& matrix, int key, int end) const {
+#pragma unroll
+    for (int n = 0; n < kSteps; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int at = key + 8 * n + lane_ % 4 * 2 + i;
+#pragma unroll
+        for (int c = 0; c < kValueChunks; ++c)
+          load<64>(v[n][i][c], matrix, at, 64 * c + lane_ / 4 * kChunkDims, at < end);
+      }
+  }
+
+  // ---- the two products ----
+
+  static __device__ __forceinline__ void multiply_keys(typename Rows::Scores& scores, const QueryChunks& q,
+                                                       const KeyChunks& k) {
+#pragma unroll
+    for (int c = 0; c < kKeyChunks; ++c)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int n = 0; n < kSteps; ++n)
+          if (c == 0 && j == 0)
+            Element::multiply(scores.s[0][n], q[0][c].word[j], q[1][c].word[j], k[n][c].word[j]);
+          else
+            Element::multiply_add(scores.s[0][n], q[0][c].word[j], q[1][c].word[j], k[n][c].word[j]);
+  }
+
+  __device__ __forceinline__ void accumulate(const typename Rows::Probabilities& p, const ValueChunks& v) {
+#pragma unroll
+    for (int n = 0; n < kSteps; ++n)
+#pragma unroll
+      for (int c = 0; c < kValueChunks; ++c)
+#pragma unroll
+        for (int j = 0; j < kChunkDims; ++j) {
+          const unsigned first = v[n][0][c].word[j / 2], second = v[n][1][c].word[j / 2];
+          Element::multiply_add(acc_o_[0][8 * c + j], p[0][n][0], p[0][n][1],
+                                j % 2 == 0 ? low_halves(first, second) : high_halves(first, second));
+        }
+  }
+
+  // ---- the main loop ----
+
+  // Every row of the block sees the keys [whole.first, whole.end) of those that some row sees.
+  __device__ __forceinline__ void attend() {
+    const int first_query = query_of(first_row_);
+    const int last_query = query_of(Sequence<Traits>::minimum(first_row_ + kDecodeRows, rows()) - 1);
+    const KeyRange seen = of_split(sequence_.first_key(first_query), sequence_.end_key(last_query));
+    const KeyRange whole = of_split(sequence_.first_key(last_query), sequence_.end_key(first_query));
+    const Matrix key_matrix = keys(params_.k, params_.k_strides), value_matrix = keys(params_.v, params_.v_strides);
+    QueryChunks q;
+    KeyChunks k;
+    ValueChunks v;
+    load_queries(q);
+    prepare_variants();
+    int key = seen.first / kKeys * kKeys + warp_ * kKeys;
+    load_keys(k, key_matrix, key, seen.end);
+    load_values(v, value_matrix, key, seen.end);
+    for (; key < seen.end; key += kKeysOfAllWarps) {
+      typename Rows::Scores scores;
+      multiply_keys(scores, q, k);
+      load_keys(k, key_matrix, key + kKeysOfAllWarps, seen.end);
+      to_scores(scores, key);
+      if (key < whole.first || key + kKeys > whole.end) mask(scores, key);
+      typename Rows::Probabilities p;
+      to_probabilities(scores, p);
+      accumulate(p, v);
+      load_values(v, value_matrix, key + kKeysOfAllWarps, seen.end);
+    }
+  }
+
+  __device__ __forceinline__ void prepare_variants() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      variant_[r].prepare(params_, sequence_, head_of(row_of_lane(r)), reciprocal(params_.softmax_scale_log2));
+  }
+
+  __device__ __forceinline__ void to_scores(typename Rows::Scores& scores, int key) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int query = query_of(row_of_lane(r));
+      for_each_in_row(scores.s, r, [&](float& s, int column) {
+        s = variant_[r].bias(variant_[r].score(s), sequence_, query, key + lane_column(lane_) + column);
+      });
+    }
+  }
+
+  __device__ __forceinline__ void mask(typename Rows::Scores& scores, int key) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const KeyRange seen = seen_by(query_of(row_of_lane(r)));
+      for_each_in_row(scores.s, r, [&](float& s, int column) {
+        const int at = key + lane_column(lane_) + column;
+        if (at < seen.first || at >= seen.end) s = -infinity();
+      });
+    }
+  }
+
+  __device__ __forceinline__ void to_probabilities(const typename Rows::Scores& scores,
+                                                   typename Rows::Probabilities& p) {
+    float remainder[2] = {};
+    if (softmax_.must_correct(scores)) softmax_.correct(scores, acc_o_, remainder);
+    typename Rows::Exponents exponents;
+    softmax_.to_exponents(scores, remainder, exponents);
+    softmax_.to_probabilities(exponents, p);
+  }
+
+  // ---- the block's warps, put together ----
+
+  static __device__ __forceinline__ SharedAddress shared_row(int warp, int row) {
+    return Tile::kRowsBegin + (warp * kDecodeRows + row) * Tile::kRowBytes;
+  }
+
+  __device__ __forceinline__ void put_rows_together() const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float sum = softmax_.total(r);
+      if (lane_column(lane_) == 0) {
+        const SharedAddress at = shared_row(warp_, lane_row(lane_) + 8 * r);
+        store_shared_f32(at, softmax_.row_max[r]);
+        store_shared_f32(at + 4, sum);
+      }
+    }
+  }
+
+  // Dims 64c .. + 63 of all rows.
+  __device__ __forceinline__ void put_outputs_together(int c) const {
+    if (c > 0) block_barrier();  // the dims before are out of shared memory
+    store_outputs(c);
+    block_barrier();
+    constexpr int kUnits = kDecodeRows * Tile::kMergedDims / kChunkDims;  // a chunk of dims of a row each
+    for (int unit = thread_in_block(); unit < kUnits; unit += kThreads) {
+      const int row = unit / (kUnits / kDecodeRows), dim = unit % (kUnits / kDecodeRows) * kChunkDims;
+      if (first_row_ + row < rows() && Tile::kMergedDims * c + dim < Traits::kTileDims) write_unit(row, c, dim);
+    }
+  }
+
+  __device__ __forceinline__ void store_outputs(int c) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        Vec16 four;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) four.word[j] = bits_of_float(acc_o_[0][8 * c + i % 2 * 4 + j][2 * r + i / 2]);
+        const int row = lane_row(lane_) + 8 * r, dim = lane_ % 4 * 16 + 4 * i;
+        store_shared_16B(warp_ * Tile::kWarpBytes + row * Tile::kPitch + dim * 4, four);
+      }
+  }
+
+  __device__ __forceinline__ void write_unit(int row, int c, int dim) const {
+    RowPart parts[Traits::kNWarps];
+    RowPart all{-infinity(), 0.0f};
+#pragma unroll
+    for (int w = 0; w < Traits::kNWarps; ++w) {
+      parts[w] = {load_shared_f32(shared_row(w, row)), load_shared_f32(shared_row(w, row) + 4)};
+      all.row_max = max_ignoring_nan(all.row_max, parts[w].row_max);
+    }
+    float o[kChunkDims] = {};
+#pragma unroll
+    for (int w = 0; w < Traits::kNWarps; ++w) {
+      const float weight = weight_of(parts[w], all.row_max);
+      all.row_sum = fma_rounded(parts[w].row_sum, weight, all.row_sum);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Vec16 four;
+        load_shared_16B(four, w * Tile::kWarpBytes + row * Tile::kPitch + (dim + 4 * half) * 4);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) o[4 * half + j] = fma_rounded(float_of_bits(four.word[j]), weight, o[4 * half + j]);
+      }
+    }
+    const KeyRange seen = seen_by(query_of(first_row_ + row));
+    if (seen.first >= seen.end) all.row_max = -infinity();
+    const int first_dim = Tile::kMergedDims * c + dim;
+    if (params_.num_splits == 1)
+      write_result(first_row_ + row, first_dim, all, o);
+    else
+      write_part(first_row_ + row, first_dim, all, o);
+  }
+
+  __device__ __forceinline__ void write_result(int row, int dim, const RowPart& all,
+                                               const float (&o)[kChunkDims]) const {
+    const TensorStrides& strides = params_.out_strides;
+    Bits* const out = static_cast<Bits*>(params_.out) + sequence_.query_offset(strides, head_of(row)) +
+                      query_of(row) * strides.row + dim;
+    const float factor = inverse_sum(all);
+    Vec16 chunk;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) chunk.word[i] = Element::pack(o[2 * i] * factor, o[2 * i + 1] * factor);
+    store_chunk<Traits>(out, dim, chunk);
+    if (dim == 0) store_global_f32(params_.softmax_lse + statistics_of(row), log_sum_exp(all));
+  }
+
+  __device__ __forceinline__ void write_part(int row, int dim, const RowPart& all, const float (&o)[kChunkDims]) const {
+    const long long place = static_cast<long long>(split_) * params_.total_rows + statistics_of(row);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Vec16 four;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) four.word[j] = bits_of_float(o[4 * half + j]);
+      store_global_16B(params_.partial_out + place * Traits::kTileDims + dim + 4 * half, four);
+    }
+    if (dim != 0) return;
+    store_global_f32(params_.partial_rows + 2 * place, all.row_max);
+    store_global_f32(params_.partial_rows + 2 * place + 1, all.row_sum);
+  }
+
+  __device__ __forceinline__ long long statistics_of(int row) const {
+    return sequence_.statistics_offset(head_of(row), query_of(row));
+  }
+
+  const FlashDecodeParams& params_;
+  const Sequence<Traits> sequence_;
+  const int head_k_, split_, first_row_;
+  const int lane_, warp_;
+  Rows softmax_;
+  ScoreVariant<Traits> variant_[2];  // of the lane's rows
+  Output acc_o_ = {};
+};
+
+template <class Traits>
+__device__ __forceinline__ void flash_decode(const FlashDecodeParams& params) {
+  FlashDecode<Traits>(params, block_in_grid()).run();
+}
