@@ -25,7 +25,7 @@ constexpr double kLaunchGap = 2400;
 
 // Rows of a key head that the decode kernel is thought of for: beyond them the forward kernel's tiles are full. Keys:
 // kernels count them in 32 bits, past the last split's end too.
-constexpr std::int64_t kMostDecodeRows = 64, kMostDecodeKeys = std::int64_t{1} << 30;
+constexpr std::int64_t kMostDecodeRows = 256, kMostDecodeKeys = std::int64_t{1} << 30;
 
 // A T4's DRAM, 320 GB/s over 40 multiprocessors of 1590 MHz; an RTX 2080 Ti has 5.9 bytes.
 constexpr double kDramBytesPerCycle = 5.0;
@@ -217,7 +217,7 @@ std::vector<TileConfig> tile_space(const KernelSpec& spec, const ArchLimits& arc
       for (int block_n : family_of(spec.kind).space.columns)
         for (int register_dims : {dims, dims * 5 / 8 / 16 * 16})
           for (const LoopSchedule& schedule : family_of(spec.kind).space.schedules) {
-            const int block_m = family_of(spec.kind).warps_share_rows ? 16 : warps * rows;
+            const int block_m = family_of(spec.kind).warps_share_rows ? rows : warps * rows;
             const TileConfig tile{block_m, block_n, warps, register_dims, schedule};
             if (is_legal(spec, tile, arch)) tiles.push_back(tile);
           }

@@ -13,11 +13,12 @@ int kernel_dims(const KernelSpec& spec) {
 
 int row_tiles_of_warp(const KernelSpec& spec) {
   const TileConfig& tile = spec.tile;
-  return family_of(spec.kind).warps_share_rows ? tile.block_m / 16 : tile.block_m / tile.warps / 16;
+  return family_of(spec.kind).warps_share_rows ? 1 : tile.block_m / tile.warps / 16;
 }
 
 int columns_of_iteration(const KernelSpec& spec) {
-  return family_of(spec.kind).warps_share_rows ? spec.tile.block_n * spec.tile.warps : spec.tile.block_n;
+  const TileConfig& tile = spec.tile;
+  return family_of(spec.kind).warps_share_rows ? tile.block_n * tile.warps * 16 / tile.block_m : tile.block_n;
 }
 
 int blocks_per_multiprocessor(const TileConfig& tile) { return std::max(1, 8 / tile.warps); }

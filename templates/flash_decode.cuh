@@ -1,8 +1,8 @@
 // Forward attention of few queries: what counts is how fast keys and values come from memory.
 //
-// A block has 16 rows of one key head: row r is query r / group of query head r % group of those that share the head,
-// so that keys are read once for all of them. The block's warps have the same rows and take turns with tiles of kBlockN
-// keys; other blocks have other parts of the keys (splits).
+// A block has kBlockM rows of one key head: row r is query r / group of query head r % group of those that share the
+// head, so that keys are read once for all of them. A warp has 16 of the rows; the warps that have the same ones take
+// turns with tiles of kBlockN keys. Other blocks have other parts of the keys (splits).
 //
 // K and V go from global memory straight into the operands of tensor instructions, 16 bytes a lane, and wait in
 // registers: nothing is shared, nothing waits for a barrier, and a warp has the next tile's K on its way while it works
@@ -23,17 +23,28 @@
 #include "softmax.cuh"
 #include "tile_copy.cuh"
 
-constexpr int kDecodeRows = 16;
+constexpr int kDecodeRows = 16;  // of a warp
 
-// Warps are put together through shared memory, 64 dims at a time: each one's O, then its row_max and row_sum.
 template <class Traits>
 struct FlashDecodeTile {
+  static constexpr int kRowGroups = Traits::kBlockM / kDecodeRows;  // of warps that share rows
+  static constexpr int kKeyGroups = Traits::kNWarps / kRowGroups;   // of warps that share keys
+  static_assert(kRowGroups * kKeyGroups == Traits::kNWarps, "every group of rows has as many warps");
+
+  // Shared memory. The warps of a group of rows are put together through it, 64 dims at a time: each one's O, then its
+  // row_max and row_sum. Behind lie the chunks of Q that registers have no room for: of each group of rows, of each
+  // chunk, of the lane's two rows, as the lanes read them.
   static constexpr int kMergedDims = 64;
   static constexpr int kPitch = (kMergedDims + 4) * 4;
   static constexpr int kWarpBytes = kDecodeRows * kPitch;
   static constexpr int kRowsBegin = Traits::kNWarps * kWarpBytes;
   static constexpr int kRowBytes = 8;
-  static constexpr int kSharedBytes = kRowsBegin + Traits::kNWarps * kDecodeRows * kRowBytes;
+  static constexpr int kQueryBegin = kRowsBegin + Traits::kNWarps * kDecodeRows * kRowBytes;
+  static constexpr int kKeyChunks = (Traits::kHeadDim + 31) / 32;
+  static constexpr int kRegisterChunks = (Traits::kRegisterDims + 31) / 32;
+  static constexpr int kSharedChunks = kKeyChunks - kRegisterChunks;
+  static constexpr int kChunkOfLanes = 32 * kChunkBytes;
+  static constexpr int kSharedBytes = kQueryBegin + kRowGroups * kSharedChunks * 2 * kChunkOfLanes;
 };
 
 template <class Traits>
@@ -44,13 +55,12 @@ class FlashDecode {
   using Matrix = GlobalMatrix<Element>;
   static constexpr int kDims = Traits::kHeadDim, kGroup = Traits::kGroupSize, kThreads = 32 * Traits::kNWarps;
   static constexpr int kKeys = Traits::kBlockN, kSteps = kKeys / 8;
-  static constexpr int kKeysOfAllWarps = Traits::kNWarps * kKeys;
-  static constexpr int kKeyChunks = (kDims + 31) / 32, kValueChunks = (kDims + 63) / 64;
-  static_assert(Traits::kBlockM == kDecodeRows, "a warp has all rows of its block");
+  static constexpr int kKeysOfAllWarps = Tile::kKeyGroups * kKeys;
+  static constexpr int kKeyChunks = Tile::kKeyChunks, kValueChunks = (kDims + 63) / 64;
 
   using Rows = Softmax<Element, 1, kSteps>;
   using Output = Accumulator<1, 8 * kValueChunks>;
-  using QueryChunks = Vec16[2][kKeyChunks];  // of the lane's two rows
+  using QueryChunks = Vec16[2][Tile::kRegisterChunks > 0 ? Tile::kRegisterChunks : 1];  // of the lane's two rows
   using KeyChunks = Vec16[kSteps][kKeyChunks];
   using ValueChunks = Vec16[kSteps][2][kValueChunks];
 
@@ -60,14 +70,21 @@ class FlashDecode {
         sequence_(params, block / params.num_m_blocks / params.num_splits / params.num_heads_k),
         head_k_(block / params.num_m_blocks / params.num_splits % params.num_heads_k),
         split_(block / params.num_m_blocks % params.num_splits),
-        first_row_(block % params.num_m_blocks * kDecodeRows),
+        block_row_(block % params.num_m_blocks * Traits::kBlockM),
         lane_(thread_in_block() % 32),
         warp_(thread_in_block() / 32),
+        row_group_(warp_ % Tile::kRowGroups),
+        key_group_(warp_ / Tile::kRowGroups),
+        first_row_(block_row_ + row_group_ * kDecodeRows),
         softmax_(params.softmax_scale_log2) {}
 
   __device__ __forceinline__ void run() {
-    if (first_row_ >= rows()) return;
-    attend();
+    if (block_row_ >= rows()) return;
+    if (Tile::kSharedChunks > 0) {
+      share_queries();
+      block_barrier();
+    }
+    if (first_row_ < rows()) attend();
     put_rows_together();
 #pragma unroll
     for (int c = 0; c < kValueChunks; ++c) put_outputs_together(c);
@@ -104,20 +121,38 @@ class FlashDecode {
       chunk = Vec16{};
   }
 
+  // Chunk c of the lane's row r.
+  __device__ __forceinline__ void load_query(Vec16& chunk, int r, int c) const {
+    const int row = row_of_lane(r);
+    const TensorStrides& strides = params_.q_strides;
+    const Matrix matrix{static_cast<const Bits*>(params_.q) + sequence_.query_offset(strides, head_of(row)),
+                        strides.row};
+    load<32>(chunk, matrix, query_of(row), 32 * c + lane_ % 4 * kChunkDims, row < rows());
+#pragma unroll
+    for (int j = 0; j < 4; ++j) chunk.word[j] ^= params_.sign;
+  }
+
   __device__ __forceinline__ void load_queries(QueryChunks& q) const {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = row_of_lane(r);
-      const TensorStrides& strides = params_.q_strides;
-      const Matrix matrix{static_cast<const Bits*>(params_.q) + sequence_.query_offset(strides, head_of(row)),
-                          strides.row};
+    for (int r = 0; r < 2; ++r)
 #pragma unroll
-      for (int c = 0; c < kKeyChunks; ++c) {
-        load<32>(q[r][c], matrix, query_of(row), 32 * c + lane_ % 4 * kChunkDims, row < rows());
+      for (int c = 0; c < Tile::kRegisterChunks; ++c) load_query(q[r][c], r, c);
+  }
+
+  __device__ __forceinline__ SharedAddress shared_query(int r, int c) const {
+    const int place = (row_group_ * Tile::kSharedChunks + c - Tile::kRegisterChunks) * 2 + r;
+    return Tile::kQueryBegin + place * Tile::kChunkOfLanes + lane_ * kChunkBytes;
+  }
+  __device__ __forceinline__ void share_queries() const {
+    if (key_group_ > 0) return;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) q[r][c].word[j] ^= params_.sign;
+    for (int c = Tile::kRegisterChunks; c < kKeyChunks; ++c)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        Vec16 chunk;
+        load_query(chunk, r, c);
+        store_shared_16B(shared_query(r, c), chunk);
       }
-    }
   }
 
   __device__ __forceinline__ Matrix keys(const void* tensor, const TensorStrides& strides) const {
@@ -147,18 +182,26 @@ class FlashDecode {
 
   // ---- the two products ----
 
-  static __device__ __forceinline__ void multiply_keys(typename Rows::Scores& scores, const QueryChunks& q,
-                                                       const KeyChunks& k) {
+  __device__ __forceinline__ void multiply_keys(typename Rows::Scores& scores, const QueryChunks& q,
+                                                const KeyChunks& k) const {
 #pragma unroll
-    for (int c = 0; c < kKeyChunks; ++c)
+    for (int c = 0; c < kKeyChunks; ++c) {
+      Vec16 rows[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (c < Tile::kRegisterChunks)
+          rows[r] = q[r][c < Tile::kRegisterChunks ? c : 0];
+        else
+          load_shared_16B(rows[r], shared_query(r, c));
 #pragma unroll
       for (int j = 0; j < 4; ++j)
 #pragma unroll
         for (int n = 0; n < kSteps; ++n)
           if (c == 0 && j == 0)
-            Element::multiply(scores.s[0][n], q[0][c].word[j], q[1][c].word[j], k[n][c].word[j]);
+            Element::multiply(scores.s[0][n], rows[0].word[j], rows[1].word[j], k[n][c].word[j]);
           else
-            Element::multiply_add(scores.s[0][n], q[0][c].word[j], q[1][c].word[j], k[n][c].word[j]);
+            Element::multiply_add(scores.s[0][n], rows[0].word[j], rows[1].word[j], k[n][c].word[j]);
+    }
   }
 
   __device__ __forceinline__ void accumulate(const typename Rows::Probabilities& p, const ValueChunks& v) {
@@ -188,7 +231,7 @@ class FlashDecode {
     ValueChunks v;
     load_queries(q);
     prepare_variants();
-    int key = seen.first / kKeys * kKeys + warp_ * kKeys;
+    int key = seen.first / kKeys * kKeys + key_group_ * kKeys;
     load_keys(k, key_matrix, key, seen.end);
     load_values(v, value_matrix, key, seen.end);
     for (; key < seen.end; key += kKeysOfAllWarps) {
@@ -240,10 +283,15 @@ class FlashDecode {
     softmax_.to_probabilities(exponents, p);
   }
 
-  // ---- the block's warps, put together ----
+  // ---- the warps that have the same rows, put together ----
 
+  // Of warp `of` of those that have row `row` of the block.
+  static __device__ __forceinline__ int warp_of(int of, int row) { return of * Tile::kRowGroups + row / kDecodeRows; }
   static __device__ __forceinline__ SharedAddress shared_row(int warp, int row) {
-    return Tile::kRowsBegin + (warp * kDecodeRows + row) * Tile::kRowBytes;
+    return Tile::kRowsBegin + (warp * kDecodeRows + row % kDecodeRows) * Tile::kRowBytes;
+  }
+  static __device__ __forceinline__ SharedAddress shared_output(int warp, int row, int dim) {
+    return warp * Tile::kWarpBytes + row % kDecodeRows * Tile::kPitch + dim * 4;
   }
 
   __device__ __forceinline__ void put_rows_together() const {
@@ -263,10 +311,10 @@ class FlashDecode {
     if (c > 0) block_barrier();  // the dims before are out of shared memory
     store_outputs(c);
     block_barrier();
-    constexpr int kUnits = kDecodeRows * Tile::kMergedDims / kChunkDims;  // a chunk of dims of a row each
-    for (int unit = thread_in_block(); unit < kUnits; unit += kThreads) {
-      const int row = unit / (kUnits / kDecodeRows), dim = unit % (kUnits / kDecodeRows) * kChunkDims;
-      if (first_row_ + row < rows() && Tile::kMergedDims * c + dim < Traits::kTileDims) write_unit(row, c, dim);
+    constexpr int kUnitsOfRow = Tile::kMergedDims / kChunkDims;  // a chunk of dims each
+    for (int unit = thread_in_block(); unit < Traits::kBlockM * kUnitsOfRow; unit += kThreads) {
+      const int row = unit / kUnitsOfRow, dim = unit % kUnitsOfRow * kChunkDims;
+      if (block_row_ + row < rows() && Tile::kMergedDims * c + dim < Traits::kTileDims) write_unit(row, c, dim);
     }
   }
 
@@ -279,38 +327,39 @@ class FlashDecode {
 #pragma unroll
         for (int j = 0; j < 4; ++j) four.word[j] = bits_of_float(acc_o_[0][8 * c + i % 2 * 4 + j][2 * r + i / 2]);
         const int row = lane_row(lane_) + 8 * r, dim = lane_ % 4 * 16 + 4 * i;
-        store_shared_16B(warp_ * Tile::kWarpBytes + row * Tile::kPitch + dim * 4, four);
+        store_shared_16B(shared_output(warp_, row, dim), four);
       }
   }
 
   __device__ __forceinline__ void write_unit(int row, int c, int dim) const {
-    RowPart parts[Traits::kNWarps];
+    RowPart parts[Tile::kKeyGroups];
     RowPart all{-infinity(), 0.0f};
 #pragma unroll
-    for (int w = 0; w < Traits::kNWarps; ++w) {
-      parts[w] = {load_shared_f32(shared_row(w, row)), load_shared_f32(shared_row(w, row) + 4)};
+    for (int w = 0; w < Tile::kKeyGroups; ++w) {
+      const SharedAddress at = shared_row(warp_of(w, row), row);
+      parts[w] = {load_shared_f32(at), load_shared_f32(at + 4)};
       all.row_max = max_ignoring_nan(all.row_max, parts[w].row_max);
     }
     float o[kChunkDims] = {};
 #pragma unroll
-    for (int w = 0; w < Traits::kNWarps; ++w) {
+    for (int w = 0; w < Tile::kKeyGroups; ++w) {
       const float weight = weight_of(parts[w], all.row_max);
       all.row_sum = fma_rounded(parts[w].row_sum, weight, all.row_sum);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         Vec16 four;
-        load_shared_16B(four, w * Tile::kWarpBytes + row * Tile::kPitch + (dim + 4 * half) * 4);
+        load_shared_16B(four, shared_output(warp_of(w, row), row, dim + 4 * half));
 #pragma unroll
         for (int j = 0; j < 4; ++j) o[4 * half + j] = fma_rounded(float_of_bits(four.word[j]), weight, o[4 * half + j]);
       }
     }
-    const KeyRange seen = seen_by(query_of(first_row_ + row));
+    const KeyRange seen = seen_by(query_of(block_row_ + row));
     if (seen.first >= seen.end) all.row_max = -infinity();
     const int first_dim = Tile::kMergedDims * c + dim;
     if (params_.num_splits == 1)
-      write_result(first_row_ + row, first_dim, all, o);
+      write_result(block_row_ + row, first_dim, all, o);
     else
-      write_part(first_row_ + row, first_dim, all, o);
+      write_part(block_row_ + row, first_dim, all, o);
   }
 
   __device__ __forceinline__ void write_result(int row, int dim, const RowPart& all,
@@ -346,8 +395,9 @@ class FlashDecode {
 
   const FlashDecodeParams& params_;
   const Sequence<Traits> sequence_;
-  const int head_k_, split_, first_row_;
-  const int lane_, warp_;
+  const int head_k_, split_, block_row_;
+  const int lane_, warp_, row_group_, key_group_;
+  const int first_row_;  // of the warp
   Rows softmax_;
   ScoreVariant<Traits> variant_[2];  // of the lane's rows
   Output acc_o_ = {};
