@@ -40,7 +40,7 @@ StubControl& stub() {
 }
 
 // A request whose tensors are never read.
-ForwardRequest request(std::int64_t head_dim = 64, std::int64_t seqlen = 128) {
+ForwardRequest request(std::int64_t head_dim = 64, std::int64_t seqlen = 300) {
   const auto view = [&](std::uintptr_t at) {
     return TensorView{
         reinterpret_cast<void*>(at), {2, seqlen, 4, head_dim}, {seqlen * 4 * head_dim, 4 * head_dim, head_dim, 1}};

@@ -81,8 +81,8 @@ std::vector<ForwardCase> forward_cases() {
   ForwardCase c = ForwardCase::parse("hdim32 causal sq150 sk230");
   for (const TileConfig& tile : tiles_of(c.head_dim))
     if (tile.block_m == 64 && tile.block_n == 16 && tile.register_dims < 32) c.tile = tile;
-  const ForwardCase other = ForwardCase::parse("hdim64 full rowgaps sq70 sk150");
-  return {c, other, ForwardCase::parse("hdim96 sq3 gqa2 sk300 splits1")};
+  const ForwardCase other = ForwardCase::parse("hdim64 full rowgaps sq70 sk150 m64n16w4q64l2b4k7");
+  return {c, other, ForwardCase::parse("hdim96 sq3 gqa2 sk300 splits1 m16n16w4q64l0b0k0")};
 }
 
 std::vector<BackwardCase> backward_cases() {
