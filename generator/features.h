@@ -11,7 +11,7 @@
 
 namespace flash_attn_jit {
 
-enum class Feature : std::uint8_t { kSoftcap, kAlibi, kVarlen };
+enum class Feature : std::uint8_t { kSoftcap, kAlibi, kVarlen, kKeyLengths, kPaged };
 
 struct FeatureInfo {
   Feature feature;
@@ -20,13 +20,16 @@ struct FeatureInfo {
   std::string_view phrase;  // for the program's help: "kernels ..."
   bool changes_scores;      // computes on each score
   bool needs_positions;     // from the places of its query and its key, as a window does
+  bool forward_only;        // no backward kernel has it
 };
 
 // In the order of the words in a spec's text.
 inline constexpr std::array kFeatures = {
-    FeatureInfo{Feature::kSoftcap, "softcap", "kIsSoftcap", "with softcap", true, false},
-    FeatureInfo{Feature::kAlibi, "alibi", "kHasAlibi", "with ALiBi slopes", true, true},
-    FeatureInfo{Feature::kVarlen, "varlen", "kIsVarlen", "for cu_seqlens", false, false},
+    FeatureInfo{Feature::kSoftcap, "softcap", "kIsSoftcap", "with softcap", true, false, false},
+    FeatureInfo{Feature::kAlibi, "alibi", "kHasAlibi", "with ALiBi slopes", true, true, false},
+    FeatureInfo{Feature::kVarlen, "varlen", "kIsVarlen", "for cu_seqlens", false, false, false},
+    FeatureInfo{Feature::kKeyLengths, "keylens", "kHasKeyLengths", "for seqused_k and leftpad_k", false, false, true},
+    FeatureInfo{Feature::kPaged, "paged", "kIsPaged", "for a block_table", false, false, true},
 };
 
 // Those that are on. Off is the default of each.
@@ -45,6 +48,7 @@ class FeatureSet {
 
   constexpr bool change_scores() const { return any(&FeatureInfo::changes_scores); }
   constexpr bool need_positions() const { return any(&FeatureInfo::needs_positions); }
+  constexpr bool forward_only() const { return any(&FeatureInfo::forward_only); }
 
   friend auto operator<=>(const FeatureSet&, const FeatureSet&) = default;
 

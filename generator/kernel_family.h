@@ -18,6 +18,7 @@ enum class RowSide { kQueries, kKeys };
 // What a kernel writes.
 struct KernelResults {
   bool out = false, delta = false, dq = false, dkdv = false;  // out: softmax_lse with it
+  bool cache = false;                                         // rows of k and v
 };
 
 // The tiles that there are beside the default ones: every combination of these, of warps and of rows a warp that is

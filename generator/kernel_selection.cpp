@@ -38,6 +38,7 @@ std::vector<FeatureSet> feature_sets(const KernelSelection& selection) {
 }
 
 void append_tiles(KernelSpec spec, const ArchLimits& arch, std::vector<KernelSpec>& specs) {
+  if (spec.features.forward_only() && !family_of(spec.kind).results.out) return;
   require_head_dim(spec.head_dim);
   for (const TileConfig& tile : default_tiles(spec)) {
     spec.tile = tile;

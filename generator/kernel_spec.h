@@ -13,7 +13,7 @@ namespace flash_attn_jit {
 
 // The backward pass takes three kernels, one after the other, or one alone where a block can have all keys. A forward
 // pass of few queries takes the decode kernel, and behind it, where the keys are split over blocks, the one that puts
-// their results together.
+// their results together. What a cache of keys and values is to take comes before it.
 enum class KernelKind : std::uint8_t {
   kForward,
   kBackwardPreprocess,
@@ -22,11 +22,12 @@ enum class KernelKind : std::uint8_t {
   kBackwardAllKeys,
   kDecode,
   kDecodeCombine,
+  kAppend,
 };
 inline constexpr std::array kKernelKinds = {KernelKind::kForward,         KernelKind::kBackwardPreprocess,
                                             KernelKind::kBackwardDkDv,    KernelKind::kBackwardDq,
                                             KernelKind::kBackwardAllKeys, KernelKind::kDecode,
-                                            KernelKind::kDecodeCombine};
+                                            KernelKind::kDecodeCombine,   KernelKind::kAppend};
 
 inline constexpr int kMostHeadDim = 256;
 

@@ -65,9 +65,10 @@ std::string traits(const KernelSpec& spec) {
   std::string features;
   for (const FeatureInfo& info : kFeatures) features += flag(info.trait, spec.has(info.feature));
   return "// " + spec.text() + "\nstruct Traits {\n" + type("Element", element_class(spec.dtype)) +
-         type("Copy", "RegisterStagedCopy") + number("kHeadDim", spec.head_dim) +
-         number("kTileDims", kernel_dims(spec)) + number("kGroupSize", spec.group_size) +
-         flag("kIsCausal", spec.mask == Mask::kCausal) + flag("kIsLocal", spec.mask == Mask::kWindow) + features +
+         type("Copy", spec.has(Feature::kPaged) ? "PagedCopy" : "RegisterStagedCopy") +
+         number("kHeadDim", spec.head_dim) + number("kTileDims", kernel_dims(spec)) +
+         number("kGroupSize", spec.group_size) + flag("kIsCausal", spec.mask == Mask::kCausal) +
+         flag("kIsLocal", spec.mask == Mask::kWindow) + features +
          flag("kVectorAccess", spec.access == GlobalAccess::kVector16B) + number("kBlockM", tile.block_m) +
          number("kBlockN", tile.block_n) + number("kNWarps", tile.warps) + number("kRegisterDims", tile.register_dims) +
          number("kLoadEighth", tile.schedule.load) + number("kBarrierEighth", tile.schedule.barrier) +

@@ -34,4 +34,11 @@ std::optional<std::string> check_rows_alone(const KernelSpec& spec) {
          "; accepted: 0 for all but its rows and warps, as in " + quoted("m64n0w4q0l0b0k0");
 }
 
+std::optional<std::string> check_row_of_a_warp(const KernelSpec& spec) {
+  const TileConfig& tile = spec.tile;
+  if (tile == TileConfig{tile.warps, 0, tile.warps, 0, {0, 0, 0}}) return std::nullopt;
+  return tile_name(spec) + " is for kind " + std::string(to_text(spec.kind)) +
+         "; accepted: a row for each warp, and 0 for all else, as in " + quoted("m4n0w4q0l0b0k0");
+}
+
 }  // namespace flash_attn_jit

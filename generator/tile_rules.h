@@ -14,6 +14,7 @@ std::string schedule_name(const KernelSpec& spec);  // "tile '...' has its loads
 
 std::optional<std::string> check_rows_of_warps(const KernelSpec& spec);  // 16 or 32 each
 std::optional<std::string> check_register_dims(const KernelSpec& spec);
-std::optional<std::string> check_rows_alone(const KernelSpec& spec);  // of a kernel without a main loop
+std::optional<std::string> check_rows_alone(const KernelSpec& spec);     // of a kernel without a main loop
+std::optional<std::string> check_row_of_a_warp(const KernelSpec& spec);  // the same, where a warp has one row
 
 }  // namespace flash_attn_jit

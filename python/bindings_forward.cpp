@@ -37,7 +37,9 @@ void forward(py::handle q_object, py::handle k_object, py::handle v_object, py::
              py::handle lse_object, py::handle options, const std::optional<std::string>& tile) {
   const bool varlen = is_varlen(options);
   const Argument q("q", q_object), k("k", k_object), v("v", v_object), out("out", out_object);
-  for (const Argument* argument : {&q, &k, &v, &out}) check_input(*argument, q, varlen);
+  const bool rows_of_keys = varlen && !is_paged(options);
+  for (const Argument* argument : {&q, &out}) check_input(*argument, q, varlen);
+  for (const Argument* argument : {&k, &v}) check_input(*argument, q, rows_of_keys);
   const Argument lse("softmax_lse", lse_object);
   check_rows(lse, q);
 
@@ -48,6 +50,7 @@ void forward(py::handle q_object, py::handle k_object, py::handle v_object, py::
   request.out = view(out);
   request.softmax_lse = static_cast<float*>(lse.info.data);
   request.options = read_options(options, q);
+  request.num_splits = num_splits(options);
   if (tile) request.tile = TileConfig::parse(*tile);
 
   if (q.info.device.kind == DeviceKind::kCpu) {

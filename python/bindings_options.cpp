@@ -22,6 +22,9 @@ constexpr const char* kAcceptedPerHead =
 constexpr const char* kAcceptedCuSeqlens =
     "(batch + 1), torch.int32, contiguous: where each sequence begins, and where the last ends";
 
+constexpr const char* kAcceptedBlockTable =
+    "None, or (batch, pages of a sequence), torch.int32, contiguous in the last dimension: page numbers";
+
 struct AnyField {
   const char* name;
   const char* accepted;    // of a tensor, in words
@@ -61,30 +64,24 @@ struct Fields {
   Field<py::handle> alibi_slopes{"alibi_slopes", kAcceptedPerHead};
   Field<py::handle> cu_seqlens_q{"cu_seqlens_q", kAcceptedCuSeqlens}, cu_seqlens_k{"cu_seqlens_k", kAcceptedCuSeqlens};
   Field<std::int64_t> max_seqlen_q{"max_seqlen_q"}, max_seqlen_k{"max_seqlen_k"};
+  Field<py::handle> seqused_k{"seqused_k", kAcceptedOfBatch}, leftpad_k{"leftpad_k", kAcceptedOfBatch};
+  Field<py::handle> block_table{"block_table", kAcceptedBlockTable};
+  Field<std::int64_t> seqused_more{"seqused_more"}, num_splits{"num_splits"};
   Field<bool> has_backward{"has_backward"};
 } field;
-
-// A contiguous tensor of numbers on q's device.
-void check_small_tensor(const Argument& argument, const Argument& q, ElementType dtype, bool shape_fits,
-                        const std::string& accepted) {
-  check_same_device(argument, q);
-  const TensorInfo& info = argument.info;
-  const int last = info.rank - 1;  // shape_fits: there is one
-  if (info.dtype == dtype && shape_fits && (info.strides[last] == 1 || info.shape[last] <= 1)) return;
-  throw ArgumentError({argument.name,
-                       "has shape " + shape_text(argument.object) + ", strides " + strides_text(argument.object) +
-                           " and dtype " + dtype_text(argument.object),
-                       accepted});
-}
 
 // One length for the whole batch, or cu_seqlens.
 std::optional<Varlen> read_varlen(py::handle options, const Argument& q) {
   if (!is_varlen(options)) return std::nullopt;
   const Argument cu_seqlens_q("cu_seqlens_q", field.cu_seqlens_q(options));
+  check_small_tensor(cu_seqlens_q, q, ElementType::kInt32,
+                     cu_seqlens_q.info.rank == 1 && cu_seqlens_q.info.shape[0] >= 1, kAcceptedCuSeqlens);
+  if (field.cu_seqlens_k(options).is_none() && is_paged(options) && !field.seqused_k(options).is_none())
+    return Varlen{static_cast<const int*>(cu_seqlens_q.info.data), nullptr, cu_seqlens_q.info.shape[0] - 1,
+                  field.max_seqlen_q(options), field.max_seqlen_k(options)};
   const Argument cu_seqlens_k("cu_seqlens_k", field.cu_seqlens_k(options));
-  for (const Argument* each : {&cu_seqlens_q, &cu_seqlens_k})
-    check_small_tensor(*each, q, ElementType::kInt32, each->info.rank == 1 && each->info.shape[0] >= 1,
-                       kAcceptedCuSeqlens);
+  check_small_tensor(cu_seqlens_k, q, ElementType::kInt32,
+                     cu_seqlens_k.info.rank == 1 && cu_seqlens_k.info.shape[0] >= 1, kAcceptedCuSeqlens);
   if (cu_seqlens_q.info.shape[0] != cu_seqlens_k.info.shape[0])
     throw ArgumentError({"cu_seqlens_k", "has shape " + shape_text(cu_seqlens_k.object),
                          "cu_seqlens_q's, " + shape_text(cu_seqlens_q.object)});
@@ -105,7 +102,36 @@ std::optional<PerHead> read_per_head(const Field<py::handle>& of, py::handle opt
   return PerHead{static_cast<const float*>(numbers.info.data), of_batch ? numbers.info.strides[0] : 0};
 }
 
+// None, or a number of rows for each sequence.
+const int* read_of_batch(const Field<py::handle>& of, py::handle options, const Argument& q, std::int64_t batch) {
+  if (of(options).is_none()) return nullptr;
+  const Argument numbers(of.name, of(options));
+  check_small_tensor(numbers, q, ElementType::kInt32, numbers.info.rank == 1 && numbers.info.shape[0] == batch,
+                     of.accepted);
+  return static_cast<const int*>(numbers.info.data);
+}
+
 }  // namespace
+
+void check_small_tensor(const Argument& argument, const Argument& q, ElementType dtype, bool shape_fits,
+                        const std::string& accepted) {
+  check_same_device(argument, q);
+  const TensorInfo& info = argument.info;
+  const int last = info.rank - 1;  // shape_fits: there is one
+  if (info.dtype == dtype && shape_fits && (info.strides[last] == 1 || info.shape[last] <= 1)) return;
+  throw ArgumentError({argument.name,
+                       "has shape " + shape_text(argument.object) + ", strides " + strides_text(argument.object) +
+                           " and dtype " + dtype_text(argument.object),
+                       accepted});
+}
+
+std::optional<PageTable> read_page_table(py::handle block_table, const Argument& q, std::int64_t batch) {
+  if (block_table.is_none()) return std::nullopt;
+  const Argument table("block_table", block_table);
+  check_small_tensor(table, q, ElementType::kInt32, table.info.rank == 2 && table.info.shape[0] == batch,
+                     kAcceptedBlockTable);
+  return PageTable{static_cast<const int*>(table.info.data), table.info.strides[0], table.info.shape[1]};
+}
 
 void connect_options(py::type type) {
   auto names = type.attr("_fields").cast<std::vector<std::string>>();
@@ -136,6 +162,10 @@ bool is_varlen(py::handle options) {
   return !field.cu_seqlens_q(options).is_none() || !field.cu_seqlens_k(options).is_none();
 }
 
+bool is_paged(py::handle options) { return !field.block_table(options).is_none(); }
+
+std::int64_t num_splits(py::handle options) { return field.num_splits(options); }
+
 AttentionOptions read_options(py::handle options, const Argument& q) {
   AttentionOptions read;
   read.softmax_scale = field.softmax_scale(options).value_or(default_softmax_scale(q.info.shape[q.info.rank - 1]));
@@ -144,6 +174,11 @@ AttentionOptions read_options(py::handle options, const Argument& q) {
   read.has_backward = field.has_backward(options);
   read.varlen = read_varlen(options, q);
   read.alibi = read_per_head(field.alibi_slopes, options, q, read.varlen);
+  const std::int64_t batch = read.varlen ? read.varlen->batch : q.info.shape[0];
+  const int* const used = read_of_batch(field.seqused_k, options, q, batch);
+  const int* const leftpad = read_of_batch(field.leftpad_k, options, q, batch);
+  if (used != nullptr || leftpad != nullptr) read.key_lengths = KeyLengths{used, leftpad, field.seqused_more(options)};
+  read.pages = read_page_table(field.block_table(options), q, batch);
   return read;
 }
 

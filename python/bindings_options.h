@@ -3,6 +3,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <optional>
+#include <string>
+
 #include "python/bindings_arguments.h"
 #include "runtime/request/attention_options.h"
 
@@ -17,6 +20,21 @@ pybind11::dict accepted_tensors();
 
 // Whether q, k and v are (total, heads, head_dim). Throws ArgumentError for what is no Options.
 bool is_varlen(pybind11::handle options);
+
+// Whether k and v are (pages, page size, heads, head_dim). Of an Options.
+bool is_paged(pybind11::handle options);
+
+std::int64_t num_splits(pybind11::handle options);
+
+// A contiguous tensor of numbers on q's device, or an ArgumentError with what is `accepted`.
+void check_small_tensor(const Argument& argument, const Argument& q, ElementType dtype, bool shape_fits,
+                        const std::string& accepted);
+
+inline constexpr const char* kAcceptedOfBatch =
+    "None, or (batch), torch.int32, contiguous: a number of rows for each sequence";
+
+// A block_table for a batch, or None.
+std::optional<PageTable> read_page_table(pybind11::handle block_table, const Argument& q, std::int64_t batch);
 
 AttentionOptions read_options(pybind11::handle options, const Argument& q);
 

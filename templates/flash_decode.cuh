@@ -16,6 +16,8 @@
 
 #include "accumulator.cuh"
 #include "flash_decode_params.cuh"
+#include "key_rows.cuh"
+#include "paged_stream.cuh"
 #include "primitives.cuh"
 #include "row_parts.cuh"
 #include "score_variant.cuh"
@@ -52,12 +54,13 @@ class FlashDecode {
   using Tile = FlashDecodeTile<Traits>;
   using Element = typename Traits::Element;
   using Bits = typename Element::Bits;
-  using Matrix = GlobalMatrix<Element>;
+  using Matrix = KeyMatrix<Traits>;
   static constexpr int kDims = Traits::kHeadDim, kGroup = Traits::kGroupSize, kThreads = 32 * Traits::kNWarps;
   static constexpr int kKeys = Traits::kBlockN, kSteps = kKeys / 8;
   static constexpr int kKeysOfAllWarps = Tile::kKeyGroups * kKeys;
   static constexpr int kKeyChunks = Tile::kKeyChunks, kValueChunks = (kDims + 63) / 64;
 
+  using Keys = KeyTile<Traits, kKeys>;  // where a warp's next ones lie
   using Rows = Softmax<Element, 1, kSteps>;
   using Output = Accumulator<1, 8 * kValueChunks>;
   using QueryChunks = Vec16[2][Tile::kRegisterChunks > 0 ? Tile::kRegisterChunks : 1];  // of the lane's two rows
@@ -112,11 +115,12 @@ class FlashDecode {
 
   // ---- memory to operands ----
 
-  // Dims [dim, dim + 8) of a row. kSpan dims are read of every row, which may be more than there are.
-  template <int kSpan>
-  static __device__ __forceinline__ void load(Vec16& chunk, const Matrix& matrix, int row, int dim, bool is_there) {
+  // Dims [dim, dim + 8) of the row that `row()` finds, where it is there. Of every row kSpan dims are read at a time,
+  // which may be more than there are.
+  template <int kSpan, class Row>
+  static __device__ __forceinline__ void load(Vec16& chunk, const Row& row, int dim, bool is_there) {
     if (is_there && (kDims % kSpan == 0 || dim < kDims))
-      load_chunk<Traits>(chunk, matrix.base + row * matrix.row_stride + dim, dim, 1);
+      load_chunk<Traits>(chunk, row() + dim, dim, 1);
     else
       chunk = Vec16{};
   }
@@ -125,9 +129,11 @@ class FlashDecode {
   __device__ __forceinline__ void load_query(Vec16& chunk, int r, int c) const {
     const int row = row_of_lane(r);
     const TensorStrides& strides = params_.q_strides;
-    const Matrix matrix{static_cast<const Bits*>(params_.q) + sequence_.query_offset(strides, head_of(row)),
-                        strides.row};
-    load<32>(chunk, matrix, query_of(row), 32 * c + lane_ % 4 * kChunkDims, row < rows());
+    const auto query = [&] {
+      return static_cast<const Bits*>(params_.q) + sequence_.query_offset(strides, head_of(row)) +
+             query_of(row) * strides.row;
+    };
+    load<32>(chunk, query, 32 * c + lane_ % 4 * kChunkDims, row < rows());
 #pragma unroll
     for (int j = 0; j < 4; ++j) chunk.word[j] ^= params_.sign;
   }
@@ -156,27 +162,28 @@ class FlashDecode {
   }
 
   __device__ __forceinline__ Matrix keys(const void* tensor, const TensorStrides& strides) const {
-    return {static_cast<const Bits*>(tensor) + sequence_.key_offset(strides, head_k_), strides.row};
+    return key_matrix(params_, sequence_, tensor, strides, head_k_);
   }
 
-  // Of the keys from `key` on, those below `end`; the others are zero.
-  __device__ __forceinline__ void load_keys(KeyChunks& k, const Matrix& matrix, int key, int end) const {
+  // The tile's first `count` keys; the others are zero.
+  __device__ __forceinline__ void load_keys(KeyChunks& k, const Matrix& matrix, const Keys& tile, int count) const {
 #pragma unroll
     for (int n = 0; n < kSteps; ++n) {
-      const int at = key + 8 * n + lane_ / 4;
+      const int i = 8 * n + lane_ / 4;
+      const auto row = [&] { return tile.row(matrix, i); };
 #pragma unroll
-      for (int c = 0; c < kKeyChunks; ++c) load<32>(k[n][c], matrix, at, 32 * c + lane_ % 4 * kChunkDims, at < end);
+      for (int c = 0; c < kKeyChunks; ++c) load<32>(k[n][c], row, 32 * c + lane_ % 4 * kChunkDims, i < count);
     }
   }
-  __device__ __forceinline__ void load_values(ValueChunks& v, const Matrix& matrix, int key, int end) const {
+  __device__ __forceinline__ void load_values(ValueChunks& v, const Matrix& matrix, const Keys& tile, int count) const {
 #pragma unroll
     for (int n = 0; n < kSteps; ++n)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int at = key + 8 * n + lane_ % 4 * 2 + i;
+      for (int pair = 0; pair < 2; ++pair) {
+        const int i = 8 * n + lane_ % 4 * 2 + pair;
+        const auto row = [&] { return tile.row(matrix, i); };
 #pragma unroll
-        for (int c = 0; c < kValueChunks; ++c)
-          load<64>(v[n][i][c], matrix, at, 64 * c + lane_ / 4 * kChunkDims, at < end);
+        for (int c = 0; c < kValueChunks; ++c) load<64>(v[n][pair][c], row, 64 * c + lane_ / 4 * kChunkDims, i < count);
       }
   }
 
@@ -225,25 +232,29 @@ class FlashDecode {
     const int last_query = query_of(Sequence<Traits>::minimum(first_row_ + kDecodeRows, rows()) - 1);
     const KeyRange seen = of_split(sequence_.first_key(first_query), sequence_.end_key(last_query));
     const KeyRange whole = of_split(sequence_.first_key(last_query), sequence_.end_key(first_query));
-    const Matrix key_matrix = keys(params_.k, params_.k_strides), value_matrix = keys(params_.v, params_.v_strides);
+    const Matrix key_rows = keys(params_.k, params_.k_strides), value_rows = keys(params_.v, params_.v_strides);
     QueryChunks q;
     KeyChunks k;
     ValueChunks v;
     load_queries(q);
     prepare_variants();
     int key = seen.first / kKeys * kKeys + key_group_ * kKeys;
-    load_keys(k, key_matrix, key, seen.end);
-    load_values(v, value_matrix, key, seen.end);
+    Keys tile(key_rows, key, seen.end), next(key_rows, key + kKeysOfAllWarps, seen.end);
+    load_keys(k, key_rows, tile, seen.end - key);
+    load_values(v, value_rows, tile, seen.end - key);
     for (; key < seen.end; key += kKeysOfAllWarps) {
+      const int left = seen.end - key - kKeysOfAllWarps;
+      tile = next;
       typename Rows::Scores scores;
       multiply_keys(scores, q, k);
-      load_keys(k, key_matrix, key + kKeysOfAllWarps, seen.end);
+      load_keys(k, key_rows, tile, left);
+      next = Keys(key_rows, key + 2 * kKeysOfAllWarps, seen.end);
       to_scores(scores, key);
       if (key < whole.first || key + kKeys > whole.end) mask(scores, key);
       typename Rows::Probabilities p;
       to_probabilities(scores, p);
       accumulate(p, v);
-      load_values(v, value_matrix, key + kKeysOfAllWarps, seen.end);
+      load_values(v, value_rows, tile, left);
     }
   }
 

@@ -19,7 +19,9 @@
 #include "accumulator.cuh"
 #include "block_info.cuh"
 #include "flash_fwd_params.cuh"
+#include "key_rows.cuh"
 #include "mask.cuh"
+#include "paged_stream.cuh"
 #include "primitives.cuh"
 #include "row_fragments.cuh"
 #include "row_output.cuh"
@@ -100,8 +102,8 @@ class FlashFwd {
   __device__ __forceinline__ int first_row() const { return block_.m_begin + warp_ * Tile::kRowsPerWarp; }
 
   // The keys or values of the block's head.
-  __device__ __forceinline__ Matrix keys(const void* tensor, const TensorStrides& strides) const {
-    return {static_cast<const Bits*>(tensor) + block_.sequence.key_offset(strides, block_.head_k), strides.row};
+  __device__ __forceinline__ KeyMatrix<Traits> keys(const void* tensor, const TensorStrides& strides) const {
+    return key_matrix(params_, block_.sequence, tensor, strides, block_.head_k);
   }
   __device__ __forceinline__ Matrix queries() const {
     return {static_cast<const Bits*>(params_.q) + block_.sequence.query_offset(params_.q_strides, block_.head),

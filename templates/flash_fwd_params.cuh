@@ -3,6 +3,20 @@
 
 #include "attention_params.cuh"
 
+// What a cache of keys and values adds, which is longer than its sequences.
+struct KeyCacheParams {
+  // A sequence's keys are [leftpad, used + used_more) of its rows; null: from the first, to the last.
+  const int* used;     // (batch)
+  const int* leftpad;  // (batch)
+  int used_more;       // rows that were appended behind `used`
+
+  // Pages: k and v are (num_pages, page_size, num_heads_k, head_dim), and rows p page_size and on of sequence b lie in
+  // page pages[b][p].
+  const int* pages;  // (batch, ...)
+  long long pages_stride;
+  int page_size, num_pages;
+};
+
 struct FlashFwdParams : AttentionParams {
   const void* q;
   const void* k;
@@ -13,4 +27,6 @@ struct FlashFwdParams : AttentionParams {
   TensorStrides q_strides, k_strides, v_strides, out_strides;
 
   int num_m_blocks;  // ceil(seqlen_q / kBlockM); the grid is num_m_blocks x num_heads x batch, flat
+
+  KeyCacheParams cache;  // last, so that kernels without one are the same
 };

@@ -27,18 +27,26 @@ class Sequence {
  public:
   Sequence() = default;
 
-  __device__ __forceinline__ Sequence(const AttentionParams& params, int batch) : params_(&params), batch_(batch) {
+  template <class Params>
+  __device__ __forceinline__ Sequence(const Params& params, int batch) : params_(&params), batch_(batch) {
     if constexpr (Traits::kIsVarlen) {
       q_begin_ = load_global_i32(params.cu_seqlens_q + batch);
-      k_begin_ = load_global_i32(params.cu_seqlens_k + batch);
+      if constexpr (!Traits::kIsPaged) k_begin_ = load_global_i32(params.cu_seqlens_k + batch);
       seqlen_q_ = load_global_i32(params.cu_seqlens_q + batch + 1) - q_begin_;
-      seqlen_k_ = load_global_i32(params.cu_seqlens_k + batch + 1) - k_begin_;
+      if constexpr (Traits::kIsPaged)
+        seqlen_k_ = keys_in_pages();
+      else
+        seqlen_k_ = load_global_i32(params.cu_seqlens_k + batch + 1) - k_begin_;
     }
+    if constexpr (Traits::kHasKeyLengths) take_key_lengths(params.cache);
   }
 
   __device__ __forceinline__ int batch() const { return batch_; }
   __device__ __forceinline__ int seqlen_q() const { return Traits::kIsVarlen ? seqlen_q_ : params_->seqlen_q; }
-  __device__ __forceinline__ int seqlen_k() const { return Traits::kIsVarlen ? seqlen_k_ : params_->seqlen_k; }
+  __device__ __forceinline__ int seqlen_k() const { return kHasOwnKeys ? seqlen_k_ : params_->seqlen_k; }
+
+  // The first of its keys among the rows that it has in k and v.
+  __device__ __forceinline__ int first_key_row() const { return Traits::kHasKeyLengths ? leftpad_ : 0; }
 
   // ---- memory: element offsets from a tensor's first element ----
 
@@ -46,7 +54,8 @@ class Sequence {
     return offset(strides, head, q_begin_);
   }
   __device__ __forceinline__ long long key_offset(const TensorStrides& strides, int head) const {
-    return offset(strides, head, k_begin_);
+    if constexpr (Traits::kIsPaged) return head * strides.head;
+    return offset(strides, head, k_begin_) + first_key_row() * strides.row;
   }
 
   // Of query row `row` in softmax_lse and delta.
@@ -94,6 +103,26 @@ class Sequence {
   static __device__ __forceinline__ int maximum(int a, int b) { return a > b ? a : b; }
 
  private:
+  static constexpr bool kHasOwnKeys = Traits::kIsVarlen || Traits::kHasKeyLengths;
+
+  // Of varlen queries: cu_seqlens_k says how many, if it is there, and not where.
+  __device__ __forceinline__ int keys_in_pages() const {
+    if (params_->cu_seqlens_k == nullptr) return params_->seqlen_k;
+    const int* const at = params_->cu_seqlens_k + batch_;
+    return minimum(maximum(load_global_i32(at + 1) - load_global_i32(at), 0), params_->seqlen_k);
+  }
+
+  // Whatever they say, no row beyond the sequence's is read.
+  template <class KeyCache>
+  __device__ __forceinline__ void take_key_lengths(const KeyCache& cache) {
+    const int rows = Traits::kIsVarlen ? seqlen_k_ : params_->seqlen_k;
+    const int used = cache.used != nullptr ? load_global_i32(cache.used + batch_) + cache.used_more : rows;
+    const int leftpad = cache.leftpad != nullptr ? load_global_i32(cache.leftpad + batch_) : 0;
+    const int end = minimum(maximum(used, 0), rows);
+    leftpad_ = minimum(maximum(leftpad, 0), end);
+    seqlen_k_ = end - leftpad_;
+  }
+
   __device__ __forceinline__ long long offset(const TensorStrides& strides, int head, int begin) const {
     const long long of_head = head * strides.head;
     return of_head + (Traits::kIsVarlen ? begin * strides.row : batch_ * strides.batch);
@@ -108,5 +137,6 @@ class Sequence {
 
   const AttentionParams* params_;
   int batch_;
-  int q_begin_, k_begin_, seqlen_q_, seqlen_k_;  // varlen
+  int q_begin_, k_begin_, seqlen_q_, seqlen_k_;  // varlen; the last with key lengths too
+  int leftpad_;                                  // with key lengths
 };

@@ -11,13 +11,6 @@ constexpr std::array kTiles = {
 
 TileTables tiles(const KernelSpec&) { return {TileTableList{kTiles}}; }
 
-std::optional<std::string> check_tile(const KernelSpec& spec) {
-  const TileConfig& tile = spec.tile;
-  if (tile == TileConfig{tile.warps, 0, tile.warps, 0, {0, 0, 0}}) return std::nullopt;
-  return tile_name(spec) + " is for kind " + std::string(to_text(spec.kind)) +
-         "; accepted: a row for each warp, and 0 for all else, as in " + quoted("m4n0w4q0l0b0k0");
-}
-
 }  // namespace
 
 constinit const KernelFamily kDecodeCombineFamily = {.word = "decode_combine",
@@ -29,7 +22,7 @@ constinit const KernelFamily kDecodeCombineFamily = {.word = "decode_combine",
                                                      .rows = RowSide::kQueries,
                                                      .reads_mask = false,
                                                      .registers = [](const KernelSpec&) { return 32; },
-                                                     .check_tile = check_tile,
+                                                     .check_tile = check_row_of_a_warp,
                                                      .default_tiles = tiles};
 
 }  // namespace flash_attn_jit

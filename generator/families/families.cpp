@@ -37,6 +37,8 @@ const KernelFamily& family_of(KernelKind kind) {
       return kDecodeFamily;
     case KernelKind::kDecodeCombine:
       return kDecodeCombineFamily;
+    case KernelKind::kAppend:
+      return kAppendFamily;
   }
   return kForwardFamily;
 }

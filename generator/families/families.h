@@ -14,6 +14,7 @@ extern const KernelFamily kBackwardDqFamily;
 extern const KernelFamily kBackwardAllKeysFamily;
 extern const KernelFamily kDecodeFamily;
 extern const KernelFamily kDecodeCombineFamily;
+extern const KernelFamily kAppendFamily;
 
 const KernelFamily& family_of(KernelKind kind);
 

@@ -48,6 +48,7 @@ from .interface import (
     flash_attn_varlen_qkvpacked_func,
     interpreter_report,
 )
+from .kv_cache import flash_attn_with_kvcache
 
 __version__: str = _version("flash-attn-jit")
 
@@ -70,6 +71,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "interpreter_report",
     "route_sdpa",
     "sdpa",

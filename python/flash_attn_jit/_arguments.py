@@ -78,6 +78,36 @@ def check_tensor(name: str, value: Any) -> None:
         refuse_gradient(name)
 
 
+def check_out(out: Any, q: torch.Tensor) -> None:
+    """A tensor that a result is written into."""
+    accepted = f"None, or a tensor like q, of shape {tuple(q.shape)}, dtype {q.dtype}, on {q.device}"
+    if not isinstance(out, torch.Tensor):
+        raise Refusal("out", f"is a {type(out).__name__}", accepted).exception()
+    if out.shape != q.shape or out.dtype is not q.dtype or out.device != q.device:
+        came = f"has shape {tuple(out.shape)} and dtype {out.dtype} on {out.device}"
+        raise Refusal("out", came, accepted).exception()
+    if out.requires_grad:
+        refuse_gradient("out")
+
+
+def check_tensor_of(name: str, value: Any, accepted: str) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise Refusal(name, f"is a {type(value).__name__}", f"None, or a tensor of {accepted}").exception()
+
+
+def is_integer(value: Any) -> bool:
+    return not isinstance(value, bool) and hasattr(value, "__index__")
+
+
+def read_splits(num_splits: Any) -> int:
+    if not is_integer(num_splits):
+        raise Refusal("num_splits", f"is a {type(num_splits).__name__}", "an integer, 0 or more").exception()
+    splits = operator.index(num_splits)
+    if splits < 0:
+        raise Refusal("num_splits", f"is {splits}", "an integer, 0 or more").exception()
+    return min(splits, 2**31 - 1)
+
+
 def refuse_gradient(name: str) -> None:
     came = "requires a gradient, which is not built yet"
     raise Refusal(name, came, f"{name}.detach()", error=NotImplementedError).exception()

@@ -11,12 +11,23 @@ from . import ops
 from ._arguments import (
     KV_LAYOUTS,
     QKV_LAYOUTS,
+    Refusal,
+    check_out,
     check_packed,
     refuse_gradient,
     reject_nested,
     reject_what_is_no_tensor,
 )
-from ._options import NO_TENSORS, TENSOR_FIELDS, Options, are_none, before_backward, tensors_of, with_tensors
+from ._options import (
+    NO_TENSORS,
+    TENSOR_FIELDS,
+    Options,
+    are_none,
+    before_backward,
+    has_cache,
+    tensors_of,
+    with_tensors,
+)
 from ._torch_internals import (
     dispatch_modes_are_on,
     forward_mode_is_on,
@@ -259,7 +270,20 @@ def _reject_tangents(**inputs: torch.Tensor) -> None:
             )
 
 
-def attention(q: Any, k: Any, v: Any, options: Options, wants_lse: bool) -> Result:
+# What no gradient comes through, by the name that it has in a call.
+_WITHOUT_GRADIENT = ("seqused_k", "leftpad_k", "block_table")
+
+
+def _refuse_gradients(options: Options, out: torch.Tensor | None, *inputs: torch.Tensor) -> None:
+    given = ["out"] if out is not None else []
+    given += [name for name in _WITHOUT_GRADIENT if getattr(options, name) is not None]
+    if given and _is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        came = "comes with inputs that require a gradient, which is not built yet"
+        accepted = "inputs that need none, or torch.no_grad()"
+        raise Refusal(given[0], came, accepted, error=NotImplementedError).exception()
+
+
+def attention(q: Any, k: Any, v: Any, options: Options, wants_lse: bool, out: torch.Tensor | None = None) -> Result:
     """(out, softmax_lse) of separate tensors."""
     if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
         reject_what_is_no_tensor(q=q, k=k, v=v)
@@ -267,9 +291,16 @@ def attention(q: Any, k: Any, v: Any, options: Options, wants_lse: bool) -> Resu
         q, k, v = _cast_for_autocast(q), _cast_for_autocast(k), _cast_for_autocast(v)
     if forward_mode_is_on():
         _reject_tangents(q=q, k=k, v=v)
+    if out is not None or has_cache(options):
+        _refuse_gradients(options, out, q, k, v)
+        if out is not None:
+            check_out(out, q)
     try:
-        if not (is_plain(q, k, v) and _are_plain(options)):
-            return _forward_operator(SEPARATE)(q, k, v, *_for_operator(options, q, k, v))
+        if not (is_plain(q, k, v) and _are_plain(options) and (out is None or are_plain((out,)))):
+            result = _forward_operator(SEPARATE)(q, k, v, *_for_operator(options, q, k, v))
+            return result if out is None else (out.copy_(result[0]), result[1])
+        if out is not None:
+            return ops.compute(q, k, v, options, out)
         if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             result = _attention(q, k, v, (before_backward(options), wants_lse))
             return result if wants_lse else (result, None)

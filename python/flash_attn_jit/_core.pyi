@@ -88,6 +88,20 @@ def backward(
     dq_tile: str | None = None,
     all_keys_tile: str | None = None,
 ) -> None: ...
+def append(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    block_table: torch.Tensor | None,
+    q: torch.Tensor | None,
+    q_turned: torch.Tensor | None,
+    rotary_cos: torch.Tensor | None,
+    rotary_sin: torch.Tensor | None,
+    interleaved: bool,
+    queries_advance: bool,
+) -> None: ...
 def refuse_rank(name: str, tensor: torch.Tensor, varlen: bool) -> NoReturn: ...
 def interpreter_report() -> InterpreterReport: ...
 def devices() -> list[dict[str, Any]]: ...

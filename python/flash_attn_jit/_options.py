@@ -21,6 +21,11 @@ class Options(NamedTuple):
     cu_seqlens_k: torch.Tensor | None = None
     max_seqlen_q: int = 0  # read with cu_seqlens only
     max_seqlen_k: int = 0
+    seqused_k: torch.Tensor | None = None
+    seqused_more: int = 0  # rows behind those of seqused_k
+    leftpad_k: torch.Tensor | None = None
+    block_table: torch.Tensor | None = None
+    num_splits: int = 0  # of the keys, at the most; 0: as many as pay
     # A backward pass may follow, which makes the scores anew and has to find the same ones: the decode kernel, whose
     # sums come in another order, is left out. Stands last: see before_backward().
     has_backward: bool = False
@@ -50,6 +55,11 @@ _in_order = itemgetter(*((_NUMBERS + _TENSORS).index(i) for i in range(len(Optio
 tensors_of: Callable[[Options], Tensors] = itemgetter(*_TENSORS)
 NO_TENSORS: Tensors = (None,) * len(_TENSORS)
 are_none: Callable[[Tensors], bool] = frozenset((None,)).issuperset
+
+
+def has_cache(options: Options) -> bool:
+    """Whether k and v are longer than their sequences."""
+    return not (options.seqused_k is None and options.leftpad_k is None and options.block_table is None)
 
 
 def before_backward(options: Options) -> Options:

@@ -13,6 +13,7 @@ from ._arguments import (
     dropout_refusal,
     max_seqlen as read_max_seqlen,
     number,
+    read_splits,
     reject_what_is_no_tensor,
     scale as read_scale,
     truth,
@@ -47,6 +48,14 @@ _SHARED: dict[str, str] = {
         deterministic: accepted; the result is the same bits every time with either value.
         return_attn_probs: also return softmax_lse and S_dmask. Neither has a gradient.
 """,
+    "cache_options": """
+        out: a tensor for the result, like q, which is returned. Not with inputs that need a gradient, as the next two.
+        seqused_k: (batch), int32, contiguous: how many of each sequence's rows of k and v are used. Read on the device:
+            values are not checked on a GPU, but no row beyond k and v is read.
+        leftpad_k: (batch), int32, contiguous: how many rows before each sequence's keys are padding, of those used.
+        num_splits: where the queries are few, the most parts that the keys are split into; 0: as many as pay. With more
+            than one the parts are added in a fixed order: the same bits every time.
+""",
     "cu_seqlens": """
             (batch + 1), int32, contiguous, on the tensors' device: where each sequence starts, and at last where the
             last one ends. Sequences of length 0 are allowed. Rows past the last end belong to no sequence: out and
@@ -69,7 +78,7 @@ _SHARED: dict[str, str] = {
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _documented(function: _Function) -> _Function:
+def documented(function: _Function) -> _Function:
     """Puts the shared parts into the documentation."""
     if function.__doc__:
         shared = {name: text.strip() for name, text in _SHARED.items()}
@@ -77,7 +86,7 @@ def _documented(function: _Function) -> _Function:
     return function
 
 
-def _read_options(
+def read_options(
     dropout_p: Any,
     softmax_scale: Any,
     causal: Any,
@@ -89,6 +98,10 @@ def _read_options(
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
+    seqused_k: Any = None,
+    leftpad_k: Any = None,
+    block_table: Any = None,
+    num_splits: Any = 0,
 ) -> Options:
     """The arguments of a public function, their types checked; lengths as they are. Defaults pass with one
     comparison each."""
@@ -107,6 +120,9 @@ def _read_options(
         check_tensor("alibi_slopes", alibi_slopes)
     if deterministic is not True and deterministic is not False:
         truth("deterministic", deterministic)
+    for name, tensor in (("seqused_k", seqused_k), ("leftpad_k", leftpad_k), ("block_table", block_table)):
+        if tensor is not None:
+            check_tensor(name, tensor)
     return Options(
         softmax_scale=softmax_scale,
         causal=causal,
@@ -118,6 +134,10 @@ def _read_options(
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
+        seqused_k=seqused_k,
+        leftpad_k=leftpad_k,
+        block_table=block_table,
+        num_splits=num_splits if num_splits == 0 else read_splits(num_splits),
     )
 
 
@@ -128,7 +148,7 @@ def _output(result: Result, return_attn_probs: bool) -> Output:
     return out, softmax_lse, torch.empty(0, dtype=out.dtype, device=out.device)
 
 
-@_documented
+@documented
 def flash_attn_func(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -141,6 +161,11 @@ def flash_attn_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    out: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    leftpad_k: torch.Tensor | None = None,
+    num_splits: int = 0,
 ) -> Output:
     """Attention: softmax(q k^T * softmax_scale + mask) v, head by head, in fp16 with fp32 accumulation. Differentiable
     in q, k and v; the gradients are the same bits every time.
@@ -154,6 +179,7 @@ def flash_attn_func(
             reads key head i // (num_heads / num_heads_k).
         v: like k.
         {options}
+        {cache_options}
 
     Returns:
         out (batch, seqlen_q, num_heads, head_dim), float16 and contiguous; or, with ``return_attn_probs``,
@@ -163,11 +189,22 @@ def flash_attn_func(
     Raises:
         {raises}
     """
-    options = _read_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return _output(attention(q, k, v, options, return_attn_probs), return_attn_probs)
+    options = read_options(
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        seqused_k=seqused_k,
+        leftpad_k=leftpad_k,
+        num_splits=num_splits,
+    )
+    return _output(attention(q, k, v, options, return_attn_probs, out), return_attn_probs)
 
 
-@_documented
+@documented
 def flash_attn_kvpacked_func(
     q: torch.Tensor,
     kv: torch.Tensor,
@@ -197,11 +234,11 @@ def flash_attn_kvpacked_func(
     Raises:
         {raises}
     """
-    options = _read_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = read_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _output(attention_kvpacked(q, kv, options, return_attn_probs), return_attn_probs)
 
 
-@_documented
+@documented
 def flash_attn_qkvpacked_func(
     qkv: torch.Tensor,
     dropout_p: float = 0.0,
@@ -230,7 +267,7 @@ def flash_attn_qkvpacked_func(
     Raises:
         {raises}
     """
-    options = _read_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = read_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _output(attention_qkvpacked(qkv, options, return_attn_probs), return_attn_probs)
 
 
@@ -246,13 +283,13 @@ def _lengths(
     )
 
 
-@_documented
+@documented
 def flash_attn_varlen_func(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
     max_seqlen_q: int | torch.Tensor,
     max_seqlen_k: int | torch.Tensor,
     dropout_p: float = 0.0,
@@ -264,6 +301,11 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    leftpad_k: torch.Tensor | None = None,
+    num_splits: int = 0,
 ) -> Output:
     """``flash_attn_func`` for sequences of different lengths, one after the other without padding. Differentiable in q,
     k and v; the gradients are the same bits every time.
@@ -278,12 +320,17 @@ def flash_attn_varlen_func(
         v: like k.
         cu_seqlens_q: of the queries:
             {cu_seqlens}
-        cu_seqlens_k: the same of the keys.
+        cu_seqlens_k: the same of the keys; with ``block_table`` how many keys each sequence has, or None where
+            ``seqused_k`` says so.
         max_seqlen_q: of the queries:
             {max_seqlen}
         max_seqlen_k: the same of the keys.
         {options}
-        block_table: not built yet: None.
+        block_table: (batch, pages of a sequence), int32, contiguous in the last dimension: k and v are (pages, page
+            size, num_heads_k, head_dim), and rows p * page size and on of sequence b lie in page block_table[b, p].
+            Pages of any size; those of a multiple of 16 rows are the fast ones. Numbers are not checked on a GPU, but
+            nothing outside of k and v is read whatever they are.
+        {cache_options}
 
     Returns:
         out (total_q, num_heads, head_dim), float16 and contiguous; or, with ``return_attn_probs``,
@@ -293,16 +340,30 @@ def flash_attn_varlen_func(
     Raises:
         {raises}
     """
-    if block_table is not None:
-        raise NotImplementedError("block_table is given, and is not built yet; accepted: None")
-    lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    options = _read_options(
-        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, *lengths
+    reject_what_is_no_tensor(cu_seqlens_q=cu_seqlens_q)
+    if cu_seqlens_k is not None or block_table is None or seqused_k is None:
+        reject_what_is_no_tensor(cu_seqlens_k=cu_seqlens_k)
+    options = read_options(
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        read_max_seqlen("max_seqlen_q", max_seqlen_q),
+        read_max_seqlen("max_seqlen_k", max_seqlen_k),
+        seqused_k,
+        leftpad_k,
+        block_table,
+        num_splits,
     )
-    return _output(attention(q, k, v, options, return_attn_probs), return_attn_probs)
+    return _output(attention(q, k, v, options, return_attn_probs, out), return_attn_probs)
 
 
-@_documented
+@documented
 def flash_attn_varlen_kvpacked_func(
     q: torch.Tensor,
     kv: torch.Tensor,
@@ -343,13 +404,13 @@ def flash_attn_varlen_kvpacked_func(
         {raises}
     """
     lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    options = _read_options(
+    options = read_options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, *lengths
     )
     return _output(attention_kvpacked(q, kv, options, return_attn_probs), return_attn_probs)
 
 
-@_documented
+@documented
 def flash_attn_varlen_qkvpacked_func(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -387,7 +448,7 @@ def flash_attn_varlen_qkvpacked_func(
     reject_what_is_no_tensor(cu_seqlens=cu_seqlens)
     longest = read_max_seqlen("max_seqlen", max_seqlen)
     lengths = (cu_seqlens, cu_seqlens, longest, longest)
-    options = _read_options(
+    options = read_options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, *lengths
     )
     return _output(attention_qkvpacked(qkv, options, return_attn_probs), return_attn_probs)

@@ -34,24 +34,26 @@ _Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _Gradients = tuple[torch.Tensor | None, ...]
 
 
-def _allocate(q: torch.Tensor, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
-    """out, contiguous in q's shape whatever q's strides are, and softmax_lse, (batch, num_heads, seqlen_q) or
-    (num_heads, total_q)."""
+def _allocate(q: torch.Tensor, options: Options, into: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """out, contiguous in q's shape whatever q's strides are, or `into`, and softmax_lse, (batch, num_heads, seqlen_q)
+    or (num_heads, total_q)."""
     shape, varlen = q.shape, options.cu_seqlens_q is not None
     if len(shape) != (3 if varlen else 4):
         _core.refuse_rank("q", q, varlen)
     if q.layout is not torch.strided:
         raise layout_refusal("q", q).exception()
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if into is None else into
     if varlen:
         return out, torch.empty(shape[1], shape[0], dtype=torch.float32, device=q.device)
     batch, seqlen_q, num_heads, _ = shape
     return out, torch.empty(batch, num_heads, seqlen_q, dtype=torch.float32, device=q.device)
 
 
-def compute(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, softmax_lse), past the operator."""
-    out, softmax_lse = _allocate(q, options)
+def compute(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, into: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, softmax_lse), past the operator; out is `into`, where that is given."""
+    out, softmax_lse = _allocate(q, options, into)
     _core.forward(q, k, v, out, softmax_lse, options)
     if options.cu_seqlens_q is not None and not options.max_seqlen_q:
         # No block runs. Where there are rows for all that, none of them sees a key.
@@ -224,6 +226,63 @@ def register_derivative(
 for _form, _suffix in ((SEPARATE, ""), (KVPACKED, "_kvpacked"), (QKVPACKED, "_qkvpacked")):
     _define_forward(_form, f"forward{_suffix}")
     _define_backward(_form, f"backward{_suffix}")
+
+
+# ---- what goes into a cache of keys and values ----
+
+
+def _append(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    block_table: torch.Tensor | None,
+    q: torch.Tensor,
+    rotary_cos: torch.Tensor | None,
+    rotary_sin: torch.Tensor | None,
+    interleaved: bool,
+    queries_advance: bool,
+) -> torch.Tensor:
+    """q, turned; without elements where nothing is."""
+    turned = q.new_empty(0) if rotary_cos is None else torch.empty_like(q, memory_format=torch.contiguous_format)
+    _core.append(
+        k,
+        v,
+        k_cache,
+        v_cache,
+        cache_seqlens,
+        block_table,
+        None if rotary_cos is None else q,
+        None if rotary_cos is None else turned,
+        rotary_cos,
+        rotary_sin,
+        interleaved,
+        queries_advance,
+    )
+    return turned
+
+
+def _fake_append(*arguments: Any) -> torch.Tensor:
+    q, rotary_cos = arguments[6], arguments[7]
+    return q.new_empty(0) if rotary_cos is None else torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+_append_operator = _define(
+    "append",
+    "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? block_table, Tensor q, "
+    "Tensor? rotary_cos, Tensor? rotary_sin, bool interleaved, bool queries_advance) -> Tensor",
+    _append,
+    _fake_append,
+)
+
+
+def append(*arguments: Any) -> torch.Tensor | None:
+    """Appends k and v to a cache, in place, and returns q turned, or None where nothing is."""
+    k, v, k_cache, v_cache, lengths, table, q, cos, sin, _, _ = arguments
+    plain = is_plain(k, v, k_cache) and are_plain((v_cache, lengths, table, q, cos, sin))
+    turned = (_append if plain else _append_operator)(*arguments)
+    return None if cos is None else turned
 
 
 # ---- the way past them ----

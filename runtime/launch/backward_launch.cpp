@@ -55,7 +55,7 @@ void backward_in_interpreter(const BackwardRequest& request) {
   if (Autotuner* autotuner = process_autotuner_if_on()) autotuner->meet_interpreted();
   const BackwardPlan plan =
       plan_backward(request, {arch_limits(75), kInterpretedMultiprocessors, process_tile_chooser()});
-  require_cu_seqlens(request.options, request.q, request.k);
+  require_lengths(request.options, request.q, request.k);
   std::array<std::optional<CompiledKernel>, std::tuple_size_v<BackwardPlan>> kernels;
   run_side_by_side(plan.size(), [&](std::size_t i) {
     if (plan[i].blocks > 0) kernels[i] = process_host_kernels().find_or_compile(plan[i].spec).kernel;

@@ -73,7 +73,7 @@ void forward_in_interpreter(const ForwardRequest& request) {
   with_workspace.workspace = &workspace;
   LaunchPlan plan =
       plan_forward(with_workspace, {arch_limits(75), kInterpretedMultiprocessors, process_tile_chooser()});
-  require_cu_seqlens(request.options, request.q, request.k);
+  require_lengths(request.options, request.q, request.k);
   if (plan.workspace_floats > 0) give_workspace(plan, workspace.allocate(plan.workspace_floats));
   for (const ForwardLaunch* launch : {static_cast<const ForwardLaunch*>(&plan), &std::as_const(plan.combine)}) {
     if (launch->blocks == 0) continue;

@@ -1,5 +1,8 @@
 #include "runtime/launch/interpreted_tensors.h"
 
+#include <limits>
+#include <string>
+
 #include "generator/errors.h"
 
 namespace flash_attn_jit {
@@ -55,13 +58,56 @@ void require_cu_seqlens(const std::string& side, const int* cu_seqlens, std::int
   if (cu_seqlens[batch] > total) refuse(batch, "", "at most the number of rows, " + std::to_string(total));
 }
 
+std::string indexed(const char* name, std::int64_t b) { return name + ("[" + std::to_string(b) + "]"); }
+
+// Rows that sequence b has in k and v, used or not.
+std::int64_t key_rows(const AttentionOptions& options, const ProblemShape& shape, std::int64_t b) {
+  if (!options.varlen || options.varlen->cu_seqlens_k == nullptr) return shape.seqlen_k;
+  return std::int64_t{options.varlen->cu_seqlens_k[b + 1]} - options.varlen->cu_seqlens_k[b];
+}
+
+// Returns how many of them are used.
+std::int64_t require_key_lengths(const AttentionOptions& options, std::int64_t b, std::int64_t rows) {
+  std::int64_t used = rows;
+  if (!options.key_lengths) return used;
+  const KeyLengths& lengths = *options.key_lengths;
+  if (lengths.used != nullptr) used = lengths.used[b] + lengths.used_more;
+  if (used < 0 || used > rows)
+    throw ArgumentError({indexed("seqused_k", b), "is " + std::to_string(used),
+                         "0 to " + std::to_string(rows) + ", the rows that there are"});
+  if (lengths.leftpad == nullptr) return used;
+  if (const int leftpad = lengths.leftpad[b]; leftpad < 0 || leftpad > used)
+    throw ArgumentError({indexed("leftpad_k", b), "is " + std::to_string(leftpad),
+                         "0 to " + std::to_string(used) + ", the rows that are used"});
+  return used;
+}
+
 }  // namespace
 
-void require_cu_seqlens(const AttentionOptions& options, const TensorView& q, const TensorView& k) {
-  if (!options.varlen) return;
-  const Varlen& varlen = *options.varlen;
-  require_cu_seqlens("q", varlen.cu_seqlens_q, varlen.batch, varlen.max_seqlen_q, q.shape[kSeqlen]);
-  require_cu_seqlens("k", varlen.cu_seqlens_k, varlen.batch, varlen.max_seqlen_k, k.shape[kSeqlen]);
+void require_pages(const PageTable& pages, std::int64_t b, std::int64_t used, const TensorView& k) {
+  const std::int64_t page_size = k.shape[kSeqlen], num_pages = k.shape[kBatch];
+  for (std::int64_t p = 0; p * page_size < used; ++p)
+    if (const int page = pages.table[b * pages.stride + p]; page < 0 || page >= num_pages)
+      throw ArgumentError(
+          {indexed("block_table", b) + "[" + std::to_string(p) + "]", "is " + std::to_string(page),
+           "0 to " + std::to_string(num_pages - 1) + ": there are " + std::to_string(num_pages) + " pages"});
+}
+
+void require_lengths(const AttentionOptions& options, const TensorView& q, const TensorView& k) {
+  if (options.varlen) {
+    const Varlen& varlen = *options.varlen;
+    require_cu_seqlens("q", varlen.cu_seqlens_q, varlen.batch, varlen.max_seqlen_q, q.shape[kSeqlen]);
+    // With pages it says how many keys, and not where.
+    const std::int64_t rows = options.pages ? std::numeric_limits<std::int64_t>::max() : k.shape[kSeqlen];
+    if (varlen.cu_seqlens_k != nullptr)
+      require_cu_seqlens("k", varlen.cu_seqlens_k, varlen.batch, varlen.max_seqlen_k, rows);
+  }
+  const ProblemShape shape = problem_shape(q, k, options);
+  for (std::int64_t b = 0; b < shape.batch; ++b) {
+    const std::int64_t rows = key_rows(options, shape, b);
+    const std::int64_t used = require_key_lengths(options, b, rows);
+    if (options.pages) require_pages(*options.pages, b, used, k);
+  }
 }
 
 }  // namespace flash_attn_jit

@@ -19,7 +19,9 @@ TensorExtent row_extent(const char* name, const float* data, const TensorView& q
 void append_option_extents(const AttentionOptions& options, const TensorView& q, const TensorView& k,
                            std::vector<TensorExtent>& tensors);
 
-// Varlen: throws ArgumentError where cu_seqlens is not what it must be. A kernel on a GPU cannot tell.
-void require_cu_seqlens(const AttentionOptions& options, const TensorView& q, const TensorView& k);
+// Throws ArgumentError where the numbers in cu_seqlens, seqused_k, leftpad_k or a block_table are not what they must
+// be. A kernel on a GPU cannot tell; what it makes of them stays in the tensors.
+void require_pages(const PageTable& pages, std::int64_t b, std::int64_t used, const TensorView& k);  // of sequence b
+void require_lengths(const AttentionOptions& options, const TensorView& q, const TensorView& k);
 
 }  // namespace flash_attn_jit

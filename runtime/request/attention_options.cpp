@@ -18,6 +18,8 @@ constexpr unsigned kFlipBothSigns = 0x80008000u;
 constexpr std::int64_t kMostWindow = 1 << 30;
 constexpr std::int64_t kMostSeqlenWithWindow = 1 << 29;
 
+constexpr std::int64_t kMostKeysInPages = 1 << 30;  // kernels count them in 32 bits
+
 std::string number_text(double x) {
   char text[32];
   std::snprintf(text, sizeof text, "%g", x);
@@ -48,7 +50,8 @@ int window_width(std::int64_t width) {
 }  // namespace
 
 ProblemShape problem_shape(const TensorView& q, const TensorView& k, const AttentionOptions& options) {
-  const std::int64_t rows_q = q.shape[kSeqlen], rows_k = k.shape[kSeqlen];
+  const std::int64_t rows_q = q.shape[kSeqlen],
+                     rows_k = k.shape[kSeqlen] * (options.pages ? options.pages->columns : 1);
   if (!options.varlen) return {q.shape[kBatch], rows_q, rows_k};
   const Varlen& varlen = *options.varlen;
   return {varlen.batch, std::min(varlen.max_seqlen_q, rows_q), std::min(varlen.max_seqlen_k, rows_k)};
@@ -86,6 +89,9 @@ void require_options(const AttentionOptions& options, const ProblemShape& shape,
         {"softcap", "is " + number_text(options.softcap), "0.0 for none, or " + range_text(kLeastSoftcap, kMostScale)});
   visit_tensors(options, shape, num_heads, require_tensor);
   if (options.varlen) require_lengths(*options.varlen);
+  if (options.pages && shape.seqlen_k > kMostKeysInPages)
+    throw UnsupportedError({"block_table", "has room for " + std::to_string(shape.seqlen_k) + " keys a sequence",
+                            "at most " + std::to_string(kMostKeysInPages)});
   const std::int64_t longest = std::max(shape.seqlen_q, shape.seqlen_k);
   if (options.mask == Mask::kWindow && longest > kMostSeqlenWithWindow)
     throw UnsupportedError({"window_size", "comes with a sequence of " + std::to_string(longest) + " rows",
@@ -102,6 +108,8 @@ KernelSpec problem_spec(const TensorView& q, const TensorView& k, const Attentio
   spec.features.set(Feature::kSoftcap, options.softcap > 0);
   spec.features.set(Feature::kAlibi, options.alibi.has_value());
   spec.features.set(Feature::kVarlen, options.varlen.has_value());
+  spec.features.set(Feature::kKeyLengths, options.key_lengths.has_value());
+  spec.features.set(Feature::kPaged, options.pages.has_value());
   spec.group_size = num_heads_k > 0 ? static_cast<int>(q.shape[kHeads] / num_heads_k) : 1;
   spec.access = access;
   return spec;

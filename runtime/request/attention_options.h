@@ -33,6 +33,20 @@ struct Varlen {
   std::int64_t max_seqlen_q = 0, max_seqlen_k = 0;  // no sequence is longer
 };
 
+// Of every sequence's rows in k and v, those from leftpad on and below used + used_more are its keys; null: from the
+// first, to the last. (batch) each, in the memory of the tensors' device.
+struct KeyLengths {
+  const int* used = nullptr;
+  const int* leftpad = nullptr;
+  std::int64_t used_more = 0;  // with `used`
+};
+
+// k and v are (pages, page size, heads, head_dim): rows p x page size and on of sequence b lie in page table[b][p].
+struct PageTable {
+  const int* table = nullptr;  // (batch, columns), in the memory of the tensors' device
+  std::int64_t stride = 0, columns = 0;
+};
+
 // A score, at most 256 x 65504^2 before it is scaled, stays above kNoMaximum of templates/softmax.cuh, and finite once
 // it is divided by a softcap. ALiBi's slopes lie on the device and are not checked: what they add rounds as a score
 // does, and with |slope| x distance beyond 1e7 by more than the exponents of float32 take.
@@ -46,6 +60,8 @@ struct AttentionOptions {
   double softcap = 0;  // softcap * tanh(score / softcap); 0: none
   std::optional<PerHead> alibi;
   std::optional<Varlen> varlen;
+  std::optional<KeyLengths> key_lengths;
+  std::optional<PageTable> pages;  // with varlen, cu_seqlens_k may be null
   // Of a forward pass: a backward pass may follow, whose scores have to be the same bits. The decode kernel's are not.
   bool has_backward = false;
 };
@@ -82,8 +98,16 @@ void visit_tensors(const AttentionOptions& options, const ProblemShape& shape, s
   if (options.varlen) {
     const std::int64_t ends = options.varlen->batch + 1;
     visit(OptionTensor{"cu_seqlens_q", options.varlen->cu_seqlens_q, 1, {ends}, {1}});
-    visit(OptionTensor{"cu_seqlens_k", options.varlen->cu_seqlens_k, 1, {ends}, {1}});
+    if (options.varlen->cu_seqlens_k != nullptr || !options.pages)
+      visit(OptionTensor{"cu_seqlens_k", options.varlen->cu_seqlens_k, 1, {ends}, {1}});
   }
+  if (options.key_lengths && options.key_lengths->used != nullptr)
+    visit(OptionTensor{"seqused_k", options.key_lengths->used, 1, {shape.batch}, {1}});
+  if (options.key_lengths && options.key_lengths->leftpad != nullptr)
+    visit(OptionTensor{"leftpad_k", options.key_lengths->leftpad, 1, {shape.batch}, {1}});
+  if (options.pages)
+    visit(OptionTensor{
+        "block_table", options.pages->table, 2, {shape.batch, options.pages->columns}, {options.pages->stride, 1}});
   if (options.alibi)
     visit(OptionTensor{
         "alibi_slopes", options.alibi->data, 2, {shape.batch, num_heads}, {options.alibi->batch_stride, 1}});

@@ -14,7 +14,7 @@ namespace {
 
 void require_arguments(const ForwardRequest& request) {
   const TensorView &q = request.q, &k = request.k;
-  require_inputs(q, k, request.v, request.out);
+  require_inputs(q, k, request.v, request.out, request.options.pages.has_value());
   require_row_memory("softmax_lse", request.softmax_lse, q);
   require_options(request.options, problem_shape(q, k, request.options), q.shape[kHeads]);
 }
@@ -23,6 +23,22 @@ GlobalAccess access_of(const ForwardRequest& request) {
   const bool aligned = tiles_fit_offsets(request.k) && tiles_fit_offsets(request.v) && is_aligned(request.q) &&
                        is_aligned(request.k) && is_aligned(request.v) && is_aligned(request.out);
   return aligned ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
+}
+
+KeyCacheParams cache_of(const ForwardRequest& request) {
+  KeyCacheParams cache{};
+  if (const auto& lengths = request.options.key_lengths) {
+    cache.used = lengths->used;
+    cache.leftpad = lengths->leftpad;
+    cache.used_more = static_cast<int>(lengths->used_more);
+  }
+  if (const auto& pages = request.options.pages) {
+    cache.pages = pages->table;
+    cache.pages_stride = pages->stride;
+    cache.page_size = static_cast<int>(request.k.shape[kSeqlen]);
+    cache.num_pages = static_cast<int>(request.k.shape[kBatch]);
+  }
+  return cache;
 }
 
 FlashDecodeParams params_of(const ForwardRequest& request) {
@@ -37,6 +53,7 @@ FlashDecodeParams params_of(const ForwardRequest& request) {
   params.k_strides = strides_of(request.k);
   params.v_strides = strides_of(request.v);
   params.out_strides = strides_of(request.out);
+  params.cache = cache_of(request);
   return params;
 }
 

@@ -59,10 +59,10 @@ void require_readable(const NamedTensor& tensor) {
                          "Use " + std::string(tensor.name) + ".contiguous()"});
 }
 
-void require_inputs(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out) {
+void require_inputs(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, bool paged) {
   for (const NamedTensor& tensor : {NamedTensor{"q", q}, {"k", k}, {"v", v}, {"out", out}}) require_readable(tensor);
-  require_shape({"k", k}, {q.shape[kBatch], k.shape[kSeqlen], k.shape[kHeads], q.shape[kHeadDim]},
-                "with q's batch and head dim");
+  require_shape({"k", k}, {(paged ? k : q).shape[kBatch], k.shape[kSeqlen], k.shape[kHeads], q.shape[kHeadDim]},
+                paged ? "pages with q's head dim" : "with q's batch and head dim");
   require_shape({"v", v}, k.shape, "k's");
   require_shape({"out", out}, q.shape, "q's");
   require_heads(q.shape[kHeads], k.shape[kHeads]);

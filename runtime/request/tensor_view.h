@@ -33,7 +33,9 @@ void require_readable(const NamedTensor& tensor);
 // The same, but for its last dimension, which may have any stride.
 void require_readable_by_elements(const NamedTensor& tensor);
 // What both passes read: each one is readable, and their shapes go together.
-void require_inputs(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out);
+// `paged`: k and v are pages, as many as there are.
+void require_inputs(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out,
+                    bool paged = false);
 // Memory that `is_needed` is there.
 void require_memory(const char* name, const void* memory, bool is_needed);
 // A (batch, num_heads, seqlen_q) float32 tensor for the rows of `q` has memory, unless there are no rows.

@@ -148,11 +148,6 @@ def test_cu_seqlens_that_do_not_fit(name, value):
         varlen(**{name: value})
 
 
-def test_block_table():
-    with pytest.raises(NotImplementedError, match=r"^block_table"):
-        varlen(block_table=torch.zeros(1, dtype=torch.int32))
-
-
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_rank(name):
     with pytest.raises(ValueError, match=f"^{name} has 4 dimensions.* 3"):
@@ -176,7 +171,7 @@ def test_a_max_seqlen_less_than_the_longest_sequence_is_named(max_q, max_k, name
     with pytest.raises(ValueError, match=f"^cu_seqlens_{name}.*max_seqlen_{name}"):
         torch.ops.flash_attn_jit.backward(
             out.half(), q.detach(), k.detach(), v.detach(), out.half(), softmax_lse, [True] * 3,
-            None, False, -1, -1, 0.0, None, starts(20), starts(20), max_q, max_k,
+            None, False, -1, -1, 0.0, None, starts(20), starts(20), max_q, max_k, None, 0, None, None, 0, False,
         )  # fmt: skip
 
 

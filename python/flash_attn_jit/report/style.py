@@ -75,6 +75,7 @@ KIND_WORDS = {
     "bwd_all_keys": "backward, all keys in a block",
     "decode": "forward of few queries",
     "decode_combine": "forward of few queries, splits put together",
+    "append": "rows into a cache of keys and values",
 }
 KIND_MARKS = {
     "fwd": Mark("tensor", "o", "●", KIND_WORDS["fwd"]),
@@ -84,6 +85,7 @@ KIND_MARKS = {
     "bwd_preprocess": Mark("issue", "D", "◆", KIND_WORDS["bwd_preprocess"]),
     "decode": Mark("dram", "p", "⬟", KIND_WORDS["decode"]),
     "decode_combine": Mark("alu", "P", "✚", KIND_WORDS["decode_combine"]),
+    "append": Mark("other", "h", "⬢", KIND_WORDS["append"]),
 }
 
 

@@ -1,0 +1,166 @@
+"""``flash_attn_with_kvcache``: attention over a cache of keys and values, and what is appended to it."""
+
+from typing import Any
+
+import torch
+
+from ._arguments import (
+    UNBOUNDED,
+    Window,
+    check_tensor_of,
+    is_integer,
+    refuse_gradient,
+    reject_what_is_no_tensor,
+)
+from ._autograd import attention
+from .errors import Refusal
+from .interface import documented, read_options
+from .ops import append
+
+_NAMES = {"seqused_k": "cache_seqlens", "leftpad_k": "cache_leftpad"}  # as attention() has them, and as a call does
+
+
+def _of_cache(error: ValueError) -> ValueError:
+    """The error with the names that the arguments have here."""
+    text = str(error)
+    for name, here in _NAMES.items():
+        text = text.replace(name, here)
+    for name in ("k", "v"):
+        if text.startswith(f"{name} "):
+            text = f"{name}_cache{text[1:]}"
+    return type(error)(text)
+
+
+def _lengths(cache_seqlens: Any, q: torch.Tensor) -> torch.Tensor | None:
+    """(batch), int32. An int is a constant of a CUDA graph."""
+    if cache_seqlens is None or isinstance(cache_seqlens, torch.Tensor):
+        return cache_seqlens
+    if not is_integer(cache_seqlens):
+        accepted = "None, an int, or an int32 tensor of (batch)"
+        raise Refusal("cache_seqlens", f"is a {type(cache_seqlens).__name__}", accepted).exception()
+    return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+
+
+def _table(block_table: Any, cache_batch_idx: Any) -> torch.Tensor | None:
+    """Rows of the cache that are not in a batch's order are pages, one for each sequence."""
+    if cache_batch_idx is None:
+        return block_table
+    check_tensor_of("cache_batch_idx", cache_batch_idx, "(batch), int32")
+    if block_table is not None:
+        raise Refusal("cache_batch_idx", "comes with a block_table", "one of them").exception()
+    if cache_batch_idx.dim() != 1 or cache_batch_idx.dtype not in (torch.int32, torch.int64):
+        came = f"has shape {tuple(cache_batch_idx.shape)} and dtype {cache_batch_idx.dtype}"
+        raise Refusal("cache_batch_idx", came, "(batch), torch.int32").exception()
+    return cache_batch_idx.to(torch.int32)[:, None]
+
+
+def _check_new(k: Any, v: Any, rotary_cos: Any, rotary_sin: Any, cache_seqlens: Any) -> None:
+    """What is given together."""
+    for name, one, other, with_it in (
+        ("v", k, v, "k"),
+        ("k", v, k, "v"),
+        ("rotary_sin", rotary_cos, rotary_sin, "rotary_cos"),
+        ("rotary_cos", rotary_sin, rotary_cos, "rotary_sin"),
+        ("k", rotary_cos, k, "rotary_cos"),
+        ("cache_seqlens", k, cache_seqlens, "k"),
+    ):
+        if one is not None and other is None:
+            raise Refusal(name, f"is None, and {with_it} is given", "both, or neither").exception()
+
+
+@documented
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = UNBOUNDED,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: torch.Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of some queries over a cache of keys and values, to which ``k`` and ``v`` are appended in place before.
+    Without gradients.
+
+    {running}
+
+    Lengths, tables and paddings are read on the device: nothing waits for it, and one captured CUDA graph serves every
+    later length. On a GPU they are not checked, but nothing outside of the tensors is read or written; the interpreter
+    names what does not fit.
+
+    Args:
+        q: (batch, seqlen_q, num_heads, head_dim), float16. Of every tensor only the last dimension must be contiguous.
+        k_cache: (batch of the cache, rows, num_heads_k, head_dim), float16, or with ``block_table`` (pages, page size,
+            num_heads_k, head_dim).
+        v_cache: like k_cache.
+        k: (batch, seqlen_new, num_heads_k, head_dim), float16: goes into rows cache_seqlens and on.
+        v: like k.
+        rotary_cos: (places, rotary dim / 2), float16: k and q are turned by their places, new row i by that of row
+            cache_seqlens + i. With ``causal`` or a window query i has place cache_seqlens + i, else all have place
+            cache_seqlens. The rotary dim is even, and at most head_dim.
+        rotary_sin: like rotary_cos.
+        cache_seqlens: (batch), int32, or an int: rows that each sequence has in the cache, before ``k``; all where
+            None. An int is a constant of a CUDA graph.
+        cache_batch_idx: (batch), int32: which sequence of the cache each sequence of the batch is.
+        cache_leftpad: (batch), int32: how many of a sequence's first rows are padding.
+        block_table: (batch, pages of a sequence), int32: rows p * page size and on of sequence b lie in page
+            block_table[b, p]. Pages of any size; those of a multiple of 16 rows are the fast ones.
+        softmax_scale: a factor for the scores before the softmax; 1/sqrt(head_dim) where None.
+        causal: query i sees key j where j <= i + keys - seqlen_q (aligned bottom-right).
+        window_size: (left, right), as ``flash_attn_func`` has it.
+        softcap: a score s becomes softcap * tanh(s / softcap); 0.0 is off.
+        rotary_interleaved: pairs that are turned are dims 2i and 2i + 1, or i and i + rotary dim / 2.
+        alibi_slopes: (num_heads) or (batch, num_heads), float32.
+        num_splits: where the queries are few, the most parts that the keys are split into; 0: as many as pay.
+        return_softmax_lse: also return softmax_lse.
+
+    Returns:
+        out (batch, seqlen_q, num_heads, head_dim), float16 and contiguous; or, with ``return_softmax_lse``, (out,
+        softmax_lse), (batch, num_heads, seqlen_q), float32. {returned}
+
+    Raises:
+        {raises}
+    """
+    reject_what_is_no_tensor(q=q, k_cache=k_cache, v_cache=v_cache)
+    _check_new(k, v, rotary_cos, rotary_sin, cache_seqlens)
+    if torch.is_grad_enabled():
+        for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                refuse_gradient(name)
+    lengths = _lengths(cache_seqlens, q)
+    table = _table(block_table, cache_batch_idx)
+    options = read_options(
+        0.0,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        False,
+        seqused_k=lengths,
+        leftpad_k=cache_leftpad,
+        block_table=table,
+        num_splits=num_splits,
+    )
+    if k is not None:
+        reject_what_is_no_tensor(k=k, v=v)
+        options = options._replace(seqused_more=k.shape[1])
+        advances = options.causal or options.window_left >= 0 or options.window_right >= 0
+        turned = append(k, v, k_cache, v_cache, lengths, table, q, rotary_cos, rotary_sin, rotary_interleaved, advances)
+        q = q if turned is None else turned
+    try:
+        out, softmax_lse = attention(q, k_cache, v_cache, options, return_softmax_lse)
+    except ValueError as error:
+        raise _of_cache(error) from None
+    return (out, softmax_lse) if return_softmax_lse else out

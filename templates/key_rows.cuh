@@ -1,0 +1,90 @@
+// Where the rows of a head's keys and values lie: at equal distances, or in pages.
+#pragma once
+
+#include "flash_fwd_params.cuh"
+#include "primitives.cuh"
+#include "sequence.cuh"
+#include "tile_copy.cuh"
+
+// Pages of page_size rows, in the order of a sequence's table. Rows count from the sequence's first key.
+template <class Element>
+struct PagedMatrix {
+  using Bits = typename Element::Bits;
+
+  const Bits* base;  // of page 0, row 0
+  long long row_stride, page_stride;
+  const int* pages;
+  int first_key;  // its place among the sequence's rows
+  int page_size, num_pages;
+
+  // Whatever the table says, no row outside of the tensor is read.
+  __device__ __forceinline__ int page_of(int row) const {
+    const int page = load_global_i32(pages + (first_key + row) / page_size);
+    return page < 0 ? 0 : page < num_pages ? page : num_pages - 1;
+  }
+  __device__ __forceinline__ int row_of_page(int row) const { return (first_key + row) % page_size; }
+  __device__ __forceinline__ const Bits* row_at(int page, int row_of_page) const {
+    return base + page * page_stride + row_of_page * row_stride;
+  }
+  __device__ __forceinline__ const Bits* row_at(int row) const { return row_at(page_of(row), row_of_page(row)); }
+
+  // Whether no page ends within a tile of `rows` rows.
+  __device__ __forceinline__ bool hold_tiles(int rows) const { return page_size % rows == 0 && first_key % rows == 0; }
+};
+
+template <bool kIsPaged, class Element>
+struct KeyMatrixOf {
+  using Type = GlobalMatrix<Element>;
+};
+template <class Element>
+struct KeyMatrixOf<true, Element> {
+  using Type = PagedMatrix<Element>;
+};
+template <class Traits>
+using KeyMatrix = typename KeyMatrixOf<Traits::kIsPaged, typename Traits::Element>::Type;
+
+// K's or V's rows of a sequence and a head; row 0 is the sequence's first key.
+template <class Traits>
+__device__ __forceinline__ KeyMatrix<Traits> key_matrix(const FlashFwdParams& params, const Sequence<Traits>& sequence,
+                                                        const void* tensor, const TensorStrides& strides, int head) {
+  const auto* base = static_cast<const typename Traits::Element::Bits*>(tensor) + sequence.key_offset(strides, head);
+  if constexpr (Traits::kIsPaged) {
+    const KeyCacheParams& cache = params.cache;
+    const int* const pages = cache.pages + sequence.batch() * cache.pages_stride;
+    return {base, strides.row, strides.batch, pages, sequence.first_key_row(), cache.page_size, cache.num_pages};
+  } else {
+    return {base, strides.row};
+  }
+}
+
+// A tile of kRows rows, of K and of V. Where pages hold whole tiles, one look into the table does for it.
+template <class Traits, int kRows>
+class KeyTile {
+  using Matrix = KeyMatrix<Traits>;
+  using Bits = typename Traits::Element::Bits;
+
+ public:
+  KeyTile() = default;
+
+  // From row `first`, a multiple of kRows, which may lie at `end` or beyond: then it is not read.
+  __device__ __forceinline__ KeyTile(const Matrix& matrix, int first, int end) : first_(first) {
+    if constexpr (Traits::kIsPaged) {
+      is_in_one_page_ = matrix.hold_tiles(kRows);
+      row_of_page_ = matrix.row_of_page(first);
+      page_ = is_in_one_page_ && first < end ? matrix.page_of(first) : 0;
+    }
+  }
+
+  __device__ __forceinline__ const Bits* row(const Matrix& matrix, int i) const {
+    if constexpr (Traits::kIsPaged) {
+      return is_in_one_page_ ? matrix.row_at(page_, row_of_page_ + i) : matrix.row_at(first_ + i);
+    } else {
+      return matrix.base + (first_ + i) * matrix.row_stride;
+    }
+  }
+
+ private:
+  int first_;
+  int page_, row_of_page_;  // of the first row
+  bool is_in_one_page_;
+};

@@ -1,0 +1,434 @@
+"""Caches of keys and values, longer than their sequences: pages, used rows, padding on the left; out= and num_splits.
+
+Whatever no sequence uses is NaN, so that a kernel that reads it is found out."""
+
+import itertools
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from attention_reference import check_attention, normal
+
+import flash_attn_jit
+from flash_attn_jit import flash_attn_func, flash_attn_varlen_func
+
+NAN = float("nan")
+
+# Pages: of one row, of less than a tile of 8 or 16 keys and no divisor of it, of a tile of 8 but not of 16, of tiles,
+# and longer than what is used.
+PAGE_SIZES = [1, 3, 8, 16, 48, 256]
+# Rows that are read 16 bytes at a time and rows that are not; one and several chunks of 32 and 64 dims, full or not;
+# queries in registers, and in shared memory too.
+HEAD_DIMS = [64, 17, 80, 128, 160, 256]
+# A token, several (the decode kernel), a prompt (the forward kernel).
+QUERIES = [1, 5, 270]
+MASKS: list[dict[str, Any]] = [
+    {"causal": True},
+    {"causal": False},
+    {"window_size": (20, 0)},
+    {"causal": True, "softcap": 5.0},
+]
+
+
+@dataclass
+class Cache:
+    """Sequences of `used` rows each, with `leftpad` rows of padding in front, in pages of a shuffled table."""
+
+    k: torch.Tensor  # (pages, page size, heads, head_dim)
+    v: torch.Tensor
+    table: torch.Tensor
+    keys: list[tuple[torch.Tensor, torch.Tensor]]  # of each sequence, as it is
+
+
+def lengths(capacity: int, dice: random.Random) -> tuple[list[int], list[int]]:
+    """(used, leftpad) of sequences of every class: nothing, all, one, some; no padding, some, nothing but."""
+    used = [capacity, 0, 1, dice.randint(1, capacity), dice.randint(1, capacity)]
+    leftpad = [0, 0, 0, dice.randint(0, used[3]), used[4]]
+    return used, leftpad
+
+
+def cache_of(
+    page_size: int, heads: int, head_dim: int, used: list[int], leftpad: list[int], columns: int, dice: random.Random
+) -> Cache:
+    pages = columns * len(used) + 3
+    both = torch.full((pages, page_size, heads, 2 * head_dim), NAN, dtype=torch.float16)  # k and v side by side
+    k, v = both[..., :head_dim], both[..., head_dim:]
+    table = torch.tensor(dice.sample(range(pages), columns * len(used))).reshape(len(used), columns).int()
+    keys = []
+    for b, (end, begin) in enumerate(zip(used, leftpad)):
+        own = [normal(end, heads, head_dim, seed=100 * b + i) for i in (1, 2)]
+        for tensor, values in zip((k, v), own):
+            for row in range(begin, end):
+                tensor[table[b, row // page_size], row % page_size] = values[row]
+        keys.append((own[0][begin:], own[1][begin:]))
+    return Cache(k, v, table, keys)
+
+
+def check_sequences(
+    out: torch.Tensor, lse: torch.Tensor | None, q: torch.Tensor, keys: Any, slopes: Any = None, **options: Any
+) -> None:
+    """out and q (batch, seqlen_q, heads, head_dim)."""
+    for b, (k, v) in enumerate(keys):
+        own = {**options, "alibi_slopes": slopes[None]} if slopes is not None else options
+        own_lse = None if lse is None else lse[b : b + 1]
+        check_attention(out[b : b + 1], own_lse, q[b : b + 1], k[None], v[None], **own)
+
+
+def int32(numbers: list[int]) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def pick(grid: list[Any], dice: random.Random, count: int) -> list[Any]:
+    """Some of a grid, with every value of every factor."""
+    dice.shuffle(grid)
+    kept, seen = [], set()
+    for case in grid:
+        values = {(i, repr(value)) for i, value in enumerate(case)}
+        if not values <= seen or len(kept) < count:
+            kept.append(case)
+            seen |= values
+        if len(kept) >= count and len(seen) == sum(len({repr(c[i]) for c in grid}) for i in range(len(grid[0]))):
+            break
+    return kept
+
+
+PAGED = pick(list(itertools.product(PAGE_SIZES, HEAD_DIMS, QUERIES, MASKS, [0, 1, 3])), random.Random(1), 30)
+
+
+@pytest.mark.parametrize(("page_size", "head_dim", "queries", "mask", "splits"), PAGED)
+def test_pages(page_size, head_dim, queries, mask, splits):
+    dice = random.Random(str((page_size, head_dim, queries)))
+    columns = max(1, dice.randint(40, 130) // page_size)
+    used, leftpad = lengths(columns * page_size, dice)
+    cache = cache_of(page_size, 2, head_dim, used, leftpad, columns, dice)
+    q = normal(len(used), queries, 4, head_dim)
+    cu_seqlens_q = int32([queries * b for b in range(len(used) + 1)])
+    out, lse, _ = flash_attn_varlen_func(
+        q.flatten(0, 1),
+        cache.k,
+        cache.v,
+        cu_seqlens_q,
+        None,
+        queries,
+        columns * page_size,
+        block_table=cache.table,
+        seqused_k=int32(used),
+        leftpad_k=int32(leftpad),
+        num_splits=splits,
+        return_attn_probs=True,
+        **mask,
+    )
+    check_sequences(out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2]).transpose(0, 1), q, cache.keys, **mask)
+
+
+@pytest.mark.parametrize("queries", QUERIES)
+def test_pages_whose_lengths_cu_seqlens_k_says(queries):
+    used, dice = [33, 0, 70], random.Random(2)
+    cache = cache_of(16, 2, 64, used, [0, 0, 0], 5, dice)
+    q = normal(3, queries, 4, 64)
+    cu_seqlens_q = int32([0, queries, 2 * queries, 3 * queries])
+    cu_seqlens_k = int32([0, 33, 33, 103])
+    slopes = torch.tensor([0.5, 0.25, 0.1, 0.0])
+    out = flash_attn_varlen_func(
+        q.flatten(0, 1),
+        cache.k,
+        cache.v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        queries,
+        70,
+        causal=True,
+        alibi_slopes=slopes,
+        block_table=cache.table,
+    )
+    check_sequences(out.unflatten(0, q.shape[:2]), None, q, cache.keys, slopes, causal=True)
+
+
+def test_pages_that_sequences_share():
+    """A common prefix, as prefix caching has it."""
+    cache = cache_of(16, 2, 64, [48], [0], 3, random.Random(3))
+    ((k, v),) = cache.keys
+    q, table = normal(2, 1, 4, 64), cache.table.expand(2, 3).contiguous()
+    out = flash_attn_varlen_func(
+        q.flatten(0, 1),
+        cache.k,
+        cache.v,
+        int32([0, 1, 2]),
+        None,
+        1,
+        48,
+        causal=True,
+        block_table=table,
+        seqused_k=int32([48, 17]),
+    )
+    check_sequences(out[:, None], None, q, [(k, v), (k[:17], v[:17])], causal=True)
+
+
+FIXED = pick(list(itertools.product(HEAD_DIMS, QUERIES, MASKS, [0, 2])), random.Random(4), 16)
+
+
+@pytest.mark.parametrize(("head_dim", "queries", "mask", "splits"), FIXED)
+def test_used_rows_and_padding_of_fixed_lengths(head_dim, queries, mask, splits):
+    dice = random.Random(str((head_dim, queries, splits)))
+    rows = dice.randint(20, 150)
+    used, leftpad = lengths(rows, dice)
+    k, v = (torch.full((len(used), rows, 2, head_dim), NAN, dtype=torch.float16) for _ in range(2))
+    keys = []
+    for b, (end, begin) in enumerate(zip(used, leftpad)):
+        for tensor, seed in ((k, 1), (v, 2)):
+            tensor[b, begin:end] = normal(end - begin, 2, head_dim, seed=10 * b + seed)
+        keys.append((k[b, begin:end], v[b, begin:end]))
+    q, into = normal(len(used), queries, 4, head_dim), torch.empty(len(used), queries, 4, head_dim).half()
+    out, lse, _ = flash_attn_func(
+        q,
+        k,
+        v,
+        seqused_k=int32(used),
+        leftpad_k=int32(leftpad),
+        num_splits=splits,
+        out=into,
+        return_attn_probs=True,
+        **mask,
+    )
+    assert out is into
+    check_sequences(out, lse, q, keys, **mask)
+
+
+def test_the_same_bits_with_every_number_of_splits_asked_for_twice():
+    q, k, v = normal(1, 1, 4, 64), normal(1, 900, 2, 64, seed=1), normal(1, 900, 2, 64, seed=2)
+    for splits in (0, 1, 2, 7, 1000):
+        first, second = (flash_attn_func(q, k, v, num_splits=splits) for _ in range(2))
+        assert torch.equal(first, second)
+        check_attention(first, None, q, k, v)
+
+
+def refused(error, match, **arguments):
+    cache = cache_of(16, 2, 64, [40, 3], [0, 0], 3, random.Random(5))
+    q = normal(2, 4, 64)
+    given = {"block_table": cache.table, "seqused_k": int32([40, 3]), "k": cache.k, "v": cache.v, "q": q, **arguments}
+    q, k, v = given.pop("q"), given.pop("k"), given.pop("v")
+    cu_seqlens_k = given.pop("cu_seqlens_k", None)
+    with pytest.raises(error, match=match):
+        flash_attn_varlen_func(q, k, v, int32([0, 1, 2]), cu_seqlens_k, 1, 48, **given)
+
+
+@pytest.mark.parametrize(
+    ("match", "arguments"),
+    [
+        (r"^seqused_k\[0\] is 49; accepted: 0 to 48", {"seqused_k": int32([49, 3])}),
+        (r"^seqused_k\[1\] is -1; accepted: 0 to 48", {"seqused_k": int32([1, -1])}),
+        (r"^leftpad_k\[1\] is 4; accepted: 0 to 3", {"leftpad_k": int32([0, 4])}),
+        (r"^block_table\[1\]\[0\] is 9; accepted: 0 to 8", {"block_table": int32([0, 1, 2, 9, 1, 2]).reshape(2, 3)}),
+        (r"^block_table\[0\]\[2\] is -1; accepted: 0 to 8", {"block_table": int32([0, 1, -1, 4, 1, 2]).reshape(2, 3)}),
+        (r"^block_table has shape \(1, 3\)", {"block_table": int32([0, 1, 2]).reshape(1, 3)}),
+        (r"^seqused_k has shape \(3,\)", {"seqused_k": int32([1, 2, 3])}),
+        (r"^seqused_k .*int64", {"seqused_k": torch.tensor([1, 2])}),
+        (r"^cu_seqlens_k is a NoneType", {"seqused_k": None}),
+        (r"^cu_seqlens_k is a NoneType", {"block_table": None}),
+        (r"^num_splits is -1", {"num_splits": -1}),
+        (r"^num_splits is a float", {"num_splits": 1.0}),
+        (r"^out has shape \(1, 4, 64\)", {"out": normal(1, 4, 64)}),
+        (r"^out is a list", {"out": []}),
+    ],
+)
+def test_what_does_not_fit_is_named(match, arguments):
+    refused(ValueError, match, **arguments)
+
+
+@pytest.mark.parametrize("name", ["block_table", "seqused_k", "leftpad_k", "out"])
+def test_no_gradient_comes_through(name):
+    q = normal(2, 4, 64).requires_grad_()
+    k, v = normal(48, 2, 64), normal(48, 2, 64)
+    given = {
+        "block_table": int32([0, 1]).reshape(2, 1),
+        "seqused_k": int32([3, 4]),
+        "leftpad_k": int32([1, 2]),
+        "out": torch.empty(2, 4, 64).half(),
+    }[name]
+    with pytest.raises(NotImplementedError, match=f"^{name} comes with inputs that require a gradient"):
+        flash_attn_varlen_func(q, k, v, int32([0, 1, 2]), int32([0, 24, 48]), 1, 24, **{name: given})
+    with torch.no_grad():
+        if name != "block_table":
+            flash_attn_varlen_func(q, k, v, int32([0, 1, 2]), int32([0, 24, 48]), 1, 24, **{name: given})
+
+
+def test_through_the_compiler():
+    q, k, v = normal(2, 1, 4, 64), normal(2, 40, 2, 64, seed=1), normal(2, 40, 2, 64, seed=2)
+    used, out = int32([40, 11]), torch.empty(2, 1, 4, 64).half()
+
+    def attend(q, k, v, used, out):
+        return flash_attn_func(q, k, v, causal=True, seqused_k=used, out=out)
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)(q, k, v, used, out)
+    assert torch.equal(compiled, out)
+    check_sequences(out, None, q, [(k[b, :end], v[b, :end]) for b, end in enumerate((40, 11))], causal=True)
+
+
+def test_the_kernel_that_few_queries_take():
+    q, k, v = normal(1, 1, 4, 64), normal(1, 300, 2, 64), normal(1, 300, 2, 64)
+    flash_attn_func(q, k, v, causal=True, num_splits=1)
+    assert flash_attn_jit.interpreter_report().kernel.startswith("flash_decode_hdim64")
+    flash_attn_func(q.requires_grad_(), k, v, causal=True)
+    assert flash_attn_jit.interpreter_report().kernel.startswith("flash_fwd_hdim64")
+
+
+# ---- flash_attn_with_kvcache ----
+
+
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: torch.Tensor, interleaved: bool) -> Any:
+    """x (rows, heads, head_dim) in float64."""
+    x, half = x.double().clone(), cos.shape[1]
+    cos, sin = cos.double()[places][:, None], sin.double()[places][:, None]
+    first, second = slice(half), slice(half, 2 * half)
+    if interleaved:
+        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+    a, b = x[..., first].clone(), x[..., second].clone()
+    x[..., first], x[..., second] = a * cos - b * sin, b * cos + a * sin
+    return x
+
+
+@dataclass
+class Appended:
+    """A call with new rows: what it is given, and which cache rows are to change."""
+
+    cache: torch.Tensor  # k and v side by side
+    arguments: dict[str, Any]
+    rows: Any  # of sequence b and row i: the place in the cache
+
+
+def appended_to(kind: str, heads: int, head_dim: int, used: list[int], new: int, dice: random.Random) -> Appended:
+    batch, capacity = len(used), max(used) + new + 3
+    if kind == "batch":
+        cache = normal(batch, capacity, heads, 2 * head_dim, seed=7)
+        return Appended(cache, {}, lambda b, i: (b, i))
+    if kind == "batch_idx":
+        order = dice.sample(range(batch + 2), batch)
+        cache = normal(batch + 2, capacity, heads, 2 * head_dim, seed=7)
+        return Appended(cache, {"cache_batch_idx": int32(order)}, lambda b, i: (order[b], i))
+    page_size = {"pages of 1": 1, "pages of 16": 16}[kind]
+    columns = -(-capacity // page_size)
+    table = torch.tensor(dice.sample(range(batch * columns + 2), batch * columns)).reshape(batch, columns).int()
+    cache = normal(batch * columns + 2, page_size, heads, 2 * head_dim, seed=7)
+    place = lambda b, i: (int(table[b, i // page_size]), i % page_size)  # noqa: E731
+    return Appended(cache, {"block_table": table}, place)
+
+
+CACHES = ["batch", "batch_idx", "pages of 1", "pages of 16"]
+# (rotary dims, interleaved): none, all, some; of 17 dims 16 at the most.
+ROTARY = [(0, True), (1, True), (1, False), (0.5, True), (0.5, False)]
+APPENDED = pick(
+    list(itertools.product(CACHES, [64, 17, 80, 256], [(1, 1), (4, 4), (3, 6), (1, 0)], ROTARY, [False, True])),
+    random.Random(6),
+    28,
+)
+
+
+@pytest.mark.parametrize(("kind", "head_dim", "sizes", "rotary", "causal"), APPENDED)
+def test_what_is_appended_and_what_is_attended_to(kind, head_dim, sizes, rotary, causal):
+    queries, new = sizes
+    used, dice = [37, 0, 15], random.Random(str((kind, head_dim, sizes)))
+    given = appended_to(kind, 2, head_dim, used, new, dice)
+    before = given.cache.clone()
+    k_cache, v_cache = given.cache[..., :head_dim], given.cache[..., head_dim:]
+    q, k, v = normal(3, queries, 4, head_dim), normal(3, new, 2, head_dim, seed=1), normal(3, new, 2, head_dim, seed=2)
+    dims = int(head_dim * rotary[0]) // 2 * 2
+    angles = torch.rand(50, max(1, dims // 2), generator=torch.Generator().manual_seed(3)) * 6
+    cos, sin = angles.cos().half(), angles.sin().half()
+    rotates = dims > 0 and new > 0
+    if new:
+        given.arguments.update(k=k, v=v)
+    if rotates:
+        given.arguments.update(rotary_cos=cos, rotary_sin=sin, rotary_interleaved=rotary[1])
+    leftpad = [5, 0, 0] if kind != "pages of 1" else [0, 0, 0]
+    out, lse = flash_attn_jit.flash_attn_with_kvcache(
+        q,
+        k_cache,
+        v_cache,
+        cache_seqlens=int32(used),
+        cache_leftpad=int32(leftpad),
+        causal=causal,
+        return_softmax_lse=True,
+        **given.arguments,
+    )
+    for b, n in enumerate(used):
+        places = torch.arange(n, n + new)
+        k_new = turned(k[b], cos, sin, places, rotary[1]) if rotates else k[b].double()
+        for i in range(new):
+            got, at = given.cache[given.rows(b, n + i)], given.rows(b, n + i)
+            assert (got[..., :head_dim].double() - k_new[i]).abs().max() <= 4e-3
+            assert torch.equal(got[..., head_dim:], v[b, i])
+            before[at] = got
+        own = [given.cache[given.rows(b, i)] for i in range(leftpad[b], n + new)]
+        keys = torch.stack(own) if own else given.cache[:0, 0]
+        asked = torch.arange(n, n + queries) if causal else torch.full((queries,), n)
+        own_q = turned(q[b], cos, sin, asked, rotary[1]).half() if rotates else q[b]
+        check_attention(
+            out[b : b + 1],
+            lse[b : b + 1],
+            own_q[None],
+            keys[None, ..., :head_dim],
+            keys[None, ..., head_dim:],
+            causal=causal,
+        )
+    assert torch.equal(given.cache, before)  # nothing else in the cache has changed
+
+
+def test_an_int_for_all_sequences():
+    q, cache = normal(2, 1, 4, 64), normal(2, 40, 2, 128, seed=1)
+    k, v = cache[..., :64], cache[..., 64:]
+    out = flash_attn_jit.flash_attn_with_kvcache(q, k, v, cache_seqlens=23)
+    check_attention(out, None, q, k[:, :23], v[:, :23])
+    check_attention(flash_attn_jit.flash_attn_with_kvcache(q, k, v), None, q, k, v)
+
+
+def kvcache(**arguments):
+    given = {"q": normal(2, 1, 4, 64), "k_cache": normal(2, 40, 2, 64), "v_cache": normal(2, 40, 2, 64), **arguments}
+    return flash_attn_jit.flash_attn_with_kvcache(**given)
+
+
+NEW = {"k": normal(2, 3, 2, 64), "v": normal(2, 3, 2, 64), "cache_seqlens": int32([1, 2])}
+COS = normal(50, 32)
+ONE_PAGE = torch.tensor([[0], [1]], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "arguments"),
+    [
+        (ValueError, r"^cache_seqlens\[1\] is 41; accepted: 0 to 40", {"cache_seqlens": int32([1, 41])}),
+        (ValueError, r"^cache_seqlens\[1\] is 38, and 3 rows come behind", {**NEW, "cache_seqlens": int32([1, 38])}),
+        (ValueError, r"^cache_leftpad\[0\] is 3", {"cache_seqlens": 2, "cache_leftpad": int32([3, 0])}),
+        (ValueError, r"^v is None", {**NEW, "v": None}),
+        (ValueError, r"^cache_seqlens is None, and k is given", {**NEW, "cache_seqlens": None}),
+        (ValueError, r"^k is None, and rotary_cos is given", {"rotary_cos": COS, "rotary_sin": COS}),
+        (ValueError, r"^rotary_sin is None", {**NEW, "rotary_cos": COS}),
+        (ValueError, r"^rotary_cos turns 66 dims", {**NEW, "rotary_cos": normal(50, 33), "rotary_sin": normal(50, 33)}),
+        (ValueError, r"^rotary_cos has 4 rows", {**NEW, "rotary_cos": normal(4, 8), "rotary_sin": normal(4, 8)}),
+        (ValueError, r"^rotary_sin has shape", {**NEW, "rotary_cos": COS, "rotary_sin": normal(50, 31)}),
+        (ValueError, r"^k has shape \(2, 3, 1, 64\)", {**NEW, "k": normal(2, 3, 1, 64)}),
+        (ValueError, r"^cache_batch_idx .*block_table", {"cache_batch_idx": int32([0, 1]), "block_table": ONE_PAGE}),
+        (ValueError, r"^cache_seqlens is a str", {"cache_seqlens": "3"}),
+        (ValueError, r"^k_cache has dtype torch.float32", {"k_cache": normal(2, 40, 2, 64).float()}),
+        (NotImplementedError, r"^q requires a gradient", {"q": normal(2, 1, 4, 64).requires_grad_()}),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_a_cache_is_named(error, match, arguments):
+    with pytest.raises(error, match=match):
+        kvcache(**arguments)
+
+
+def test_the_cache_through_the_compiler():
+    q, k, v = normal(2, 1, 4, 64), normal(2, 1, 2, 64, seed=1), normal(2, 1, 2, 64, seed=2)
+    cache, used = normal(2, 40, 2, 128, seed=3), int32([11, 39])
+    plain, traced = cache.clone(), cache.clone()
+
+    def step(cache, used):
+        return flash_attn_jit.flash_attn_with_kvcache(
+            q, cache[..., :64], cache[..., 64:], k, v, cos, cos, cache_seqlens=used, causal=True
+        )
+
+    cos = normal(50, 32, seed=4)
+    expected = step(plain, used)
+    assert torch.equal(torch.compile(step, backend="aot_eager", fullgraph=True)(traced, used), expected)
+    assert torch.equal(traced, plain) and not torch.equal(plain, cache)
