@@ -115,12 +115,12 @@ class FlashDecode {
 
   // ---- memory to operands ----
 
-  // Dims [dim, dim + 8) of the row that `row()` finds, where it is there. Of every row kSpan dims are read at a time,
-  // which may be more than there are.
-  template <int kSpan, class Row>
-  static __device__ __forceinline__ void load(Vec16& chunk, const Row& row, int dim, bool is_there) {
-    if (is_there && (kDims % kSpan == 0 || dim < kDims))
-      load_chunk<Traits>(chunk, row() + dim, dim, 1);
+  // Dims [dim, dim + 8) of a row, zeros where there is none (null). Of every row kSpan dims are read at a time, which
+  // may be more than there are.
+  template <int kSpan>
+  static __device__ __forceinline__ void load(Vec16& chunk, const Bits* row, int dim) {
+    if (row != nullptr && (kDims % kSpan == 0 || dim < kDims))
+      load_chunk<Traits>(chunk, row + dim, dim, 1);
     else
       chunk = Vec16{};
   }
@@ -129,11 +129,9 @@ class FlashDecode {
   __device__ __forceinline__ void load_query(Vec16& chunk, int r, int c) const {
     const int row = row_of_lane(r);
     const TensorStrides& strides = params_.q_strides;
-    const auto query = [&] {
-      return static_cast<const Bits*>(params_.q) + sequence_.query_offset(strides, head_of(row)) +
-             query_of(row) * strides.row;
-    };
-    load<32>(chunk, query, 32 * c + lane_ % 4 * kChunkDims, row < rows());
+    const Bits* const query = static_cast<const Bits*>(params_.q) + sequence_.query_offset(strides, head_of(row)) +
+                              query_of(row) * strides.row;
+    load<32>(chunk, row < rows() ? query : nullptr, 32 * c + lane_ % 4 * kChunkDims);
 #pragma unroll
     for (int j = 0; j < 4; ++j) chunk.word[j] ^= params_.sign;
   }
@@ -170,9 +168,9 @@ class FlashDecode {
 #pragma unroll
     for (int n = 0; n < kSteps; ++n) {
       const int i = 8 * n + lane_ / 4;
-      const auto row = [&] { return tile.row(matrix, i); };
+      const Bits* const row = i < count ? tile.row(matrix, i) : nullptr;
 #pragma unroll
-      for (int c = 0; c < kKeyChunks; ++c) load<32>(k[n][c], row, 32 * c + lane_ % 4 * kChunkDims, i < count);
+      for (int c = 0; c < kKeyChunks; ++c) load<32>(k[n][c], row, 32 * c + lane_ % 4 * kChunkDims);
     }
   }
   __device__ __forceinline__ void load_values(ValueChunks& v, const Matrix& matrix, const Keys& tile, int count) const {
@@ -181,9 +179,9 @@ class FlashDecode {
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         const int i = 8 * n + lane_ % 4 * 2 + pair;
-        const auto row = [&] { return tile.row(matrix, i); };
+        const Bits* const row = i < count ? tile.row(matrix, i) : nullptr;
 #pragma unroll
-        for (int c = 0; c < kValueChunks; ++c) load<64>(v[n][pair][c], row, 64 * c + lane_ / 4 * kChunkDims, i < count);
+        for (int c = 0; c < kValueChunks; ++c) load<64>(v[n][pair][c], row, 64 * c + lane_ / 4 * kChunkDims);
       }
   }
 

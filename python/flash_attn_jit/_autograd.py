@@ -11,7 +11,6 @@ from . import ops
 from ._arguments import (
     KV_LAYOUTS,
     QKV_LAYOUTS,
-    Refusal,
     check_out,
     check_packed,
     refuse_gradient,
@@ -35,6 +34,7 @@ from ._torch_internals import (
     jit_trace_is_on,
     transforms_are_active,
 )
+from .errors import Refusal
 from .ops import KVPACKED, QKVPACKED, SEPARATE, Form, are_plain, forward_plainly, is_plain
 
 _float32, _is_grad_enabled = torch.float32, torch.is_grad_enabled

@@ -33,7 +33,9 @@ def _of_cache(error: ValueError) -> ValueError:
 
 def _lengths(cache_seqlens: Any, q: torch.Tensor) -> torch.Tensor | None:
     """(batch), int32. An int is a constant of a CUDA graph."""
-    if cache_seqlens is None or isinstance(cache_seqlens, torch.Tensor):
+    if cache_seqlens is None:
+        return None
+    if isinstance(cache_seqlens, torch.Tensor):
         return cache_seqlens
     if not is_integer(cache_seqlens):
         accepted = "None, an int, or an int32 tensor of (batch)"
@@ -44,14 +46,16 @@ def _lengths(cache_seqlens: Any, q: torch.Tensor) -> torch.Tensor | None:
 def _table(block_table: Any, cache_batch_idx: Any) -> torch.Tensor | None:
     """Rows of the cache that are not in a batch's order are pages, one for each sequence."""
     if cache_batch_idx is None:
-        return block_table
+        table: torch.Tensor | None = block_table
+        return table
     check_tensor_of("cache_batch_idx", cache_batch_idx, "(batch), int32")
     if block_table is not None:
         raise Refusal("cache_batch_idx", "comes with a block_table", "one of them").exception()
     if cache_batch_idx.dim() != 1 or cache_batch_idx.dtype not in (torch.int32, torch.int64):
         came = f"has shape {tuple(cache_batch_idx.shape)} and dtype {cache_batch_idx.dtype}"
         raise Refusal("cache_batch_idx", came, "(batch), torch.int32").exception()
-    return cache_batch_idx.to(torch.int32)[:, None]
+    rows: torch.Tensor = cache_batch_idx.to(torch.int32)[:, None]
+    return rows
 
 
 def _check_new(k: Any, v: Any, rotary_cos: Any, rotary_sin: Any, cache_seqlens: Any) -> None:

@@ -83,7 +83,8 @@ def int32(numbers: list[int]) -> torch.Tensor:
 def pick(grid: list[Any], dice: random.Random, count: int) -> list[Any]:
     """Some of a grid, with every value of every factor."""
     dice.shuffle(grid)
-    kept, seen = [], set()
+    kept: list[Any] = []
+    seen: set[Any] = set()
     for case in grid:
         values = {(i, repr(value)) for i, value in enumerate(case)}
         if not values <= seen or len(kept) < count:
@@ -432,3 +433,83 @@ def test_the_cache_through_the_compiler():
     expected = step(plain, used)
     assert torch.equal(torch.compile(step, backend="aot_eager", fullgraph=True)(traced, used), expected)
     assert torch.equal(traced, plain) and not torch.equal(plain, cache)
+
+
+# ---- a model ----
+
+
+class Model:
+    """A small transformer with random weights: embeddings, one layer of attention with rotary embedding, the logits."""
+
+    dim, heads, heads_k, head_dim, words = 64, 4, 2, 16, 97
+
+    def __init__(self, device: str = "cpu"):
+        def weights(*shape: int, seed: int) -> torch.Tensor:
+            return (normal(*shape, seed=seed).float() / shape[0] ** 0.5).to(device)
+
+        self.embedding = weights(self.words, self.dim, seed=1) * self.words**0.5
+        self.q = weights(self.dim, self.heads * self.head_dim, seed=2)
+        self.kv = weights(self.dim, 2 * self.heads_k * self.head_dim, seed=3)
+        self.out = weights(self.heads * self.head_dim, self.dim, seed=4) * 3
+        self.logits = weights(self.dim, self.words, seed=5)
+        angles = torch.arange(64)[:, None] / 100 ** (torch.arange(self.head_dim // 2) / (self.head_dim // 2))
+        self.cos, self.sin = (f(angles).half().to(device) for f in (torch.cos, torch.sin))
+
+    def qkv(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = self.embedding[tokens]
+        q = (x @ self.q).unflatten(-1, (self.heads, self.head_dim)).half()
+        k, v = (x @ self.kv).unflatten(-1, (2, self.heads_k, self.head_dim)).half().unbind(-3)
+        return q, k, v
+
+    def next_tokens(self, tokens: torch.Tensor, attended: Any) -> torch.Tensor:
+        x = self.embedding[tokens] + attended.flatten(-2).float() @ self.out
+        return (x @ self.logits).argmax(-1)[:, -1:]
+
+    def without_cache(self, prompt: torch.Tensor, count: int) -> torch.Tensor:
+        """Keys and queries are turned in float64, all of them anew for each token."""
+        tokens = prompt
+        for _ in range(count):
+            q, k, v = self.qkv(tokens)
+            places = torch.arange(tokens.shape[1], device=prompt.device)
+            q, k = (torch.stack([turned(x, self.cos, self.sin, places, True).half() for x in each]) for each in (q, k))
+            tokens = torch.cat([tokens, self.next_tokens(tokens, flash_attn_func(q, k, v, causal=True))], 1)
+        return tokens
+
+    def with_cache(self, prompt: torch.Tensor, count: int, page_size: int | None) -> torch.Tensor:
+        batch, rows = prompt.shape[0], prompt.shape[1] + count
+        table = None
+        if page_size is None:
+            shape: tuple[int, ...] = (batch, rows)
+        else:
+            columns = -(-rows // page_size)
+            shape = (batch * columns, page_size)
+            table = torch.randperm(shape[0]).reshape(batch, columns).int().to(prompt.device)
+        cache = torch.full((*shape, self.heads_k, 2 * self.head_dim), NAN, dtype=torch.float16, device=prompt.device)
+        used = torch.zeros(batch, dtype=torch.int32, device=prompt.device)
+        tokens = new = prompt
+        for _ in range(count):
+            q, k, v = self.qkv(new)
+            attended = flash_attn_jit.flash_attn_with_kvcache(
+                q,
+                cache[..., : self.head_dim],
+                cache[..., self.head_dim :],
+                k,
+                v,
+                self.cos,
+                self.sin,
+                cache_seqlens=used,
+                block_table=table,
+                causal=True,
+            )
+            used += new.shape[1]
+            new = self.next_tokens(new, attended)
+            tokens = torch.cat([tokens, new], 1)
+        return tokens
+
+
+def test_a_model_generates_the_same_tokens_with_every_cache():
+    model, prompt = Model(), torch.arange(14).reshape(2, 7) * 5 % 97
+    expected = model.without_cache(prompt, 12)
+    assert len(set(expected[:, 7:].flatten().tolist())) > 4
+    for page_size in (None, 1, 16):
+        assert torch.equal(model.with_cache(prompt, 12, page_size), expected)
