@@ -115,11 +115,10 @@ class FlashDecode {
 
   // ---- memory to operands ----
 
-  // Dims [dim, dim + 8) of a row, zeros where there is none (null). Of every row kSpan dims are read at a time, which
-  // may be more than there are.
+  // Dims [dim, dim + 8) of a row, or zeros. Of every row kSpan dims are read at a time, which may be more than it has.
   template <int kSpan>
-  static __device__ __forceinline__ void load(Vec16& chunk, const Bits* row, int dim) {
-    if (row != nullptr && (kDims % kSpan == 0 || dim < kDims))
+  static __device__ __forceinline__ void load(Vec16& chunk, const Bits* row, int dim, bool is_there) {
+    if (is_there && (kDims % kSpan == 0 || dim < kDims))
       load_chunk<Traits>(chunk, row + dim, dim, 1);
     else
       chunk = Vec16{};
@@ -131,7 +130,7 @@ class FlashDecode {
     const TensorStrides& strides = params_.q_strides;
     const Bits* const query = static_cast<const Bits*>(params_.q) + sequence_.query_offset(strides, head_of(row)) +
                               query_of(row) * strides.row;
-    load<32>(chunk, row < rows() ? query : nullptr, 32 * c + lane_ % 4 * kChunkDims);
+    load<32>(chunk, query, 32 * c + lane_ % 4 * kChunkDims, row < rows());
 #pragma unroll
     for (int j = 0; j < 4; ++j) chunk.word[j] ^= params_.sign;
   }
@@ -168,9 +167,9 @@ class FlashDecode {
 #pragma unroll
     for (int n = 0; n < kSteps; ++n) {
       const int i = 8 * n + lane_ / 4;
-      const Bits* const row = i < count ? tile.row(matrix, i) : nullptr;
+      const Bits* const row = tile.row(matrix, i, i < count);
 #pragma unroll
-      for (int c = 0; c < kKeyChunks; ++c) load<32>(k[n][c], row, 32 * c + lane_ % 4 * kChunkDims);
+      for (int c = 0; c < kKeyChunks; ++c) load<32>(k[n][c], row, 32 * c + lane_ % 4 * kChunkDims, i < count);
     }
   }
   __device__ __forceinline__ void load_values(ValueChunks& v, const Matrix& matrix, const Keys& tile, int count) const {
@@ -179,9 +178,9 @@ class FlashDecode {
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         const int i = 8 * n + lane_ % 4 * 2 + pair;
-        const Bits* const row = i < count ? tile.row(matrix, i) : nullptr;
+        const Bits* const row = tile.row(matrix, i, i < count);
 #pragma unroll
-        for (int c = 0; c < kValueChunks; ++c) load<64>(v[n][pair][c], row, 64 * c + lane_ / 4 * kChunkDims);
+        for (int c = 0; c < kValueChunks; ++c) load<64>(v[n][pair][c], row, 64 * c + lane_ / 4 * kChunkDims, i < count);
       }
   }
 

@@ -75,9 +75,11 @@ class KeyTile {
     }
   }
 
-  __device__ __forceinline__ const Bits* row(const Matrix& matrix, int i) const {
+  // Row i of the tile, which is not to be read where it is not there.
+  __device__ __forceinline__ const Bits* row(const Matrix& matrix, int i, bool is_there) const {
     if constexpr (Traits::kIsPaged) {
-      return is_in_one_page_ ? matrix.row_at(page_, row_of_page_ + i) : matrix.row_at(first_ + i);
+      if (is_in_one_page_) return matrix.row_at(page_, row_of_page_ + i);
+      return is_there ? matrix.row_at(first_ + i) : matrix.base;
     } else {
       return matrix.base + (first_ + i) * matrix.row_stride;
     }
