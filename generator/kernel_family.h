@@ -54,6 +54,8 @@ struct KernelFamily {
   int (*shared_bytes)(const KernelSpec&) = [](const KernelSpec&) { return 0; };
   int (*registers)(const KernelSpec&);  // a thread's, at the least
 
+  bool is_tuned = true;  // whether the tuner has problems for it
+
   // Which tiles there are.
   std::optional<std::string> (*check_tile)(const KernelSpec&);  // nothing, or why it is not one of this family's
   TileTables (*default_tiles)(const KernelSpec&);

@@ -22,6 +22,7 @@ constinit const KernelFamily kDecodeCombineFamily = {.word = "decode_combine",
                                                      .rows = RowSide::kQueries,
                                                      .reads_mask = false,
                                                      .registers = [](const KernelSpec&) { return 32; },
+                                                     .is_tuned = false,
                                                      .check_tile = check_row_of_a_warp,
                                                      .default_tiles = tiles};
 

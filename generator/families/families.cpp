@@ -10,7 +10,7 @@ std::string words(WordOf word_of) {
   std::string_view last;
   for (const KernelKind kind : kKernelKinds) {
     const std::string_view next = word_of(kind);
-    if (next != last) text += (text.empty() ? "" : ", ") + std::string(next);
+    if (!next.empty() && next != last) text += (text.empty() ? "" : ", ") + std::string(next);
     last = next;
   }
   return text;
@@ -48,6 +48,13 @@ std::string_view to_text(KernelKind kind) { return family_of(kind).word; }
 
 std::string kind_words() {
   return words([](KernelKind kind) { return to_text(kind); });
+}
+
+std::string tuned_group_words() {
+  return words([](KernelKind kind) {
+    const KernelFamily& family = family_of(kind);
+    return family.is_tuned ? family.pack_group : std::string_view();
+  });
 }
 
 std::string pack_group_words() {

@@ -18,8 +18,9 @@ extern const KernelFamily kAppendFamily;
 
 const KernelFamily& family_of(KernelKind kind);
 
-std::string kind_words();        // "fwd, bwd_preprocess, ..."
-std::string pack_group_words();  // "fwd, bwd, decode"
+std::string kind_words();         // "fwd, bwd_preprocess, ..."
+std::string tuned_group_words();  // "fwd, bwd": those that the tuner has problems for
+std::string pack_group_words();   // "fwd, bwd, decode"
 
 // The spec with what its family does not read at its plainest value, so that problems which can share a kernel do.
 KernelSpec normalized(KernelSpec spec);

@@ -20,7 +20,7 @@ from ._options import Options
 from ._reference import reference_gradients, reference_heads
 
 # Of a training step.
-_KINDS = tuple(family.word for family in _core.kernel_families() if not family.word.startswith("decode"))
+_KINDS = tuple(family.word for family in _core.kernel_families() if family.word.startswith(("fwd", "bwd")))
 _ALL_KEYS = 64  # that every block of the last kind can have
 _SEQLEN = 300  # no multiple of any tile's edge
 

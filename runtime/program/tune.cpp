@@ -171,7 +171,7 @@ void add_tune(CLI::App& app, Action& chosen) {
   command->add_option("--seqlens", flags->seqlens, "Lengths of queries and keys: 512,2048; a preset has its own")
       ->delimiter(',');
   command->add_option("--batch", flags->batches, "Batch sizes: 1,8; a preset has its own")->delimiter(',');
-  command->add_option("--kinds", flags->kinds, "Kinds of kernels: " + pack_group_words() + " (default: fwd)")
+  command->add_option("--kinds", flags->kinds, "Kinds of kernels: " + tuned_group_words() + " (default: fwd)")
       ->delimiter(',');
   command->add_option("--budget", flags->budget, "Seconds for all of it, kept within a tenth")->capture_default_str();
   command->add_option("--device", flags->device, "CUDA device")->capture_default_str();

@@ -113,8 +113,8 @@ std::vector<KernelKind> kinds_of(const ProblemChoice& choice, ArgumentName name)
   for (const std::string& word : choice.kinds) {
     const std::size_t before = kinds.size();
     for (const KernelKind kind : kKernelKinds)
-      if (family_of(kind).pack_group == word) kinds.push_back(kind);
-    if (kinds.size() == before) refuse(name("kinds"), word, pack_group_words());
+      if (family_of(kind).is_tuned && family_of(kind).pack_group == word) kinds.push_back(kind);
+    if (kinds.size() == before) refuse(name("kinds"), word, tuned_group_words());
   }
   return kinds;
 }
