@@ -10,6 +10,7 @@
 #include "generator/families/families.h"
 #include "generator/integers.h"
 #include "generator/kernel_traffic.h"
+#include "generator/key_splits.h"
 #include "generator/tile_layout.h"
 
 namespace flash_attn_jit {
@@ -124,12 +125,54 @@ void require_size(const ProblemSize& size) {
                             "a divisor of num_heads, " + std::to_string(size.num_heads)});
 }
 
+// From blocks and cycles, with DRAM's floor.
+void take_seconds(ProblemPrediction& prediction, const KernelSpec& spec, const ProblemSize& size, const Card& card,
+                  double bytes) {
+  prediction.dram_seconds = bytes / card.dram_bytes_per_second;
+  prediction.seconds = std::max(prediction.cycles / card.sustained_mhz / 1e6, prediction.dram_seconds);
+  prediction.seconds_at_boost = std::max(prediction.cycles / card.boost_mhz / 1e6, prediction.dram_seconds);
+  const int products = family_of(spec.kind).products;
+  if (products > 0) prediction.useful_flops = seen_scores(spec, size) * 2.0 * spec.head_dim * products;
+  // An m16n8k8 is 16 x 8 x 8 multiply-adds.
+  const double flops_per_cycle = 4.0 * 2 * 16 * 8 * 8 / card.mma_interval * card.multiprocessors;
+  prediction.share_of_peak = prediction.useful_flops / (prediction.cycles * flops_per_cycle);
+}
+
+double traffic_of(const KernelSpec& spec, const ProblemSize& size) {
+  return kernel_traffic(spec, static_cast<double>(size.batch * size.seqlen_q * size.num_heads),
+                        static_cast<double>(size.batch * size.seqlen_k * size.num_heads_k));
+}
+
+// Of the decode kernel, without what puts its splits together.
+ProblemPrediction predict_splits(const KernelSpec& spec, const ProblemSize& size, const std::vector<BlockCost>& costs,
+                                 const Card& card) {
+  const std::int64_t rows = size.batch * size.num_heads;
+  const Problem problem{size.seqlen_q, size.seqlen_k, rows, card.multiprocessors, size.seqlen_k};
+  const KeySplits splits = split_keys(spec, problem);
+  std::int64_t seen = std::min<std::int64_t>(splits.keys, size.seqlen_k);
+  if (spec.mask == Mask::kWindow && size.window_left >= 0 && size.window_right >= 0)
+    seen = std::min(seen, size.window_left + size.window_right + size.seqlen_q);
+  ProblemPrediction prediction;
+  prediction.iterations = static_cast<double>(ceil_div(seen, columns_of_iteration(spec)));
+  prediction.blocks = decode_row_blocks(spec, problem) * splits.count;
+  prediction.blocks_per_multiprocessor = static_cast<int>(costs.size());
+  prediction.waves =
+      static_cast<double>(prediction.blocks) / (card.multiprocessors * static_cast<double>(costs.size()));
+  prediction.cycles = uniform_cycles(prediction.blocks, {prediction.iterations, 0}, costs, card, 0);
+  const double of_parts =
+      splits.count > 1 ? 4.0 * splits.count * static_cast<double>(rows * size.seqlen_q) * (spec.padded_head_dim() + 2)
+                       : 0.0;
+  take_seconds(prediction, spec, size, card, traffic_of(spec, size) + of_parts);
+  return prediction;
+}
+
 }  // namespace
 
 ProblemPrediction predict(const KernelSpec& spec, const ProblemSize& size, const std::vector<BlockCost>& costs,
                           const Card& card) {
   require_size(size);
   const KernelFamily& family = family_of(spec.kind);
+  if (family.warps_share_rows) return predict_splits(spec, size, costs, card);
   const bool owns_keys = family.rows == RowSide::kKeys;
   const std::int64_t rows = owns_keys ? size.seqlen_k : size.seqlen_q,
                      columns = owns_keys ? size.seqlen_q : size.seqlen_k;
@@ -161,8 +204,6 @@ ProblemPrediction predict(const KernelSpec& spec, const ProblemSize& size, const
 
   // What a block reads and writes once comes at its share of DRAM's bandwidth, where the cost of a block has it at the
   // load/store unit's: with equal blocks all multiprocessors do this at the same time.
-  const double bytes = kernel_traffic(spec, static_cast<double>(size.batch * size.seqlen_q * size.num_heads),
-                                      static_cast<double>(size.batch * size.seqlen_k * size.num_heads_k));
   const double of_block = static_cast<double>(spec.tile.block_m) * spec.head_dim * kElementBytes *
                           (owns_keys              ? 4
                            : family.products == 3 ? 3
@@ -174,13 +215,7 @@ ProblemPrediction predict(const KernelSpec& spec, const ProblemSize& size, const
   const bool uniform = spec.mask == Mask::kNone || of_head.size() == 1;
   prediction.cycles = uniform ? uniform_cycles(prediction.blocks, of_head.front(), costs, card, extra)
                               : scheduled_cycles(of_head, heads, costs, card, extra);
-  prediction.dram_seconds = bytes / card.dram_bytes_per_second;
-  prediction.seconds = std::max(prediction.cycles / card.sustained_mhz / 1e6, prediction.dram_seconds);
-  prediction.seconds_at_boost = std::max(prediction.cycles / card.boost_mhz / 1e6, prediction.dram_seconds);
-  if (family.products > 0) prediction.useful_flops = seen_scores(spec, size) * 2.0 * spec.head_dim * family.products;
-  // An m16n8k8 is 16 x 8 x 8 multiply-adds.
-  const double flops_per_cycle = 4.0 * 2 * 16 * 8 * 8 / card.mma_interval * card.multiprocessors;
-  prediction.share_of_peak = prediction.useful_flops / (prediction.cycles * flops_per_cycle);
+  take_seconds(prediction, spec, size, card, traffic_of(spec, size));
   return prediction;
 }
 

@@ -328,6 +328,24 @@ TEST_CASE("no problem is faster than DRAM or the tensor cores") {
   }
 }
 
+TEST_CASE("a token over a cache: one sequence fills the card, and DRAM bounds it") {
+  KernelSpec spec = spec_of(KernelKind::kDecode, 128, Mask::kCausal, {16, 16, 4, 128, {0, 0, 0}});
+  spec.group_size = 4;
+  const std::vector<BlockCost> costs = {{4075, 1756, 1756}, {2483, 1320, 1320}};
+  ProblemSize size{.batch = 1, .num_heads = 32, .num_heads_k = 8, .seqlen_q = 1, .seqlen_k = 8192};
+  const ProblemPrediction one = predict(spec, size, costs, find_card("t4"));
+  CHECK(one.blocks >= 72);  // of 80 at once
+  CHECK(one.blocks % 8 == 0);
+  CHECK(one.iterations == doctest::Approx(std::ceil(8192.0 / static_cast<double>(one.blocks / 8) / 64)));
+  const double bytes = 2.0 * 8 * 8192 * 128 * 2;  // of keys and values
+  CHECK(one.seconds == one.dram_seconds);
+  CHECK(one.seconds * 320e9 == doctest::Approx(bytes).epsilon(0.02));
+  size.batch = 64;
+  const ProblemPrediction many = predict(spec, size, costs, find_card("t4"));
+  CHECK(many.blocks == 64 * 8);  // without splits
+  CHECK(many.seconds == doctest::Approx(64 * one.seconds).epsilon(0.02));
+}
+
 TEST_CASE("bad sizes and cards are refused by name") {
   const KernelSpec spec = spec_of(KernelKind::kForward, 64, Mask::kNone, {128, 32, 4, 64, {}});
   const std::vector<BlockCost> costs = {{1, 1, 1}};
