@@ -22,8 +22,9 @@ struct KernelSelection {
   std::array<Switch, kFeatures.size()> features;  // as in kFeatures
 };
 
-// The pack named "default", which a wheel may bring: forward, backward and decode, head dims 64 and 128, full and causal
-// masks, groups of 1, 2, 4 and 8 heads. Most models that fit a T4 ask for some of these; in a wheel they take 6.1 MB.
+// The pack named "default", which a wheel may bring: forward, backward and decode, head dims 64 and 128, full and
+// causal masks, groups of 1, 2, 4 and 8 heads. Most models that fit a T4 ask for some of these; in a wheel they take
+// 6.1 MB.
 KernelSelection default_pack();
 
 // Every default tile, with 16-byte accesses (where the head dim is a multiple of 8) and with element-wise
