@@ -17,7 +17,7 @@ inline constexpr int kMostKeySplits = 128;
 // The same on every call: neither lengths on the device nor time have a say.
 KeySplits split_keys(const KernelSpec& spec, const Problem& problem, std::int64_t asked = 0);
 
-// Blocks of 16 rows that a problem has, without splits.
+// Blocks that a problem has, without splits.
 std::int64_t decode_row_blocks(const KernelSpec& spec, const Problem& problem);
 
 }  // namespace flash_attn_jit

@@ -76,7 +76,8 @@ std::optional<Varlen> read_varlen(py::handle options, const Argument& q) {
   const Argument cu_seqlens_q("cu_seqlens_q", field.cu_seqlens_q(options));
   check_small_tensor(cu_seqlens_q, q, ElementType::kInt32,
                      cu_seqlens_q.info.rank == 1 && cu_seqlens_q.info.shape[0] >= 1, kAcceptedCuSeqlens);
-  if (field.cu_seqlens_k(options).is_none() && is_paged(options) && !field.seqused_k(options).is_none())
+  // Pages say where the keys lie, and seqused_k how many they are.
+  if (is_paged(options) && !field.seqused_k(options).is_none())
     return Varlen{static_cast<const int*>(cu_seqlens_q.info.data), nullptr, cu_seqlens_q.info.shape[0] - 1,
                   field.max_seqlen_q(options), field.max_seqlen_k(options)};
   const Argument cu_seqlens_k("cu_seqlens_k", field.cu_seqlens_k(options));

@@ -39,8 +39,9 @@ class FlashAppend {
   __device__ __forceinline__ void append(const void* from, const TensorStrides& from_strides, void* to,
                                          const TensorStrides& to_strides, int batch, int i, int used, bool turns,
                                          int lane) const {
+    if (used < 0 || used >= params_.cache_rows) return;
     const int row = i / params_.num_heads_k, head = i % params_.num_heads_k, place = used + row;
-    if (place < 0 || place >= params_.cache_rows) return;
+    if (place >= params_.cache_rows) return;
     const Bits* const x = static_cast<const Bits*>(from) + offset(from_strides, batch, row, head);
     const KeyCacheParams& cache = params_.cache;
     int block = batch, row_of_block = place;

@@ -223,7 +223,7 @@ class FlashDecode {
 
   // ---- the main loop ----
 
-  // Every row of the block sees the keys [whole.first, whole.end) of those that some row sees.
+  // Every row of the warp sees the keys [whole.first, whole.end) of those that some row sees.
   __device__ __forceinline__ void attend() {
     const int first_query = query_of(first_row_);
     const int last_query = query_of(Sequence<Traits>::minimum(first_row_ + kDecodeRows, rows()) - 1);

@@ -7,7 +7,7 @@ struct FlashDecodeParams : FlashFwdParams {
   // One split writes out and softmax_lse. More of them write what they found of each row to `partial_out` and
   // `partial_rows`, and flash_decode_combine() puts it together.
   int num_splits;
-  int keys_per_split;  // a multiple of kBlockN x kNWarps
+  int keys_per_split;  // a multiple of what the warps that share rows go over together
 
   // A row is a number of softmax_lse, in its order.
   int total_rows;

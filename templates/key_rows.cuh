@@ -69,9 +69,10 @@ class KeyTile {
   // From row `first`, a multiple of kRows, which may lie at `end` or beyond: then it is not read.
   __device__ __forceinline__ KeyTile(const Matrix& matrix, int first, int end) : first_(first) {
     if constexpr (Traits::kIsPaged) {
+      if (first >= end) return;
       is_in_one_page_ = matrix.hold_tiles(kRows);
       row_of_page_ = matrix.row_of_page(first);
-      page_ = is_in_one_page_ && first < end ? matrix.page_of(first) : 0;
+      page_ = is_in_one_page_ ? matrix.page_of(first) : 0;
     }
   }
 
@@ -87,6 +88,6 @@ class KeyTile {
 
  private:
   int first_;
-  int page_, row_of_page_;  // of the first row
-  bool is_in_one_page_;
+  int page_ = 0, row_of_page_ = 0;  // of the first row
+  bool is_in_one_page_ = false;
 };

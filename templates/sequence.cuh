@@ -116,7 +116,8 @@ class Sequence {
   template <class KeyCache>
   __device__ __forceinline__ void take_key_lengths(const KeyCache& cache) {
     const int rows = Traits::kIsVarlen ? seqlen_k_ : params_->seqlen_k;
-    const int used = cache.used != nullptr ? load_global_i32(cache.used + batch_) + cache.used_more : rows;
+    const int used =
+        cache.used != nullptr ? minimum(load_global_i32(cache.used + batch_), rows) + cache.used_more : rows;
     const int leftpad = cache.leftpad != nullptr ? load_global_i32(cache.leftpad + batch_) : 0;
     const int end = minimum(maximum(used, 0), rows);
     leftpad_ = minimum(maximum(leftpad, 0), end);

@@ -1,4 +1,4 @@
-// Forward of few queries: warps share 16 rows and take turns with the keys, which are split over blocks too.
+// Forward of few queries: a warp has 16 rows, those that share them take turns with the keys, and so do blocks.
 #include "generator/families/families.h"
 #include "generator/tile_layout.h"
 #include "generator/tile_rules.h"

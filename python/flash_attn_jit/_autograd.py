@@ -242,6 +242,8 @@ def _is_recorded() -> bool:
 
 def _for_operator(options: Options, *inputs: torch.Tensor) -> Options:
     """What a transform of torch.func differentiates says nothing of it."""
+    if has_cache(options):  # without gradients
+        return options
     wants_gradient = _is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     return before_backward(options) if wants_gradient or _is_transformed() or _is_recorded() else options
 
@@ -254,7 +256,7 @@ def _are_plain(options: Options) -> bool:
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
-def _cast_for_autocast(tensor: torch.Tensor) -> torch.Tensor:
+def cast_for_autocast(tensor: torch.Tensor) -> torch.Tensor:
     """A float32 tensor in autocast's dtype where autocast is on for its device, differentiably."""
     device = tensor.device.type
     if tensor.dtype is torch.float32 and device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
@@ -288,7 +290,7 @@ def attention(q: Any, k: Any, v: Any, options: Options, wants_lse: bool, out: to
     if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
         reject_what_is_no_tensor(q=q, k=k, v=v)
     if q.dtype is _float32 or k.dtype is _float32 or v.dtype is _float32:
-        q, k, v = _cast_for_autocast(q), _cast_for_autocast(k), _cast_for_autocast(v)
+        q, k, v = cast_for_autocast(q), cast_for_autocast(k), cast_for_autocast(v)
     if forward_mode_is_on():
         _reject_tangents(q=q, k=k, v=v)
     if out is not None or has_cache(options):
@@ -300,7 +302,9 @@ def attention(q: Any, k: Any, v: Any, options: Options, wants_lse: bool, out: to
             result = _forward_operator(SEPARATE)(q, k, v, *_for_operator(options, q, k, v))
             return result if out is None else (out.copy_(result[0]), result[1])
         if out is not None:
-            return ops.compute(q, k, v, options, out)
+            result = ops.compute(q, k, v, options, out)
+            ops.has_changed(out)
+            return result
         if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             result = _attention(q, k, v, (before_backward(options), wants_lse))
             return result if wants_lse else (result, None)
@@ -331,7 +335,7 @@ def attention_kvpacked(q: Any, kv: Any, options: Options, wants_lse: bool) -> Re
     check_packed("kv", kv, layout)
     try:
         if q.dtype is _float32 or kv.dtype is _float32:
-            q, kv = _cast_for_autocast(q), _cast_for_autocast(kv)
+            q, kv = cast_for_autocast(q), cast_for_autocast(kv)
         if forward_mode_is_on():
             _reject_tangents(q=q, kv=kv)
         if not (is_plain(q, kv, kv) and _are_plain(options)):
@@ -356,7 +360,7 @@ def attention_qkvpacked(qkv: Any, options: Options, wants_lse: bool) -> Result:
     check_packed("qkv", qkv, layout)
     try:
         if qkv.dtype is _float32:
-            qkv = _cast_for_autocast(qkv)
+            qkv = cast_for_autocast(qkv)
         if forward_mode_is_on():
             _reject_tangents(qkv=qkv)
         if not (is_plain(qkv, qkv, qkv) and _are_plain(options)):

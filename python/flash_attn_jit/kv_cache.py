@@ -12,7 +12,7 @@ from ._arguments import (
     refuse_gradient,
     reject_what_is_no_tensor,
 )
-from ._autograd import attention
+from ._autograd import attention, cast_for_autocast
 from .errors import Refusal
 from .interface import documented, read_options
 from .ops import append
@@ -94,8 +94,8 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention of some queries over a cache of keys and values, to which ``k`` and ``v`` are appended in place before.
-    Without gradients.
+    """Attention of some queries over a cache of keys and values, to which ``k`` and ``v`` are appended in place before:
+    also where what follows is refused. Without gradients.
 
     {running}
 
@@ -157,8 +157,9 @@ def flash_attn_with_kvcache(
         block_table=table,
         num_splits=num_splits,
     )
-    if k is not None:
+    if k is not None and v is not None:
         reject_what_is_no_tensor(k=k, v=v)
+        q, k, v = cast_for_autocast(q), cast_for_autocast(k), cast_for_autocast(v)
         options = options._replace(seqused_more=k.shape[1])
         advances = options.causal or options.window_left >= 0 or options.window_right >= 0
         turned = append(k, v, k_cache, v_cache, lengths, table, q, rotary_cos, rotary_sin, rotary_interleaved, advances)

@@ -231,6 +231,13 @@ for _form, _suffix in ((SEPARATE, ""), (KVPACKED, "_kvpacked"), (QKVPACKED, "_qk
 # ---- what goes into a cache of keys and values ----
 
 
+def has_changed(*tensors: torch.Tensor) -> None:
+    """What autograd saved of them is no longer what it was."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+
 def _append(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -260,6 +267,7 @@ def _append(
         interleaved,
         queries_advance,
     )
+    has_changed(k_cache, v_cache)
     return turned
 
 

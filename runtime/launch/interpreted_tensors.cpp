@@ -94,15 +94,15 @@ void require_pages(const PageTable& pages, std::int64_t b, std::int64_t used, co
 }
 
 void require_lengths(const AttentionOptions& options, const TensorView& q, const TensorView& k) {
+  const ProblemShape shape = problem_shape(q, k, options);
   if (options.varlen) {
     const Varlen& varlen = *options.varlen;
     require_cu_seqlens("q", varlen.cu_seqlens_q, varlen.batch, varlen.max_seqlen_q, q.shape[kSeqlen]);
-    // With pages it says how many keys, and not where.
-    const std::int64_t rows = options.pages ? std::numeric_limits<std::int64_t>::max() : k.shape[kSeqlen];
-    if (varlen.cu_seqlens_k != nullptr)
-      require_cu_seqlens("k", varlen.cu_seqlens_k, varlen.batch, varlen.max_seqlen_k, rows);
+    // With pages it says how many keys, and not where: as many as the table has room for.
+    const std::int64_t total = options.pages ? std::numeric_limits<std::int64_t>::max() : k.shape[kSeqlen];
+    const std::int64_t longest = options.pages ? shape.seqlen_k : varlen.max_seqlen_k;
+    if (varlen.cu_seqlens_k != nullptr) require_cu_seqlens("k", varlen.cu_seqlens_k, varlen.batch, longest, total);
   }
-  const ProblemShape shape = problem_shape(q, k, options);
   for (std::int64_t b = 0; b < shape.batch; ++b) {
     const std::int64_t rows = key_rows(options, shape, b);
     const std::int64_t used = require_key_lengths(options, b, rows);

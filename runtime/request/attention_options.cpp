@@ -47,11 +47,16 @@ int window_width(std::int64_t width) {
   return static_cast<int>(width < 0 ? kMostWindow : std::min(width, kMostWindow));
 }
 
+// Of a sequence. Where there is no page, a table has nothing to name.
+std::int64_t rows_of_keys(const TensorView& k, const AttentionOptions& options) {
+  if (!options.pages) return k.shape[kSeqlen];
+  return k.shape[kBatch] > 0 ? k.shape[kSeqlen] * options.pages->columns : 0;
+}
+
 }  // namespace
 
 ProblemShape problem_shape(const TensorView& q, const TensorView& k, const AttentionOptions& options) {
-  const std::int64_t rows_q = q.shape[kSeqlen],
-                     rows_k = k.shape[kSeqlen] * (options.pages ? options.pages->columns : 1);
+  const std::int64_t rows_q = q.shape[kSeqlen], rows_k = rows_of_keys(k, options);
   if (!options.varlen) return {q.shape[kBatch], rows_q, rows_k};
   const Varlen& varlen = *options.varlen;
   return {varlen.batch, std::min(varlen.max_seqlen_q, rows_q), std::min(varlen.max_seqlen_k, rows_k)};

@@ -513,3 +513,63 @@ def test_a_model_generates_the_same_tokens_with_every_cache():
     assert len(set(expected[:, 7:].flatten().tolist())) > 4
     for page_size in (None, 1, 16):
         assert torch.equal(model.with_cache(prompt, 12, page_size), expected)
+
+
+# ---- what a reading of the code found ----
+
+
+def test_no_pages_at_all():
+    empty = torch.empty(0, 16, 2, 64, dtype=torch.float16)
+    for queries in (1, 300):
+        out, lse, _ = flash_attn_varlen_func(
+            normal(queries, 4, 64),
+            empty,
+            empty,
+            int32([0, queries]),
+            None,
+            queries,
+            32,
+            block_table=int32([0, 0]).reshape(1, 2),
+            seqused_k=int32([0]),
+            return_attn_probs=True,
+        )
+        assert not out.any() and (lse == float("inf")).all()
+    no_rows = torch.empty(2, 0, 2, 64, dtype=torch.float16)
+    out = flash_attn_jit.flash_attn_with_kvcache(normal(2, 1, 4, 64), no_rows, no_rows, cache_batch_idx=int32([1, 0]))
+    assert not out.any()
+
+
+def test_lengths_that_a_table_has_no_room_for():
+    cache = cache_of(16, 2, 64, [32], [0], 2, random.Random(7))
+    q = normal(1, 4, 64)
+    with pytest.raises(ValueError, match=r"^cu_seqlens_k\[1\] is 100"):
+        flash_attn_varlen_func(q, cache.k, cache.v, int32([0, 1]), int32([0, 100]), 1, 100, block_table=cache.table)
+    # Where seqused_k says how many keys there are, cu_seqlens_k is not asked.
+    out = flash_attn_varlen_func(
+        q, cache.k, cache.v, int32([0, 1]), int32([0, 0]), 1, 32, block_table=cache.table, seqused_k=int32([32])
+    )
+    check_sequences(out[None], None, q[None], cache.keys)
+
+
+def test_what_autograd_saved_is_known_to_have_changed():
+    k, v, new = normal(1, 8, 2, 64), normal(1, 8, 2, 64), normal(1, 1, 2, 64)
+    factor = torch.ones((), requires_grad=True)
+    for changed in (k, v):
+        product = (changed * factor.half()).sum()
+        flash_attn_jit.flash_attn_with_kvcache(new, k, v, new, new, cache_seqlens=3)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+    out = torch.empty(1, 1, 2, 64).half()
+    product = (out * factor.half()).sum()
+    with torch.no_grad():
+        flash_attn_func(new, k, v, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_autocast_casts_what_is_appended():
+    k_cache, v_cache = normal(1, 8, 2, 64), normal(1, 8, 2, 64)
+    q, new = normal(1, 1, 4, 64).float(), normal(1, 1, 2, 64).float()
+    with torch.autocast("cpu", torch.float16):
+        out = flash_attn_jit.flash_attn_with_kvcache(q, k_cache, v_cache, new, new, cache_seqlens=7)
+    assert out.dtype is torch.float16 and torch.equal(k_cache[:, 7], new[:, 0].half())
