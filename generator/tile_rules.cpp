@@ -1,6 +1,15 @@
 #include "generator/tile_rules.h"
 
+#include <array>
+
 namespace flash_attn_jit {
+namespace {
+
+constexpr std::array kRowsOfFourWarps = {
+    TileRow{256, {.block_m = 4, .block_n = 0, .warps = 4, .register_dims = 0, .schedule = {0, 0, 0}}},
+};
+
+}  // namespace
 
 std::string quoted(const std::string& text) { return "'" + text + "'"; }
 
@@ -40,5 +49,7 @@ std::optional<std::string> check_row_of_a_warp(const KernelSpec& spec) {
   return tile_name(spec) + " is for kind " + std::string(to_text(spec.kind)) +
          "; accepted: a row for each warp, and 0 for all else, as in " + quoted("m4n0w4q0l0b0k0");
 }
+
+TileTables row_of_a_warp_tiles(const KernelSpec&) { return {TileTableList{kRowsOfFourWarps}}; }
 
 }  // namespace flash_attn_jit

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "generator/kernel_spec.h"
+#include "generator/tile_table.h"
 
 namespace flash_attn_jit {
 
@@ -16,5 +17,6 @@ std::optional<std::string> check_rows_of_warps(const KernelSpec& spec);  // 16 o
 std::optional<std::string> check_register_dims(const KernelSpec& spec);
 std::optional<std::string> check_rows_alone(const KernelSpec& spec);     // of a kernel without a main loop
 std::optional<std::string> check_row_of_a_warp(const KernelSpec& spec);  // the same, where a warp has one row
+TileTables row_of_a_warp_tiles(const KernelSpec& spec);                  // four warps, for any head dim
 
 }  // namespace flash_attn_jit

@@ -3,15 +3,6 @@
 #include "generator/tile_rules.h"
 
 namespace flash_attn_jit {
-namespace {
-
-constexpr std::array kTiles = {
-    TileRow{256, {.block_m = 4, .block_n = 0, .warps = 4, .register_dims = 0, .schedule = {0, 0, 0}}},
-};
-
-TileTables tiles(const KernelSpec&) { return {TileTableList{kTiles}}; }
-
-}  // namespace
 
 constinit const KernelFamily kDecodeCombineFamily = {.word = "decode_combine",
                                                      .pack_group = "decode",
@@ -24,6 +15,6 @@ constinit const KernelFamily kDecodeCombineFamily = {.word = "decode_combine",
                                                      .registers = [](const KernelSpec&) { return 32; },
                                                      .is_tuned = false,
                                                      .check_tile = check_row_of_a_warp,
-                                                     .default_tiles = tiles};
+                                                     .default_tiles = row_of_a_warp_tiles};
 
 }  // namespace flash_attn_jit

@@ -238,6 +238,11 @@ def has_changed(*tensors: torch.Tensor) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
+def _room_for_turned(q: torch.Tensor, rotary_cos: torch.Tensor | None) -> torch.Tensor:
+    """Of q, for q turned; without elements where nothing is."""
+    return q.new_empty(0) if rotary_cos is None else torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
 def _append(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -252,7 +257,7 @@ def _append(
     queries_advance: bool,
 ) -> torch.Tensor:
     """q, turned; without elements where nothing is."""
-    turned = q.new_empty(0) if rotary_cos is None else torch.empty_like(q, memory_format=torch.contiguous_format)
+    turned = _room_for_turned(q, rotary_cos)
     _core.append(
         k,
         v,
@@ -272,8 +277,7 @@ def _append(
 
 
 def _fake_append(*arguments: Any) -> torch.Tensor:
-    q, rotary_cos = arguments[6], arguments[7]
-    return q.new_empty(0) if rotary_cos is None else torch.empty_like(q, memory_format=torch.contiguous_format)
+    return _room_for_turned(arguments[6], arguments[7])
 
 
 _append_operator = _define(
