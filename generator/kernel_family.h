@@ -43,8 +43,8 @@ struct KernelFamily {
   RowSide rows;
   bool reads_mask;            // false: mask, features and group size say nothing about the kernel
   bool has_all_rows = false;  // a block owns all rows of a sequence: a tile with fewer is not for the problem
-  // A warp has 16 of a block's rows, and those that have the same ones take turns with tiles of columns; the query
-  // heads of a group are rows of one block. A block has some of the columns: see key_splits.h.
+  // A warp has 16 or 32 of a block's rows, and those that have the same ones take turns with tiles of columns; the
+  // query heads of a group are rows of one block. A block has some of the columns: see key_splits.h.
   bool warps_share_rows = false;
   int most_head_dim = kMostHeadDim;
 

@@ -58,7 +58,7 @@ struct LoopSchedule {
 // How one thread block covers its part of the problem. Text: "m256n16w8q96l2b4k7".
 struct TileConfig {
   int block_m = 0;  // rows of a block, queries or (dK and dV) keys; a warp owns block_m / warps of them (16 or 32);
-                    // decode: 16, which several warps may share
+                    // decode: which several warps may share
   int block_n = 0;  // keys, or (dK and dV) queries, of one iteration of the main loop; decode: of each warp's
   int warps = 0;    // warps of a block
   int register_dims = 0;  // head dims of the rows' matrices held in registers; the rest stays in shared memory

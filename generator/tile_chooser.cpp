@@ -209,15 +209,20 @@ std::vector<TileConfig> default_tiles(const KernelSpec& spec) {
   return tiles;
 }
 
+// Rows that a block of so many warps may have.
+std::vector<int> block_rows(const KernelSpec& spec, int warps) {
+  if (family_of(spec.kind).warps_share_rows) return {16, 32, 64, 128};
+  return {16 * warps, 32 * warps};
+}
+
 std::vector<TileConfig> tile_space(const KernelSpec& spec, const ArchLimits& arch) {
   const int dims = spec.padded_head_dim();
   std::vector<TileConfig> tiles = default_tiles(spec);
   for (int warps : {2, 4, 8})
-    for (int rows : {16, 32})
+    for (int block_m : block_rows(spec, warps))
       for (int block_n : family_of(spec.kind).space.columns)
         for (int register_dims : {dims, dims * 5 / 8 / 16 * 16})
           for (const LoopSchedule& schedule : family_of(spec.kind).space.schedules) {
-            const int block_m = family_of(spec.kind).warps_share_rows ? rows : warps * rows;
             const TileConfig tile{block_m, block_n, warps, register_dims, schedule};
             if (is_legal(spec, tile, arch)) tiles.push_back(tile);
           }

@@ -11,14 +11,17 @@ int kernel_dims(const KernelSpec& spec) {
   return (spec.head_dim + step - 1) / step * step;
 }
 
-int row_tiles_of_warp(const KernelSpec& spec) {
+int rows_of_warp(const KernelSpec& spec) {
   const TileConfig& tile = spec.tile;
-  return family_of(spec.kind).warps_share_rows ? 1 : tile.block_m / tile.warps / 16;
+  if (!family_of(spec.kind).warps_share_rows) return tile.block_m / tile.warps;
+  return std::min(tile.block_m, spec.head_dim <= 128 ? 32 : 16);
 }
+
+int row_tiles_of_warp(const KernelSpec& spec) { return rows_of_warp(spec) / 16; }
 
 int columns_of_iteration(const KernelSpec& spec) {
   const TileConfig& tile = spec.tile;
-  return family_of(spec.kind).warps_share_rows ? tile.block_n * tile.warps * 16 / tile.block_m : tile.block_n;
+  return family_of(spec.kind).warps_share_rows ? tile.block_n * tile.warps * rows_of_warp(spec) / tile.block_m : tile.block_n;
 }
 
 int blocks_per_multiprocessor(const TileConfig& tile) { return std::max(1, 8 / tile.warps); }

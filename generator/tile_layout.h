@@ -9,6 +9,10 @@ namespace flash_attn_jit {
 // Those beyond head_dim are zeros that no tensor holds.
 int kernel_dims(const KernelSpec& spec);
 
+// Rows that a warp has: its part of the block's; where warps share rows 32 of them, if there are, and 16 above head dim
+// 128, where O of more has no room in registers.
+int rows_of_warp(const KernelSpec& spec);
+
 // Tiles of 16 rows that a warp has.
 int row_tiles_of_warp(const KernelSpec& spec);
 

@@ -1,8 +1,8 @@
 // Forward attention of few queries: what counts is how fast keys and values come from memory.
 //
 // A block has kBlockM rows of one key head: row r is query r / group of query head r % group of those that share the
-// head, so that keys are read once for all of them. A warp has 16 of the rows; the warps that have the same ones take
-// turns with tiles of kBlockN keys. Other blocks have other parts of the keys (splits).
+// head, so that keys are read once for all of them. A warp has 16 or 32 of the rows; the warps that have the same ones
+// take turns with tiles of kBlockN keys. Other blocks have other parts of the keys (splits).
 //
 // K and V go from global memory straight into the operands of tensor instructions, 16 bytes a lane, and wait in
 // registers: nothing is shared, nothing waits for a barrier, and a warp has the next tile's K on its way while it works
@@ -25,28 +25,31 @@
 #include "softmax.cuh"
 #include "tile_copy.cuh"
 
-constexpr int kDecodeRows = 16;  // of a warp
-
 template <class Traits>
 struct FlashDecodeTile {
-  static constexpr int kRowGroups = Traits::kBlockM / kDecodeRows;  // of warps that share rows
-  static constexpr int kKeyGroups = Traits::kNWarps / kRowGroups;   // of warps that share keys
+  // Of a warp. O of 32 rows has room in registers up to head dim 128.
+  static constexpr int kMostRows = Traits::kHeadDim <= 128 ? 32 : 16;
+  static constexpr int kRows = Traits::kBlockM < kMostRows ? Traits::kBlockM : kMostRows;
+  static constexpr int kMTiles = kRows / 16;
+
+  static constexpr int kRowGroups = Traits::kBlockM / kRows;       // of warps that share rows
+  static constexpr int kKeyGroups = Traits::kNWarps / kRowGroups;  // of warps that share keys
   static_assert(kRowGroups * kKeyGroups == Traits::kNWarps, "every group of rows has as many warps");
 
-  // Shared memory. The warps of a group of rows are put together through it, 64 dims at a time: each one's O, then its
-  // row_max and row_sum. Behind lie the chunks of Q that registers have no room for: of each group of rows, of each
-  // chunk, of the lane's two rows, as the lanes read them.
-  static constexpr int kMergedDims = 64;
-  static constexpr int kPitch = (kMergedDims + 4) * 4;
-  static constexpr int kWarpBytes = kDecodeRows * kPitch;
-  static constexpr int kRowsBegin = Traits::kNWarps * kWarpBytes;
-  static constexpr int kRowBytes = 8;
-  static constexpr int kQueryBegin = kRowsBegin + Traits::kNWarps * kDecodeRows * kRowBytes;
+  // Shared memory. First the chunks of Q that registers have no room for: of each group of rows, of each chunk, of each
+  // of the lane's rows, as the lanes read them. Then, in their place, 64 dims of O of every warp but those of the first
+  // key group, which put them together; as the lanes have them, too. Behind both those warps' row_max and row_sum.
   static constexpr int kKeyChunks = (Traits::kHeadDim + 31) / 32;
   static constexpr int kRegisterChunks = (Traits::kRegisterDims + 31) / 32;
   static constexpr int kSharedChunks = kKeyChunks - kRegisterChunks;
   static constexpr int kChunkOfLanes = 32 * kChunkBytes;
-  static constexpr int kSharedBytes = kQueryBegin + kRowGroups * kSharedChunks * 2 * kChunkOfLanes;
+  static constexpr int kQueryBytes = kRowGroups * kSharedChunks * 2 * kMTiles * kChunkOfLanes;
+  static constexpr int kMergedDims = 64;
+  static constexpr int kMergedWarps = (kKeyGroups - 1) * kRowGroups;
+  static constexpr int kWarpBytes = kRows * kMergedDims * 4;
+  static constexpr int kRowsBegin = kQueryBytes > kMergedWarps* kWarpBytes ? kQueryBytes : kMergedWarps * kWarpBytes;
+  static constexpr int kRowBytes = 8;
+  static constexpr int kSharedBytes = kRowsBegin + kMergedWarps * kRows * kRowBytes;
 };
 
 template <class Traits>
@@ -55,15 +58,16 @@ class FlashDecode {
   using Element = typename Traits::Element;
   using Bits = typename Element::Bits;
   using Matrix = KeyMatrix<Traits>;
-  static constexpr int kDims = Traits::kHeadDim, kGroup = Traits::kGroupSize, kThreads = 32 * Traits::kNWarps;
+  static constexpr int kDims = Traits::kHeadDim, kGroup = Traits::kGroupSize;
   static constexpr int kKeys = Traits::kBlockN, kSteps = kKeys / 8;
   static constexpr int kKeysOfAllWarps = Tile::kKeyGroups * kKeys;
   static constexpr int kKeyChunks = Tile::kKeyChunks, kValueChunks = (kDims + 63) / 64;
+  static constexpr int kMTiles = Tile::kMTiles, kLaneRows = 2 * kMTiles;
 
   using Keys = KeyTile<Traits, kKeys>;  // where a warp's next ones lie
-  using Rows = Softmax<Element, 1, kSteps>;
-  using Output = Accumulator<1, 8 * kValueChunks>;
-  using QueryChunks = Vec16[2][Tile::kRegisterChunks > 0 ? Tile::kRegisterChunks : 1];  // of the lane's two rows
+  using Rows = Softmax<Element, kMTiles, kSteps>;
+  using Output = Accumulator<kMTiles, 8 * kValueChunks>;
+  using QueryChunks = Vec16[kLaneRows][Tile::kRegisterChunks > 0 ? Tile::kRegisterChunks : 1];  // of the lane's rows
   using KeyChunks = Vec16[kSteps][kKeyChunks];
   using ValueChunks = Vec16[kSteps][2][kValueChunks];
 
@@ -78,7 +82,7 @@ class FlashDecode {
         warp_(thread_in_block() / 32),
         row_group_(warp_ % Tile::kRowGroups),
         key_group_(warp_ / Tile::kRowGroups),
-        first_row_(block_row_ + row_group_ * kDecodeRows),
+        first_row_(block_row_ + row_group_ * Tile::kRows),
         softmax_(params.softmax_scale_log2) {}
 
   __device__ __forceinline__ void run() {
@@ -88,9 +92,9 @@ class FlashDecode {
       block_barrier();
     }
     if (first_row_ < rows()) attend();
-    put_rows_together();
-#pragma unroll
-    for (int c = 0; c < kValueChunks; ++c) put_outputs_together(c);
+    RowPart rows_of_lane[kLaneRows];
+    put_together(rows_of_lane);
+    if (key_group_ == 0) write(rows_of_lane);
   }
 
  private:
@@ -137,21 +141,21 @@ class FlashDecode {
 
   __device__ __forceinline__ void load_queries(QueryChunks& q) const {
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
+    for (int r = 0; r < kLaneRows; ++r)
 #pragma unroll
       for (int c = 0; c < Tile::kRegisterChunks; ++c) load_query(q[r][c], r, c);
   }
 
   __device__ __forceinline__ SharedAddress shared_query(int r, int c) const {
-    const int place = (row_group_ * Tile::kSharedChunks + c - Tile::kRegisterChunks) * 2 + r;
-    return Tile::kQueryBegin + place * Tile::kChunkOfLanes + lane_ * kChunkBytes;
+    const int place = (row_group_ * Tile::kSharedChunks + c - Tile::kRegisterChunks) * kLaneRows + r;
+    return place * Tile::kChunkOfLanes + lane_ * kChunkBytes;
   }
   __device__ __forceinline__ void share_queries() const {
     if (key_group_ > 0) return;
 #pragma unroll
     for (int c = Tile::kRegisterChunks; c < kKeyChunks; ++c)
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
+      for (int r = 0; r < kLaneRows; ++r) {
         Vec16 chunk;
         load_query(chunk, r, c);
         store_shared_16B(shared_query(r, c), chunk);
@@ -190,9 +194,9 @@ class FlashDecode {
                                                 const KeyChunks& k) const {
 #pragma unroll
     for (int c = 0; c < kKeyChunks; ++c) {
-      Vec16 rows[2];
+      Vec16 rows[kLaneRows];
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
+      for (int r = 0; r < kLaneRows; ++r)
         if (c < Tile::kRegisterChunks)
           rows[r] = q[r][c < Tile::kRegisterChunks ? c : 0];
         else
@@ -201,10 +205,12 @@ class FlashDecode {
       for (int j = 0; j < 4; ++j)
 #pragma unroll
         for (int n = 0; n < kSteps; ++n)
-          if (c == 0 && j == 0)
-            Element::multiply(scores.s[0][n], rows[0].word[j], rows[1].word[j], k[n][c].word[j]);
-          else
-            Element::multiply_add(scores.s[0][n], rows[0].word[j], rows[1].word[j], k[n][c].word[j]);
+#pragma unroll
+          for (int m = 0; m < kMTiles; ++m)
+            if (c == 0 && j == 0)
+              Element::multiply(scores.s[m][n], rows[2 * m].word[j], rows[2 * m + 1].word[j], k[n][c].word[j]);
+            else
+              Element::multiply_add(scores.s[m][n], rows[2 * m].word[j], rows[2 * m + 1].word[j], k[n][c].word[j]);
     }
   }
 
@@ -216,8 +222,9 @@ class FlashDecode {
 #pragma unroll
         for (int j = 0; j < kChunkDims; ++j) {
           const unsigned first = v[n][0][c].word[j / 2], second = v[n][1][c].word[j / 2];
-          Element::multiply_add(acc_o_[0][8 * c + j], p[0][n][0], p[0][n][1],
-                                j % 2 == 0 ? low_halves(first, second) : high_halves(first, second));
+          const unsigned both = j % 2 == 0 ? low_halves(first, second) : high_halves(first, second);
+#pragma unroll
+          for (int m = 0; m < kMTiles; ++m) Element::multiply_add(acc_o_[m][8 * c + j], p[m][n][0], p[m][n][1], both);
         }
   }
 
@@ -226,7 +233,7 @@ class FlashDecode {
   // Every row of the warp sees the keys [whole.first, whole.end) of those that some row sees.
   __device__ __forceinline__ void attend() {
     const int first_query = query_of(first_row_);
-    const int last_query = query_of(Sequence<Traits>::minimum(first_row_ + kDecodeRows, rows()) - 1);
+    const int last_query = query_of(Sequence<Traits>::minimum(first_row_ + Tile::kRows, rows()) - 1);
     const KeyRange seen = of_split(sequence_.first_key(first_query), sequence_.end_key(last_query));
     const KeyRange whole = of_split(sequence_.first_key(last_query), sequence_.end_key(first_query));
     const Matrix key_rows = keys(params_.k, params_.k_strides), value_rows = keys(params_.v, params_.v_strides);
@@ -257,13 +264,13 @@ class FlashDecode {
 
   __device__ __forceinline__ void prepare_variants() {
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
+    for (int r = 0; r < kLaneRows; ++r)
       variant_[r].prepare(params_, sequence_, head_of(row_of_lane(r)), reciprocal(params_.softmax_scale_log2));
   }
 
   __device__ __forceinline__ void to_scores(typename Rows::Scores& scores, int key) const {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < kLaneRows; ++r) {
       const int query = query_of(row_of_lane(r));
       for_each_in_row(scores.s, r, [&](float& s, int column) {
         s = variant_[r].bias(variant_[r].score(s), sequence_, query, key + lane_column(lane_) + column);
@@ -273,7 +280,7 @@ class FlashDecode {
 
   __device__ __forceinline__ void mask(typename Rows::Scores& scores, int key) const {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < kLaneRows; ++r) {
       const KeyRange seen = seen_by(query_of(row_of_lane(r)));
       for_each_in_row(scores.s, r, [&](float& s, int column) {
         const int at = key + lane_column(lane_) + column;
@@ -284,7 +291,7 @@ class FlashDecode {
 
   __device__ __forceinline__ void to_probabilities(const typename Rows::Scores& scores,
                                                    typename Rows::Probabilities& p) {
-    float remainder[2] = {};
+    float remainder[kLaneRows] = {};
     if (softmax_.must_correct(scores)) softmax_.correct(scores, acc_o_, remainder);
     typename Rows::Exponents exponents;
     softmax_.to_exponents(scores, remainder, exponents);
@@ -293,81 +300,126 @@ class FlashDecode {
 
   // ---- the warps that have the same rows, put together ----
 
-  // Of warp `of` of those that have row `row` of the block.
-  static __device__ __forceinline__ int warp_of(int of, int row) { return of * Tile::kRowGroups + row / kDecodeRows; }
-  static __device__ __forceinline__ SharedAddress shared_row(int warp, int row) {
-    return Tile::kRowsBegin + (warp * kDecodeRows + row % kDecodeRows) * Tile::kRowBytes;
+  // Of a warp of key group `group`, which is not the first.
+  __device__ __forceinline__ int merged_warp(int group) const { return (group - 1) * Tile::kRowGroups + row_group_; }
+  __device__ __forceinline__ SharedAddress shared_row(int group, int r) const {
+    return Tile::kRowsBegin + (merged_warp(group) * Tile::kRows + lane_row(lane_) + 8 * r) * Tile::kRowBytes;
   }
-  static __device__ __forceinline__ SharedAddress shared_output(int warp, int row, int dim) {
-    return warp * Tile::kWarpBytes + row % kDecodeRows * Tile::kPitch + dim * 4;
+  __device__ __forceinline__ SharedAddress shared_output(int group, int r, int quarter) const {
+    return merged_warp(group) * Tile::kWarpBytes + ((4 * r + quarter) * 32 + lane_) * kChunkBytes;
   }
 
-  __device__ __forceinline__ void put_rows_together() const {
+  // Element i of the 16 dims 64c + 16t and on that the lane has of its row r.
+  __device__ __forceinline__ float& output(int r, int c, int i) {
+    return acc_o_[r / 2][8 * c + i % 8][r % 2 * 2 + i / 8];
+  }
+
+  // In the warps of the first key group: their rows of all keys that the block has, O too.
+  __device__ __forceinline__ void put_together(RowPart (&all)[kLaneRows]) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float sum = softmax_.total(r);
-      if (lane_column(lane_) == 0) {
-        const SharedAddress at = shared_row(warp_, lane_row(lane_) + 8 * r);
-        store_shared_f32(at, softmax_.row_max[r]);
-        store_shared_f32(at + 4, sum);
+    for (int r = 0; r < kLaneRows; ++r) all[r] = {softmax_.row_max[r], softmax_.total(r)};
+    if (Tile::kKeyGroups > 1) {
+      if (Tile::kSharedChunks > 0) block_barrier();  // every warp is done with Q
+      if (key_group_ > 0) store_rows(all);
+      float weight[Tile::kKeyGroups][kLaneRows];
+#pragma unroll
+      for (int c = 0; c < kValueChunks; ++c) {
+        if (c > 0) block_barrier();  // the dims before are out of shared memory
+        if (key_group_ > 0) store_outputs(c);
+        block_barrier();
+        if (key_group_ > 0) continue;
+        if (c == 0) add_rows(all, weight);
+        add_outputs(c, weight);
       }
     }
   }
 
-  // Dims 64c .. + 63 of all rows.
-  __device__ __forceinline__ void put_outputs_together(int c) const {
-    if (c > 0) block_barrier();  // the dims before are out of shared memory
-    store_outputs(c);
-    block_barrier();
-    constexpr int kUnitsOfRow = Tile::kMergedDims / kChunkDims;  // a chunk of dims each
-    for (int unit = thread_in_block(); unit < Traits::kBlockM * kUnitsOfRow; unit += kThreads) {
-      const int row = unit / kUnitsOfRow, dim = unit % kUnitsOfRow * kChunkDims;
-      if (block_row_ + row < rows() && Tile::kMergedDims * c + dim < Traits::kTileDims) write_unit(row, c, dim);
+  __device__ __forceinline__ void store_rows(const RowPart (&part)[kLaneRows]) const {
+    if (lane_column(lane_) != 0) return;
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) {
+      store_shared_f32(shared_row(key_group_, r), part[r].row_max);
+      store_shared_f32(shared_row(key_group_, r) + 4, part[r].row_sum);
     }
   }
 
-  __device__ __forceinline__ void store_outputs(int c) const {
+  // And what the parts' O are to be multiplied by.
+  __device__ __forceinline__ void add_rows(RowPart (&all)[kLaneRows],
+                                           float (&weight)[Tile::kKeyGroups][kLaneRows]) const {
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
+    for (int r = 0; r < kLaneRows; ++r) {
+      RowPart parts[Tile::kKeyGroups] = {all[r]};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int group = 1; group < Tile::kKeyGroups; ++group) {
+        const SharedAddress at = shared_row(group, r);
+        parts[group] = {load_shared_f32(at), load_shared_f32(at + 4)};
+        all[r].row_max = max_ignoring_nan(all[r].row_max, parts[group].row_max);
+      }
+      all[r].row_sum = 0.0f;
+#pragma unroll
+      for (int group = 0; group < Tile::kKeyGroups; ++group) {
+        weight[group][r] = weight_of(parts[group], all[r].row_max);
+        all[r].row_sum = fma_rounded(parts[group].row_sum, weight[group][r], all[r].row_sum);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_outputs(int c) {
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r)
+#pragma unroll
+      for (int quarter = 0; quarter < 4; ++quarter) {
         Vec16 four;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) four.word[j] = bits_of_float(acc_o_[0][8 * c + i % 2 * 4 + j][2 * r + i / 2]);
-        const int row = lane_row(lane_) + 8 * r, dim = lane_ % 4 * 16 + 4 * i;
-        store_shared_16B(shared_output(warp_, row, dim), four);
+        for (int j = 0; j < 4; ++j) four.word[j] = bits_of_float(output(r, c, 4 * quarter + j));
+        store_shared_16B(shared_output(key_group_, r, quarter), four);
       }
   }
 
-  __device__ __forceinline__ void write_unit(int row, int c, int dim) const {
-    RowPart parts[Tile::kKeyGroups];
-    RowPart all{-infinity(), 0.0f};
+  __device__ __forceinline__ void add_outputs(int c, const float (&weight)[Tile::kKeyGroups][kLaneRows]) {
 #pragma unroll
-    for (int w = 0; w < Tile::kKeyGroups; ++w) {
-      const SharedAddress at = shared_row(warp_of(w, row), row);
-      parts[w] = {load_shared_f32(at), load_shared_f32(at + 4)};
-      all.row_max = max_ignoring_nan(all.row_max, parts[w].row_max);
-    }
-    float o[kChunkDims] = {};
+    for (int r = 0; r < kLaneRows; ++r)
 #pragma unroll
-    for (int w = 0; w < Tile::kKeyGroups; ++w) {
-      const float weight = weight_of(parts[w], all.row_max);
-      all.row_sum = fma_rounded(parts[w].row_sum, weight, all.row_sum);
+      for (int quarter = 0; quarter < 4; ++quarter) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Vec16 four;
-        load_shared_16B(four, shared_output(warp_of(w, row), row, dim + 4 * half));
+        for (int j = 0; j < 4; ++j) output(r, c, 4 * quarter + j) *= weight[0][r];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) o[4 * half + j] = fma_rounded(float_of_bits(four.word[j]), weight, o[4 * half + j]);
+        for (int group = 1; group < Tile::kKeyGroups; ++group) {
+          Vec16 four;
+          load_shared_16B(four, shared_output(group, r, quarter));
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            float& o = output(r, c, 4 * quarter + j);
+            o = fma_rounded(float_of_bits(four.word[j]), weight[group][r], o);
+          }
+        }
       }
+  }
+
+  // ---- the result ----
+
+  __device__ __forceinline__ void write(RowPart (&all)[kLaneRows]) {
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) {
+      const int row = row_of_lane(r);
+      if (row >= rows()) continue;
+      const KeyRange seen = seen_by(query_of(row));
+      if (seen.first >= seen.end) all[r].row_max = -infinity();
+#pragma unroll
+      for (int c = 0; c < kValueChunks; ++c)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int dim = 64 * c + lane_ % 4 * 16 + kChunkDims * half;
+          float o[kChunkDims];
+#pragma unroll
+          for (int i = 0; i < kChunkDims; ++i) o[i] = output(r, c, kChunkDims * half + i);
+          if (dim >= Traits::kTileDims) continue;
+          if (params_.num_splits == 1)
+            write_result(row, dim, all[r], o);
+          else
+            write_part(row, dim, all[r], o);
+        }
     }
-    const KeyRange seen = seen_by(query_of(block_row_ + row));
-    if (seen.first >= seen.end) all.row_max = -infinity();
-    const int first_dim = Tile::kMergedDims * c + dim;
-    if (params_.num_splits == 1)
-      write_result(block_row_ + row, first_dim, all, o);
-    else
-      write_part(block_row_ + row, first_dim, all, o);
   }
 
   __device__ __forceinline__ void write_result(int row, int dim, const RowPart& all,
@@ -375,10 +427,8 @@ class FlashDecode {
     const TensorStrides& strides = params_.out_strides;
     Bits* const out = static_cast<Bits*>(params_.out) + sequence_.query_offset(strides, head_of(row)) +
                       query_of(row) * strides.row + dim;
-    const float factor = inverse_sum(all);
     Vec16 chunk;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) chunk.word[i] = Element::pack(o[2 * i] * factor, o[2 * i + 1] * factor);
+    pack_chunk<Element>(chunk, o, inverse_sum(all));
     store_chunk<Traits>(out, dim, chunk);
     if (dim == 0) store_global_f32(params_.softmax_lse + statistics_of(row), log_sum_exp(all));
   }
@@ -407,7 +457,7 @@ class FlashDecode {
   const int lane_, warp_, row_group_, key_group_;
   const int first_row_;  // of the warp
   Rows softmax_;
-  ScoreVariant<Traits> variant_[2];  // of the lane's rows
+  ScoreVariant<Traits> variant_[kLaneRows];  // of the lane's rows
   Output acc_o_ = {};
 };
 

@@ -65,10 +65,8 @@ class FlashDecodeCombine {
         for (int i = 0; i < kChunkDims; ++i) o[i] = fma_rounded(float_of_bits(halves[i / 4].word[i % 4]), weight, o[i]);
       }
     }
-    const float factor = inverse_sum(all);
     Vec16 chunk;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) chunk.word[i] = Element::pack(o[2 * i] * factor, o[2 * i + 1] * factor);
+    pack_chunk<Element>(chunk, o, inverse_sum(all));
     const int query = row_ % params_.seqlen_q, batch_head = row_ / params_.seqlen_q;
     const TensorStrides& strides = params_.out_strides;
     Bits* const out = static_cast<Bits*>(params_.out) + batch_head / params_.num_heads * strides.batch +

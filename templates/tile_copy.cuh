@@ -60,6 +60,14 @@ __device__ __forceinline__ void store_chunk(typename Traits::Element::Bits* at, 
   }
 }
 
+// 8 dims of a row, each multiplied by `factor`, rounded to elements.
+template <class Element>
+__device__ __forceinline__ void pack_chunk(Vec16& chunk, const float (&dims)[kChunkDims], float factor) {
+#pragma unroll
+  for (int i = 0; i < kChunkDims / 2; ++i)
+    chunk.word[i] = Element::pack(dims[2 * i] * factor, dims[2 * i + 1] * factor);
+}
+
 // Bytes between chunks of one tile: 32 bits with vector access, where the launch plan sees to it that a tile spans less
 // than 2 GiB, because the main loop is short of registers.
 template <bool kVectorAccess>

@@ -92,7 +92,7 @@ TileConfig random_decode_tile(Dice& dice, const ForwardCase& f) {
   KernelSpec spec = spec_of(KernelKind::kDecode, f);
   while (true) {
     spec.tile = {.block_m = 16 * dice.between(1, 8),
-                 .block_n = 8 * dice.between(1, 2),
+                 .block_n = 8 * dice.between(1, 4),
                  .warps = dice.between(1, 16),
                  .register_dims = 16 * dice.between(0, spec.padded_head_dim() / 16),
                  .schedule = {0, 0, 0}};
