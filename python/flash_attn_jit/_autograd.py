@@ -258,8 +258,10 @@ _AUTOCAST_DEVICES = ("cpu", "cuda")
 
 def cast_for_autocast(tensor: torch.Tensor) -> torch.Tensor:
     """A float32 tensor in autocast's dtype where autocast is on for its device, differentiably."""
+    if tensor.dtype is not _float32:
+        return tensor
     device = tensor.device.type
-    if tensor.dtype is torch.float32 and device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+    if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         return tensor.to(torch.get_autocast_dtype(device))
     return tensor
 
@@ -277,9 +279,11 @@ _WITHOUT_GRADIENT = ("seqused_k", "leftpad_k", "block_table")
 
 
 def _refuse_gradients(options: Options, out: torch.Tensor | None, *inputs: torch.Tensor) -> None:
+    if not (_is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
+        return
     given = ["out"] if out is not None else []
     given += [name for name in _WITHOUT_GRADIENT if getattr(options, name) is not None]
-    if given and _is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+    if given:
         came = "comes with inputs that require a gradient, which is not built yet"
         accepted = "inputs that need none, or torch.no_grad()"
         raise Refusal(given[0], came, accepted, error=NotImplementedError).exception()

@@ -101,6 +101,7 @@ def read_options(
     seqused_k: Any = None,
     leftpad_k: Any = None,
     block_table: Any = None,
+    seqused_more: int = 0,
     num_splits: Any = 0,
 ) -> Options:
     """The arguments of a public function, their types checked; lengths as they are. Defaults pass with one
@@ -120,9 +121,12 @@ def read_options(
         check_tensor("alibi_slopes", alibi_slopes)
     if deterministic is not True and deterministic is not False:
         truth("deterministic", deterministic)
-    for name, tensor in (("seqused_k", seqused_k), ("leftpad_k", leftpad_k), ("block_table", block_table)):
-        if tensor is not None:
-            check_tensor(name, tensor)
+    if seqused_k is not None:
+        check_tensor("seqused_k", seqused_k)
+    if leftpad_k is not None:
+        check_tensor("leftpad_k", leftpad_k)
+    if block_table is not None:
+        check_tensor("block_table", block_table)
     return Options(
         softmax_scale=softmax_scale,
         causal=causal,
@@ -135,6 +139,7 @@ def read_options(
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
         seqused_k=seqused_k,
+        seqused_more=seqused_more,
         leftpad_k=leftpad_k,
         block_table=block_table,
         num_splits=num_splits if num_splits == 0 else read_splits(num_splits),

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from . import _core
 from ._arguments import (
     UNBOUNDED,
     Window,
@@ -60,6 +61,8 @@ def _table(block_table: Any, cache_batch_idx: Any) -> torch.Tensor | None:
 
 def _check_new(k: Any, v: Any, rotary_cos: Any, rotary_sin: Any, cache_seqlens: Any) -> None:
     """What is given together."""
+    if k is None and v is None and rotary_cos is None and rotary_sin is None:
+        return
     for name, one, other, with_it in (
         ("v", k, v, "k"),
         ("k", v, k, "v"),
@@ -70,6 +73,13 @@ def _check_new(k: Any, v: Any, rotary_cos: Any, rotary_sin: Any, cache_seqlens: 
     ):
         if one is not None and other is None:
             raise Refusal(name, f"is None, and {with_it} is given", "both, or neither").exception()
+    reject_what_is_no_tensor(k=k, v=v)
+
+
+def _rows_of(k: torch.Tensor) -> int:
+    if k.dim() != 4:
+        _core.refuse_rank("k", k, False)
+    return k.shape[1]
 
 
 @documented
@@ -155,12 +165,11 @@ def flash_attn_with_kvcache(
         seqused_k=lengths,
         leftpad_k=cache_leftpad,
         block_table=table,
+        seqused_more=0 if k is None else _rows_of(k),
         num_splits=num_splits,
     )
     if k is not None and v is not None:
-        reject_what_is_no_tensor(k=k, v=v)
         q, k, v = cast_for_autocast(q), cast_for_autocast(k), cast_for_autocast(v)
-        options = options._replace(seqused_more=k.shape[1])
         advances = options.causal or options.window_left >= 0 or options.window_right >= 0
         turned = append(k, v, k_cache, v_cache, lengths, table, q, rotary_cos, rotary_sin, rotary_interleaved, advances)
         q = q if turned is None else turned
