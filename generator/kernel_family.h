@@ -21,8 +21,8 @@ struct KernelResults {
   bool cache = false;                                         // rows of k and v
 };
 
-// The tiles that there are beside the default ones: every combination of these, of warps and of rows a warp that is
-// legal. Empty: no others.
+// The tiles that there are beside the default ones: every combination of these, of warps and of rows that is legal.
+// Empty: no others.
 struct TileSpace {
   std::span<const int> columns;
   std::span<const LoopSchedule> schedules;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "generator/families/families.h"
 #include "generator/integers.h"
 #include "generator/tile_layout.h"
 
@@ -29,6 +30,11 @@ std::int64_t wanted_splits(std::int64_t blocks, std::int64_t at_once, std::int64
 }
 
 }  // namespace
+
+KernelSpec combine_of(KernelSpec decode) {
+  decode.kind = KernelKind::kDecodeCombine;
+  return normalized(decode);
+}
 
 std::int64_t decode_row_blocks(const KernelSpec& spec, const Problem& problem) {
   return ceil_div(problem.seqlen_q * spec.group_size, spec.tile.block_m) *

@@ -17,6 +17,9 @@ inline constexpr int kMostKeySplits = 128;
 // The same on every call: neither lengths on the device nor time have a say.
 KeySplits split_keys(const KernelSpec& spec, const Problem& problem, std::int64_t asked = 0);
 
+// What puts a decode kernel's splits together; its tile says nothing.
+KernelSpec combine_of(KernelSpec decode);
+
 // Blocks that a problem has, without splits.
 std::int64_t decode_row_blocks(const KernelSpec& spec, const Problem& problem);
 

@@ -153,6 +153,12 @@ class DefaultTileChooser final : public TileChooser {
   }
 };
 
+// Of a block: 16 or 32 a warp; where warps share them, from those of one warp on.
+std::vector<int> rows_of_space(const KernelFamily& family, int warps) {
+  if (family.warps_share_rows) return {16, 32, 64, 128};
+  return {16 * warps, 32 * warps};
+}
+
 bool is_legal(const KernelSpec& spec, const TileConfig& tile, const ArchLimits& arch) {
   KernelSpec with_tile = spec;
   with_tile.tile = tile;
@@ -209,20 +215,15 @@ std::vector<TileConfig> default_tiles(const KernelSpec& spec) {
   return tiles;
 }
 
-// Rows that a block of so many warps may have.
-std::vector<int> block_rows(const KernelSpec& spec, int warps) {
-  if (family_of(spec.kind).warps_share_rows) return {16, 32, 64, 128};
-  return {16 * warps, 32 * warps};
-}
-
 std::vector<TileConfig> tile_space(const KernelSpec& spec, const ArchLimits& arch) {
-  const int dims = spec.padded_head_dim();
+  const KernelFamily& family = family_of(spec.kind);
+  const int dims = spec.padded_head_dim(), fewer_dims = family.warps_share_rows ? 0 : dims * 5 / 8 / 16 * 16;
   std::vector<TileConfig> tiles = default_tiles(spec);
   for (int warps : {2, 4, 8})
-    for (int block_m : block_rows(spec, warps))
-      for (int block_n : family_of(spec.kind).space.columns)
-        for (int register_dims : {dims, dims * 5 / 8 / 16 * 16})
-          for (const LoopSchedule& schedule : family_of(spec.kind).space.schedules) {
+    for (int block_m : rows_of_space(family, warps))
+      for (int block_n : family.space.columns)
+        for (int register_dims : {dims, fewer_dims})
+          for (const LoopSchedule& schedule : family.space.schedules) {
             const TileConfig tile{block_m, block_n, warps, register_dims, schedule};
             if (is_legal(spec, tile, arch)) tiles.push_back(tile);
           }

@@ -91,7 +91,6 @@ constinit const KernelFamily kDecodeFamily = {.word = "decode",
                                               .products = 2,
                                               .shared_bytes = shared_bytes,
                                               .registers = registers,
-                                              .is_tuned = false,
                                               .check_tile = check_tile,
                                               .default_tiles = tiles,
                                               .space = {kColumns, kSchedules}};

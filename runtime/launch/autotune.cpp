@@ -99,9 +99,10 @@ void Autotuner::leave(const Key& key, const AttentionCase& attention, const std:
 
 void Autotuner::meet(Device& device, const ForwardRequest& request, StreamHandle stream) {
   const LaunchPlan plan = plan_forward(request, device.plan_target());
-  if (plan.spec.kind != KernelKind::kForward || plan.spec.features.forward_only())
-    return warn_once("autotune() leaves calls of few queries, and those over a cache of keys and values, as they are");
-  if (!request.tile) meet(device, plan, sizes_of(request.q, request.k, request.options), stream);
+  if (plan.spec.features.forward_only())
+    return warn_once("autotune() leaves calls over a cache of keys and values, with lengths or pages, as they are");
+  if (!request.tile && !request.decode_tile)
+    meet(device, plan, sizes_of(request.q, request.k, request.options), stream);
 }
 
 void Autotuner::meet(Device& device, const BackwardRequest& request, StreamHandle stream) {

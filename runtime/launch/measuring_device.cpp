@@ -71,16 +71,39 @@ struct GpuMeasuringDevice::Launch {
   std::vector<char> params;
 };
 
+struct GpuMeasuringDevice::Pass {
+  Launch own;
+  Launch combine = {};  // behind it; without blocks where there are no splits
+};
+
+// A candidate's own, which its launches find at the same place each time, as those of a process do.
+class GpuMeasuringDevice::SplitMemory final : public Workspace {
+ public:
+  explicit SplitMemory(Driver& driver) : driver_(driver) {}
+
+  float* allocate(std::int64_t floats) override {
+    const std::size_t bytes = sizeof(float) * static_cast<std::size_t>(floats);
+    if (!memory_ || memory_->bytes() < bytes) memory_.emplace(driver_, bytes);
+    return static_cast<float*>(memory_->data());
+  }
+
+ private:
+  Driver& driver_;
+  std::optional<Driver::Memory> memory_;
+};
+
 struct GpuMeasuringDevice::Loaded {
   Driver::Module module;
   CudaFunction function;
-  LaunchShape shape;             // but for its blocks
-  std::vector<Launch> launches;  // one for each copy of the whole problem
+  LaunchShape shape;  // but for its blocks
+  SplitMemory splits;
+  std::vector<Pass> passes;  // one for each copy of the whole problem
 
   Loaded(Driver& driver, const CompiledKernel& kernel)
       : module(driver, kernel.image),
         function(module.find_function(kernel.entry)),
-        shape{0, static_cast<unsigned>(kernel.threads), static_cast<unsigned>(kernel.dynamic_smem)} {
+        shape{0, static_cast<unsigned>(kernel.threads), static_cast<unsigned>(kernel.dynamic_smem)},
+        splits(driver) {
     if (kernel.dynamic_smem > kSmemWithoutOptIn) driver.allow_dynamic_smem(function, kernel.dynamic_smem);
   }
 };
@@ -110,6 +133,10 @@ GpuMeasuringDevice::GpuMeasuringDevice(Driver& driver, const WorkerSetup& setup)
   } catch (const Error& error) {
     nvml_absence_ = error.what();
   }
+  if (attention_.spec.kind == KernelKind::kDecode) {
+    if (!setup.combine) throw Error("the decode_combine kernel that comes behind is missing");
+    combine_ = std::make_unique<Loaded>(driver_, setup.combine->kernel.value());
+  }
   prepare_small();
   prepare_whole(setup.earlier);
 }
@@ -123,40 +150,61 @@ GpuMeasuringDevice::Loaded& GpuMeasuringDevice::load(const CompiledCandidate& ca
   return *loaded;
 }
 
-std::vector<GpuMeasuringDevice::Launch> GpuMeasuringDevice::launches_of(const CaseMemory& memory,
-                                                                        const AttentionCase& attention,
-                                                                        const TileConfig& tile) const {
+namespace {
+
+template <class Params>
+std::vector<char> params_bytes(const Params& params) {
+  const auto* const bytes = reinterpret_cast<const char*>(&params);
+  return {bytes, bytes + sizeof params};
+}
+
+}  // namespace
+
+std::vector<GpuMeasuringDevice::Pass> GpuMeasuringDevice::passes_of(Loaded& kernel, const CaseMemory& memory,
+                                                                    const AttentionCase& attention,
+                                                                    const TileConfig& tile) const {
   const auto launch_of = [&](const auto& plan) {
     KernelSpec wanted = attention.spec;
     wanted.tile = tile;
     if (plan.spec != normalized(wanted))
       throw Error("a launch of kernel '" + wanted.text() + "' was planned as '" + plan.spec.text() + "'");
-    const auto* const bytes = reinterpret_cast<const char*>(&plan.params);
-    return Launch{plan.blocks, {bytes, bytes + sizeof plan.params}};
+    return Launch{plan.blocks, params_bytes(plan.params)};
   };
-  std::vector<Launch> launches;
+  std::vector<Pass> passes;
   for (int copy = 0; copy < memory.copies(); ++copy) {
     if (!attention.is_backward()) {
       ForwardRequest request = memory.forward(copy);
-      request.tile = tile;
-      launches.push_back(launch_of(plan_forward(request, target_)));
+      (attention.spec.kind == KernelKind::kDecode ? request.decode_tile : request.tile) = tile;
+      request.workspace = &kernel.splits;
+      LaunchPlan plan = plan_forward(request, target_);
+      if (plan.workspace_floats > 0) give_workspace(plan, kernel.splits.allocate(plan.workspace_floats));
+      passes.push_back({launch_of(plan), {plan.combine.blocks, params_bytes(plan.combine.params)}});
       continue;
     }
     BackwardRequest request = memory.backward(copy);
     tile_of(request, attention.spec.kind) = tile;
     for (const BackwardLaunch& plan : plan_backward(request, target_))
-      if (plan.spec.kind == attention.spec.kind) launches.push_back(launch_of(plan));
+      if (plan.spec.kind == attention.spec.kind) passes.push_back({launch_of(plan)});
   }
-  return launches;
+  return passes;
+}
+
+// The driver's code, 0 where it took all of the pass.
+int GpuMeasuringDevice::launch(const Loaded& kernel, const Pass& pass) {
+  const auto launch_one = [this](const Loaded& loaded, const Launch& one) {
+    LaunchShape shape = loaded.shape;
+    shape.blocks = static_cast<unsigned>(one.blocks);
+    return driver_.launch(loaded.function, shape, stream_.get(), one.params.data());
+  };
+  const int code = launch_one(kernel, pass.own);
+  return code != 0 || pass.combine.blocks == 0 ? code : launch_one(*combine_, pass.combine);
 }
 
 // On copy 0, waited for. Throws DriverError.
-void GpuMeasuringDevice::run_once(const Loaded& kernel, const CaseMemory& memory, const AttentionCase& attention,
+void GpuMeasuringDevice::run_once(Loaded& kernel, const CaseMemory& memory, const AttentionCase& attention,
                                   const TileConfig& tile) {
-  const Launch launch = launches_of(memory, attention, tile).front();
-  LaunchShape shape = kernel.shape;
-  shape.blocks = static_cast<unsigned>(launch.blocks);
-  driver_.require(driver_.launch(kernel.function, shape, stream_.get(), launch.params.data()), "the launch");
+  const Pass pass = passes_of(kernel, memory, attention, tile).front();
+  driver_.require(launch(kernel, pass), "the launch");
   try {
     driver_.synchronize(stream_.get());
   } catch (const DriverError&) {
@@ -405,15 +453,11 @@ TimedBurst GpuMeasuringDevice::time(const CompiledCandidate& candidate, int laun
   TimedBurst burst;
   try {
     Loaded& kernel = load(candidate, attention_);
-    if (kernel.launches.empty()) kernel.launches = launches_of(*whole_memory_, attention_, candidate.tile);
+    if (kernel.passes.empty()) kernel.passes = passes_of(kernel, *whole_memory_, attention_, candidate.tile);
     int code = 0;
     begin_.record(stream_.get());
-    for (int i = 0; i < launches && code == 0; ++i) {
-      const Launch& launch = kernel.launches[next_launch_++ % kernel.launches.size()];
-      LaunchShape shape = kernel.shape;
-      shape.blocks = static_cast<unsigned>(launch.blocks);
-      code = driver_.launch(kernel.function, shape, stream_.get(), launch.params.data());
-    }
+    for (int i = 0; i < launches && code == 0; ++i)
+      code = launch(kernel, kernel.passes[next_launch_++ % kernel.passes.size()]);
     end_.record(stream_.get());
     const GpuState state = gpu_state();  // while the burst runs
     end_.synchronize();

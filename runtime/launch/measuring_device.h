@@ -36,11 +36,14 @@ class GpuMeasuringDevice final : public WorkerDevice {
   struct Loaded;
   struct Result;
   struct Launch;
+  struct Pass;
+  class SplitMemory;
 
   Loaded& load(const CompiledCandidate& candidate, const AttentionCase& attention);
-  std::vector<Launch> launches_of(const CaseMemory& memory, const AttentionCase& attention,
-                                  const TileConfig& tile) const;
-  void run_once(const Loaded& kernel, const CaseMemory& memory, const AttentionCase& attention, const TileConfig& tile);
+  std::vector<Pass> passes_of(Loaded& kernel, const CaseMemory& memory, const AttentionCase& attention,
+                              const TileConfig& tile) const;
+  int launch(const Loaded& kernel, const Pass& pass);
+  void run_once(Loaded& kernel, const CaseMemory& memory, const AttentionCase& attention, const TileConfig& tile);
   Result result_of(const CaseMemory& memory, const AttentionCase& attention) const;
   void prepare_small();
   void prepare_small_backward();
@@ -75,6 +78,7 @@ class GpuMeasuringDevice final : public WorkerDevice {
   } small_rows_;
   std::vector<double> small_statistics_, small_statistic_bounds_;
   std::map<std::pair<KernelKind, TileConfig>, std::unique_ptr<Loaded>> loaded_;
+  std::unique_ptr<Loaded> combine_;       // of the decode kernel's splits
   std::unique_ptr<Result> right_result_;  // of a candidate that was checked
   std::size_t next_launch_ = 0;
   bool broken_ = false;

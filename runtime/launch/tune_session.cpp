@@ -112,8 +112,12 @@ class TuneSession {
   SearchResult tune(const AttentionCase& attention, double budget_seconds, SearchWatcher* watcher) {
     const double begin = clock_.now();
     const SearchTask task = task_of(attention);
-    WorkerSetup setup{attention, device_.info().ordinal, earlier_kernels(attention), !environment_.peak_gigabytes,
-                      environment_.peak_tflops ? std::nullopt : tensor_kernel()};
+    WorkerSetup setup{attention,
+                      device_.info().ordinal,
+                      earlier_kernels(attention),
+                      !environment_.peak_gigabytes,
+                      environment_.peak_tflops ? std::nullopt : tensor_kernel(),
+                      combine_kernel(attention)};
     IsolatedDevice measuring(settings_.worker_command, std::move(setup));
     SearchSettings search;
     search.budget_seconds = std::max(budget_seconds - (clock_.now() - begin), 0.0);
@@ -176,6 +180,11 @@ class TuneSession {
     if (family_of(attention.spec.kind).products > 0)
       earlier.preprocess = default_kernel(attention, KernelKind::kBackwardPreprocess);
     return earlier;
+  }
+
+  std::optional<CompiledCandidate> combine_kernel(const AttentionCase& attention) {
+    if (attention.spec.kind != KernelKind::kDecode) return std::nullopt;
+    return default_kernel(attention, KernelKind::kDecodeCombine);
   }
 
   CompiledCandidate default_kernel(const AttentionCase& attention, KernelKind kind) {

@@ -18,6 +18,7 @@
 
 #include "generator/families/families.h"
 #include "generator/kernel_selection.h"
+#include "generator/key_splits.h"
 #include "runtime/launch/process.h"
 #include "runtime/library/kernel_library.h"
 #include "runtime/library/pack.h"
@@ -107,6 +108,16 @@ std::optional<std::string> no_use_in_pack(const TuningRecord& record, const Arch
   return check_winner(record);
 }
 
+// What a launch of the record's class takes: the winner, and behind the decode kernel what puts its splits together.
+std::vector<KernelSpec> kernels_of(const TuningRecord& record) {
+  KernelSpec winner = record.key.problem.spec;
+  winner.tile = record.winner;
+  if (winner.kind != KernelKind::kDecode) return {winner};
+  KernelSpec combine = combine_of(winner);
+  combine.tile = default_tiles(combine).front();
+  return {winner, combine};
+}
+
 Content tuned_content(const PrebuildFlags& flags, const ArchLimits& arch) {
   Database database = read_database(existing_file("--tuned", flags.tuned));
   for (const RefusedRecord& refused : database.refused)
@@ -118,10 +129,9 @@ Content tuned_content(const PrebuildFlags& flags, const ArchLimits& arch) {
       log(LogLevel::kWarning, flags.tuned + ": " + name + " is passed over: " + *reason);
       continue;
     }
-    KernelSpec spec = record.key.problem.spec;
-    spec.tile = record.winner;
-    if (std::find(content.kernels.begin(), content.kernels.end(), spec) == content.kernels.end())
-      content.kernels.push_back(spec);
+    for (const KernelSpec& spec : kernels_of(record))
+      if (std::find(content.kernels.begin(), content.kernels.end(), spec) == content.kernels.end())
+        content.kernels.push_back(spec);
     content.records.push_back(std::move(record));
   }
   if (content.kernels.empty())

@@ -168,7 +168,10 @@ void add_tune(CLI::App& app, Action& chosen) {
       ->delimiter(',');
   command->add_option("--causal", flags->causal, "With --head-dims: both, yes or no")->capture_default_str();
   command->add_option("--heads", flags->heads, "With --head-dims: query heads")->capture_default_str();
-  command->add_option("--seqlens", flags->seqlens, "Lengths of queries and keys: 512,2048; a preset has its own")
+  command
+      ->add_option(
+          "--seqlens", flags->seqlens,
+          "Lengths of queries and keys: 512,2048; a preset has its own; of decode of keys, against 1 and 16 queries")
       ->delimiter(',');
   command->add_option("--batch", flags->batches, "Batch sizes: 1,8; a preset has its own")->delimiter(',');
   command->add_option("--kinds", flags->kinds, "Kinds of kernels: " + tuned_group_words() + " (default: fwd)")

@@ -65,9 +65,7 @@ bool takes_decode(const ForwardRequest& request, const KernelSpec& spec, const P
 
 // Rows of all sequences are alike where splits are put together: those of softmax_lse, in its order.
 ForwardLaunch plan_combine(const ForwardLaunch& decode, const PlanTarget& target, const Problem& problem) {
-  ForwardLaunch combine{.spec = decode.spec, .params = decode.params};
-  combine.spec.kind = KernelKind::kDecodeCombine;
-  combine.spec = normalized(combine.spec);
+  ForwardLaunch combine{.spec = combine_of(decode.spec), .params = decode.params};
   combine.spec.tile = target.tiles.choose(combine.spec, problem);
   combine.blocks = ceil_div(decode.params.total_rows, combine.spec.tile.warps);
   if (decode.spec.has(Feature::kVarlen)) combine.params.seqlen_q = decode.params.total_q;

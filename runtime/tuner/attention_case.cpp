@@ -4,6 +4,7 @@
 #include <cmath>
 #include <random>
 
+#include "generator/integers.h"
 #include "generator/legality.h"
 #include "runtime/tuner/half.h"
 
@@ -16,6 +17,9 @@ constexpr double kSoftcap = 30;
 
 // More than the rows of two blocks, and more columns than three iterations have.
 constexpr std::int64_t kSmallSeqlenQ = 277, kSmallSeqlenK = 333;
+// Where a block has a group's query heads as rows, and some of the keys: more rows than a block, so few of them and so
+// many keys that every tile has splits.
+constexpr std::int64_t kSmallDecodeRows = 149, kSmallDecodeKeys = 1701;
 constexpr std::int64_t kManyDims = 1024;  // heads x head_dim beyond which one batch entry has to do
 
 // As models have them.
@@ -84,7 +88,13 @@ AttentionCase small_case(const AttentionCase& whole) {
   small.batch = small.num_heads * whole.spec.head_dim > kManyDims ? 1 : 2;
   small.seqlen_q = kSmallSeqlenQ;
   small.seqlen_k = kSmallSeqlenK;
-  if (family_of(whole.spec.kind).has_all_rows) small.seqlen_k = std::min(small.seqlen_k, whole.seqlen_k);
+  const KernelFamily& family = family_of(whole.spec.kind);
+  if (family.has_all_rows) small.seqlen_k = std::min(small.seqlen_k, whole.seqlen_k);
+  if (family.warps_share_rows) {
+    small.batch = 2;
+    small.seqlen_q = ceil_div(kSmallDecodeRows, small.num_heads);
+    small.seqlen_k = kSmallDecodeKeys;
+  }
   return small;
 }
 

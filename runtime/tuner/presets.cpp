@@ -119,6 +119,12 @@ std::vector<KernelKind> kinds_of(const ProblemChoice& choice, ArgumentName name)
   return kinds;
 }
 
+// The layer's own, or where keys are there before the queries: one that is written, 16 that were guessed or asked more.
+std::vector<int> query_counts(const PresetLayer& layer, KernelKind kind) {
+  if (!family_of(kind).warps_share_rows) return {layer.seqlen_q};
+  return {1, 16};
+}
+
 }  // namespace
 
 std::span<const PresetLayer> preset_layers() { return kLayers; }
@@ -162,7 +168,12 @@ std::vector<AttentionCase> problems_of(const ProblemChoice& choice, ArgumentName
       choice.preset.empty() ? layers_of_sizes(choice, name) : layers_of_preset(choice, name);
   std::vector<AttentionCase> cases;
   for (const PresetLayer& layer : with_sizes(layers, choice))
-    for (const KernelKind kind : kinds) cases.push_back(case_of(layer, kind));
+    for (const KernelKind kind : kinds)
+      for (const int queries : query_counts(layer, kind)) {
+        PresetLayer asked = layer;
+        asked.seqlen_q = queries;
+        cases.push_back(case_of(asked, kind));
+      }
   return cases;
 }
 

@@ -31,7 +31,7 @@ struct ProblemChoice {
   std::vector<int> group_sizes = {1};
   bool full = true, causal = false;  // masks
   int num_heads = 16;
-  std::vector<int> seqlens, batches;  // of queries and keys; of a preset, empty: its own
+  std::vector<int> seqlens, batches;  // of queries and keys, decode: of keys; of a preset, empty: its own
   std::vector<std::string> kinds = {"fwd"};
 };
 

@@ -3,10 +3,23 @@
 #include <algorithm>
 #include <bit>
 
+#include "generator/families/families.h"
+
 namespace flash_attn_jit {
+namespace {
+
+constexpr unsigned kRowsOfWarp = 16;
+
+}  // namespace
 
 std::int64_t Buckets::of(std::int64_t size) const {
   return static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(std::clamp(size, least, greatest))));
+}
+
+Buckets query_buckets(const KernelSpec& spec) {
+  if (!family_of(spec.kind).warps_share_rows) return kSeqlenBuckets;
+  const unsigned queries_of_warp = kRowsOfWarp / static_cast<unsigned>(std::max(spec.group_size, 1));
+  return {std::bit_floor(std::max(queries_of_warp, 1u)), kSeqlenBuckets.greatest};
 }
 
 std::string ProblemClass::kernel() const {
@@ -20,7 +33,7 @@ std::string ProblemClass::text() const {
 }
 
 ProblemClass class_of(const KernelSpec& spec, const Problem& problem) {
-  ProblemClass found{spec, kSeqlenBuckets.of(problem.seqlen_q), kSeqlenBuckets.of(problem.seqlen_k),
+  ProblemClass found{spec, query_buckets(spec).of(problem.seqlen_q), kSeqlenBuckets.of(problem.seqlen_k),
                      kBatchHeadsBuckets.of(problem.batch_heads)};
   found.spec.tile = {};
   return found;

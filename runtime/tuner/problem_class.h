@@ -21,6 +21,10 @@ struct Buckets {
 inline constexpr Buckets kSeqlenBuckets{64, 1 << 17};
 inline constexpr Buckets kBatchHeadsBuckets{1, 1 << 12};
 
+// Of the queries. Where the query heads of a group are rows of one block, queries count by the rows that they make:
+// those of a warp's 16 rows are alike, and each doubling beyond them may want another tile.
+Buckets query_buckets(const KernelSpec& spec);
+
 struct ProblemClass {
   KernelSpec spec;  // with an empty tile
   // Upper ends of the buckets, powers of two.

@@ -132,7 +132,7 @@ ProblemClass read_problem(JsonObject object) {
   if (problem.spec.group_size < 1) object.refuse("kernel", "group sizes (gqa) of 1 or more");
   if (normalized(problem.spec) != problem.spec)
     object.refuse("kernel", "'" + ProblemClass{.spec = normalized(problem.spec)}.kernel() + "', one for all masks");
-  problem.seqlen_q = bucket_at(object, "seqlen_q", kSeqlenBuckets);
+  problem.seqlen_q = bucket_at(object, "seqlen_q", query_buckets(problem.spec));
   problem.seqlen_k = bucket_at(object, "seqlen_k", kSeqlenBuckets);
   problem.batch_heads = bucket_at(object, "batch_heads", kBatchHeadsBuckets);
   object.end();

@@ -72,11 +72,11 @@ CompiledCandidate candidate_of(const Json& json) {
   return {TileConfig::parse(json.at("tile").get<std::string>()), kernel_of(json.at("kernel")), ""};
 }
 
-Json earlier_json(const std::optional<CompiledCandidate>& candidate) {
+Json whole_candidate_json(const std::optional<CompiledCandidate>& candidate) {
   return candidate ? candidate_json(*candidate, true) : Json();
 }
 
-std::optional<CompiledCandidate> earlier_of(const Json& json) {
+std::optional<CompiledCandidate> whole_candidate_of(const Json& json) {
   return json.is_null() ? std::nullopt : std::optional(candidate_of(json));
 }
 
@@ -99,9 +99,10 @@ WorkerSetup setup_of(const Json& json) {
   return {{parse_kernel_without_tile(json.at("kernel").get<std::string>()), size("batch"), size("num_heads"),
            size("num_heads_k"), size("seqlen_q"), size("seqlen_k")},
           json.at("device").get<int>(),
-          {earlier_of(json.at("forward")), earlier_of(json.at("preprocess"))},
+          {whole_candidate_of(json.at("forward")), whole_candidate_of(json.at("preprocess"))},
           json.at("measures_memory").get<bool>(),
-          kernel_of(json.at("tensor_kernel"))};
+          kernel_of(json.at("tensor_kernel")),
+          whole_candidate_of(json.at("combine"))};
 }
 
 Json figures_json(const WorkerFigures& figures) {
@@ -182,10 +183,11 @@ std::string setup_line(const WorkerSetup& setup) {
                     {"seqlen_q", attention.seqlen_q},
                     {"seqlen_k", attention.seqlen_k}}},
                   {"device", setup.device},
-                  {"forward", earlier_json(setup.earlier.forward)},
-                  {"preprocess", earlier_json(setup.earlier.preprocess)},
+                  {"forward", whole_candidate_json(setup.earlier.forward)},
+                  {"preprocess", whole_candidate_json(setup.earlier.preprocess)},
                   {"measures_memory", setup.measures_memory},
-                  {"tensor_kernel", kernel_json(setup.tensor_kernel)}});
+                  {"tensor_kernel", kernel_json(setup.tensor_kernel)},
+                  {"combine", whole_candidate_json(setup.combine)}});
 }
 
 std::string check_line(const CompiledCandidate& candidate, bool with_kernel) {

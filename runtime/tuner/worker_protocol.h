@@ -23,8 +23,9 @@ struct WorkerSetup {
   AttentionCase attention;
   int device = 0;
   EarlierKernels earlier;
-  bool measures_memory = false;                 // its bandwidth
-  std::optional<CompiledKernel> tensor_kernel;  // render_tensor_peak()'s; it is timed where it is given
+  bool measures_memory = false;                   // its bandwidth
+  std::optional<CompiledKernel> tensor_kernel;    // render_tensor_peak()'s; it is timed where it is given
+  std::optional<CompiledCandidate> combine = {};  // behind the decode kernel: what puts its splits together
 };
 
 struct WorkerFigures {

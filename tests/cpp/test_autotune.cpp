@@ -110,6 +110,14 @@ ForwardRequest request(std::int64_t seqlen = 1024) {
   return r;
 }
 
+// Of few queries, two heads of which share their keys.
+ForwardRequest decode_request(std::int64_t seqlen_q = 1, std::int64_t seqlen_k = 2048) {
+  ForwardRequest r = request(seqlen_k);
+  r.q.shape[kSeqlen] = r.out.shape[kSeqlen] = seqlen_q;
+  r.k.shape[kHeads] = r.v.shape[kHeads] = 4;
+  return r;
+}
+
 BackwardRequest backward_request(std::int64_t seqlen = 1024) {
   const ForwardRequest f = request(seqlen);
   BackwardRequest r;
@@ -170,6 +178,43 @@ TEST_CASE("autotune: the first call is tuned, and it and every later one use the
   again.meet(process.device(), request(), stream(7));
   CHECK(process.workers_started() == 2);
   CHECK(again.end().empty());
+}
+
+TEST_CASE("autotune: a call of few queries is tuned as a decode problem, by the rows that its queries make") {
+  PlayedProcess process;
+  const CapturedLog log;
+  const KernelKind kDecode = KernelKind::kDecode;
+  REQUIRE(plan_forward(decode_request(), process.device().plan_target()).spec.kind == kDecode);
+  const TileConfig before = process.chosen(decode_request());
+  REQUIRE(before.block_m != 64);
+  process.autotuner.begin(process.settings());
+  process.autotuner.meet(process.device(), decode_request(), nullptr);
+  CHECK(process.chosen(decode_request()).block_m == 64);
+  process.autotuner.meet(process.device(), decode_request(8), nullptr);  // 16 rows as well
+  CHECK(process.workers_started() == 1);
+  process.autotuner.meet(process.device(), decode_request(9), nullptr);
+  CHECK(process.workers_started() == 2);
+  ForwardRequest window = decode_request();
+  set_mask(window.options, true, {300, -1});
+  window.options.softcap = 30;
+  process.autotuner.meet(process.device(), window, nullptr);
+  const std::vector<TunedProblem> found = process.autotuner.found();
+  REQUIRE(found.size() == 3);
+  for (const TunedProblem& one : found) {
+    CHECK(one.attention.spec.kind == kDecode);
+    CHECK_MESSAGE(one.result.record, one.result.reason);
+  }
+  CHECK(found[0].attention.num_heads_k == 4);
+  CHECK(found[0].attention.seqlen_q == 1);
+  CHECK(found[2].attention.spec.mask == Mask::kWindow);
+
+  ForwardRequest with_tile = decode_request(1, 4096), with_lengths = decode_request(1, 4096);
+  with_tile.decode_tile = before;
+  with_lengths.options.key_lengths = KeyLengths{reinterpret_cast<const int*>(0x6000), nullptr, 0};
+  process.autotuner.meet(process.device(), with_tile, nullptr);
+  for (int i = 0; i < 2; ++i) process.autotuner.meet(process.device(), with_lengths, nullptr);
+  CHECK(process.autotuner.end().size() == 3);
+  CHECK(count_containing(log.warnings(), "leaves calls over a cache of keys and values") == 1);
 }
 
 TEST_CASE("autotune: every kernel of a backward pass, and none whose tile is given") {

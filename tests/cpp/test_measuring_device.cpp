@@ -13,6 +13,7 @@
 #include "runtime/launch/measuring_device.h"
 #include "runtime/system/errors.h"
 #include "templates/flash_bwd_params.cuh"
+#include "templates/flash_decode_params.cuh"
 #include "tests/cpp/containing.h"
 #include "tests/cpp/fp16.h"
 #include "tests/cpp/stub_libcuda/stub_control.h"
@@ -204,6 +205,8 @@ class PlayedDevice {
           if (name == "fwd_wrong_when_whole") return is_whole && row == 50;
           return name == "fwd_wrong_everywhere_when_whole" && is_whole;
         });
+      } else if (name.starts_with("decode") || name == "combine") {
+        run_decode(name, *static_cast<const FlashDecodeParams*>(params));
       } else {
         const auto& p = *static_cast<const FlashBwdParams*>(params);
         const PlainBackward plain(p, 16, causal);
@@ -218,6 +221,20 @@ class PlayedDevice {
 
   std::unique_ptr<Driver> driver;
   std::vector<LaunchSeen> seen;
+
+ private:
+  // Splits leave a mark in the memory of each, which what puts them together looks for.
+  void run_decode(const std::string& name, const FlashDecodeParams& p) {
+    seen.push_back({name, p.q});
+    const bool combines = name == "combine";
+    bool is_whole = combines || p.num_splits == 1;
+    for (int split = 0; split < p.num_splits && p.num_splits > 1; ++split) {
+      float& mark = p.partial_rows[2 * (std::int64_t{p.num_splits} * p.total_rows - split) - 1];
+      if (combines) is_whole = is_whole && mark == static_cast<float>(split + 1);
+      mark = combines ? 0 : static_cast<float>(split + (name == "decode" ? 1 : 2));
+    }
+    if (is_whole) PlainForward(p, 16, true).run(2, [](int) { return false; });
+  }
 };
 
 }  // namespace
@@ -295,6 +312,40 @@ TEST_CASE("measuring: every gradient kernel, after the kernels that come before 
   GpuMeasuringDevice device(*played.driver, {attention, 0, {kernel_named("fwd"), std::nullopt}, false, {}});
   const CheckedCandidate checked = device.check(kernel_named("preprocess", "m64n0w4q0l0b0k0"), 1);
   CHECK_MESSAGE(!checked.fault, checked.fault->reason);
+}
+
+TEST_CASE("measuring: a decode kernel's pass has its splits, and what puts them together behind it") {
+  PlayedDevice played;
+  AttentionCase attention = problem("decode hdim16 fp16 causal gqa2 vec16", 2048);
+  attention.seqlen_q = 1;
+  CHECK_THROWS_WITH_AS(GpuMeasuringDevice(*played.driver, {attention, 0, {}, false, {}}),
+                       doctest::Contains("decode_combine kernel"), Error);
+  GpuMeasuringDevice device(*played.driver, {attention, 0, {}, false, {}, kernel_named("combine", "m4n0w4q0l0b0k0")});
+  const CompiledCandidate right = kernel_named("decode", "m16n16w4q16l0b0k0");
+  const CheckedCandidate checked = device.check(right, 1);
+  CHECK_MESSAGE(!checked.fault, checked.fault->reason);
+  CHECK(checked.error.value() > 0);
+  played.seen.clear();
+  const TimedBurst burst = device.time(right, 5, 1);
+  CHECK_FALSE(burst.fault);
+  CHECK(burst.sample.seconds == doctest::Approx(2e-3));  // a millisecond each
+  REQUIRE(played.seen.size() == 10);
+  for (std::size_t i = 0; i < 10; ++i) {
+    CHECK(played.seen[i].name == (i % 2 == 0 ? "decode" : "combine"));
+    CHECK(played.seen[i].q == played.seen[i / 2 * 2].q);
+  }
+  CHECK(played.seen[2].q != played.seen[0].q);
+  const CheckedCandidate wrong = device.check(kernel_named("decode_wrong", "m32n16w4q16l0b0k0"), 1);
+  REQUIRE(wrong.fault);
+  CHECK(wrong.fault->outcome == Outcome::kWrongResult);
+
+  // Keys of which one split has all are one launch.
+  attention.seqlen_k = 100;
+  GpuMeasuringDevice alone(*played.driver, {attention, 0, {}, false, {}, kernel_named("combine", "m4n0w4q0l0b0k0")});
+  CHECK_FALSE(alone.check(right, 1).fault);
+  played.seen.clear();
+  CHECK(alone.time(right, 3, 1).sample.seconds == doctest::Approx(1e-3));
+  CHECK(played.seen.size() == 3);
 }
 
 TEST_CASE("measuring: a case asks for its own kernel, and its reference has every feature that changes scores") {

@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <climits>
+#include <map>
 #include <set>
 
 #include "generator/errors.h"
@@ -49,6 +50,24 @@ TEST_CASE("a problem's class: the kernel without its tile, and the three buckets
   CHECK(class_of(other_tile, {513, 65, 128, 108}) == problem);
   for (const Problem& other : {Problem{1025, 77, 65, 40}, {512, 77, 65, 40}, {1000, 64, 65, 40}, {1000, 77, 64, 40}})
     CHECK(class_of(spec, other) != problem);
+}
+
+TEST_CASE(
+    "queries of the decode kernel count by the rows that they make with a group's heads, a warp's 16 at the least") {
+  const auto queries_of = [](int group, std::int64_t seqlen_q) {
+    const KernelSpec spec = parse_kernel_without_tile("decode hdim64 fp16 full gqa" + std::to_string(group) + " vec16");
+    return class_of(spec, {seqlen_q, 4000, 32, 40}).seqlen_q;
+  };
+  for (const auto& [group, of_warp] : std::map<int, int>{{1, 16}, {2, 8}, {3, 4}, {4, 4}, {7, 2}, {8, 2}, {64, 1}}) {
+    CAPTURE(group);
+    CHECK(queries_of(group, 1) == of_warp);
+    CHECK(queries_of(group, of_warp) == of_warp);
+    CHECK(queries_of(group, of_warp + 1) == 2 * of_warp);
+    CHECK(queries_of(group, 4 * of_warp) == 4 * of_warp);
+    CHECK((group > 16 || of_warp * group <= 16));
+  }
+  const KernelSpec spec = parse_kernel_without_tile("decode hdim64 fp16 full gqa4 vec16");
+  CHECK(class_of(spec, {1, 4000, 32, 40}).text() == "decode hdim64 fp16 full gqa4 vec16 q4 k4096 bh32");
 }
 
 TEST_CASE("a class is found without taking memory" * doctest::skip(!testing::kCountsAllocations)) {

@@ -388,6 +388,7 @@ namespace {
 using flash_attn_jit::FolderUse;
 using flash_attn_jit::RecordStore;
 using flash_attn_jit::TuningRecord;
+using flash_attn_jit::testing::made_up_decode_record;
 using flash_attn_jit::testing::made_up_record;
 
 // As tuning leaves them in a program's cache.
@@ -549,4 +550,20 @@ TEST_CASE("prebuild --tuned builds the winners of a database, and the pack keeps
   const auto kept = RecordStore(pack, FolderUse::kPack).read(used[0].key.device);
   REQUIRE(kept.size() == 3);
   for (const TuningRecord& record : kept) CHECK(record.key.device == used[0].key.device);
+}
+
+TEST_CASE("prebuild --tuned builds with a decode kernel what puts its splits together") {
+  if (nvrtc_12().empty()) return;
+  const Program program;
+  const fs::path pack = program.folder() / "pack", file = program.folder() / "db.json";
+  const TuningRecord record = made_up_decode_record();
+  flash_attn_jit::write_database(file, {record});
+  const ProgramRun run =
+      program.run("prebuild --arch sm_75 --tuned '" + file.string() + "' --out '" + pack.string() + "'", nvrtc_12());
+  CAPTURE(run.err);
+  CHECK(run.exit_code == 0);
+  const Json kernels = Json::parse(content(pack / "manifest.json"))["kernels"];
+  REQUIRE(kernels.size() == 2);
+  CHECK(kernels[1]["spec"] == record.key.problem.kernel() + " " + record.winner.text());
+  CHECK(holds(kernels[0]["spec"], "decode_combine hdim64 fp16 full gqa1 vec16"));
 }

@@ -123,6 +123,7 @@ TEST_CASE("what is no record is refused, with what and where") {
   refused("/key/problem/kernel", std::string(300, 'f'), "key.problem.kernel has 300 bytes", "at most 256");
   refused("/key/problem/seqlen_q", 1000, "key.problem.seqlen_q", "power of two");
   refused("/key/problem/seqlen_q", 2048, "measured has another class", "q1024");
+  refused("/key/problem/seqlen_q", 16, "key.problem.seqlen_q is 16", "from 64");
   refused("/key/problem/batch_heads", 1 << 20, "key.problem.batch_heads", "to 4096");
   refused("/key/policy/timer", 5, "key.policy.timer is 5", "a text");
   refused("/environment/driver", Json(), "environment.driver is null", "a text");

@@ -92,6 +92,23 @@ TEST_CASE("a record decides its whole class, odd lengths included, and no other"
   CHECK_THROWS_AS(tiles.choose(spec, record.measured_problem()), UnsupportedError);
 }
 
+TEST_CASE("a decode record decides for problems of as many rows, and its launches split the keys for its tile") {
+  const TuningSetting setting;
+  const TuningRecord few = made_up_decode_record();
+  const TuningRecord many = with_winner(made_up_decode_record(16), unusual_tiles(few.key.problem.spec, 2).back());
+  REQUIRE(many.winner != few.winner);
+  setting.keep(few);
+  setting.keep(many);
+  const auto tuning = setting.process();
+  const TileChooser& tiles = tuning->tiles_of(few.key.device);
+  const KernelSpec spec = few.key.problem.spec;
+  for (const std::int64_t seqlen_q : {1, 3, 4}) CHECK(tiles.choose(spec, {seqlen_q, 4000, 64, 40}) == few.winner);
+  for (const std::int64_t seqlen_q : {9, 16}) CHECK(tiles.choose(spec, {seqlen_q, 4000, 64, 40}) == many.winner);
+  for (const Problem& other : {Problem{5, 4000, 64, 40}, {17, 4000, 64, 40}, {1, 2048, 64, 40}, {1, 4000, 32, 40}})
+    CHECK(tiles.choose(spec, other) == default_tile_chooser().choose(spec, other));
+  CHECK(tiles.takes_decode(spec, few.measured_problem()));
+}
+
 TEST_CASE("a record is for one device and for the code it runs") {
   const TuningSetting setting;
   const TuningRecord record = made_up_record();

@@ -694,3 +694,21 @@ TEST_CASE("the tiles to try: the default first, then by what the costs beside th
   CHECK(tile_distance(tile(16), tile(32)) == 1);
   CHECK(tile_distance(tile(16, 0), tile(16, 4)) == 0.5);
 }
+
+TEST_CASE("the tiles to try of a decode problem: blocks of every number of rows, the default's first") {
+  const KernelSpec spec = parse_kernel_without_tile("decode hdim128 fp16 causal gqa4 vec16");
+  const ArchLimits arch = arch_limits(75);
+  for (const std::int64_t seqlen_q : {1, 16}) {
+    const Problem problem{seqlen_q, 4096, 32, 40, 0};
+    const TileConfig default_tile = default_tile_chooser().choose(spec, problem);
+    const std::vector<TileConfig> tiles = tiles_to_try(class_of(spec, problem), problem, default_tile, arch);
+    CHECK(tiles.front() == default_tile);
+    std::set<int> rows;
+    for (const TileConfig& each : tiles) rows.insert(each.block_m);
+    CHECK(rows == std::set<int>{16, 32, 64, 128});
+    for (std::size_t i = 2; i < tiles.size(); ++i)
+      CHECK(promising_cycles(spec, tiles[i - 1], problem) <= promising_cycles(spec, tiles[i], problem));
+    // Rows that a block has beyond the problem's four are computed all the same.
+    if (seqlen_q == 1) CHECK(tiles[1].block_m < tiles.back().block_m);
+  }
+}

@@ -158,7 +158,9 @@ TEST_CASE("worker: a process that cannot measure at all is an error, in its own 
 TEST_CASE("worker: the other side gets the setup, each kernel once and whole, and answers until it is broken") {
   std::string bytes;
   for (int i = 0; i < 256; ++i) bytes += static_cast<char>(i);
-  WorkerSetup setup{attention(), 2, {candidate(8, "forward"), std::nullopt}, true, candidate(8, "peak").kernel};
+  WorkerSetup setup{
+      attention(),           2, {candidate(8, "forward"), std::nullopt}, true, candidate(8, "peak").kernel,
+      candidate(0, "behind")};
   std::istringstream in(setup_line(setup) + "\n" + check_line(candidate(16, bytes), true) + "\n" +
                         time_line(candidate(16), false, 4) + "\n" + check_line(candidate(24), true) + "\n" +
                         check_line(candidate(16), false) + "\n");
@@ -176,6 +178,8 @@ TEST_CASE("worker: the other side gets the setup, each kernel once and whole, an
   CHECK(seen->tensor_kernel.value().image == "peak");
   CHECK(seen->earlier.forward.value().kernel.value().image == "forward");
   CHECK_FALSE(seen->earlier.preprocess);
+  CHECK(seen->combine.value().tile == candidate(0).tile);
+  CHECK(seen->combine->kernel.value().image == "behind");
   REQUIRE(given.size() == 3);
   CHECK(given[0].kernel.value().image == bytes);
   CHECK(given[0].kernel->entry == "entry16");

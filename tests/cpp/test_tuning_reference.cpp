@@ -5,6 +5,8 @@
 #include <set>
 
 #include "generator/families/families.h"
+#include "generator/key_splits.h"
+#include "generator/legality.h"
 #include "runtime/tuner/half.h"
 #include "runtime/tuner/presets.h"
 #include "runtime/tuner/reference.h"
@@ -157,4 +159,59 @@ TEST_CASE("every preset has kernels, and names itself") {
   }
   CHECK(names.size() >= 8);
   for (const std::string& name : names) CHECK(preset_words().find(name) != std::string::npos);
+}
+
+TEST_CASE("decode problems: 1 and 16 queries against a layer's keys, in calls that take the decode kernel") {
+  const auto name = [](std::string_view word) { return std::string(word); };
+  ProblemChoice choice;
+  for (const PresetLayer& layer : preset_layers()) {
+    choice.preset = layer.preset;
+    choice.kinds = {"decode"};
+    for (const AttentionCase& attention : problems_of(choice, name)) {
+      CAPTURE(attention.spec.text());
+      CHECK(attention.spec.kind == KernelKind::kDecode);
+      CHECK((attention.seqlen_q == 1 || attention.seqlen_q == 16));
+      CHECK(default_tile_chooser().takes_decode(attention.spec, problem_of(attention, 40)));
+    }
+    const std::size_t of_decode = problems_of(choice, name).size();
+    choice.kinds = {"fwd"};
+    const std::vector<AttentionCase> forward = problems_of(choice, name);
+    CHECK(of_decode == 2 * forward.size());
+    for (const AttentionCase& attention : forward) CHECK(attention.spec.kind == KernelKind::kForward);
+  }
+  choice.preset = "";
+  choice.head_dims = {64};
+  choice.group_sizes = {1, 4};
+  choice.seqlens = {512, 2048};
+  choice.kinds = {"decode"};
+  std::multiset<std::int64_t> queries, keys;
+  for (const AttentionCase& attention : problems_of(choice, name)) {
+    queries.insert(attention.seqlen_q);
+    keys.insert(attention.seqlen_k);
+  }
+  CHECK(queries == std::multiset<std::int64_t>{1, 1, 1, 1, 16, 16, 16, 16});
+  CHECK(keys == std::multiset<std::int64_t>{512, 512, 512, 512, 2048, 2048, 2048, 2048});
+}
+
+TEST_CASE("the small problem of a decode kernel has more rows than a block, and splits, with every tile") {
+  for (const int group : {1, 4, 7, 32}) {
+    AttentionCase attention;
+    attention.spec = parse_kernel_without_tile("decode hdim128 fp16 causal gqa" + std::to_string(group) + " vec16");
+    attention.batch = 1;
+    attention.num_heads = 2 * group;
+    attention.num_heads_k = 2;
+    attention.seqlen_q = 1;
+    attention.seqlen_k = 4096;
+    const AttentionCase small = small_case(attention);
+    CHECK(small.num_heads == group);
+    for (const TileConfig& tile : tile_space(attention.spec, arch_limits(75)))
+      for (const int multiprocessors : {14, 40, 68, 132}) {
+        KernelSpec spec = attention.spec;
+        spec.tile = tile;
+        CAPTURE(spec.text());
+        CAPTURE(multiprocessors);
+        CHECK(small.seqlen_q * group > tile.block_m);
+        CHECK(split_keys(spec, problem_of(small, multiprocessors)).count > 1);
+      }
+  }
 }

@@ -47,15 +47,16 @@ inline Candidate measured_candidate(const TileConfig& tile, double seconds, doub
 }
 
 // The winner is a tile that is no default. `when` is a day of 2026-11.
-inline TuningRecord made_up_record(int head_dim = 64, std::int64_t seqlen = 1000, const std::string& day = "27") {
+inline TuningRecord made_up_record_of(const KernelSpec& spec, std::int64_t seqlen_q, std::int64_t seqlen_k,
+                                      const std::string& day = "27") {
   TuningRecord record;
-  KernelSpec spec;
-  spec.head_dim = head_dim;
   record.batch = 4;
-  record.num_heads = record.num_heads_k = 16;
-  record.seqlen_q = record.seqlen_k = seqlen;
+  record.num_heads = 16;
+  record.num_heads_k = 16 / spec.group_size;
+  record.seqlen_q = seqlen_q;
+  record.seqlen_k = seqlen_k;
   record.key.device = made_up_device();
-  record.key.templates = template_digest(KernelKind::kForward, embedded_templates());
+  record.key.templates = template_digest(spec.kind, embedded_templates());
   record.key.problem = class_of(spec, record.measured_problem());
   record.environment = {"0.1.0", "12.4", "nvrtc 12.9", 70.0, 50.1, 240.0};
   record.when = "2026-11-" + day + "T08:00:00Z";
@@ -75,6 +76,16 @@ inline TuningRecord made_up_record(int head_dim = 64, std::int64_t seqlen = 1000
   record.candidates.push_back(pruned);
   record.others = {{"sdpa_efficient", 2.5e-3}};
   return record;
+}
+
+inline TuningRecord made_up_record(int head_dim = 64, std::int64_t seqlen = 1000, const std::string& day = "27") {
+  KernelSpec spec;
+  spec.head_dim = head_dim;
+  return made_up_record_of(spec, seqlen, seqlen, day);
+}
+
+inline TuningRecord made_up_decode_record(std::int64_t seqlen_q = 1) {
+  return made_up_record_of(parse_kernel_without_tile("decode hdim64 fp16 full gqa4 vec16"), seqlen_q, 4000);
 }
 
 // One that the model made: nothing ran.
