@@ -21,7 +21,7 @@ AttentionCase sizes_of(const TensorView& q, const TensorView& k, const Attention
   sizes.batch = shape.batch;
   sizes.num_heads = q.shape[kHeads];
   sizes.seqlen_q = shape.seqlen_q;
-  sizes.seqlen_k = shape.seqlen_k;
+  sizes.seqlen_k = options.pages ? keys_of_fast_pages(shape.seqlen_k) : shape.seqlen_k;
   return sizes;
 }
 
@@ -99,8 +99,8 @@ void Autotuner::leave(const Key& key, const AttentionCase& attention, const std:
 
 void Autotuner::meet(Device& device, const ForwardRequest& request, StreamHandle stream) {
   const LaunchPlan plan = plan_forward(request, device.plan_target());
-  if (plan.spec.features.forward_only())
-    return warn_once("autotune() leaves calls over a cache of keys and values, with lengths or pages, as they are");
+  if (plan.spec.kind == KernelKind::kForward && plan.spec.features.forward_only())
+    return warn_once("autotune() leaves calls of many queries over a cache of keys and values as they are");
   if (!request.tile && !request.decode_tile)
     meet(device, plan, sizes_of(request.q, request.k, request.options), stream);
 }

@@ -18,6 +18,25 @@ constexpr double kMemoryShare = 0.6;  // of what is free, for all copies but the
 
 std::int64_t half_bytes(std::int64_t elements) { return 2 * (elements + kPadElements); }
 
+template <class Value>
+Driver::Memory on_device(Driver& driver, const std::vector<Value>& values) {
+  Driver::Memory memory(driver, sizeof(Value) * values.size());
+  if (!values.empty()) driver.copy_to_device(memory.data(), values.data(), memory.bytes());
+  return memory;
+}
+
+// `count` numbers, each one `step` more than the one before it.
+std::vector<int> steps(std::int64_t count, std::int64_t step) {
+  std::vector<int> numbers;
+  for (std::int64_t i = 0; i < count; ++i) numbers.push_back(static_cast<int>(i * step));
+  return numbers;
+}
+
+// Pages of all sequences, in order; none where keys do not lie in pages.
+std::int64_t pages_of(const AttentionCase& attention) {
+  return attention.spec.has(Feature::kPaged) ? attention.rows_k() / attention.page_size() : 0;
+}
+
 }  // namespace
 
 std::int64_t CaseMemory::bytes_of(const AttentionCase& attention) {
@@ -33,18 +52,12 @@ CaseMemory::CaseMemory(Driver& driver, const AttentionCase& attention, const Cas
       attention_(attention),
       q_elements_(attention.statistics() * attention.spec.head_dim),
       k_elements_(attention.rows_k() * attention.num_heads_k * attention.spec.head_dim),
-      head_numbers_(driver, static_cast<std::size_t>(4 * attention.num_heads)),
-      cu_seqlens_q_(driver, static_cast<std::size_t>(4 * (attention.batch + 1))),
-      cu_seqlens_k_(driver, static_cast<std::size_t>(4 * (attention.batch + 1))) {
-  driver.copy_to_device(head_numbers_.data(), attention.head_numbers().data(), head_numbers_.bytes());
-  std::vector<int> ends_q, ends_k;
-  for (std::int64_t b = 0; b <= attention.batch; ++b) {
-    ends_q.push_back(static_cast<int>(b * attention.seqlen_q));
-    ends_k.push_back(static_cast<int>(b * attention.seqlen_k));
-  }
-  driver.copy_to_device(cu_seqlens_q_.data(), ends_q.data(), cu_seqlens_q_.bytes());
-  driver.copy_to_device(cu_seqlens_k_.data(), ends_k.data(), cu_seqlens_k_.bytes());
-
+      head_numbers_(on_device(driver, attention.head_numbers())),
+      cu_seqlens_q_(on_device(driver, steps(attention.batch + 1, attention.seqlen_q))),
+      cu_seqlens_k_(on_device(driver, steps(attention.batch + 1, attention.seqlen_k))),
+      key_lengths_(on_device(
+          driver, std::vector(static_cast<std::size_t>(attention.batch), static_cast<int>(attention.seqlen_k)))),
+      page_table_(on_device(driver, steps(pages_of(attention), 1))) {
   const std::int64_t bytes = bytes_of(attention);
   const DeviceMemoryInfo memory = driver.memory_info();
   if (static_cast<double>(bytes) > static_cast<double>(memory.free))
@@ -95,11 +108,17 @@ void* CaseMemory::first(const Driver::Memory& memory) const {
 }
 
 TensorView CaseMemory::view(const Driver::Memory& memory, bool is_query) const {
-  const bool varlen = attention_.spec.has(Feature::kVarlen);
+  const bool varlen = attention_.spec.has(Feature::kVarlen), paged = !is_query && attention_.spec.has(Feature::kPaged);
   const std::int64_t seqlen = is_query ? attention_.seqlen_q : attention_.seqlen_k,
                      heads = is_query ? attention_.num_heads : attention_.num_heads_k, dims = attention_.spec.head_dim,
-                     batch = varlen ? 1 : attention_.batch, rows = varlen ? attention_.batch * seqlen : seqlen;
-  return {first(memory), {batch, rows, heads, dims}, {rows * heads * dims, heads * dims, dims, 1}, varlen ? 3 : 4};
+                     all_rows = attention_.batch * seqlen,
+                     rows = paged    ? attention_.page_size()
+                            : varlen ? all_rows
+                                     : seqlen;
+  return {first(memory),
+          {all_rows / rows, rows, heads, dims},
+          {rows * heads * dims, heads * dims, dims, 1},
+          varlen && !paged ? 3 : 4};
 }
 
 AttentionOptions CaseMemory::options() const {
@@ -108,6 +127,10 @@ AttentionOptions CaseMemory::options() const {
     options.varlen =
         Varlen{static_cast<const int*>(cu_seqlens_q_.data()), static_cast<const int*>(cu_seqlens_k_.data()),
                attention_.batch, attention_.seqlen_q, attention_.seqlen_k};
+  if (attention_.spec.has(Feature::kKeyLengths))
+    options.key_lengths = KeyLengths{static_cast<const int*>(key_lengths_.data()), nullptr, 0};
+  const std::int64_t columns = pages_of(attention_) / attention_.batch;
+  if (columns > 0) options.pages = PageTable{static_cast<const int*>(page_table_.data()), columns, columns};
   return options;
 }
 

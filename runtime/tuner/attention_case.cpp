@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <random>
 
 #include "generator/integers.h"
@@ -14,6 +15,7 @@ namespace {
 constexpr std::int64_t kNumbers = 1048573;  // a prime
 constexpr std::int64_t kTensorOffset = 262147;
 constexpr double kSoftcap = 30;
+constexpr std::int64_t kMostPageRows = 256, kFastPageRows = 16;
 
 // More than the rows of two blocks, and more columns than three iterations have.
 constexpr std::int64_t kSmallSeqlenQ = 277, kSmallSeqlenK = 333;
@@ -35,6 +37,8 @@ Window AttentionCase::window() const {
   if (spec.mask != Mask::kWindow) return {};
   return {std::max<std::int64_t>(seqlen_k / 4, 1), 0};
 }
+
+std::int64_t AttentionCase::page_size() const { return std::gcd(seqlen_k, kMostPageRows); }
 
 std::vector<float> AttentionCase::head_numbers() const {
   std::vector<float> slopes;
@@ -75,6 +79,8 @@ bool AttentionCase::sees(std::int64_t i, std::int64_t j) const {
   return ahead <= 0 && (spec.mask == Mask::kCausal || ahead >= -window().left);
 }
 
+std::int64_t keys_of_fast_pages(std::int64_t keys) { return ceil_div(keys, kFastPageRows) * kFastPageRows; }
+
 Problem problem_of(const AttentionCase& attention, int multiprocessors) {
   const auto width = [&](std::int64_t side) { return side < 0 ? attention.seqlen_k : side; };
   return {attention.seqlen_q, attention.seqlen_k, attention.batch * attention.num_heads, multiprocessors,
@@ -93,7 +99,7 @@ AttentionCase small_case(const AttentionCase& whole) {
   if (family.warps_share_rows) {
     small.batch = 2;
     small.seqlen_q = ceil_div(kSmallDecodeRows, small.num_heads);
-    small.seqlen_k = kSmallDecodeKeys;
+    small.seqlen_k = whole.spec.has(Feature::kPaged) ? keys_of_fast_pages(kSmallDecodeKeys) : kSmallDecodeKeys;
   }
   return small;
 }

@@ -12,7 +12,7 @@
 namespace flash_attn_jit {
 
 // Tensors are contiguous, (batch, seqlen, heads, head_dim); varlen, (1, batch x seqlen, heads, head_dim), with
-// sequences of one length.
+// sequences of one length. Of keys with lengths all are used; pages lie in the order of their keys.
 struct AttentionCase {
   KernelSpec spec;  // the tile says nothing
   std::int64_t batch = 0, num_heads = 0, num_heads_k = 0, seqlen_q = 0, seqlen_k = 0;
@@ -28,6 +28,7 @@ struct AttentionCase {
     double value, derivative;  // by the scaled product
   };
   Score score(double product, std::int64_t h, std::int64_t i, std::int64_t j) const;
+  std::int64_t page_size() const;  // where keys lie in pages: the greatest up to 256 that divides their number
   double softmax_scale() const { return default_softmax_scale(spec.head_dim); }
 
   bool is_backward() const { return !family_of(spec.kind).results.out; }
@@ -42,6 +43,9 @@ struct AttentionCase {
 
   friend bool operator==(const AttentionCase&, const AttentionCase&) = default;
 };
+
+// As many keys or some more, of the same class, that pages of a multiple of 16 rows have, which are the fast ones.
+std::int64_t keys_of_fast_pages(std::int64_t keys);
 
 // What its class follows from.
 Problem problem_of(const AttentionCase& attention, int multiprocessors);

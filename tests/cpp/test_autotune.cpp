@@ -208,13 +208,37 @@ TEST_CASE("autotune: a call of few queries is tuned as a decode problem, by the 
   CHECK(found[0].attention.seqlen_q == 1);
   CHECK(found[2].attention.spec.mask == Mask::kWindow);
 
-  ForwardRequest with_tile = decode_request(1, 4096), with_lengths = decode_request(1, 4096);
+  ForwardRequest with_tile = decode_request(1, 4096);
   with_tile.decode_tile = before;
-  with_lengths.options.key_lengths = KeyLengths{reinterpret_cast<const int*>(0x6000), nullptr, 0};
   process.autotuner.meet(process.device(), with_tile, nullptr);
-  for (int i = 0; i < 2; ++i) process.autotuner.meet(process.device(), with_lengths, nullptr);
   CHECK(process.autotuner.end().size() == 3);
-  CHECK(count_containing(log.warnings(), "leaves calls over a cache of keys and values") == 1);
+}
+
+TEST_CASE("autotune: calls of few queries over a cache are tuned, and those of many are left, which is said once") {
+  PlayedProcess process;
+  const CapturedLog log;
+  process.autotuner.begin(process.settings());
+  const auto over_cache = [](std::int64_t seqlen_q) {
+    ForwardRequest r = decode_request(seqlen_q);
+    r.options.key_lengths = KeyLengths{reinterpret_cast<const int*>(0x6000), nullptr, 0};
+    return r;
+  };
+  ForwardRequest paged = over_cache(1);
+  paged.k.shape = paged.v.shape = {200, 20, 4, 64};
+  paged.k.strides = paged.v.strides = {20 * 4 * 64, 4 * 64, 64, 1};
+  paged.options.pages = PageTable{reinterpret_cast<const int*>(0x7000), 77, 77};
+  process.autotuner.meet(process.device(), over_cache(1), nullptr);
+  process.autotuner.meet(process.device(), paged, nullptr);
+  CHECK(process.chosen(over_cache(1)).block_m == 64);
+  CHECK(process.chosen(paged).block_m == 64);
+  for (int i = 0; i < 2; ++i) process.autotuner.meet(process.device(), over_cache(2048), nullptr);
+  const std::vector<TunedProblem> found = process.autotuner.end();
+  REQUIRE(found.size() == 2);
+  CHECK(found[0].attention.spec.features == FeatureSet{Feature::kKeyLengths});
+  CHECK(found[1].attention.spec.features == FeatureSet{Feature::kKeyLengths, Feature::kPaged});
+  CHECK(found[1].attention.batch == 2);
+  CHECK(found[1].attention.seqlen_k == 1552);  // 77 pages of 20, in pages of 16
+  CHECK(count_containing(log.warnings(), "leaves calls of many queries over a cache") == 1);
 }
 
 TEST_CASE("autotune: every kernel of a backward pass, and none whose tile is given") {

@@ -10,6 +10,7 @@
 #include <set>
 
 #include "generator/families/families.h"
+#include "runtime/launch/forward_launch.h"
 #include "runtime/launch/measuring_device.h"
 #include "runtime/system/errors.h"
 #include "templates/flash_bwd_params.cuh"
@@ -356,7 +357,6 @@ TEST_CASE("measuring: a case asks for its own kernel, and its reference has ever
   const CaseNumbers numbers(1);
   const PlanTarget target{arch_limits(75), 40, default_tile_chooser()};
   for (const FeatureSet& features : all_feature_sets()) {
-    if (features.forward_only()) continue;  // a cache of keys and values is not tuned for
     for (const Mask mask : kAllMasks)
       for (const GlobalAccess access : {GlobalAccess::kVector16B, GlobalAccess::kElement2B}) {
         AttentionCase attention = problem("fwd hdim16 fp16 full gqa2 vec16");
@@ -375,6 +375,37 @@ TEST_CASE("measuring: a case asks for its own kernel, and its reference has ever
         const AttentionCase::Score with = attention.score(3, 1, 50, 20), without = plain.score(3, 1, 50, 20);
         CHECK((with.value != without.value) == features.change_scores());
       }
+  }
+}
+
+TEST_CASE("measuring: the tensors of a decode case hold what its reference computes, lengths and pages among them") {
+  PlayedDevice played;
+  Driver& driver = *played.driver;
+  const Driver::CurrentContext current(driver, driver.primary_context(0));
+  const CaseNumbers numbers(1);
+  for (const char* kernel :
+       {"decode hdim16 fp16 causal gqa2 vec16", "decode hdim16 fp16 full keylens gqa2 elem2",
+        "decode hdim16 fp16 causal softcap paged gqa2 vec16", "decode hdim16 fp16 window alibi varlen gqa2 vec16",
+        "decode hdim16 fp16 causal varlen keylens paged gqa2 vec16"}) {
+    CAPTURE(kernel);
+    AttentionCase attention = problem(kernel, 336);
+    attention.seqlen_q = 3;
+    CaseMemory memory(driver, attention, numbers, 0);
+    memory.spoil_outputs();
+    ForwardRequest request = memory.forward(0);
+    request.decode_tile = default_tiles(attention.spec).front();
+    forward_in_interpreter(request);
+    const std::vector<std::uint16_t> out = memory.out();
+    const std::vector<float> lse = memory.lse();
+    const CaseReference reference(attention, numbers);
+    for (std::int64_t b = 0; b < attention.batch; ++b)
+      for (std::int64_t h = 0; h < attention.num_heads; ++h)
+        for (std::int64_t i = 0; i < attention.seqlen_q; ++i) {
+          const ForwardRow row = reference.forward(b, h, i);
+          const auto at = static_cast<std::size_t>(((b * attention.seqlen_q + i) * attention.num_heads + h) * 16);
+          CHECK(worst_error(row.out, &out[at]).is_within());
+          CHECK(std::fabs(lse[static_cast<std::size_t>(attention.statistic_at(b, h, i))] - row.lse) <= row.lse_bound);
+        }
   }
 }
 

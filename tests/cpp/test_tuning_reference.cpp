@@ -204,6 +204,8 @@ TEST_CASE("the small problem of a decode kernel has more rows than a block, and 
     attention.seqlen_k = 4096;
     const AttentionCase small = small_case(attention);
     CHECK(small.num_heads == group);
+    attention.spec.features.set(Feature::kPaged);
+    CHECK(small_case(attention).page_size() == 16);
     for (const TileConfig& tile : tile_space(attention.spec, arch_limits(75)))
       for (const int multiprocessors : {14, 40, 68, 132}) {
         KernelSpec spec = attention.spec;
