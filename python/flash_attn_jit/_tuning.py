@@ -29,7 +29,8 @@ class TunedProblem:
         batch, num_heads, num_heads_k, seqlen_q, seqlen_k: the problem that stands for its class.
         problem_class: the class's text; None where nothing was found.
         winner, default: the tiles' texts, such as ``"m256n16w8q64l5b8k8"``; None where nothing was found.
-        winner_seconds, default_seconds: of a launch, medians; None where not measured.
+        winner_seconds, default_seconds: medians of a launch, of decode with what puts its splits together; None where
+            not measured.
         rule: why the winner won; where there is none, why not.
         settled: more time would change nothing.
         newly_measured: candidates that were measured now; 0 where all was known before.
@@ -156,7 +157,8 @@ def tune(
         gqa: group sizes, num_heads / num_heads_k.
         causal: False, True or ``"both"``.
         kinds: ``"fwd"``, ``"bwd"`` (the three kernels of a backward pass, and where a block can have all keys the one
-            in their place: their times decide which are launched) or both.
+            in their place: their times decide which are launched), ``"decode"`` (of 1 and of 16 queries, against keys
+            of the lengths) or several.
         budget_seconds: for all problems together, kept within a tenth.
         device: the CUDA device; the current one where None.
         afresh: measure again what is known.
@@ -196,16 +198,17 @@ class autotune:
     """Tunes what it meets: ``with flash_attn_jit.autotune(budget_seconds=300) as tuning: model(batch)``.
 
     A call inside of the with block whose problem class has no measured record yet is tuned before it runs, each kernel
-    once (forward; the three of a backward pass, and the one in their place where a block can have all keys), as
-    :func:`tune` would; so the first call takes long, and from then on it is as fast as it will be. The records stay:
-    later calls and later processes use them, and a second run finds nothing left to tune; what a search found that was
-    interrupted is used too, and :func:`tune` goes on with it. It is the whole process's, and counts for the calls of
-    all threads; it does not nest.
+    once (forward, or decode where queries are few; the three of a backward pass, and the one in their place where a
+    block can have all keys), as :func:`tune` would; so the first call takes long, and from then on it is as fast as it
+    will be. The records stay: later calls and later processes use them, and a second run finds nothing left to tune;
+    what a search found that was interrupted is used too, and :func:`tune` goes on with it. It is the whole process's,
+    and counts for the calls of all threads; it does not nest.
 
     Never inside stream capture: a problem that is met there first is left untuned, with one warning. Problems that do
     not fit into the budget, or that find the GPU's memory too full for a second set of tensors, are left so too. CPU
     tensors, which the interpreter runs, have nothing to tune, which is said once. A window is measured at a quarter of
-    the keys, score features at usual values, sequences of ``cu_seqlens`` at their greatest length.
+    the keys, score features at usual values, sequences of ``cu_seqlens`` at their greatest length, a cache of keys and
+    values as if it were full. Calls of many queries over a cache are left untuned, which is said once.
 
     Ctrl-C ends the tuning at hand with KeyboardInterrupt and keeps what was measured; in a backward pass, which torch
     runs in a thread of its own, it is heard when the kernel at hand is done.

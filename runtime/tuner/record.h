@@ -82,7 +82,7 @@ std::string_view to_text(Outcome);  // "measured", "compile failed"
 // One burst of launches.
 struct Sample {
   int round = 0;
-  double seconds = 0;  // a launch
+  double seconds = 0;  // a launch; of the decode kernel, with what puts its splits together
   std::optional<double> clock_mhz, power_watts, temperature_celsius;
   std::vector<std::string> throttled_by;  // NVML's reasons: "sw_power_cap", ...
 };

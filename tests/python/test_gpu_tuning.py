@@ -142,6 +142,63 @@ def test_autotune_tunes_what_it_meets_once_and_for_good(tmp_path):
     assert without["loaded"] == winners
 
 
+# Four heads share each one of keys; of the sequences over the cache the second is shorter than its room.
+DECODE = """
+query = torch.randn(2, 1, 8, 64, device="cuda", dtype=torch.float16)
+keys, values = (torch.randn(2, 4000, 2, 64, device="cuda", dtype=torch.float16) for _ in range(2))
+lengths = torch.tensor([4000, 2345], device="cuda", dtype=torch.int32)
+def decode():
+    return flash_attn_jit.flash_attn_func(query, keys, values, causal=True)
+def over_cache():
+    return flash_attn_jit.flash_attn_with_kvcache(query, keys, values, cache_seqlens=lengths, causal=True)
+def error(out, ends):
+    expected = [
+        torch.nn.functional.scaled_dot_product_attention(
+            query[b].float().transpose(0, 1),
+            *(x[b, :end].float().repeat_interleave(4, dim=1).transpose(0, 1) for x in (keys, values)),
+        ).transpose(0, 1)
+        for b, end in enumerate(ends)
+    ]
+    return (out.float() - torch.stack(expected)).abs().max().item()
+def tell_decode(**what):
+    tell(**what, errors=[error(decode(), [4000, 4000]), error(over_cache(), [4000, 2345])])
+"""
+
+
+def test_decode_is_tuned_with_its_splits(tmp_path):
+    tune = "flash_attn_jit.tune(head_dims=64, seqlens=4000, batch=2, heads=8, gqa=4, causal=True, kinds='decode', "
+    told = run(DECODE + f"tell_decode(problems=plain({tune}budget_seconds=50)))", tmp_path)
+    assert [problem["seqlen_q"] for problem in told["problems"]] == [1, 16]
+    for problem in told["problems"]:
+        assert problem["winner"], problem["rule"]
+        candidates = problem["record"]["candidates"]
+        assert not [c for c in candidates if c["outcome"] in ("wrong result", "crashed", "timed out", "launch failed")]
+    one = told["problems"][0]
+    for loaded in (told["loaded"], run(DECODE + "tell_decode()", tmp_path)["loaded"]):
+        assert f"{one['kernel']} {one['winner']}" in loaded
+    assert max(told["errors"]) < 0.01
+
+
+def test_autotune_tunes_calls_of_few_queries_and_those_over_a_cache(tmp_path):
+    step = """
+with flash_attn_jit.autotune(budget_seconds=60, seconds_each=25) as tuning:
+    decode(), over_cache()
+    first = len(tuning.problems)
+    decode(), over_cache()
+    assert len(tuning.problems) == first
+tell_decode(problems=plain(tuning.problems))
+"""
+    first = run(DECODE + step, tmp_path)
+    kernels = [problem["kernel"] for problem in first["problems"]]
+    assert kernels == ["decode hdim64 fp16 causal gqa4 vec16", "decode hdim64 fp16 causal keylens gqa4 vec16"]
+    for problem in first["problems"]:
+        assert problem["winner"], problem["rule"]
+        assert f"{problem['kernel']} {problem['winner']}" in first["loaded"]
+    assert max(first["errors"]) < 0.01
+    later = run(DECODE + step, tmp_path)
+    assert later["problems"] == [] and set(first["loaded"]) == set(later["loaded"])
+
+
 def test_nothing_is_tuned_inside_stream_capture(tmp_path):
     told = run(
         """

@@ -70,7 +70,7 @@ def t4(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"head_dims": 64, "seqlens": 64, "heads": 0}, ["heads is '0'"]),
         ({"head_dims": 64, "seqlens": 64, "gqa": 3}, ["gqa is '3'", "does not divide heads, 16"]),
         ({"head_dims": 64, "seqlens": 64, "causal": "no"}, ["causal is 'no'"]),
-        ({"head_dims": 64, "seqlens": 64, "kinds": "sideways"}, ["kinds is 'sideways'", "fwd, bwd"]),
+        ({"head_dims": 64, "seqlens": 64, "kinds": "sideways"}, ["kinds is 'sideways'", "fwd, bwd, decode"]),
         ({"head_dims": 64, "seqlens": 64, "kinds": []}, ["kinds is []"]),
         ({"head_dims": 64, "seqlens": 64, "budget_seconds": 0}, ["budget_seconds is 0", "from 1 to"]),
         ({"head_dims": 64, "seqlens": 64, "budget_seconds": float("nan")}, ["budget_seconds is nan"]),
@@ -184,6 +184,28 @@ def test_what_is_found_is_returned_kept_and_known(tmp_path, t4):
     measured = {c["tile"] for c in record["candidates"] if c["outcome"] == "measured"}
     new = {c["tile"] for c in again[0]["record"]["candidates"] if c["outcome"] == "measured"}
     assert measured <= new and again[0]["newly_measured"] <= len(new - measured)
+
+
+def test_decode_is_tuned_where_it_is_asked_for_and_reported(tmp_path, t4):
+    sizes = "head_dims=16, seqlens=4000, heads=8, gqa=4, batch=2, causal=True, budget_seconds=6"
+    problems = tuned(t4, tmp_path, sizes + ", kinds='decode'")
+    kernel = "decode hdim16 fp16 causal gqa4 vec16"
+    assert [problem["problem_class"] for problem in problems] == [f"{kernel} q4 k4096 bh16", f"{kernel} q16 k4096 bh16"]
+    assert [(problem["seqlen_q"], problem["seqlen_k"]) for problem in problems] == [(1, 4000), (16, 4000)]
+    for problem in problems:
+        assert problem["kernel"] == kernel and problem["num_heads_k"] == 2
+        assert problem["newly_measured"] >= 1 and problem["winner"] and problem["winner_seconds"], problem["rule"]
+    assert [problem["kernel"].split()[0] for problem in tuned(t4, tmp_path, sizes)] == ["fwd"]
+
+    database, page = tmp_path / "database.json", tmp_path / "page.html"
+    assert run_program("tune", "--export", database, FLASH_ATTN_JIT_CACHE_DIR=tmp_path).returncode == 0
+    done = run_program("report", "--json", "--database", database)
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in json.loads(done.stdout)["classes"] if row["problem"]["kernel"] == kernel]
+    assert [row["winner"]["tile"] for row in rows] == [problem["winner"] for problem in problems]
+    report = [sys.executable, "-m", "flash_attn_jit.report", "--database", database, "--html", page]
+    assert subprocess.run(report, capture_output=True).returncode == 0
+    assert kernel in page.read_text() and "forward of few queries" in page.read_text()
 
 
 NVML = """
