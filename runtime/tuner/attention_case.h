@@ -28,12 +28,12 @@ struct AttentionCase {
     double value, derivative;  // by the scaled product
   };
   Score score(double product, std::int64_t h, std::int64_t i, std::int64_t j) const;
-  std::int64_t page_size() const;  // where keys lie in pages: the greatest up to 256 that divides their number
   double softmax_scale() const { return default_softmax_scale(spec.head_dim); }
 
   bool is_backward() const { return !family_of(spec.kind).results.out; }
   std::int64_t rows_q() const { return batch * seqlen_q; }
   std::int64_t rows_k() const { return batch * seqlen_k; }
+  std::int64_t page_size() const;  // where keys lie in pages: the greatest up to 256 that divides their number
   std::int64_t statistics() const { return rows_q() * num_heads; }  // numbers of softmax_lse and of delta
   // Where softmax_lse and delta have the row of query i.
   std::int64_t statistic_at(std::int64_t b, std::int64_t h, std::int64_t i) const;

@@ -92,7 +92,7 @@ TEST_CASE("a record decides its whole class, odd lengths included, and no other"
   CHECK_THROWS_AS(tiles.choose(spec, record.measured_problem()), UnsupportedError);
 }
 
-TEST_CASE("a decode record decides for problems of as many rows, and its launches split the keys for its tile") {
+TEST_CASE("a decode record decides for problems whose queries make as many rows, and for no others") {
   const TuningSetting setting;
   const TuningRecord few = made_up_decode_record();
   const TuningRecord many = with_winner(made_up_decode_record(16), unusual_tiles(few.key.problem.spec, 2).back());

@@ -195,6 +195,8 @@ def test_decode_is_tuned_where_it_is_asked_for_and_reported(tmp_path, t4):
     for problem in problems:
         assert problem["kernel"] == kernel and problem["num_heads_k"] == 2
         assert problem["newly_measured"] >= 1 and problem["winner"] and problem["winner_seconds"], problem["rule"]
+        compiled = [c for c in problem["record"]["candidates"] if c["outcome"] in ("measured", "pruned")]
+        assert all(c["predicted_seconds"] > 0 and c["limited_by"] for c in compiled)  # the model reads its code
     assert [problem["kernel"].split()[0] for problem in tuned(t4, tmp_path, sizes)] == ["fwd"]
 
     database, page = tmp_path / "database.json", tmp_path / "page.html"
