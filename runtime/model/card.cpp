@@ -12,8 +12,14 @@ namespace {
 // runs tensor instructions with float32 accumulators at half the rate of those with float16 ones: the same, table of
 // peak rates. A T4's 70 W leave about 0.88 of its boost clock under tensor work: cuBLAS reaches 76 % of the peak there
 // and 87 % of a Titan RTX at locked clocks. The others' power limits are taken not to bind.
+//
+// A T4's copies: NVIDIA's sample bandwidthTest, device to device, where its output was published: 239.6 GB/s
+// (github.com/router-gao/cuda-demo, cuda-samples/02-cuda-bandwidth.md); another's goes from 239.4 for 32 MB to 241.4
+// for 68 MB.
+constexpr double kCopiedByT4 = 240e9;
+
 constexpr std::array kCards = {
-    Card{"t4", "Tesla T4", 40, 1590, 1400, 320e9, 8},
+    Card{"t4", "Tesla T4", 40, 1590, 1400, 320e9, 8, kCopiedByT4},
     Card{"rtx2060", "NVIDIA GeForce RTX 2060", 30, 1680, 1680, 336e9, 16},
     Card{"rtx2070", "NVIDIA GeForce RTX 2070", 36, 1620, 1620, 448e9, 16},
     Card{"rtx2080", "NVIDIA GeForce RTX 2080", 46, 1710, 1710, 448e9, 16},

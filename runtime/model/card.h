@@ -14,8 +14,15 @@ struct Card {
   double boost_mhz = 0;
   // What it holds under tensor work, where its power limit leaves less than the boost clock.
   double sustained_mhz = 0;
-  double dram_bytes_per_second = 0;
-  int mma_interval = 8;  // cycles of a sub-partition for an m16n8k8 with float32 accumulators
+  double dram_bytes_per_second = 0;  // nominal
+  int mma_interval = 8;              // cycles of a sub-partition for an m16n8k8 with float32 accumulators
+  // What copies on the device get of DRAM, reads and writes together; 0 where no figure is known.
+  double copied_bytes_per_second = 0;
+
+  // The most that a kernel is predicted to move.
+  double attainable_bytes_per_second() const {
+    return copied_bytes_per_second > 0 ? copied_bytes_per_second : dram_bytes_per_second;
+  }
 };
 
 std::span<const Card> cards();

@@ -125,12 +125,13 @@ void require_size(const ProblemSize& size) {
                             "a divisor of num_heads, " + std::to_string(size.num_heads)});
 }
 
-// From blocks and cycles, with DRAM's floor.
+// From blocks and cycles, with DRAM's floors.
 void take_seconds(ProblemPrediction& prediction, const KernelSpec& spec, const ProblemSize& size, const Card& card,
                   double bytes) {
   prediction.dram_seconds = bytes / card.dram_bytes_per_second;
-  prediction.seconds = std::max(prediction.cycles / card.sustained_mhz / 1e6, prediction.dram_seconds);
-  prediction.seconds_at_boost = std::max(prediction.cycles / card.boost_mhz / 1e6, prediction.dram_seconds);
+  prediction.copy_seconds = bytes / card.attainable_bytes_per_second();
+  prediction.seconds = std::max(prediction.cycles / card.sustained_mhz / 1e6, prediction.copy_seconds);
+  prediction.seconds_at_boost = std::max(prediction.cycles / card.boost_mhz / 1e6, prediction.copy_seconds);
   const int products = family_of(spec.kind).products;
   if (products > 0) prediction.useful_flops = seen_scores(spec, size) * 2.0 * spec.head_dim * products;
   // An m16n8k8 is 16 x 8 x 8 multiply-adds.

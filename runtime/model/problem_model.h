@@ -23,11 +23,16 @@ struct ProblemPrediction {
   double iterations = 0;  // of a block, in the mean
   double masked_iterations = 0;
   double cycles = 0;        // of the card
-  double dram_seconds = 0;  // each byte once, at the card's bandwidth: no kernel is faster
+  double dram_seconds = 0;  // each byte once, at the card's nominal bandwidth
+  double copy_seconds = 0;  // and at what copies get of it, where that is known: no kernel is faster
   double seconds = 0;       // at the clock that the card sustains
   double seconds_at_boost = 0;
   double useful_flops = 0;   // multiplications and additions that the problem needs of this kernel
   double share_of_peak = 0;  // of the tensor cores', at either clock
+
+  bool is_bound_by_dram() const { return seconds == copy_seconds; }
+  // Of the bandwidth that copies get.
+  double share_of_copies() const { return copy_seconds / seconds; }
 };
 
 // Throws UnsupportedError where a size is below 1 or heads do not go into groups.

@@ -183,13 +183,23 @@ Json loop_json(const LoopPrediction& loop, std::size_t waits) {
   return json;
 }
 
-Json problem_json(const ProblemPrediction& problem) {
+// What decides how long the problem takes: DRAM, or what is busiest in the kernel.
+std::string limit_of(const Prediction& prediction) {
+  if (prediction.problem->is_bound_by_dram()) return "dram";
+  return prediction.loop ? prediction.loop->limit : "latency";
+}
+
+Json problem_json(const Prediction& prediction) {
+  const ProblemPrediction& problem = *prediction.problem;
   return {{"blocks", problem.blocks},
           {"waves", problem.waves},
           {"iterations", problem.iterations},
           {"masked_iterations", problem.masked_iterations},
           {"cycles", problem.cycles},
+          {"limit", limit_of(prediction)},
           {"dram_seconds", problem.dram_seconds},
+          {"copy_seconds", problem.copy_seconds},
+          {"share_of_copies", problem.share_of_copies()},
           {"useful_flops", problem.useful_flops},
           {"share_of_peak", problem.share_of_peak}};
 }
@@ -197,6 +207,7 @@ Json problem_json(const ProblemPrediction& problem) {
 Json prediction_json(const Prediction& prediction, std::size_t waits) {
   const Card& card = *prediction.card;
   const auto number = [](const std::optional<int>& value) { return value ? Json(*value) : Json(); };
+  const Json copied = card.copied_bytes_per_second > 0 ? Json(card.copied_bytes_per_second) : Json();
   Json json = {{"predicted", true},
                {"kernel", prediction.spec.text()},
                {"tile", prediction.spec.tile.text()},
@@ -207,7 +218,8 @@ Json prediction_json(const Prediction& prediction, std::size_t waits) {
                  {"multiprocessors", card.multiprocessors},
                  {"boost_mhz", card.boost_mhz},
                  {"sustained_mhz", card.sustained_mhz},
-                 {"dram_bytes_per_second", card.dram_bytes_per_second}}},
+                 {"dram_bytes_per_second", card.dram_bytes_per_second},
+                 {"copied_bytes_per_second", copied}}},
                {"threads", prediction.kernel.threads},
                {"registers", prediction.registers},
                {"spill_stores", number(prediction.kernel.resources.spill_stores)},
@@ -228,7 +240,7 @@ Json prediction_json(const Prediction& prediction, std::size_t waits) {
                      {"iteration", rounded(cost.iteration, 1)},
                      {"masked_iteration", rounded(cost.masked_iteration, 1)}});
   if (!prediction.problem) return json;
-  json["problem"] = problem_json(*prediction.problem);
+  json["problem"] = problem_json(prediction);
   json["seconds"] = prediction.problem->seconds;
   json["seconds_at_boost"] = prediction.problem->seconds_at_boost;
   return json;
@@ -253,7 +265,18 @@ void print_loop(const LoopPrediction& loop, std::size_t waits) {
     std::printf("  %5.1f %% at 0x%04x: %s\n", 100 * share, address, reason.c_str());
 }
 
-void print_problem(const ProblemPrediction& problem, const Card& card) {
+void print_dram(const ProblemPrediction& problem, const Card& card) {
+  std::printf("  DRAM alone takes %.4g ms at its nominal %.0f GB/s", problem.dram_seconds * 1e3,
+              card.dram_bytes_per_second / 1e9);
+  if (card.copied_bytes_per_second > 0)
+    std::printf(", %.4g ms at the %.0f that copies get: %.3f of the time", problem.copy_seconds * 1e3,
+                card.copied_bytes_per_second / 1e9, problem.share_of_copies());
+  std::printf("\n");
+}
+
+void print_problem(const Prediction& prediction) {
+  const ProblemPrediction& problem = *prediction.problem;
+  const Card& card = *prediction.card;
   std::printf("  problem: %lld blocks in %.2f waves, %.1f iterations a block and %.1f that the mask cuts\n",
               static_cast<long long>(problem.blocks), problem.waves, problem.iterations, problem.masked_iterations);
   const auto line = [&](double seconds, double mhz) {
@@ -263,8 +286,9 @@ void print_problem(const ProblemPrediction& problem, const Card& card) {
   };
   line(problem.seconds, card.sustained_mhz);
   if (card.boost_mhz != card.sustained_mhz) line(problem.seconds_at_boost, card.boost_mhz);
-  std::printf("  %.3f of the tensor cores' peak; DRAM alone takes %.4g ms\n", problem.share_of_peak,
-              problem.dram_seconds * 1e3);
+  std::printf("  %.3f of the tensor cores' peak; limited by %s, without DRAM %.4g ms\n", problem.share_of_peak,
+              limit_of(prediction).c_str(), problem.cycles / card.sustained_mhz / 1e3);
+  print_dram(problem, card);
 }
 
 void print(const Prediction& prediction, std::size_t waits) {
@@ -275,7 +299,7 @@ void print(const Prediction& prediction, std::size_t waits) {
   for (std::size_t i = 0; i < prediction.costs.size(); ++i)
     std::printf("  a block of %zu: %.0f cycles, %.0f an iteration, %.0f one that the mask cuts\n", i + 1,
                 prediction.costs[i].block, prediction.costs[i].iteration, prediction.costs[i].masked_iteration);
-  if (prediction.problem) print_problem(*prediction.problem, *prediction.card);
+  if (prediction.problem) print_problem(prediction);
 }
 
 int run_model(const ModelFlags& flags) {

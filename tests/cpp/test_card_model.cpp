@@ -321,7 +321,8 @@ TEST_CASE("no problem is faster than DRAM or the tensor cores") {
     // Iterations at the tensor cores' peak, and nothing beside them.
     const double iteration = useful_mma_per_iteration(spec) * spec.tile.warps * 8 / 4.0;
     const ProblemPrediction predicted = predict(spec, size, {BlockCost{0, iteration, iteration}}, card);
-    CHECK(predicted.seconds >= predicted.dram_seconds);
+    CHECK(predicted.seconds >= predicted.copy_seconds);
+    CHECK(predicted.copy_seconds == doctest::Approx(predicted.dram_seconds * 320 / 240));
     CHECK(predicted.seconds >= predicted.seconds_at_boost);
     CHECK(predicted.dram_seconds > 0);
     if (mask == Mask::kNone) CHECK(predicted.share_of_peak <= 1.0 + 1e-9);
@@ -338,12 +339,36 @@ TEST_CASE("a token over a cache: one sequence fills the card, and DRAM bounds it
   CHECK(one.blocks % 8 == 0);
   CHECK(one.iterations == doctest::Approx(std::ceil(8192.0 / static_cast<double>(one.blocks / 8) / 64)));
   const double bytes = 2.0 * 8 * 8192 * 128 * 2;  // of keys and values
-  CHECK(one.seconds == one.dram_seconds);
-  CHECK(one.seconds * 320e9 == doctest::Approx(bytes).epsilon(0.02));
+  CHECK(one.is_bound_by_dram());
+  CHECK(one.share_of_copies() == 1);
+  CHECK(one.seconds * 240e9 == doctest::Approx(bytes).epsilon(0.02));
+  CHECK(one.dram_seconds * 320e9 == doctest::Approx(bytes).epsilon(0.02));
+  CHECK(one.cycles / 1400e6 < 0.5 * one.seconds);  // its instructions leave room
   size.batch = 64;
   const ProblemPrediction many = predict(spec, size, costs, find_card("t4"));
   CHECK(many.blocks == 64 * 8);  // without splits
   CHECK(many.seconds == doctest::Approx(64 * one.seconds).epsilon(0.02));
+}
+
+TEST_CASE("DRAM's floor is what copies get, where that is known") {
+  const KernelSpec spec = spec_of(KernelKind::kDecode, 128, Mask::kCausal, {16, 16, 4, 128, {0, 0, 0}});
+  const ProblemSize size{.batch = 8, .seqlen_q = 1, .seqlen_k = 8192};
+  const std::vector<BlockCost> quick = {{1, 1, 1}}, slow = {{1000, 50'000, 50'000}};
+  for (const Card& card : cards()) {
+    CAPTURE(card.name);
+    CHECK(card.attainable_bytes_per_second() <= card.dram_bytes_per_second);
+    const ProblemPrediction bound = predict(spec, size, quick, card);
+    CHECK(bound.seconds == bound.copy_seconds);
+    CHECK(bound.copy_seconds * card.attainable_bytes_per_second() ==
+          doctest::Approx(bound.dram_seconds * card.dram_bytes_per_second));
+    // What its instructions bound takes as long as they do, whatever DRAM gives.
+    const ProblemPrediction busy = predict(spec, size, slow, card);
+    CHECK_FALSE(busy.is_bound_by_dram());
+    CHECK(busy.seconds == doctest::Approx(busy.cycles / card.sustained_mhz / 1e6));
+    CHECK(busy.share_of_copies() < 1);
+  }
+  CHECK(find_card("t4").copied_bytes_per_second == 240e9);
+  CHECK(find_card("rtx2080").copied_bytes_per_second == 0);
 }
 
 TEST_CASE("bad sizes and cards are refused by name") {

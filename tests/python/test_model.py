@@ -34,7 +34,9 @@ def test_a_prediction_in_words_and_in_json():
     assert found["pipes"][found["limit"]] == max(v for pipe, v in found["pipes"].items() if pipe != "issue")
     assert len(found["loop"]["waits"]) == 3
     assert sum(found["loop"]["waits_by_reason"].values()) == pytest.approx(1)
-    assert found["seconds"] > found["seconds_at_boost"] > found["problem"]["dram_seconds"] > 0
+    assert found["seconds"] > found["seconds_at_boost"] > found["problem"]["copy_seconds"]
+    assert found["problem"]["copy_seconds"] > found["problem"]["dram_seconds"] > 0
+    assert found["problem"]["limit"] == found["limit"]
     assert found["problem"]["useful_flops"] == 4 * 4 * 16 * 1024 * 1024 * 64
     # A whole problem reaches less than its main loop does.
     assert found["problem"]["share_of_peak"] < found["useful"]
@@ -58,7 +60,31 @@ def test_cards():
 @pytest.mark.parametrize("head_dim", [8, 64, 128, 256])
 def test_a_kernel_without_a_main_loop(head_dim):
     preprocess = prediction("--kind", "bwd_preprocess", "--head-dim", head_dim, *PROBLEM)
-    assert "useful" not in preprocess and preprocess["seconds"] >= preprocess["problem"]["dram_seconds"] > 0
+    assert "useful" not in preprocess and preprocess["seconds"] >= preprocess["problem"]["copy_seconds"] > 0
+
+
+TOKEN = ["--heads", 32, "--gqa", 4, "--seqlen-q", 1, "--seqlen-k", 8192]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_token_over_a_cache_reads_it_nearly_as_fast_as_a_copy_would(head_dim):
+    """With what puts the splits together: 85 % at least."""
+    flags = ["--kind", "decode", "--head-dim", head_dim, *TOKEN]
+    decode, combine = prediction(*flags), prediction("--kind", "decode_combine", "--head-dim", head_dim, *TOKEN)
+    assert decode["card"]["copied_bytes_per_second"] < decode["card"]["dram_bytes_per_second"]
+    assert (decode["problem"]["limit"], combine["problem"]["limit"]) == ("dram", "latency")
+    assert decode["problem"]["share_of_copies"] == 1
+    assert decode["problem"]["copy_seconds"] / (decode["seconds"] + combine["seconds"]) >= 0.85
+    text = model(*flags)
+    assert "limited by dram" in text and "its nominal 320 GB/s" in text and "the 240 that copies get" in text
+
+
+def test_a_card_whose_copies_are_not_known():
+    flags = ["--head-dim", 64, *PROBLEM, "--gpu", "rtx2080ti"]
+    found = prediction(*flags)
+    assert found["card"]["copied_bytes_per_second"] is None
+    assert found["problem"]["copy_seconds"] == found["problem"]["dram_seconds"]
+    assert "its nominal 616 GB/s\n" in model(*flags)
 
 
 def test_a_wider_window_takes_longer():
