@@ -114,6 +114,12 @@ def exact_attention(
     }
 
 
+def allowed_of_out(out: torch.Tensor, weighed: torch.Tensor) -> torch.Tensor:
+    """By how much float16 and float32 arithmetic may miss `out`; `weighed` is out of v's absolute values. P is made
+    relative to a row's greatest, so that its least numbers, which exact_attention() counts, do not matter."""
+    return _SAFETY * ((_HALF + _SCORE) * weighed + _HALF * out.abs() + _LEAST_HALF)
+
+
 def _summed(value: torch.Tensor, error: torch.Tensor, group_size: int) -> Exact:
     """Over the query heads of each key head; back to (seqlen, heads, head_dim)."""
     value, error = (x.unflatten(0, (-1, group_size)).sum(1).transpose(0, 1) for x in (value, error))

@@ -8,12 +8,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 import tuning_records
-from attention_reference import attention, exact_gradients, normal, normal_qkv
+from attention_reference import attention, check_attention, exact_gradients, normal, normal_qkv
 from conftest import find_nvrtc, needs_enable_gqa, run_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_attn_jit.bench import __main__ as bench, accuracy, backends, memory, options, problem, timing
+from flash_attn_jit.bench import (
+    __main__ as bench,
+    accuracy,
+    backends,
+    decode,
+    host_cost,
+    memory,
+    options,
+    problem,
+    timing,
+)
 from flash_attn_jit.bench.backends import NAMES, OURS, SDPA_EFFICIENT, SDPA_FLASH, SDPA_MATH, Backend, default_names
+from flash_attn_jit.bench.decode import DecodeProblem
 from flash_attn_jit.bench.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
 from flash_attn_jit.bench.problem import BACKWARD, BOTH, FORWARD, PASSES, Inputs, Problem, sweep
 from flash_attn_jit.report.records import DATABASE, parse_record
@@ -253,6 +264,113 @@ def test_a_nan_is_the_greatest_error(on_cpu, monkeypatch):
         assert isnan(accuracy._over_seeds(found)["max_error"])
 
 
+TOKENS = DecodeProblem(batch=2, num_heads=4, num_heads_k=2, head_dim=16, queries=3, keys=40)
+
+
+def test_the_grid_of_decode_problems():
+    grid = decode.problems([1, 8], 32, [32, 8, 4], [64, 128], [1, 16], [2048, 8192])
+    found = list(grid)
+    assert len(found) == len(set(found)) == 2 * 3 * 2 * 2 * 2
+    assert found[0].kv_bytes() == 2 * 2 * 2048 * 32 * 64
+    assert str(found[-1]) == "b8 h32/4 d128 q16 k8192"
+
+
+@pytest.mark.parametrize("page_size", [16, 3])
+def test_what_the_contenders_of_a_decode_problem_compute(page_size):
+    """This library's see every key before theirs, bottom-right; SDPA's have no mask."""
+    needs_enable_gqa()
+    ours, paged, flash, efficient = decode.contenders(TOKENS, page_size)
+    inputs = TOKENS.inputs(0)
+    for each in (ours, paged):
+        check_attention(each.call(inputs)(), None, *inputs.qkv, causal=True)
+    assert paged.name == f"pages of {page_size}" and decode.contenders(TOKENS, None)[1].name == SDPA_FLASH
+    for each in (flash, efficient):  # on the CPU its math stands for both
+        check_attention(each.call(inputs)(), None, *inputs.qkv)
+
+
+def test_the_memory_efficient_kernel_gets_heads_that_were_repeated_before(monkeypatch):
+    calls = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **given: calls.append((k, v, given)) or q)
+    *_, efficient = decode.contenders(TOKENS, None)
+    call = efficient.call(TOKENS.inputs(0))
+    call(), call()
+    (first_k, _, options), (second_k, _, _) = calls
+    assert first_k.shape[1] == 4 and first_k.data_ptr() == second_k.data_ptr() and options == {"is_causal": False}
+
+
+def without_a_gpu_to_time(monkeypatch, ms):
+    """A launch of two calls takes so long, whoever's."""
+    monkeypatch.setattr(timing, "_burst_ms", lambda calls, count: [call() for call in calls] and ms)
+
+
+def test_rows_of_a_decode_problem(monkeypatch):
+    without_a_gpu_to_time(monkeypatch, 0.5)
+    monkeypatch.setattr(Backend, "why_not", lambda backend, _: "" if backend.name == SDPA_FLASH else "not here")
+    monkeypatch.setattr(Backend, "selected", lambda _: nullcontext())
+    ours, paged, flash, efficient = rows = decode.run(TOKENS, 16, copied=1e9, rounds=3, burst_ms=0.1)
+    assert [row["backend"] for row in rows] == [OURS, "pages of 16", SDPA_FLASH, SDPA_EFFICIENT]
+    for row in (ours, paged, flash):
+        assert row["calls_of_a_launch"] == 2 and row["us_samples"] == [250.0] * 3 and row["us_a_call"] == 250.0
+        assert row["share_of_copies"] == pytest.approx(TOKENS.kv_bytes() / 250e-6 / 1e9)
+    assert 0 < ours["max_error"] < 4e-3 and paged["max_error"] == ours["max_error"]
+    assert efficient["skipped"] == "not here" and "share_of_copies" not in efficient
+    assert "times_as_long" not in ours and paged["times_as_long"] == flash["times_as_long"] == 1.0
+
+
+# Two calls a burst: two bursts to warm up and one to see how many calls a graph has; two more to warm that up.
+@pytest.mark.parametrize(
+    "calls_before", [0, 5, 7, 11], ids=["at first", "before the graph", "warming up", "in a round"]
+)
+def test_a_contender_that_runs_out_of_memory_is_a_row(calls_before, monkeypatch):
+    bursts = iter(range(calls_before))
+    theirs = Backend.forward
+
+    def forward(backend, inputs):
+        if backend.name == SDPA_EFFICIENT and next(bursts, None) is None:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 32.00 GiB.")
+        return theirs(backend, inputs)
+
+    monkeypatch.setattr(Backend, "forward", forward)
+    monkeypatch.setattr(Backend, "why_not", lambda *_: "")
+    monkeypatch.setattr(Backend, "selected", lambda _: nullcontext())
+    without_a_gpu_to_time(monkeypatch, 0.5)
+    ours, flash, efficient = decode.run(TOKENS, None, 1e9, 2, 0.1)
+    assert efficient["skipped"] == OUT_OF_MEMORY and "us_a_call" in ours and "us_a_call" in flash
+
+
+@pytest.mark.parametrize("change", [nan, 0.01])
+def test_a_wrong_result_is_not_timed(change, monkeypatch):
+    ours = decode._ours
+
+    def wrong(inputs):
+        out = ours(inputs)
+        out[1, 2, 3, 4] += change
+        return out
+
+    monkeypatch.setattr(decode, "_ours", wrong)
+    with pytest.raises(SystemExit, match=r"b2 h4/2 d16 q3 k40, flash_attn_jit is WRONG"):
+        decode.run(TOKENS, None, 1e9, 1, 1.0)
+
+
+def test_the_bandwidth_of_copies(monkeypatch):
+    monkeypatch.setattr(decode, "_COPIED_BYTES", 1 << 20)
+    monkeypatch.setattr(timing, "_burst_ms", lambda calls, count: [call() for call in calls] and 2.0)
+    assert decode.copied_bytes_per_second(3, 10.0) == pytest.approx(2 * (1 << 20) / 2e-3)
+
+
+def test_the_command_for_decode(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(decode, "_COPIED_BYTES", 1 << 20)
+    monkeypatch.setattr(bench, "_can_measure", lambda _: True)
+    monkeypatch.chdir(tmp_path)
+    sizes = ["--batch", "2", "--heads", "4", "--heads-k", "2", "--head-dims", "16", "--queries", "1,3", "--keys", "40"]
+    bench.main(["--decode", *sizes, "--page-size", "16", "--rounds", "2", "--burst-ms", "1"])
+    printed = capsys.readouterr().out
+    assert "A copy on the device reads and writes" in printed and "of a copy's bandwidth" in printed
+    rows = json.loads((tmp_path / "bench-decode.json").read_text())["rows"]
+    assert [row["queries"] for row in rows] == [1] * 4 + [3] * 4
+    assert all(row["copied_bytes_per_second"] > 0 for row in rows)
+
+
 def test_needed_bytes_are_those_of_the_tensors():
     even = Problem(2, 8, 2, 64, 128, False)
     q, k, rows = 2 * 128 * 8 * 64 * 2, 2 * 128 * 2 * 64 * 2, 2 * 128 * 8 * 4
@@ -281,9 +399,27 @@ def test_target_is_set_before_it_is_read(tmp_path):
     record = json.loads((tmp_path / "cost.json").read_text())
     assert record["machine"]["target"] == "compute_75"
     modes = [(row["pass"], row["grad_mode"], row["inputs_need_gradients"]) for row in record["rows"]]
-    assert [row["backend"] for row in record["rows"]] == ["flash_attn_jit", "sdpa"] * 4
+    assert [row["backend"] for row in record["rows"]] == ["flash_attn_jit", "sdpa"] * 6
     assert modes[::2] == modes[1::2]
-    assert modes[::2] == [("fwd", "off", False), ("fwd", "on", False), ("fwd", "on", True), ("both", "on", True)]
+    of_calls = [("fwd", "off", False), ("fwd", "on", False), ("fwd", "on", True), ("both", "on", True)]
+    assert modes[::2] == [*of_calls, ("fwd", "off", False), ("fwd", "off", False)]
+    of_caches = [row["mode"] for row in record["rows"][8::2]]
+    assert of_caches == ["grad off, a cache", "grad off, a cache, appending"]
+    assert all(row["us_median"] > 0 for row in record["rows"])
+
+
+@pytest.mark.parametrize("mode", [mode for mode in host_cost._MODES if mode.cache], ids=str)
+def test_what_a_call_over_a_cache_does(mode, monkeypatch):
+    """One query over 4096 keys, on both sides."""
+    monkeypatch.setattr(host_cost, "_queries", lambda device: 1)
+    given = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: given.append((q.shape, k.shape)))
+    ours, sdpa = host_cost._calls(mode, "cpu").values()
+    with Operators() as ran, torch.no_grad():
+        assert ours().shape == (1, 1, 8, 64)
+        sdpa()
+    assert ran.names == (["append", "forward"] if mode.appends else ["forward"])
+    assert given == [((1, 8, 1, 64), (1, 8, 4096, 64))]
 
 
 def test_unknown_backend(tmp_path):
@@ -308,6 +444,11 @@ def test_unknown_pass(tmp_path):
         (("--tokens", 512), "--tokens means nothing in a timing run"),
         (("--heads", 4, "--heads-k", 3), "--heads is 4, and --heads-k 3"),
         (("--rounds", 0), "--rounds: '0' is no integer above 0"),
+        (("--batch", "1,8"), "--batch is 1,8; accepted in a timing run: one number"),
+        (("--model", "--heads-k", "8,4"), "--heads-k is 8,4; accepted with --model: one number"),
+        (("--decode", "--heads-k", "8,3"), "--heads is 32, and --heads-k 3; accepted: a multiple"),
+        (("--decode", "--causal", "no"), "--causal means nothing with --decode, which takes --batch"),
+        (("--page-size", 16), "--page-size means nothing in a timing run"),
         (("--seqlens", "512,x"), "--seqlens: 'x' is no integer above 0"),
         (("--burst-ms", "nan"), "--burst-ms: 'nan' is no number"),
     ],
@@ -326,6 +467,9 @@ def test_defaults_of_each_kind():
     assert (accurate.kind, accurate.seeds, max(accurate.seqlens)) == ("accuracy", 5, 4096)
     assert options.parse_arguments(["--accuracy", "--seqlens", "8192"]).seqlens == [8192]
     assert (memory_run.kind, memory_run.seqlens) == ("memory", [1024, 4096])
+    tokens = options.parse_arguments(["--decode", "--batch", "4"])
+    assert (tokens.kind, tokens.batch, tokens.heads_k, tokens.page_size) == ("decode", [4], [32, 8, 4], None)
+    assert options.parse_arguments(["--batch", "8", "--heads-k", "4"]).heads_k == 4 and timed.batch == 4
     whole = options.parse_arguments(["--model"])
     assert (whole.layers, whole.heads, whole.heads_k, whole.head_dims, whole.tokens) == (8, 32, 4, [64], 8192)
     assert whole.seqlens == [1024, 2048, 4096, 8192]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import run_module
 
-from flash_attn_jit.bench import model
-from flash_attn_jit.bench.backends import OURS, SDPA_EFFICIENT, SDPA_MATH, Backend
+from flash_attn_jit.bench import decode, model
+from flash_attn_jit.bench.backends import OURS, SDPA_EFFICIENT, SDPA_FLASH, SDPA_MATH, Backend
+from flash_attn_jit.bench.decode import DecodeProblem
 from flash_attn_jit.bench.model import ROUTED, SDPA, STEPS, Shape, Workload
 from flash_attn_jit.bench.out_of_memory import OUT_OF_MEMORY
 from flash_attn_jit.bench.problem import BOTH, Problem
@@ -70,6 +71,28 @@ def test_running_out_of_memory_is_a_row_and_leaves_the_memory_free():
         torch.cuda.empty_cache()
     assert forward["skipped"] == training["skipped"] == OUT_OF_MEMORY
     assert forward_routed["ms_median"] > 0 and training_routed["ms_median"] > 0
+
+
+def test_the_command_for_decode(tmp_path):
+    sizes = ("--batch", 2, "--heads", 8, "--heads-k", 2, "--head-dims", 64, "--queries", "1,16", "--keys", 3000)
+    done = run_module("bench", "--decode", *sizes, "--page-size", 16, "--rounds", 2, "--burst-ms", 5, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "bench-decode.json").read_text())["rows"]
+    names = [OURS, "pages of 16", SDPA_FLASH, SDPA_EFFICIENT]
+    assert [(row["queries"], row["backend"]) for row in rows] == [
+        (queries, name) for queries in (1, 16) for name in names
+    ]
+    for row in rows:
+        if row["backend"] != SDPA_FLASH:  # which Turing does not have
+            assert row["share_of_copies"] > 0 and row["calls_of_a_launch"] > 1
+
+
+def test_input_sets_pass_the_cache_and_leave_room():
+    small, large = (DecodeProblem(1, 8, 8, 64, 1, keys) for keys in (1024, 65536))
+    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    assert (len(decode.input_sets(small, 1)) - 1) * small.kv_bytes() >= min(2 * l2_bytes, 31 * small.kv_bytes())
+    free_bytes, _ = torch.cuda.mem_get_info()
+    assert len(decode.input_sets(large, free_bytes // large.kv_bytes())) == 1
 
 
 @pytest.mark.parametrize("name", [SDPA_EFFICIENT, SDPA_MATH])

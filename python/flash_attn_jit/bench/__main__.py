@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from .. import __version__, _core
-from . import accuracy, beside, host_cost, memory, model, plot, prediction, timing
+from . import accuracy, beside, decode, host_cost, memory, model, plot, prediction, timing
 from .backends import KNOWS_ENABLE_GQA, default_names
 from .options import (
     ACCURACY,
     BESIDE,
+    DECODE,
     HOST_COST,
     MEMORY,
     MODEL,
@@ -77,6 +78,8 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         return _print_rows("", host_cost.run(options.rounds))
     if options.kind == MODEL:
         return _measure_model(options)
+    if options.kind == DECODE:
+        return _measure_decode(options)
     rows: list[dict[str, Any]] = []
     for problem in _problems(options):
         if options.kind == PREDICT:
@@ -105,6 +108,17 @@ def _put_beside(options: argparse.Namespace) -> None:
     output = options.output or options.beside
     output.write_text(json.dumps(database) + "\n")
     print(output)
+
+
+def _measure_decode(options: argparse.Namespace) -> list[dict[str, Any]]:
+    copied = decode.copied_bytes_per_second(options.rounds, options.burst_ms)
+    print(f"A copy on the device reads and writes {copied * 1e-9:.0f} GB/s")
+    grid = options.batch, options.heads, options.heads_k, options.head_dims, options.queries, options.keys
+    rows: list[dict[str, Any]] = []
+    for problem in decode.problems(*grid):
+        measured = decode.run(problem, options.page_size, copied, options.rounds, options.burst_ms)
+        rows += _print_rows(str(problem), measured)
+    return [{**row, "copied_bytes_per_second": copied} for row in rows]
 
 
 def _measure_model(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -138,6 +152,9 @@ def _print_rows(problem: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def _figures(row: dict[str, Any]) -> str:
+    if "share_of_copies" in row:
+        text = f"{row['us_a_call']:9.2f} us  {row['share_of_copies']:.3f} of a copy's bandwidth"
+        return text + (f"  {row['times_as_long']:6.2f} times as long" if "times_as_long" in row else "")
     if "us_median" in row:
         return (
             f"{row['device']:4} {row['mode']:30} {row['us_median']:8.2f} us a call"

@@ -8,21 +8,24 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 
-from .. import flash_attn_func
+from .. import flash_attn_func, flash_attn_with_kvcache
 from .backends import OURS
 from .problem import BOTH, FORWARD
 
 _CALLS = 100  # a burst: fewer launches than a stream's queue holds, with all kernels of a backward pass
+_CACHED_KEYS, _PAGE_SIZE = 4096, 16
 
 
 class Mode(NamedTuple):
     which: str  # the pass
     grad_mode: bool
     inputs_need_gradients: bool
+    cache: bool = False
+    appends: bool = False  # to a cache in pages, with rotary turns
 
     def __str__(self) -> str:
         if not self.grad_mode:
-            return "grad off"
+            return "grad off" + (", a cache" if self.cache else "") + (", appending" if self.appends else "")
         return "grad on, inputs need gradients" if self.inputs_need_gradients else "grad on"
 
 
@@ -31,6 +34,8 @@ _MODES = (
     Mode(FORWARD, True, False),
     Mode(FORWARD, True, True),
     Mode(BOTH, True, True),
+    Mode(FORWARD, False, False, cache=True),
+    Mode(FORWARD, False, False, cache=True, appends=True),
 )
 
 
@@ -44,9 +49,33 @@ def _burst_us(call: Callable[[], object], wait: Callable[[], object]) -> float:
     return elapsed / _CALLS * 1e6
 
 
+def _queries(device: str) -> int:
+    """On the CPU none: such a call makes the whole way to the launch, and launches nothing."""
+    return 1 if device == "cuda" else 0
+
+
+def _cache_calls(mode: Mode, device: str) -> dict[str, Callable[[], object]]:
+    """A token over a cache of one sequence, beside SDPA's over as many keys, each head's in one piece."""
+    half: dict[str, Any] = {"dtype": torch.float16, "device": device}
+    q, new = torch.randn(2, 1, _queries(device), 8, 64, **half).unbind()
+    k, v = torch.randn(2, 1, _CACHED_KEYS, 8, 64, **half).unbind()
+    sq, sk, sv = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    given: dict[str, Any] = {"cache_seqlens": torch.full((1,), _CACHED_KEYS - 1, dtype=torch.int32, device=device)}
+    if mode.appends:
+        k, v = (x.view(-1, _PAGE_SIZE, 8, 64) for x in (k, v))
+        cos, sin = torch.randn(2, _CACHED_KEYS, 32, **half).unbind()
+        table = torch.randperm(k.shape[0], device=device, dtype=torch.int32)[None]
+        given.update(k=new, v=new, rotary_cos=cos, rotary_sin=sin, block_table=table)
+    return {
+        OURS: lambda: flash_attn_with_kvcache(q, k, v, causal=True, **given),
+        "sdpa": lambda: F.scaled_dot_product_attention(sq, sk, sv),
+    }
+
+
 def _calls(mode: Mode, device: str) -> dict[str, Callable[[], object]]:
-    # On the CPU a query of length 0 makes the whole way to the launch, and launches nothing.
-    seqlen = 16 if device == "cuda" else 0
+    if mode.cache:
+        return _cache_calls(mode, device)
+    seqlen = 16 * _queries(device)
     q, k, v, dout = torch.randn(4, 1, seqlen, 8, 64, dtype=torch.float16, device=device).unbind()
     needed = mode.inputs_need_gradients
     q, k, v = (x.detach().requires_grad_(needed) for x in (q, k, v))
@@ -67,7 +96,7 @@ def _calls(mode: Mode, device: str) -> dict[str, Callable[[], object]]:
 
 def run(rounds: int) -> list[dict[str, Any]]:
     """Microseconds a call: forward with grad mode off and on, forward of inputs that need gradients, and forward and
-    backward of them; bursts take turns."""
+    backward of them; and a token over a cache. Bursts take turns."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     rows = []

@@ -10,8 +10,9 @@ from .problem import BACKWARD, FORWARD, PASSES
 
 TARGET_VARIABLE = "FLASH_ATTN_JIT_TARGET"
 
-TIMING, MODEL, PREDICT, ACCURACY, MEMORY, HOST_COST, BESIDE, PLOT = KINDS = (
+TIMING, DECODE, MODEL, PREDICT, ACCURACY, MEMORY, HOST_COST, BESIDE, PLOT = KINDS = (
     "timing",
+    "decode",
     "model",
     "predict",
     "accuracy",
@@ -34,6 +35,17 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "seqlens": [512, 1024, 2048, 4096, 8192, 16384],
         "passes": list(PASSES),
         "backends": None,
+        "rounds": 5,
+        "burst_ms": 50.0,
+    },
+    DECODE: {
+        "batch": [1, 8],
+        "heads": 32,
+        "heads_k": [32, 8, 4],
+        "head_dims": [64, 128],
+        "queries": [1, 16],
+        "keys": [2048, 8192, 32768],
+        "page_size": None,
         "rounds": 5,
         "burst_ms": 50.0,
     },
@@ -124,6 +136,15 @@ def _passes(text: str) -> list[str]:
 def _add_kinds(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
+        "--decode",
+        action="store_true",
+        help="inference calls instead, a few queries over many keys: the GPU's time alone, of many calls in a CUDA "
+        "graph, and which share of the bandwidth of copies on this GPU reading k and v makes of it. This library's "
+        "calls have causal=True and are checked against float64; SDPA's flash backend, and its memory-efficient one "
+        "with k and v repeated for every head beforehand, run without a mask: their is_causal is aligned top-left, so "
+        "that queries would see next to nothing",
+    )
+    what.add_argument(
         "--model",
         action="store_true",
         help="a whole Llama-like decoder with float16 weights instead of single calls, with PyTorch's SDPA left to the "
@@ -161,12 +182,13 @@ def _add_kinds(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_problem(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=_positive, help=_defaults("batch"))
+    parser.add_argument("--batch", type=_positives, help=f"with --decode several {_defaults('batch')}")
     parser.add_argument("--heads", type=_positive, help=_defaults("heads"))
     parser.add_argument(
         "--heads-k",
-        type=_positive,
-        help="heads of k and v (default: 4 with --model, else as many as --heads; --memory: these, then one for all)",
+        type=_positives,
+        help="heads of k and v, with --decode several (default: 32,8,4 with --decode, 4 with --model, else as many as "
+        "--heads; --memory: these, then one for all)",
     )
     parser.add_argument("--head-dims", type=_positives, metavar="64,128", help=_defaults("head_dims"))
     parser.add_argument("--seqlens", type=_positives, metavar="512,...", help=_defaults("seqlens"))
@@ -186,6 +208,14 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
         help="sdpa_NAME is PyTorch's with that one backend; for fewer heads of k and v it is called with "
         "enable_gqa=True, but sdpa_efficient, which takes none, with k and v repeated for every head (default: all, "
         f"{SDPA_MATH} for fewer heads of k and v only: there it is what PyTorch takes on a GPU without flash)",
+    )
+
+
+def _add_decode(parser: argparse.ArgumentParser) -> None:
+    for name, what in (("keys", "keys of a sequence"), ("queries", "and its queries")):
+        parser.add_argument(_flag(name), type=_positives, help=f"--decode: {what} {_defaults(name)}")
+    parser.add_argument(
+        "--page-size", type=_positive, help="--decode: also keys in pages of so many rows, in a random order"
     )
 
 
@@ -214,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
         "--plot's PNG",
     )
     _add_problem(parser)
+    _add_decode(parser)
     _add_model(parser)
     parser.add_argument(
         "--rounds", type=_positive, help=f"samples of each backend, taken in turns {_defaults('rounds')}"
@@ -245,6 +276,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
             parser.error(f"{_flag(name)} means nothing {_with(options.kind)}, which takes {flags}")
         if getattr(options, name) is None:
             setattr(options, name, taken.get(name))
+    if options.kind != DECODE:
+        _take_the_only(parser, options)
     if options.kind not in (PLOT, HOST_COST, BESIDE):
         _check_sizes(parser, options)
     return options
@@ -254,9 +287,23 @@ def _with(kind: str) -> str:
     return "in a timing run" if kind == TIMING else f"with {_flag(kind)}"
 
 
+def _take_the_only(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """The number of options that have several with --decode alone."""
+    for name in ("batch", "heads_k"):
+        value = getattr(options, name)
+        if isinstance(value, list):
+            if len(value) > 1:
+                parser.error(
+                    f"{_flag(name)} is {','.join(map(str, value))}; accepted {_with(options.kind)}: one number"
+                )
+            setattr(options, name, value[0])
+
+
 def _check_sizes(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    if options.heads_k and options.heads % options.heads_k:
-        parser.error(f"--heads is {options.heads}, and --heads-k {options.heads_k}; accepted: a multiple of --heads-k")
+    heads_k = options.heads_k if isinstance(options.heads_k, list) else [options.heads_k or options.heads]
+    for each in heads_k:
+        if options.heads % each:
+            parser.error(f"--heads is {options.heads}, and --heads-k {each}; accepted: a multiple of --heads-k")
     if options.kind != MODEL:
         return
     if len(options.head_dims) > 1 or options.head_dims[0] % 2:
