@@ -5,11 +5,12 @@ Whatever no sequence uses is NaN, so that a kernel that reads it is found out.""
 import itertools
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from attention_reference import check_attention, normal
+from conftest import TESTS_ALL
 
 import flash_attn_jit
 from flash_attn_jit import flash_attn_func, flash_attn_varlen_func
@@ -299,21 +300,106 @@ class Appended:
     rows: Any  # of sequence b and row i: the place in the cache
 
 
-def appended_to(kind: str, heads: int, head_dim: int, used: list[int], new: int, dice: random.Random) -> Appended:
+def appended_to(
+    kind: str, heads: int, head_dim: int, lengths: tuple[list[int], list[int]], new: int, dice: random.Random
+) -> Appended:
+    """A cache with room for `new` rows more; `lengths` are (used, leftpad). What no sequence uses is NaN."""
+    used, leftpad = lengths
     batch, capacity = len(used), max(used) + new + 3
-    if kind == "batch":
-        cache = normal(batch, capacity, heads, 2 * head_dim, seed=7)
-        return Appended(cache, {}, lambda b, i: (b, i))
+    arguments: dict[str, Any] = {}
+    shape, place = (batch, capacity), lambda b, i: (b, i)
     if kind == "batch_idx":
         order = dice.sample(range(batch + 2), batch)
-        cache = normal(batch + 2, capacity, heads, 2 * head_dim, seed=7)
-        return Appended(cache, {"cache_batch_idx": int32(order)}, lambda b, i: (order[b], i))
-    page_size = {"pages of 1": 1, "pages of 16": 16}[kind]
-    columns = -(-capacity // page_size)
-    table = torch.tensor(dice.sample(range(batch * columns + 2), batch * columns)).reshape(batch, columns).int()
-    cache = normal(batch * columns + 2, page_size, heads, 2 * head_dim, seed=7)
-    place = lambda b, i: (int(table[b, i // page_size]), i % page_size)  # noqa: E731
-    return Appended(cache, {"block_table": table}, place)
+        shape, place = (batch + 2, capacity), lambda b, i: (order[b], i)
+        arguments = {"cache_batch_idx": int32(order)}
+    elif kind != "batch":
+        page_size = int(kind.removeprefix("pages of "))
+        columns = -(-capacity // page_size)
+        table = torch.tensor(dice.sample(range(batch * columns + 2), batch * columns)).reshape(batch, columns).int()
+        shape, place = (batch * columns + 2, page_size), lambda b, i: (int(table[b, i // page_size]), i % page_size)
+        arguments = {"block_table": table}
+    values = normal(*shape, heads, 2 * head_dim, seed=7)
+    cache = torch.full_like(values, NAN)
+    for b in range(batch):
+        for i in range(leftpad[b], used[b]):
+            cache[place(b, i)] = values[place(b, i)]
+    return Appended(cache, arguments, place)
+
+
+class Rotary(NamedTuple):
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool
+
+    def arguments(self) -> dict[str, Any]:
+        return {f"rotary_{name}": value for name, value in self._asdict().items()}
+
+
+def rotary_of(dims: int, places: int, interleaved: bool) -> Rotary:
+    angles = torch.rand(places, max(1, dims // 2), generator=torch.Generator().manual_seed(3)) * 6
+    return Rotary(angles.cos().half(), angles.sin().half(), interleaved)
+
+
+@dataclass
+class CacheCall:
+    """A call of flash_attn_with_kvcache. `options` are those that attention() has too."""
+
+    given: Appended
+    q: torch.Tensor
+    new: tuple[torch.Tensor, ...]  # k and v, or nothing
+    rotary: Rotary | None
+    used: list[int]
+    leftpad: list[int]
+    options: dict[str, Any]
+    slopes: torch.Tensor | None = None  # (batch, heads)
+
+    @property
+    def count(self) -> int:
+        return self.new[0].shape[1] if self.new else 0
+
+    def run(self, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        k_cache, v_cache = self.given.cache.chunk(2, -1)
+        new, rotary = dict(zip("kv", self.new)), self.rotary.arguments() if self.rotary else {}
+        result: Any = flash_attn_jit.flash_attn_with_kvcache(
+            self.q,
+            k_cache,
+            v_cache,
+            cache_seqlens=int32(self.used),
+            cache_leftpad=int32(self.leftpad),
+            alibi_slopes=self.slopes,
+            **{"return_softmax_lse": True, **new, **rotary, **self.given.arguments, **self.options, **more},
+        )
+        return result
+
+    def turned(self, x: torch.Tensor, b: int, advances: bool) -> torch.Tensor:
+        """Rows (rows, heads, head_dim) of sequence b, at the places behind those that are used."""
+        if not self.rotary:
+            return x.double()
+        places = self.used[b] + torch.arange(x.shape[0]) * advances
+        return turned(x, self.rotary.cos, self.rotary.sin, places, self.rotary.interleaved)
+
+    def turned_q(self, b: int) -> torch.Tensor:
+        advances = self.options.get("causal", False) or max(self.options.get("window_size", (-1, -1))) >= 0
+        return self.turned(self.q[b], b, advances).half()
+
+
+def check_call(call: CacheCall, **more: Any) -> None:
+    """What was appended, what was attended to, and that nothing else in the cache has changed."""
+    before, head_dim = call.given.cache.clone(), call.q.shape[3]
+    out, lse = call.run(**more)
+    for b, n in enumerate(call.used):
+        for i in range(call.count):
+            k_new, v_new = call.turned(call.new[0][b], b, True)[i], call.new[1][b, i]
+            at = call.given.rows(b, n + i)
+            got = call.given.cache[at]
+            assert (got[..., :head_dim].double() - k_new).abs().max() <= 4e-3
+            assert torch.equal(got[..., head_dim:], v_new)
+            before[at] = got
+        own = [call.given.cache[call.given.rows(b, i)] for i in range(call.leftpad[b], n + call.count)]
+        k, v = (torch.stack(own) if own else call.given.cache[:0, 0])[None].chunk(2, -1)
+        slopes: dict[str, Any] = {} if call.slopes is None else {"alibi_slopes": call.slopes[b : b + 1]}
+        check_attention(out[b : b + 1], lse[b : b + 1], call.turned_q(b)[None], k, v, **call.options, **slopes)
+    assert torch.equal(call.given.cache.view(torch.int16), before.view(torch.int16))  # which knows NaN
 
 
 CACHES = ["batch", "batch_idx", "pages of 1", "pages of 16"]
@@ -328,52 +414,51 @@ APPENDED = pick(
 
 @pytest.mark.parametrize(("kind", "head_dim", "sizes", "rotary", "causal"), APPENDED)
 def test_what_is_appended_and_what_is_attended_to(kind, head_dim, sizes, rotary, causal):
-    queries, new = sizes
+    queries, count = sizes
     used, dice = [37, 0, 15], random.Random(str((kind, head_dim, sizes)))
-    given = appended_to(kind, 2, head_dim, used, new, dice)
-    before = given.cache.clone()
-    k_cache, v_cache = given.cache[..., :head_dim], given.cache[..., head_dim:]
-    q, k, v = normal(3, queries, 4, head_dim), normal(3, new, 2, head_dim, seed=1), normal(3, new, 2, head_dim, seed=2)
-    dims = int(head_dim * rotary[0]) // 2 * 2
-    angles = torch.rand(50, max(1, dims // 2), generator=torch.Generator().manual_seed(3)) * 6
-    cos, sin = angles.cos().half(), angles.sin().half()
-    rotates = dims > 0 and new > 0
-    if new:
-        given.arguments.update(k=k, v=v)
-    if rotates:
-        given.arguments.update(rotary_cos=cos, rotary_sin=sin, rotary_interleaved=rotary[1])
     leftpad = [5, 0, 0] if kind != "pages of 1" else [0, 0, 0]
-    out, lse = flash_attn_jit.flash_attn_with_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        cache_seqlens=int32(used),
-        cache_leftpad=int32(leftpad),
-        causal=causal,
-        return_softmax_lse=True,
-        **given.arguments,
-    )
-    for b, n in enumerate(used):
-        places = torch.arange(n, n + new)
-        k_new = turned(k[b], cos, sin, places, rotary[1]) if rotates else k[b].double()
-        for i in range(new):
-            got, at = given.cache[given.rows(b, n + i)], given.rows(b, n + i)
-            assert (got[..., :head_dim].double() - k_new[i]).abs().max() <= 4e-3
-            assert torch.equal(got[..., head_dim:], v[b, i])
-            before[at] = got
-        own = [given.cache[given.rows(b, i)] for i in range(leftpad[b], n + new)]
-        keys = torch.stack(own) if own else given.cache[:0, 0]
-        asked = torch.arange(n, n + queries) if causal else torch.full((queries,), n)
-        own_q = turned(q[b], cos, sin, asked, rotary[1]).half() if rotates else q[b]
-        check_attention(
-            out[b : b + 1],
-            lse[b : b + 1],
-            own_q[None],
-            keys[None, ..., :head_dim],
-            keys[None, ..., head_dim:],
-            causal=causal,
-        )
-    assert torch.equal(given.cache, before)  # nothing else in the cache has changed
+    given = appended_to(kind, 2, head_dim, (used, leftpad), count, dice)
+    new = tuple(normal(3, count, 2, head_dim, seed=seed) for seed in (1, 2)) if count else ()
+    dims = int(head_dim * rotary[0]) // 2 * 2
+    turns = rotary_of(dims, 50, rotary[1]) if dims and count else None
+    check_call(CacheCall(given, normal(3, queries, 4, head_dim), new, turns, used, leftpad, {"causal": causal}))
+
+
+def random_options(dice: random.Random) -> dict[str, Any]:
+    return {
+        "causal": dice.random() < 0.5,
+        "window_size": dice.choice([(-1, -1), (-1, -1), (dice.randint(-1, 60), dice.randint(-1, 60))]),
+        "softcap": dice.choice([0.0, 0.0, 5.0, 30.0]),
+        "softmax_scale": dice.choice([None, None, 0.25, -0.125]),
+    }
+
+
+def random_call(dice: random.Random) -> CacheCall:
+    step = dice.choice([1, 8, 16])
+    head_dim, heads_k, group = step * dice.randint(1, 256 // step), dice.randint(1, 3), dice.randint(1, 5)
+    used = [dice.choice([0, 1, dice.randint(0, 150)]) for _ in range(dice.randint(1, 4))]
+    leftpad = [dice.choice([0, dice.randint(0, length)]) for length in used]
+    queries = dice.choice([1, 1, dice.randint(2, 9), dice.randint(60, 150)])  # a token, some of them, a prompt
+    count = dice.choice([None, queries, queries, dice.randint(0, queries + 3)])
+    kind = dice.choice(["batch", "batch_idx", *(f"pages of {size}" for size in (1, 16, 32, dice.randint(2, 70)))])
+    given = appended_to(kind, heads_k, head_dim, (used, leftpad), count or 0, dice)
+    new: tuple[torch.Tensor, ...] = ()
+    rotary = None
+    if count is not None:
+        new = tuple(normal(len(used), count, heads_k, head_dim, seed=seed) for seed in (1, 2))
+        dims = dice.choice([0, head_dim // 2 * 2, 2 * dice.randint(0, head_dim // 2)])
+        places = max(used) + max(queries, count) + dice.randint(0, 9)
+        rotary = rotary_of(dims, places, dice.random() < 0.5) if dims else None
+    q = normal(len(used), queries, heads_k * group, head_dim)
+    slopes = torch.rand(q.shape[0], q.shape[2], generator=torch.Generator().manual_seed(4))
+    options = random_options(dice)
+    return CacheCall(given, q, new, rotary, used, leftpad, options, slopes if dice.random() < 0.3 else None)
+
+
+@pytest.mark.parametrize("number", range(160 if TESTS_ALL else 16))
+def test_random_calls(number):
+    dice = random.Random(number)
+    check_call(random_call(dice), num_splits=dice.choice([0, 1, 2, 5]))
 
 
 def test_an_int_for_all_sequences():
