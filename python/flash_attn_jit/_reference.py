@@ -120,6 +120,11 @@ def allowed_of_out(out: torch.Tensor, weighed: torch.Tensor) -> torch.Tensor:
     return _SAFETY * ((_HALF + _SCORE) * weighed + _HALF * out.abs() + _LEAST_HALF)
 
 
+def rounded(value: torch.Tensor) -> Exact:
+    """What float16 keeps of sums of a few numbers around 1, which float32 rounds by up to 2^-22 before."""
+    return Exact(value, _SAFETY * (_HALF * value.abs() + _LEAST_HALF + 2.0**-22))
+
+
 def _summed(value: torch.Tensor, error: torch.Tensor, group_size: int) -> Exact:
     """Over the query heads of each key head; back to (seqlen, heads, head_dim)."""
     value, error = (x.unflatten(0, (-1, group_size)).sum(1).transpose(0, 1) for x in (value, error))

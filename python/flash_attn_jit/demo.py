@@ -1,5 +1,6 @@
 """``python -m flash_attn_jit.demo``: builds a T4's kernels for some well-known models, on any machine, runs each, and
-compares it with float64: on the GPU where there is one, else in the interpreter. Then a training step."""
+compares it with float64: on the GPU where there is one, else in the interpreter. Then a training step, and a token over
+a cache."""
 
 import argparse
 import copy
@@ -18,6 +19,7 @@ from torch import nn
 from . import _core, flash_attn_func
 from ._options import Options
 from ._reference import reference_gradients, reference_heads
+from .check import cache
 
 # Of a training step.
 _KINDS = tuple(family.word for family in _core.kernel_families() if family.word.startswith(("fwd", "bwd")))
@@ -227,6 +229,14 @@ def training_step(device: str) -> TrainingStep:
     return TrainingStep(len(layers), loss.item(), exact_loss.item(), error, loss_after.item())
 
 
+def token_errors(device: str) -> dict[str, float]:
+    """Of a token over a cache in pages, for heads like Llama-3-8B's, its keys and queries turned: the greatest
+    difference from float64 of out and of the caches that it was appended to."""
+    case = cache.CacheCase("a token", head_dim=128, heads=4, heads_k=1, used=(_SEQLEN, 0, 77))
+    results = cache.results_of(case, device)
+    return {name: (got.double() - exact.value).abs().max().item() for name, (got, exact) in results.items()}
+
+
 def choose_device(pack: Path) -> str:
     """The device to run on, with the variables that make it take the Turing code; set before they are read."""
     os.environ["FLASH_ATTN_JIT_PREBUILT"] = str(pack.resolve())
@@ -279,6 +289,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"A training step of {step.layers} causal attention layers on {where}: loss {step.loss:.6f} (float64: "
         f"{step.loss_in_float64:.6f}), the greatest relative error of a gradient {step.gradient_error:.1e}, "
         f"loss after the step {step.loss_after:.6f}."
+    )
+    token = token_errors(device)
+    print(
+        f"A token for each of 3 sequences over a cache in pages on {where}, appended to it and turned: max error vs "
+        f"float64 {token['out']:.1e} (out), {token['k_cache']:.1e} (keys), {token['v_cache']:.1e} (values)."
     )
 
 

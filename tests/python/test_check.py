@@ -13,7 +13,8 @@ import flash_attn_jit
 from flash_attn_jit._reference import Scores, exact_attention
 from flash_attn_jit.bench import prediction
 from flash_attn_jit.bench.problem import BACKWARD, FORWARD, Problem
-from flash_attn_jit.check import __main__ as check, card, cases, speed
+from flash_attn_jit.check import __main__ as check, cache, card, cases, speed
+from flash_attn_jit.check.cache import CacheCase
 
 
 @pytest.mark.parametrize(
@@ -80,8 +81,40 @@ def test_one_wrong_element_is_found(name, change):
     assert [each for each, found in compared["tensors"].items() if not found["share_of_allowed"] <= 1] == [name]
 
 
+CACHE = CacheCase("cache", head_dim=32, heads_k=2, queries=3, page_size=5, used=(41, 0, 7))
+
+
+def test_a_case_of_a_cache_is_right():
+    report = cases.check(CACHE, "cpu")
+    assert report["right"] and list(report["tensors"]) == ["out", "k_cache", "v_cache"]
+    assert 0 < report["tensors"]["out"]["share_of_allowed"] < 1
+    inputs = cache.inputs_of(CACHE, "cpu")
+    new_rows = (cache.run(inputs)["v_cache"] != inputs.v_cache).any(-1).all(-1)
+    assert new_rows.sum() == 3 * 3 and CACHE.small().used == (2, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["out", "k_cache", "v_cache"])
+@pytest.mark.parametrize("change", [math.nan, 0.02])
+def test_one_wrong_element_of_a_cache_is_found(name, change, monkeypatch):
+    """In the first sequence's last key, or its first query."""
+    run = cache.run
+
+    def wrong(inputs):
+        results = run(inputs)
+        page, row = (0, 0) if name == "out" else (inputs.table[0, 43 // 5], 43 % 5)
+        results[name][page, row, 1, 5] += change
+        return results
+
+    monkeypatch.setattr(cache, "run", wrong)
+    report = cases.check(CACHE, "cpu")
+    assert not report["right"] and not report["tensors"][name]["share_of_allowed"] <= 1
+
+
 def test_every_family_is_among_the_cases():
-    found = cases.cases()
+    of_caches = [case for case in cases.cases() if isinstance(case, CacheCase)]
+    assert {case.page_size % 16 == 0 for case in of_caches} == {True, False}
+    assert {case.queries == 1 for case in of_caches} == {True, False}
+    found = [case for case in cases.cases() if isinstance(case, cases.Case)]
     for has in (
         lambda case: not case.causal and case.window == (-1, -1),
         lambda case: case.causal,
@@ -95,7 +128,9 @@ def test_every_family_is_among_the_cases():
         lambda case: case.head_dim > 128,
     ):
         assert any(has(case) for case in found)
-    assert len(cases.small_cases()) == 12 and all(sum(case.seqlens_q) < 200 for case in cases.small_cases())
+    small = cases.small_cases()
+    assert len(small) == 14
+    assert all(sum(case.used if isinstance(case, CacheCase) else case.seqlens_q) < 200 for case in small)
 
 
 def test_the_check_in_the_interpreter(tmp_path):
@@ -109,7 +144,7 @@ def test_the_check_in_the_interpreter(tmp_path):
     assert report["environment"]["package"]["version"] and "speeds" not in report
     first, *_ = report["cases"]
     assert first["right"] and 0 < first["tensors"]["dv"]["share_of_allowed"] < 1
-    assert report["cases"][-1] == {"case": "unaligned rows, causal", "head_dim": 64, "skipped": check._NOT_REACHED}
+    assert report["cases"][-1] == {"case": "cache, pages of 5", "head_dim": 64, "skipped": check._NOT_REACHED}
     assert "not reached" in done.stdout and str(tmp_path / "c.json") in done.stdout
 
 

@@ -75,6 +75,15 @@ def test_training_step(demo):
     assert 0 < error < 2e-3
 
 
+def test_token(demo):
+    _, done = demo
+    words = r"A token .* float64 (\S+) \(out\), (\S+) \(keys\), (\S+) \(values\)\.$"
+    found = re.search(words, done.stdout, re.MULTILINE)
+    assert found, done.stdout
+    out, keys, values = map(float, found.groups())
+    assert 0 < out < 4e-3 and 0 < keys < 4e-3 and values == 0
+
+
 @pytest.mark.skipif(not TESTS_ALL, reason="make test-all: it takes a quarter of a minute")
 def test_demo_again_builds_nothing(demo):
     folder, first = demo

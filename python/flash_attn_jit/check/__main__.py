@@ -18,6 +18,7 @@ from ..bench import prediction
 from ..bench.backends import OURS
 from ..bench.problem import Problem
 from . import card, cases, speed
+from .cache import CacheCase
 
 _FORMAT, _VERSION = "flash-attn-jit check", 1
 # Of the time, what is left to the comparison with float64, and to both.
@@ -66,7 +67,9 @@ def _case_line(row: dict[str, Any]) -> str:
     return f"  {verdict}  head dim {row['head_dim']:3}  {row['case']:24} {found}"
 
 
-def _check_all(chosen: Sequence[cases.Case], device: str, clock: _Clock, share: float) -> Iterator[dict[str, Any]]:
+def _check_all(
+    chosen: Sequence[cases.Case | CacheCase], device: str, clock: _Clock, share: float
+) -> Iterator[dict[str, Any]]:
     for case in chosen:
         if clock.is_over(share):
             yield {"case": case.name, "head_dim": case.head_dim, "skipped": _NOT_REACHED}

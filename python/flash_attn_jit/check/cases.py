@@ -1,4 +1,4 @@
-"""Problems of every family of kernels, compared with float64: masks, features, varlen, classes of head dims."""
+"""Problems of every family of kernels, compared with float64: masks, features, varlen, classes of head dims, caches."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -8,6 +8,8 @@ import torch
 
 from .. import flash_attn_func, flash_attn_varlen_func
 from .._reference import Exact, Scores, exact_attention
+from . import cache
+from .cache import CacheCase
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,23 @@ _FEATURES: dict[str, dict[str, Any]] = {
 _OTHER_HEAD_DIMS = (32, 96, 80, 256, 40, 112, 160, 192, 33, 8, 224)
 
 
-def cases() -> list[Case]:
+_CACHES: dict[str, dict[str, Any]] = {
+    "cache, pages of 16": {},
+    "cache, pages of 5": {"page_size": 5, "queries": 3, "heads_k": 2},
+}
+
+
+def cases() -> list[Case | CacheCase]:
     """The most important first: the time may end before the last."""
-    found = [Case(name, head_dim, **options) for name, options in _FEATURES.items() for head_dim in (64, 128)]
+    found: list[Case | CacheCase] = []
+    found += [Case(name, head_dim, **options) for name, options in _FEATURES.items() for head_dim in (64, 128)]
+    found += [CacheCase(name, head_dim, **options) for name, options in _CACHES.items() for head_dim in (64, 128)]
     return found + [
         Case("causal" if i % 2 else "full", head_dim, causal=bool(i % 2)) for i, head_dim in enumerate(_OTHER_HEAD_DIMS)
     ]
 
 
-def small_cases() -> list[Case]:
+def small_cases() -> list[Case | CacheCase]:
     """For the interpreter: each feature once."""
     return [case.small() for case in cases() if case.head_dim == 64]
 
@@ -152,6 +162,10 @@ def compare(case: Case, results: dict[str, torch.Tensor], inputs: dict[str, torc
         q, dout, k, v = inputs["q"][rows_q], inputs["dout"][rows_q], inputs["k"][rows_k], inputs["v"][rows_k]
         for name, exact in exact_attention(q, k, v, dout, scores).items():
             worst[name].append(_worst(results[name][rows_k if name in ("dk", "dv") else rows_q], exact))
+    return _judged(worst)
+
+
+def _judged(worst: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
     tensors = {}
     for name, found in worst.items():
         error, share = torch.tensor(found, dtype=torch.float64).amax(0).tolist()  # unlike max(), it keeps a NaN
@@ -159,10 +173,13 @@ def compare(case: Case, results: dict[str, torch.Tensor], inputs: dict[str, torc
     return {"tensors": tensors, "right": all(each["share_of_allowed"] <= 1 for each in tensors.values())}
 
 
-def check(case: Case, device: str) -> dict[str, Any]:
+def check(case: Case | CacheCase, device: str) -> dict[str, Any]:
     """What came of it; an exception is a result too."""
     row: dict[str, Any] = {"case": case.name, "head_dim": case.head_dim}
     try:
+        if isinstance(case, CacheCase):
+            results = cache.results_of(case, device)
+            return {**row, **_judged({name: [_worst(*both)] for name, both in results.items()})}
         inputs = _inputs(case, device)
         return {**row, **compare(case, _run(case, inputs, device), inputs)}
     except Exception as error:
