@@ -331,13 +331,16 @@ def attention_heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, opt
     return out.transpose(1, 2)
 
 
-def attention_kvpacked(q: Any, kv: Any, options: Options, wants_lse: bool) -> Result:
+def attention_kvpacked(q: Any, kv: Any, options: Options, wants_lse: bool, out: torch.Tensor | None = None) -> Result:
     """The same of q and a packed kv."""
     if not (isinstance(q, torch.Tensor) and isinstance(kv, torch.Tensor)):
         reject_what_is_no_tensor(q=q, kv=kv)
     layout = KV_LAYOUTS[0 if options.cu_seqlens_q is None else 1]
     check_packed("kv", kv, layout)
     try:
+        if out is not None or has_cache(options):  # no gradient is to be packed
+            k, v = kv.unbind(-3)
+            return attention(q, k, v, options, wants_lse, out)
         if q.dtype is _float32 or kv.dtype is _float32:
             q, kv = cast_for_autocast(q), cast_for_autocast(kv)
         if forward_mode_is_on():

@@ -221,6 +221,11 @@ def flash_attn_kvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    out: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    leftpad_k: torch.Tensor | None = None,
+    num_splits: int = 0,
 ) -> Output:
     """``flash_attn_func`` for k and v in one tensor. It is read through its strides, and its gradient is written as one
     tensor: nothing is copied.
@@ -231,6 +236,7 @@ def flash_attn_kvpacked_func(
         q: (batch, seqlen_q, num_heads, head_dim), float16. Only the last dimension must be contiguous.
         kv: (batch, seqlen_k, 2, num_heads_k, head_dim), float16: k is kv[:, :, 0], v is kv[:, :, 1].
         {options}
+        {cache_options}
 
     Returns:
         out (batch, seqlen_q, num_heads, head_dim), float16 and contiguous; or, with ``return_attn_probs``,
@@ -239,8 +245,19 @@ def flash_attn_kvpacked_func(
     Raises:
         {raises}
     """
-    options = read_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
-    return _output(attention_kvpacked(q, kv, options, return_attn_probs), return_attn_probs)
+    options = read_options(
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        seqused_k=seqused_k,
+        leftpad_k=leftpad_k,
+        num_splits=num_splits,
+    )
+    return _output(attention_kvpacked(q, kv, options, return_attn_probs, out), return_attn_probs)
 
 
 @documented
@@ -384,6 +401,11 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    out: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    leftpad_k: torch.Tensor | None = None,
+    num_splits: int = 0,
 ) -> Output:
     """``flash_attn_varlen_func`` for k and v in one tensor. It is read through its strides, and its gradient is written
     as one tensor: nothing is copied.
@@ -400,6 +422,7 @@ def flash_attn_varlen_kvpacked_func(
             {max_seqlen}
         max_seqlen_k: the same of the keys.
         {options}
+        {cache_options}
 
     Returns:
         out (total_q, num_heads, head_dim), float16 and contiguous; or, with ``return_attn_probs``,
@@ -410,9 +433,19 @@ def flash_attn_varlen_kvpacked_func(
     """
     lengths = _lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = read_options(
-        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, *lengths
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        *lengths,
+        seqused_k=seqused_k,
+        leftpad_k=leftpad_k,
+        num_splits=num_splits,
     )
-    return _output(attention_kvpacked(q, kv, options, return_attn_probs), return_attn_probs)
+    return _output(attention_kvpacked(q, kv, options, return_attn_probs, out), return_attn_probs)
 
 
 @documented

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_reference import check_gradients, exact_gradients, normal
+from attention_reference import check_attention, check_gradients, exact_gradients, normal
 
 from flash_attn_jit import (
     UnsupportedError,
@@ -67,6 +67,75 @@ def test_options_reach_the_packed_forms(options):
     assert torch.equal(flash_attn_qkvpacked_func(qkv, **options), expected)
     assert torch.equal(flash_attn_kvpacked_func(q, qkv[:, :, 1:], **options), expected)
     assert not torch.equal(expected, flash_attn_func(q, k, v))
+
+
+NAN = float("nan")
+USED, LEFTPAD = torch.tensor([50, 0, 70], dtype=torch.int32), torch.tensor([7, 0, 0], dtype=torch.int32)
+
+
+def check_used_rows(out, q, kv):
+    """Of sequences (batch, seqlen, ...): `out` is that over the keys that LEFTPAD and USED leave."""
+    for b in range(3):
+        k, v = kv[b : b + 1, LEFTPAD[b] : USED[b]].unbind(2)
+        check_attention(out[b : b + 1], None, q[b : b + 1], k, v, causal=True)
+
+
+def padded(kv):
+    """NaN where no sequence has a key."""
+    for b in range(3):
+        kv[b, : LEFTPAD[b]] = kv[b, USED[b] :] = NAN
+    return kv
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_kvpacked_with_used_rows_padding_and_out(queries):
+    q, kv = normal(3, queries, 4, 64, seed=1), padded(normal(3, 70, 2, 2, 64))
+    into = torch.empty_like(q)
+    out = flash_attn_kvpacked_func(q, kv, causal=True, out=into, seqused_k=USED, leftpad_k=LEFTPAD, num_splits=2)
+    assert out is into
+    check_used_rows(out, q, kv)
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_varlen_kvpacked_with_used_rows_padding_and_out(queries):
+    q, kv = normal(3, queries, 4, 64, seed=1), padded(normal(3, 70, 2, 2, 64))
+    starts_q, starts_k = (torch.arange(4, dtype=torch.int32) * rows for rows in (queries, 70))
+    into = torch.empty_like(q).flatten(0, 1)
+    out, softmax_lse, _ = flash_attn_varlen_kvpacked_func(
+        q.flatten(0, 1),
+        kv.flatten(0, 1),
+        starts_q,
+        starts_k,
+        queries,
+        70,
+        causal=True,
+        return_attn_probs=True,
+        out=into,
+        seqused_k=USED,
+        leftpad_k=LEFTPAD,
+        num_splits=2,
+    )
+    assert out is into and softmax_lse.shape == (4, 3 * queries)
+    check_used_rows(out.unflatten(0, q.shape[:2]), q, kv)
+
+
+def test_kvpacked_takes_splits_with_gradients_but_no_cache():
+    q, kv = normal(1, 1, 4, 64, seed=1).requires_grad_(), normal(1, 70, 2, 2, 64).requires_grad_()
+    dout = normal(1, 1, 4, 64, seed=9)
+    split, plain = (torch.autograd.grad(flash_attn_kvpacked_func(q, kv, num_splits=n), (q, kv), dout) for n in (3, 0))
+    assert all(map(torch.equal, split, plain))
+    for given in ({"seqused_k": USED[:1]}, {"leftpad_k": LEFTPAD[:1]}, {"out": torch.empty(1, 1, 4, 64).half()}):
+        (name,) = given
+        with pytest.raises(NotImplementedError, match=f"^{name} comes with inputs that require a gradient"):
+            flash_attn_kvpacked_func(q.detach(), kv, **given)
+
+
+def test_what_is_refused_of_used_rows_says_whose_slice():
+    q, kv = normal(3, 1, 4, 64), normal(3, 70, 2, 2, 64)
+    with pytest.raises(ValueError, match=r"^seqused_k\[2\] is 71; accepted: 0 to 70"):
+        flash_attn_kvpacked_func(q, kv, seqused_k=USED + torch.tensor([0, 0, 1], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"^k has .* k is kv\[:, :, 0\]"):
+        flash_attn_kvpacked_func(q[..., :32], kv, seqused_k=USED)
 
 
 def test_packed_tensors_of_other_strides():
