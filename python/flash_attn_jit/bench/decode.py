@@ -177,6 +177,7 @@ def _captured(calls: Sequence[_Call]) -> Callable[[], object]:
 class _Launch(NamedTuple):
     go: Callable[[], object]
     calls: int
+    kept: Sequence[_Call]  # a graph does not keep the tensors that it reads
 
 
 def _launch(contender: _Contender, sets: Sequence[Inputs], burst_ms: float) -> _Launch | None:
@@ -188,7 +189,7 @@ def _launch(contender: _Contender, sets: Sequence[Inputs], burst_ms: float) -> _
     if not samples:
         return None
     count = max(len(calls), min(_MOST_CALLS, round(burst_ms / 3 / samples[contender.name][0])))
-    return _Launch(_captured([calls[i % len(calls)] for i in range(count)]), count)
+    return _Launch(_captured([calls[i % len(calls)] for i in range(count)]), count, calls)
 
 
 def _prepare(contender: _Contender, sets: Sequence[Inputs], burst_ms: float) -> _Launch | str:
