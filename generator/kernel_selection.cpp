@@ -38,7 +38,8 @@ std::vector<FeatureSet> feature_sets(const KernelSelection& selection) {
 }
 
 void append_tiles(KernelSpec spec, const ArchLimits& arch, std::vector<KernelSpec>& specs) {
-  if (spec.features.forward_only() && !family_of(spec.kind).results.out) return;
+  const KernelResults& results = family_of(spec.kind).results;
+  if (spec.features.forward_only() && !results.out && !results.cache) return;
   require_head_dim(spec.head_dim);
   for (const TileConfig& tile : default_tiles(spec)) {
     spec.tile = tile;

@@ -30,6 +30,10 @@ constexpr std::int64_t kMostDecodeRows = 256, kMostDecodeKeys = std::int64_t{1} 
 // A T4's DRAM, 320 GB/s over 40 multiprocessors of 1590 MHz; an RTX 2080 Ti has 5.9 bytes.
 constexpr double kDramBytesPerCycle = 5.0;
 
+// What L2 gives each multiprocessor of a T4 when all of them ask: with this figure the card's model meets published
+// half-precision products on a T4 (github.com/alexarmbr/matmul-playground).
+constexpr double kL2BytesPerCycle = 24.0;
+
 // A kernel's side of a problem: rows are those that its blocks own, columns what its main loop goes over.
 struct Sides {
   std::int64_t rows, columns, heads;
@@ -76,7 +80,8 @@ std::int64_t cycles_of(const KernelSpec& spec, const TileCost& cost, const TileC
          (of(&BlockCycles::iteration) * whole + of(&BlockCycles::masked_iteration) * cut) * sides.group;
 }
 
-// Of a decode kernel: its splits are alike, and what puts them together is done soon after it begins.
+// Of a decode kernel: its splits are alike, and what puts them together is done soon after it begins. Each block has
+// its keys and values from L2 at the least, so that a block of more rows may pay where its loop does not.
 double decode_cycles(const KernelSpec& spec, const TileCost& cost, const Problem& problem) {
   const KeySplits splits = split_keys(spec, problem);
   const std::int64_t seen = spec.mask == Mask::kWindow ? std::min(problem.seqlen_k, problem.window) : problem.seqlen_k;
@@ -85,7 +90,9 @@ double decode_cycles(const KernelSpec& spec, const TileCost& cost, const Problem
   const std::int64_t sharing = std::clamp<std::int64_t>(ceil_div(blocks, problem.multiprocessors), 1, cost.resident);
   const BlockCycles& of = sharing > 1 ? cost.sharing : cost.alone;
   const auto rounds = static_cast<double>(ceil_div(blocks, problem.multiprocessors * sharing));
-  return rounds * static_cast<double>(sharing * (of.block + of.iteration * iterations)) +
+  const double bytes = 2.0 * 2 * spec.head_dim * static_cast<double>(columns_of_iteration(spec));
+  const double iteration = std::max<double>(of.iteration, bytes / kL2BytesPerCycle);
+  return rounds * static_cast<double>(sharing) * (of.block + iteration * static_cast<double>(iterations)) +
          (splits.count > 1 ? kLaunchGap : 0);
 }
 

@@ -21,7 +21,8 @@ int row_tiles_of_warp(const KernelSpec& spec) { return rows_of_warp(spec) / 16; 
 
 int columns_of_iteration(const KernelSpec& spec) {
   const TileConfig& tile = spec.tile;
-  return family_of(spec.kind).warps_share_rows ? tile.block_n * tile.warps * rows_of_warp(spec) / tile.block_m : tile.block_n;
+  return family_of(spec.kind).warps_share_rows ? tile.block_n * tile.warps * rows_of_warp(spec) / tile.block_m
+                                               : tile.block_n;
 }
 
 int blocks_per_multiprocessor(const TileConfig& tile) { return std::max(1, 8 / tile.warps); }

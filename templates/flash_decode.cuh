@@ -64,7 +64,8 @@ class FlashDecode {
   static constexpr int kKeyChunks = Tile::kKeyChunks, kValueChunks = (kDims + 63) / 64;
   static constexpr int kMTiles = Tile::kMTiles, kLaneRows = 2 * kMTiles;
 
-  using Keys = KeyTile<Traits, kKeys>;  // where a warp's next ones lie
+  template <bool kIsInOnePage>
+  using Keys = KeyTile<Traits, kKeys, kIsInOnePage>;  // where a warp's next ones lie
   using Rows = Softmax<Element, kMTiles, kSteps>;
   using Output = Accumulator<kMTiles, 8 * kValueChunks>;
   using QueryChunks = Vec16[kLaneRows][Tile::kRegisterChunks > 0 ? Tile::kRegisterChunks : 1];  // of the lane's rows
@@ -167,6 +168,7 @@ class FlashDecode {
   }
 
   // The tile's first `count` keys; the others are zero.
+  template <class Keys>
   __device__ __forceinline__ void load_keys(KeyChunks& k, const Matrix& matrix, const Keys& tile, int count) const {
 #pragma unroll
     for (int n = 0; n < kSteps; ++n) {
@@ -176,6 +178,7 @@ class FlashDecode {
       for (int c = 0; c < kKeyChunks; ++c) load<32>(k[n][c], row, 32 * c + lane_ % 4 * kChunkDims, i < count);
     }
   }
+  template <class Keys>
   __device__ __forceinline__ void load_values(ValueChunks& v, const Matrix& matrix, const Keys& tile, int count) const {
 #pragma unroll
     for (int n = 0; n < kSteps; ++n)
@@ -230,13 +233,20 @@ class FlashDecode {
 
   // ---- the main loop ----
 
-  // Every row of the warp sees the keys [whole.first, whole.end) of those that some row sees.
   __device__ __forceinline__ void attend() {
+    const Matrix key_rows = keys(params_.k, params_.k_strides), value_rows = keys(params_.v, params_.v_strides);
+    if constexpr (Traits::kIsPaged)
+      if (key_rows.hold_tiles(kKeys)) return attend<Keys<true>>(key_rows, value_rows);
+    attend<Keys<false>>(key_rows, value_rows);
+  }
+
+  // Every row of the warp sees the keys [whole.first, whole.end) of those that some row sees.
+  template <class Keys>
+  __device__ __forceinline__ void attend(const Matrix& key_rows, const Matrix& value_rows) {
     const int first_query = query_of(first_row_);
     const int last_query = query_of(Sequence<Traits>::minimum(first_row_ + Tile::kRows, rows()) - 1);
     const KeyRange seen = of_split(sequence_.first_key(first_query), sequence_.end_key(last_query));
     const KeyRange whole = of_split(sequence_.first_key(last_query), sequence_.end_key(first_query));
-    const Matrix key_rows = keys(params_.k, params_.k_strides), value_rows = keys(params_.v, params_.v_strides);
     QueryChunks q;
     KeyChunks k;
     ValueChunks v;

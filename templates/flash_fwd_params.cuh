@@ -26,7 +26,9 @@ struct FlashFwdParams : AttentionParams {
 
   TensorStrides q_strides, k_strides, v_strides, out_strides;
 
-  int num_m_blocks;  // ceil(seqlen_q / kBlockM); the grid is num_m_blocks x num_heads x batch, flat
+  // ceil(rows / kBlockM). The grid is flat: num_m_blocks x num_heads x batch, rows are those of q; of the decode kernel
+  // num_m_blocks x splits x num_heads_k x batch, rows are those of q times the heads of a group.
+  int num_m_blocks;
 
   KeyCacheParams cache;  // last, so that kernels without one are the same
 };

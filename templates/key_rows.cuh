@@ -57,37 +57,34 @@ __device__ __forceinline__ KeyMatrix<Traits> key_matrix(const FlashFwdParams& pa
   }
 }
 
-// A tile of kRows rows, of K and of V. Where pages hold whole tiles, one look into the table does for it.
-template <class Traits, int kRows>
+// A tile of kRows rows, of K and of V. Where pages hold whole tiles (kIsInOnePage; of keys in pages alone), one look
+// into the table does for it.
+template <class Traits, int kRows, bool kIsInOnePage>
 class KeyTile {
   using Matrix = KeyMatrix<Traits>;
   using Bits = typename Traits::Element::Bits;
 
  public:
-  KeyTile() = default;
-
   // From row `first`, a multiple of kRows, which may lie at `end` or beyond: then it is not read.
   __device__ __forceinline__ KeyTile(const Matrix& matrix, int first, int end) : first_(first) {
-    if constexpr (Traits::kIsPaged) {
+    if constexpr (kIsInOnePage) {
       if (first >= end) return;
-      is_in_one_page_ = matrix.hold_tiles(kRows);
+      page_ = matrix.page_of(first);
       row_of_page_ = matrix.row_of_page(first);
-      page_ = is_in_one_page_ ? matrix.page_of(first) : 0;
     }
   }
 
   // Row i of the tile, which is not to be read where it is not there.
   __device__ __forceinline__ const Bits* row(const Matrix& matrix, int i, bool is_there) const {
-    if constexpr (Traits::kIsPaged) {
-      if (is_in_one_page_) return matrix.row_at(page_, row_of_page_ + i);
+    if constexpr (kIsInOnePage)
+      return matrix.row_at(page_, row_of_page_ + i);
+    else if constexpr (Traits::kIsPaged)
       return is_there ? matrix.row_at(first_ + i) : matrix.base;
-    } else {
+    else
       return matrix.base + (first_ + i) * matrix.row_stride;
-    }
   }
 
  private:
   int first_;
   int page_ = 0, row_of_page_ = 0;  // of the first row
-  bool is_in_one_page_ = false;
 };

@@ -22,22 +22,20 @@ constexpr std::array kManyRows = {
     TileRow{192, {.block_m = kRows, .block_n = 8, .warps = 4, .register_dims = 128, .schedule = {0, 0, 0}}},
     TileRow{256, {.block_m = kRows, .block_n = 8, .warps = 4, .register_dims = 32, .schedule = {0, 0, 0}}},
 };
-// What scores are made of has no room beside 32 keys.
+// What scores are made of has no room beside 32 keys, and pages of 16 rows hold no tile of them.
 template <int kRows>
-constexpr std::array kManyRowsPositions = {
+constexpr std::array kManyRowsOfFewerKeys = {
     TileRow{64, {.block_m = kRows, .block_n = 16, .warps = 4, .register_dims = 64, .schedule = {0, 0, 0}}},
 };
 
 template <int kRows>
-TileTableList many_rows(bool has_positions) {
-  return {only_if(has_positions, kManyRowsPositions<kRows>), kManyRows<kRows>};
+TileTableList many_rows(const KernelSpec& spec) {
+  const bool fewer_keys = spec.mask == Mask::kWindow || spec.features.change_scores() || spec.has(Feature::kPaged);
+  return {only_if(fewer_keys, kManyRowsOfFewerKeys<kRows>), kManyRows<kRows>};
 }
 
 // With more rows a block more warps read the same keys: the first of them from L2, the others from L1.
-TileTables tiles(const KernelSpec& spec) {
-  const bool has_positions = spec.mask == Mask::kWindow || spec.features.change_scores();
-  return {many_rows<64>(has_positions), many_rows<32>(has_positions), TileTableList{kFewRows}};
-}
+TileTables tiles(const KernelSpec& spec) { return {many_rows<64>(spec), many_rows<32>(spec), TileTableList{kFewRows}}; }
 
 std::optional<std::string> check_tile(const KernelSpec& spec) {
   const TileConfig& tile = spec.tile;

@@ -96,7 +96,9 @@ def check_tensor_of(name: str, value: Any, accepted: str) -> None:
 
 
 def is_integer(value: Any) -> bool:
-    return not isinstance(value, bool) and hasattr(value, "__index__")
+    if isinstance(value, int):  # a compiler's symbol, too, which it does not ask for its attributes
+        return not isinstance(value, bool)
+    return hasattr(value, "__index__")
 
 
 def read_splits(num_splits: Any) -> int:

@@ -98,6 +98,7 @@ def read_options(
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
+    *,
     seqused_k: Any = None,
     leftpad_k: Any = None,
     block_table: Any = None,
@@ -377,10 +378,10 @@ def flash_attn_varlen_func(
         cu_seqlens_k,
         read_max_seqlen("max_seqlen_q", max_seqlen_q),
         read_max_seqlen("max_seqlen_k", max_seqlen_k),
-        seqused_k,
-        leftpad_k,
-        block_table,
-        num_splits,
+        seqused_k=seqused_k,
+        leftpad_k=leftpad_k,
+        block_table=block_table,
+        num_splits=num_splits,
     )
     return _output(attention(q, k, v, options, return_attn_probs, out), return_attn_probs)
 

@@ -1,5 +1,6 @@
 """``flash_attn_with_kvcache``: attention over a cache of keys and values, and what is appended to it."""
 
+import re
 from typing import Any
 
 import torch
@@ -12,23 +13,35 @@ from ._arguments import (
     is_integer,
     refuse_gradient,
     reject_what_is_no_tensor,
+    truth,
 )
 from ._autograd import attention, cast_for_autocast
 from .errors import Refusal
 from .interface import documented, read_options
 from .ops import append
 
-_NAMES = {"seqused_k": "cache_seqlens", "leftpad_k": "cache_leftpad"}  # as attention() has them, and as a call does
+# As attention() has them, and as a call does.
+_NAMES = {"k": "k_cache", "v": "v_cache"}
+_LENGTHS = {"seqused_k": "cache_seqlens", "leftpad_k": "cache_leftpad"}
+_NAME, _LENGTH = (re.compile(rf"\b({'|'.join(names)})\b") for names in (_NAMES, _LENGTHS))
+_ROW_OF_TABLE = re.compile(r"block_table(\[\d+\])\[0\] is (-?\d+).*")
+
+_MOST_ROWS = 2**31 - 1
+
+_WITHOUT_GRADIENT = ("q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin")
 
 
 def _of_cache(error: ValueError) -> ValueError:
-    """The error with the names that the arguments have here."""
-    text = str(error)
-    for name, here in _NAMES.items():
-        text = text.replace(name, here)
-    for name in ("k", "v"):
-        if text.startswith(f"{name} "):
-            text = f"{name}_cache{text[1:]}"
+    """attention()'s, with the names that k and v have here."""
+    return type(error)(_NAME.sub(lambda name: _NAMES[name[0]], str(error)))
+
+
+def _of_call(error: ValueError, k_cache: torch.Tensor, cache_batch_idx: Any) -> ValueError:
+    """With the names that lengths have here, and cache_batch_idx where the table was made of it."""
+    text = _LENGTH.sub(lambda name: _LENGTHS[name[0]], str(error))
+    if cache_batch_idx is not None:
+        accepted = f"0 to {k_cache.shape[0] - 1}, the sequences of the cache"
+        text = _ROW_OF_TABLE.sub(rf"cache_batch_idx\1 is \2; accepted: {accepted}", text)
     return type(error)(text)
 
 
@@ -41,10 +54,12 @@ def _lengths(cache_seqlens: Any, q: torch.Tensor) -> torch.Tensor | None:
     if not is_integer(cache_seqlens):
         accepted = "None, an int, or an int32 tensor of (batch)"
         raise Refusal("cache_seqlens", f"is a {type(cache_seqlens).__name__}", accepted).exception()
+    if not torch.compiler.is_compiling() and not 0 <= cache_seqlens <= _MOST_ROWS:
+        raise Refusal("cache_seqlens", f"is {cache_seqlens}", "0 to the rows of the cache").exception()
     return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
 
 
-def _table(block_table: Any, cache_batch_idx: Any) -> torch.Tensor | None:
+def _table(block_table: Any, cache_batch_idx: Any, batch: int) -> torch.Tensor | None:
     """Rows of the cache that are not in a batch's order are pages, one for each sequence."""
     if cache_batch_idx is None:
         table: torch.Tensor | None = block_table
@@ -52,10 +67,10 @@ def _table(block_table: Any, cache_batch_idx: Any) -> torch.Tensor | None:
     check_tensor_of("cache_batch_idx", cache_batch_idx, "(batch), int32")
     if block_table is not None:
         raise Refusal("cache_batch_idx", "comes with a block_table", "one of them").exception()
-    if cache_batch_idx.dim() != 1 or cache_batch_idx.dtype not in (torch.int32, torch.int64):
+    if cache_batch_idx.shape != (batch,) or cache_batch_idx.dtype is not torch.int32:
         came = f"has shape {tuple(cache_batch_idx.shape)} and dtype {cache_batch_idx.dtype}"
-        raise Refusal("cache_batch_idx", came, "(batch), torch.int32").exception()
-    rows: torch.Tensor = cache_batch_idx.to(torch.int32)[:, None]
+        raise Refusal("cache_batch_idx", came, f"({batch},), as q has sequences, torch.int32").exception()
+    rows: torch.Tensor = cache_batch_idx[:, None]
     return rows
 
 
@@ -74,11 +89,15 @@ def _check_new(k: Any, v: Any, rotary_cos: Any, rotary_sin: Any, cache_seqlens: 
         if one is not None and other is None:
             raise Refusal(name, f"is None, and {with_it} is given", "both, or neither").exception()
     reject_what_is_no_tensor(k=k, v=v)
+    if rotary_cos is not None:
+        reject_what_is_no_tensor(rotary_cos=rotary_cos, rotary_sin=rotary_sin)
 
 
-def _rows_of(k: torch.Tensor) -> int:
+def _new_rows(k: torch.Tensor, batch: int) -> int:
     if k.dim() != 4:
         _core.refuse_rank("k", k, False)
+    if k.shape[0] != batch:
+        raise Refusal("k", f"has shape {tuple(k.shape)}", f"q's batch, {batch}").exception()
     return k.shape[1]
 
 
@@ -104,14 +123,15 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention of some queries over a cache of keys and values, to which ``k`` and ``v`` are appended in place before:
-    also where what follows is refused. Without gradients.
+    """Attention of some queries over a cache of keys and values. ``k`` and ``v`` are appended to it in place first, and
+    stay there where attention's own arguments are refused. Without gradients: call it inside of torch.no_grad().
 
     {running}
 
     Lengths, tables and paddings are read on the device: nothing waits for it, and one captured CUDA graph serves every
     later length. On a GPU they are not checked, but nothing outside of the tensors is read or written; the interpreter
-    names what does not fit.
+    names what does not fit. Rows that are appended may lie neither in k or v nor, of two sequences, in the same place:
+    which of them stays is undefined. Autocast casts q, k and v, and not the cache.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), float16. Of every tensor only the last dimension must be contiguous.
@@ -125,8 +145,9 @@ def flash_attn_with_kvcache(
             cache_seqlens. The rotary dim is even, and at most head_dim.
         rotary_sin: like rotary_cos.
         cache_seqlens: (batch), int32, or an int: rows that each sequence has in the cache, before ``k``; all where
-            None. An int is a constant of a CUDA graph.
-        cache_batch_idx: (batch), int32: which sequence of the cache each sequence of the batch is.
+            None, which is not accepted with ``k``. An int is a constant of a CUDA graph.
+        cache_batch_idx: (batch), int32: which sequence of the cache each sequence of the batch is; the first ones where
+            None.
         cache_leftpad: (batch), int32: how many of a sequence's first rows are padding.
         block_table: (batch, pages of a sequence), int32: rows p * page size and on of sequence b lie in page
             block_table[b, p]. Pages of any size; those of a multiple of 16 rows are the fast ones.
@@ -141,7 +162,7 @@ def flash_attn_with_kvcache(
 
     Returns:
         out (batch, seqlen_q, num_heads, head_dim), float16 and contiguous; or, with ``return_softmax_lse``, (out,
-        softmax_lse), (batch, num_heads, seqlen_q), float32. {returned}
+        softmax_lse), (batch, num_heads, seqlen_q), float32. A query that sees no key has out 0 and softmax_lse +inf.
 
     Raises:
         {raises}
@@ -149,32 +170,42 @@ def flash_attn_with_kvcache(
     reject_what_is_no_tensor(q=q, k_cache=k_cache, v_cache=v_cache)
     _check_new(k, v, rotary_cos, rotary_sin, cache_seqlens)
     if torch.is_grad_enabled():
-        for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
+        for name, tensor in zip(_WITHOUT_GRADIENT, (q, k_cache, v_cache, k, v, rotary_cos, rotary_sin)):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 refuse_gradient(name)
+    if q.dim() != 4:
+        _core.refuse_rank("q", q, False)
+    batch = q.shape[0]
     lengths = _lengths(cache_seqlens, q)
-    table = _table(block_table, cache_batch_idx)
-    options = read_options(
-        0.0,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        False,
-        seqused_k=lengths,
-        leftpad_k=cache_leftpad,
-        block_table=table,
-        seqused_more=0 if k is None else _rows_of(k),
-        num_splits=num_splits,
-    )
-    if k is not None and v is not None:
-        q, k, v = cast_for_autocast(q), cast_for_autocast(k), cast_for_autocast(v)
-        advances = options.causal or options.window_left >= 0 or options.window_right >= 0
-        turned = append(k, v, k_cache, v_cache, lengths, table, q, rotary_cos, rotary_sin, rotary_interleaved, advances)
-        q = q if turned is None else turned
+    table = _table(block_table, cache_batch_idx, batch)
+    if table is None and k_cache.dim() == 4 and k_cache.shape[0] > batch:
+        k_cache, v_cache = k_cache[:batch], v_cache[:batch]
+    rotary_interleaved = truth("rotary_interleaved", rotary_interleaved)
     try:
-        out, softmax_lse = attention(q, k_cache, v_cache, options, return_softmax_lse)
+        options = read_options(
+            0.0,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            False,
+            seqused_k=lengths,
+            leftpad_k=cache_leftpad,
+            block_table=table,
+            seqused_more=0 if k is None else _new_rows(k, batch),
+            num_splits=num_splits,
+        )
+        if k is not None and v is not None:
+            q, k, v = cast_for_autocast(q), cast_for_autocast(k), cast_for_autocast(v)
+            advances = options.causal or options.window_left >= 0 or options.window_right >= 0
+            new = (k, v, k_cache, v_cache, lengths, table, q)
+            turned = append(*new, rotary_cos, rotary_sin, rotary_interleaved, advances)
+            q = q if turned is None else turned
+        try:
+            out, softmax_lse = attention(q, k_cache, v_cache, options, return_softmax_lse)
+        except ValueError as error:
+            raise _of_cache(error) from None
     except ValueError as error:
-        raise _of_cache(error) from None
+        raise _of_call(error, k_cache, cache_batch_idx) from None
     return (out, softmax_lse) if return_softmax_lse else out

@@ -92,7 +92,11 @@ struct Content {
 // What is illegal about a selection that parsed is its head dims.
 std::vector<KernelSpec> selected_kernels(const PrebuildFlags& flags, const ArchLimits& arch) {
   try {
-    return select_kernels(parse_selection(flags), arch);
+    std::vector<KernelSpec> kernels = select_kernels(parse_selection(flags), arch);
+    if (kernels.empty())
+      throw UsageError(
+          "--kinds: no kernel of these has all that is asked for; --keylens and --paged are for fwd and decode");
+    return kernels;
   } catch (const UnsupportedError& error) {
     throw UsageError(std::string("--head-dims: ") + error.what());
   }
@@ -287,9 +291,10 @@ void add_prebuild(CLI::App& app, Action& chosen) {
   CLI::App* const command = app.add_subcommand("prebuild", "Build a pack of kernels; needs no GPU");
   const auto flags = std::make_shared<PrebuildFlags>();
   command->add_option("--arch", flags->arch, "Architecture to build for: sm_75 or newer")->required();
-  command->add_option("--pack", flags->pack,
-                      "default: forward and backward, head dims 64 and 128, causal or not, groups of 1, 2, 4 and 8; in "
-                      "place of --kinds, --head-dims, --causal and --gqa");
+  command->add_option(
+      "--pack", flags->pack,
+      "default: forward, backward and decode, head dims 64 and 128, causal or not, groups of 1, 2, 4 and 8; in "
+      "place of --kinds, --head-dims, --causal and --gqa");
   command->add_option("--kinds", flags->kinds, "Kinds of kernels: " + pack_group_words())->delimiter(',');
   command->add_option("--head-dims", flags->head_dims, "Head dims, 1 to 256: 64,128")->delimiter(',');
   command->add_option("--causal", flags->causal, "both, yes or no");

@@ -21,7 +21,7 @@ constexpr std::int64_t kMostPageRows = 256, kFastPageRows = 16;
 constexpr std::int64_t kSmallSeqlenQ = 277, kSmallSeqlenK = 333;
 // Where a block has a group's query heads as rows, and some of the keys: more rows than a block, so few of them and so
 // many keys that every tile has splits.
-constexpr std::int64_t kSmallDecodeRows = 149, kSmallDecodeKeys = 2081;
+constexpr std::int64_t kSmallDecodeRows = 149, kSmallDecodeKeys = 4099;
 constexpr std::int64_t kManyDims = 1024;  // heads x head_dim beyond which one batch entry has to do
 
 // As models have them.
