@@ -386,8 +386,7 @@ def compute_sanitizer():
     return found[0]
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer(tool):
+def sanitize(tool: str, script: str) -> None:
     command = [
         compute_sanitizer(),
         "--tool",
@@ -398,7 +397,7 @@ def test_compute_sanitizer(tool):
         "no",
         sys.executable,
         "-c",
-        SANITIZED.format(folder=str(Path(__file__).parent)),
+        script,
     ]
     # Without torch's pool every tensor is an allocation of its own, so that memcheck knows where it ends.
     done = subprocess.run(
@@ -412,6 +411,11 @@ def test_compute_sanitizer(tool):
     print(f"{TARGET} {tool}: {summary}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert summary and all("0 errors" in line for line in summary)
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool):
+    sanitize(tool, SANITIZED.format(folder=str(Path(__file__).parent)))
 
 
 def test_rows_beyond_a_max_seqlen_of_zero():

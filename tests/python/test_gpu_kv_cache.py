@@ -1,9 +1,13 @@
 """Caches of keys and values on a GPU: graphs whose lengths change between replays, streams, the same bits always."""
 
+import random
+from pathlib import Path
+
 import pytest
 import torch
 from attention_reference import check_attention, normal
-from test_kv_cache import Model, int32
+from test_gpu import sanitize
+from test_kv_cache import Model, check_call, int32, random_call
 
 import flash_attn_jit
 from flash_attn_jit import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
@@ -59,6 +63,25 @@ def test_pages(page_size, queries):
     ).unflatten(0, q.shape[:2])
     for b, own in enumerate(keys):
         check_attention(out[b : b + 1], None, q[b : b + 1], own[None, ..., :128], own[None, ..., 128:], True)
+
+
+@pytest.mark.parametrize("number", range(24))
+def test_random_calls(number):
+    dice = random.Random(1000 + number)
+    check_call(random_call(dice), device="cuda", num_splits=dice.choice([0, 1, 2, 5]))
+
+
+SANITIZED = """
+import random, sys; sys.path.insert(0, {folder!r})
+from test_kv_cache import check_call, random_call
+for number in range(6):
+    check_call(random_call(random.Random(number)), device="cuda", num_splits=number % 3)
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool):
+    sanitize(tool, SANITIZED.format(folder=str(Path(__file__).parent)))
 
 
 def test_nothing_outside_is_touched_whatever_lengths_and_tables_say():

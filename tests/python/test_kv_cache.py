@@ -357,19 +357,28 @@ class CacheCall:
     def count(self) -> int:
         return self.new[0].shape[1] if self.new else 0
 
-    def run(self, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        k_cache, v_cache = self.given.cache.chunk(2, -1)
-        new, rotary = dict(zip("kv", self.new)), self.rotary.arguments() if self.rotary else {}
-        result: Any = flash_attn_jit.flash_attn_with_kvcache(
-            self.q,
-            k_cache,
-            v_cache,
-            cache_seqlens=int32(self.used),
-            cache_leftpad=int32(self.leftpad),
-            alibi_slopes=self.slopes,
-            **{"return_softmax_lse": True, **new, **rotary, **self.given.arguments, **self.options, **more},
-        )
-        return result
+    def run(self, device: str = "cpu", **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        cache = self.given.cache.to(device)
+        k_cache, v_cache = cache.chunk(2, -1)
+        arguments = {
+            "q": self.q,
+            "k_cache": k_cache,
+            "v_cache": v_cache,
+            "cache_seqlens": int32(self.used),
+            "cache_leftpad": int32(self.leftpad),
+            "alibi_slopes": self.slopes,
+            "return_softmax_lse": True,
+            **dict(zip("kv", self.new)),
+            **(self.rotary.arguments() if self.rotary else {}),
+            **self.given.arguments,
+            **self.options,
+            **more,
+        }
+        there = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+        out, lse = flash_attn_jit.flash_attn_with_kvcache(**there)
+        if device != "cpu":
+            self.given.cache.copy_(cache)
+        return out.cpu(), lse.cpu()
 
     def turned(self, x: torch.Tensor, b: int, advances: bool) -> torch.Tensor:
         """Rows (rows, heads, head_dim) of sequence b, at the places behind those that are used."""
