@@ -360,7 +360,7 @@ class CacheCall:
     def run(self, device: str = "cpu", **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
         cache = self.given.cache.to(device)
         k_cache, v_cache = cache.chunk(2, -1)
-        arguments = {
+        arguments: dict[str, Any] = {
             "q": self.q,
             "k_cache": k_cache,
             "v_cache": v_cache,
@@ -374,7 +374,9 @@ class CacheCall:
             **self.options,
             **more,
         }
-        there = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+        there: dict[str, Any] = {
+            name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()
+        }
         out, lse = flash_attn_jit.flash_attn_with_kvcache(**there)
         if device != "cpu":
             self.given.cache.copy_(cache)
