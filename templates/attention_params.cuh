@@ -22,8 +22,8 @@ struct AttentionParams {
   int seqlen_q, seqlen_k;  // varlen: of the longest sequence
   int num_heads, num_heads_k;
 
-  // Varlen: sequence b has the rows [cu_seqlens[b], cu_seqlens[b + 1]) of its tensors, whose batch strides are 0 (keys in pages lie
-  // elsewhere: see KeyCacheParams).
+  // Varlen: sequence b has the rows [cu_seqlens[b], cu_seqlens[b + 1]) of its tensors, whose batch strides are 0. Keys
+  // in pages lie elsewhere: see KeyCacheParams.
   const int* cu_seqlens_q;
   const int* cu_seqlens_k;
   int total_q;  // rows of q, all sequences together
