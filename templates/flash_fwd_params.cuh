@@ -3,6 +3,12 @@
 
 #include "attention_params.cuh"
 
+// For division by a number that the launch knows: a kernel multiplies instead, which takes a tenth of the instructions.
+struct Divisor {
+  unsigned multiplier;
+  int shift;
+};
+
 // What a cache of keys and values adds, which is longer than its sequences.
 struct KeyCacheParams {
   // A sequence's keys are [leftpad, used + used_more) of its rows; null: from the first, to the last.
@@ -15,6 +21,7 @@ struct KeyCacheParams {
   const int* pages;  // (batch, ...)
   long long pages_stride;
   int page_size, num_pages;
+  Divisor by_page_size;
 };
 
 struct FlashFwdParams : AttentionParams {

@@ -6,6 +6,12 @@
 #include "sequence.cuh"
 #include "tile_copy.cuh"
 
+// n / d of 0 <= n < 2^31; runtime/request/divisor.h makes the Divisor.
+__device__ __forceinline__ int divided(int n, const Divisor& by) {
+  const unsigned long long product = static_cast<unsigned long long>(2u * static_cast<unsigned>(n)) * by.multiplier;
+  return static_cast<int>(static_cast<unsigned>(product >> 32) >> by.shift);
+}
+
 // Pages of page_size rows, in the order of a sequence's table. Rows count from the sequence's first key.
 template <class Element>
 struct PagedMatrix {
@@ -16,13 +22,16 @@ struct PagedMatrix {
   const int* pages;
   int first_key;  // its place among the sequence's rows
   int page_size, num_pages;
+  Divisor by_page_size;
 
   // Whatever the table says, no row outside of the tensor is read.
   __device__ __forceinline__ int page_of(int row) const {
-    const int page = load_global_i32(pages + (first_key + row) / page_size);
+    const int page = load_global_i32(pages + divided(first_key + row, by_page_size));
     return page < 0 ? 0 : page < num_pages ? page : num_pages - 1;
   }
-  __device__ __forceinline__ int row_of_page(int row) const { return (first_key + row) % page_size; }
+  __device__ __forceinline__ int row_of_page(int row) const {
+    return first_key + row - divided(first_key + row, by_page_size) * page_size;
+  }
   __device__ __forceinline__ const Bits* row_at(int page, int row_of_page) const {
     return base + page * page_stride + row_of_page * row_stride;
   }
@@ -51,7 +60,14 @@ __device__ __forceinline__ KeyMatrix<Traits> key_matrix(const FlashFwdParams& pa
   if constexpr (Traits::kIsPaged) {
     const KeyCacheParams& cache = params.cache;
     const int* const pages = cache.pages + sequence.batch() * cache.pages_stride;
-    return {base, strides.row, strides.batch, pages, sequence.first_key_row(), cache.page_size, cache.num_pages};
+    return {base,
+            strides.row,
+            strides.batch,
+            pages,
+            sequence.first_key_row(),
+            cache.page_size,
+            cache.num_pages,
+            cache.by_page_size};
   } else {
     return {base, strides.row};
   }
@@ -77,7 +93,7 @@ class KeyTile {
   // Row i of the tile, which is not to be read where it is not there.
   __device__ __forceinline__ const Bits* row(const Matrix& matrix, int i, bool is_there) const {
     if constexpr (kIsInOnePage)
-      return matrix.row_at(page_, row_of_page_ + i);
+      return matrix.row_at(page_, row_of_page_) + i * matrix.row_stride;
     else if constexpr (Traits::kIsPaged)
       return is_there ? matrix.row_at(first_ + i) : matrix.base;
     else

@@ -66,12 +66,7 @@ FlashAppendParams params_of(const AppendRequest& request) {
   params.cache_rows = static_cast<int>(cache_rows(request));
   params.queries_advance = request.queries_advance;
   params.cache.used = request.used;
-  if (request.pages) {
-    params.cache.pages = request.pages->table;
-    params.cache.pages_stride = request.pages->stride;
-    params.cache.page_size = static_cast<int>(request.k.shape[kSeqlen]);
-    params.cache.num_pages = static_cast<int>(request.k.shape[kBatch]);
-  }
+  if (request.pages) set_pages(params.cache, *request.pages, request.k);
   if (!request.rotary) return params;
   params.q = request.q.data;
   params.q_turned = request.q_turned.data;

@@ -7,6 +7,7 @@
 
 #include "generator/errors.h"
 #include "generator/legality.h"
+#include "runtime/request/divisor.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -60,6 +61,14 @@ ProblemShape problem_shape(const TensorView& q, const TensorView& k, const Atten
   if (!options.varlen) return {q.shape[kBatch], rows_q, rows_k};
   const Varlen& varlen = *options.varlen;
   return {varlen.batch, std::min(varlen.max_seqlen_q, rows_q), std::min(varlen.max_seqlen_k, rows_k)};
+}
+
+void set_pages(KeyCacheParams& cache, const PageTable& pages, const TensorView& k) {
+  cache.pages = pages.table;
+  cache.pages_stride = pages.stride;
+  cache.page_size = static_cast<int>(k.shape[kSeqlen]);
+  cache.num_pages = static_cast<int>(k.shape[kBatch]);
+  cache.by_page_size = divisor_of(std::max(cache.page_size, 1));
 }
 
 std::string accepted_scales() { return range_text(-kMostScale, kMostScale) + ", or None for 1/sqrt(head_dim)"; }

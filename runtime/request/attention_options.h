@@ -9,7 +9,7 @@
 #include "generator/kernel_spec.h"
 #include "generator/tile_chooser.h"
 #include "runtime/request/tensor_view.h"
-#include "templates/attention_params.cuh"
+#include "templates/flash_fwd_params.cuh"
 
 namespace flash_attn_jit {
 
@@ -65,6 +65,9 @@ struct AttentionOptions {
   // Of a forward pass: a backward pass may follow, whose scores have to be the same bits. The decode kernel's are not.
   bool has_backward = false;
 };
+
+// Of a cache's parameters those that say where pages lie; `k` is (pages, page size, heads, head_dim).
+void set_pages(KeyCacheParams& cache, const PageTable& pages, const TensorView& k);
 
 // What `softmax_scale` accepts, in words.
 std::string accepted_scales();

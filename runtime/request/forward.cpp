@@ -32,12 +32,7 @@ KeyCacheParams cache_of(const ForwardRequest& request) {
     cache.leftpad = lengths->leftpad;
     cache.used_more = static_cast<int>(lengths->used_more);
   }
-  if (const auto& pages = request.options.pages) {
-    cache.pages = pages->table;
-    cache.pages_stride = pages->stride;
-    cache.page_size = static_cast<int>(request.k.shape[kSeqlen]);
-    cache.num_pages = static_cast<int>(request.k.shape[kBatch]);
-  }
+  if (request.options.pages) set_pages(cache, *request.options.pages, request.k);
   return cache;
 }
 

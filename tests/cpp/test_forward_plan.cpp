@@ -2,8 +2,11 @@
 
 #include <cmath>
 #include <limits>
+#include <random>
+#include <vector>
 
 #include "generator/errors.h"
+#include "runtime/request/divisor.h"
 #include "runtime/request/forward.h"
 #include "tests/cpp/containing.h"
 
@@ -211,4 +214,29 @@ TEST_CASE("plan: head dims that no kernel is for") {
         Containing{"head_dim is 257; accepted: 1 to 256"});
   CHECK(refusal<UnsupportedError>(forward_request(2, 8, 8, 4, 4, 0)) ==
         Containing{"head_dim is 0; accepted: 1 to 256"});
+}
+
+TEST_CASE("a divisor: as division does, at every edge and in between") {
+  std::mt19937 random(5);
+  constexpr int kMost = std::numeric_limits<int>::max();
+  std::vector<int> divisors = {1, 2, 3, kMost - 1, kMost};
+  for (int shift = 2; shift < 31; ++shift)
+    for (int more : {-1, 0, 1}) divisors.push_back((1 << shift) + more);
+  for (int i = 0; i < 2000; ++i)
+    divisors.push_back(static_cast<int>(1 + (random() >> 1) % (1u << (1 + i % 31)) % kMost));
+  for (const int d : divisors) {
+    const Divisor by = divisor_of(d);
+    const auto check = [&](std::int64_t n) {
+      if (n < 0 || n > kMost) return;
+      CAPTURE(n);
+      CAPTURE(d);
+      const std::uint64_t product = 2 * static_cast<std::uint64_t>(n) * by.multiplier;
+      REQUIRE(static_cast<std::int64_t>(product >> 32 >> by.shift) == n / d);
+    };
+    for (const std::int64_t multiple :
+         {std::int64_t{0}, std::int64_t{1}, std::int64_t{kMost / d / 2}, std::int64_t{kMost / d}})
+      for (int off : {-1, 0, 1}) check(multiple * d + off);
+    check(kMost);
+    for (int i = 0; i < 20; ++i) check(random() >> 1);
+  }
 }
