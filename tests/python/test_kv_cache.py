@@ -480,6 +480,14 @@ def test_an_int_for_all_sequences():
     check_attention(flash_attn_jit.flash_attn_with_kvcache(q, k, v), None, q, k, v)
 
 
+def test_a_longer_cache_gives_its_first_sequences():
+    q, k, v = normal(2, 1, 4, 64), normal(5, 40, 2, 64, seed=1), normal(5, 40, 2, 64, seed=2)
+    new, rest = normal(2, 1, 2, 64, seed=3), k[2:].clone()
+    out = flash_attn_jit.flash_attn_with_kvcache(q, k, v, new, new, cache_seqlens=11)
+    assert torch.equal(k[:2, 11], new[:, 0]) and torch.equal(k[2:], rest)
+    check_attention(out, None, q, k[:2, :12], v[:2, :12])
+
+
 def kvcache(**arguments):
     given = {"q": normal(2, 1, 4, 64), "k_cache": normal(2, 40, 2, 64), "v_cache": normal(2, 40, 2, 64), **arguments}
     return flash_attn_jit.flash_attn_with_kvcache(**given)
@@ -487,6 +495,7 @@ def kvcache(**arguments):
 
 NEW = {"k": normal(2, 3, 2, 64), "v": normal(2, 3, 2, 64), "cache_seqlens": int32([1, 2])}
 COS = normal(50, 32)
+WITH_GRADIENT = {"rotary_cos": normal(50, 32).requires_grad_(), "rotary_sin": COS}
 ONE_PAGE = torch.tensor([[0], [1]], dtype=torch.int32)
 
 
@@ -505,6 +514,18 @@ ONE_PAGE = torch.tensor([[0], [1]], dtype=torch.int32)
         (ValueError, r"^rotary_sin has shape", {**NEW, "rotary_cos": COS, "rotary_sin": normal(50, 31)}),
         (ValueError, r"^k has shape \(2, 3, 1, 64\)", {**NEW, "k": normal(2, 3, 1, 64)}),
         (ValueError, r"^cache_batch_idx .*block_table", {"cache_batch_idx": int32([0, 1]), "block_table": ONE_PAGE}),
+        (ValueError, r"^cache_batch_idx\[1\] is 2; accepted: 0 to 1", {"cache_batch_idx": int32([0, 2])}),
+        (ValueError, r"^cache_batch_idx has shape \(3,\)", {"cache_batch_idx": int32([0, 1, 0])}),
+        (ValueError, r"^cache_batch_idx .*int64", {"cache_batch_idx": torch.tensor([0, 1])}),
+        (ValueError, r"^cache_leftpad is a list", {"cache_leftpad": [1, 2]}),
+        (ValueError, r"^cache_seqlens is -1", {"cache_seqlens": -1}),
+        (ValueError, r"^cache_seqlens is 1099511627776", {"cache_seqlens": 2**40}),
+        (ValueError, r"^k has shape \(3, 3, 2, 64\); accepted: q's batch, 2", {**NEW, "k": normal(3, 3, 2, 64)}),
+        (ValueError, r"^k has 2 dimensions", {**NEW, "k": normal(3, 64)}),
+        (ValueError, r"^q has 0 dimensions", {"q": torch.tensor(1.0).half(), "cache_seqlens": 3}),
+        (ValueError, r"^rotary_cos is a list", {**NEW, "rotary_cos": [1], "rotary_sin": COS}),
+        (ValueError, r"^rotary_interleaved is 'no'", {"rotary_interleaved": "no"}),
+        (NotImplementedError, r"^rotary_cos requires", {**NEW, **WITH_GRADIENT}),
         (ValueError, r"^cache_seqlens is a str", {"cache_seqlens": "3"}),
         (ValueError, r"^k_cache has dtype torch.float32", {"k_cache": normal(2, 40, 2, 64).float()}),
         (NotImplementedError, r"^q requires a gradient", {"q": normal(2, 1, 4, 64).requires_grad_()}),
