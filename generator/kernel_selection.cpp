@@ -41,11 +41,11 @@ void append_tiles(KernelSpec spec, const ArchLimits& arch, std::vector<KernelSpe
   const KernelResults& results = family_of(spec.kind).results;
   if (spec.features.forward_only() && !results.out && !results.cache) return;
   require_head_dim(spec.head_dim);
+  spec = normalized(spec);
   for (const TileConfig& tile : default_tiles(spec)) {
     spec.tile = tile;
     if (const auto reason = check(spec, arch)) throw UnsupportedError(*reason);
-    if (const KernelSpec plain = normalized(spec); std::find(specs.begin(), specs.end(), plain) == specs.end())
-      specs.push_back(plain);
+    if (std::find(specs.begin(), specs.end(), spec) == specs.end()) specs.push_back(spec);
   }
 }
 

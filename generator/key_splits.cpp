@@ -36,9 +36,12 @@ KernelSpec combine_of(KernelSpec decode) {
   return normalized(decode);
 }
 
+std::int64_t decode_blocks_of_head(const KernelSpec& spec, std::int64_t seqlen_q) {
+  return ceil_div(seqlen_q * spec.group_size, spec.tile.block_m);
+}
+
 std::int64_t decode_row_blocks(const KernelSpec& spec, const Problem& problem) {
-  return ceil_div(problem.seqlen_q * spec.group_size, spec.tile.block_m) *
-         ceil_div(problem.batch_heads, spec.group_size);
+  return decode_blocks_of_head(spec, problem.seqlen_q) * ceil_div(problem.batch_heads, spec.group_size);
 }
 
 KeySplits split_keys(const KernelSpec& spec, const Problem& problem, std::int64_t asked) {

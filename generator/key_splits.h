@@ -20,6 +20,9 @@ KeySplits split_keys(const KernelSpec& spec, const Problem& problem, std::int64_
 // What puts a decode kernel's splits together; its tile says nothing.
 KernelSpec combine_of(KernelSpec decode);
 
+// Blocks that the rows of a sequence and a key head take.
+std::int64_t decode_blocks_of_head(const KernelSpec& spec, std::int64_t seqlen_q);
+
 // Blocks that a problem has, without splits.
 std::int64_t decode_row_blocks(const KernelSpec& spec, const Problem& problem);
 

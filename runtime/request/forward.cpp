@@ -71,7 +71,7 @@ void plan_decode(LaunchPlan& plan, const ForwardRequest& request, const PlanTarg
   plan.spec.kind = KernelKind::kDecode;
   plan.spec.tile = request.decode_tile ? *request.decode_tile : target.tiles.choose(plan.spec, problem);
   if (plan.spec.tile.block_m < 1) throw UnsupportedError(check(plan.spec, target.arch).value());
-  const std::int64_t row_blocks = ceil_div(problem.seqlen_q * plan.spec.group_size, plan.spec.tile.block_m);
+  const std::int64_t row_blocks = decode_blocks_of_head(plan.spec, problem.seqlen_q);
   const KeySplits splits = split_keys(plan.spec, problem, request.workspace != nullptr ? request.num_splits : 1);
   const TensorView& q = request.q;
   const std::int64_t total_rows = q.shape[kBatch] * q.shape[kHeads] * q.shape[kSeqlen];

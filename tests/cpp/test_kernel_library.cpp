@@ -373,6 +373,21 @@ TEST_CASE("the selection of a pack: every default tile, 16-byte and element-wise
   CHECK_THROWS_AS(select_kernels(selection, arch), UnsupportedError);
 }
 
+TEST_CASE("selection: whatever a cache's calls have, what appends to it is among their kernels") {
+  for (const Feature feature : {Feature::kKeyLengths, Feature::kPaged, Feature::kVarlen}) {
+    KernelSelection selection;
+    selection.kinds = {KernelKind::kDecode, KernelKind::kDecodeCombine, KernelKind::kAppend};
+    selection.head_dims = {64};
+    selection.masks = {Mask::kCausal};
+    selection.group_sizes = {4};
+    for (std::size_t i = 0; i < kFeatures.size(); ++i)
+      if (kFeatures[i].feature == feature) selection.features[i] = {.off = false, .on = true};
+    const std::vector<KernelSpec> specs = select_kernels(selection, arch_limits(75));
+    CHECK(std::ranges::count(specs, KernelKind::kAppend, &KernelSpec::kind) == 2);  // one for each kind of access
+    CHECK(std::ranges::count(specs, KernelKind::kDecode, &KernelSpec::kind) > 0);
+  }
+}
+
 TEST_CASE("templates from a folder that has none") {
   const TemporaryFolder folder;
   Config config;
