@@ -318,6 +318,18 @@ def attention(q: Any, k: Any, v: Any, options: Options, wants_lse: bool, out: to
         raise
 
 
+def attention_over_cache(q: Any, k: Any, v: Any, options: Options, plain: bool) -> Result:
+    """The same where the caller has asked what it asks: they are tensors, none needs a gradient, and all are `plain`,
+    options too, or not."""
+    if forward_mode_is_on():
+        _reject_tangents(q=q, k=k, v=v)
+    try:
+        return forward_plainly(q, k, v, options) if plain else _forward_operator(SEPARATE)(q, k, v, *options)
+    except RuntimeError:
+        reject_nested(SEPARATE.names, (q, k, v))
+        raise
+
+
 def attention_heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> torch.Tensor:
     """out of (batch, heads, seqlen, head_dim), float16, in that order too."""
     if forward_mode_is_on():

@@ -15,10 +15,10 @@ from ._arguments import (
     reject_what_is_no_tensor,
     truth,
 )
-from ._autograd import attention, cast_for_autocast
+from ._autograd import attention_over_cache, cast_for_autocast
 from .errors import Refusal
 from .interface import documented, read_options
-from .ops import append
+from .ops import append, are_plain, is_plain
 
 # As attention() has them, and as a call does.
 _NAMES = {"k": "k_cache", "v": "v_cache"}
@@ -167,7 +167,8 @@ def flash_attn_with_kvcache(
     Raises:
         {raises}
     """
-    reject_what_is_no_tensor(q=q, k_cache=k_cache, v_cache=v_cache)
+    if not (isinstance(q, torch.Tensor) and isinstance(k_cache, torch.Tensor) and isinstance(v_cache, torch.Tensor)):
+        reject_what_is_no_tensor(q=q, k_cache=k_cache, v_cache=v_cache)
     _check_new(k, v, rotary_cos, rotary_sin, cache_seqlens)
     if torch.is_grad_enabled():
         for name, tensor in zip(_WITHOUT_GRADIENT, (q, k_cache, v_cache, k, v, rotary_cos, rotary_sin)):
@@ -196,14 +197,17 @@ def flash_attn_with_kvcache(
             seqused_more=0 if k is None else _new_rows(k, batch),
             num_splits=num_splits,
         )
+        plain = is_plain(q, k_cache, v_cache) and are_plain((lengths, cache_leftpad, table, alibi_slopes))
+        q = cast_for_autocast(q)
         if k is not None and v is not None:
-            q, k, v = cast_for_autocast(q), cast_for_autocast(k), cast_for_autocast(v)
+            plain = plain and are_plain((k, v, rotary_cos, rotary_sin))
+            k, v = cast_for_autocast(k), cast_for_autocast(v)
             advances = options.causal or options.window_left >= 0 or options.window_right >= 0
             new = (k, v, k_cache, v_cache, lengths, table, q)
-            turned = append(*new, rotary_cos, rotary_sin, rotary_interleaved, advances)
+            turned = append(plain, *new, rotary_cos, rotary_sin, rotary_interleaved, advances)
             q = q if turned is None else turned
         try:
-            out, softmax_lse = attention(q, k_cache, v_cache, options, return_softmax_lse)
+            out, softmax_lse = attention_over_cache(q, k_cache, v_cache, options, plain)
         except ValueError as error:
             raise _of_cache(error) from None
     except ValueError as error:
