@@ -40,15 +40,16 @@ void forward(py::handle q_object, py::handle k_object, py::handle v_object, py::
   const bool rows_of_keys = varlen && !is_paged(options);
   for (const Argument* argument : {&q, &out}) check_input(*argument, q, varlen);
   for (const Argument* argument : {&k, &v}) check_input(*argument, q, rows_of_keys);
-  const Argument lse("softmax_lse", lse_object);
-  check_rows(lse, q);
-
   ForwardRequest request;
   request.q = view(q);
   request.k = view(k);
   request.v = view(v);
   request.out = view(out);
-  request.softmax_lse = static_cast<float*>(lse.info.data);
+  if (!lse_object.is_none()) {
+    const Argument lse("softmax_lse", lse_object);
+    check_rows(lse, q);
+    request.softmax_lse = static_cast<float*>(lse.info.data);
+  }
   request.options = read_options(options, q);
   request.num_splits = num_splits(options);
   if (tile) request.tile = TileConfig::parse(*tile);

@@ -10,7 +10,7 @@
 
 namespace flash_attn_jit::bindings {
 
-// Computes attention into `out` and `softmax_lse` on the tensors' device and that device's current stream, or
+// Computes attention into `out` and `softmax_lse`, which may be None, on the tensors' device and that device's current stream, or
 // in the interpreter for CPU tensors. Releases the GIL. Throws what flash_attn_jit.errors and ValueError
 // stand for.
 void forward(pybind11::handle q, pybind11::handle k, pybind11::handle v, pybind11::handle out,

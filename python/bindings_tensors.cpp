@@ -16,6 +16,7 @@ struct Torch {
   py::object tensor_type, float16, bfloat16, float32, int32;
   py::object current_stream_of;  // an ordinal's raw stream
   py::object empty;
+  py::tuple empty_keywords = py::make_tuple("dtype", "device");
 };
 Torch* torch = nullptr;
 
@@ -146,8 +147,12 @@ void* current_cuda_stream(int ordinal) {
 }
 
 py::object empty_floats(std::int64_t count, py::handle like) {
-  using namespace py::literals;
-  return torch->empty(count, "dtype"_a = torch->float32, "device"_a = like.attr("device"));
+  const py::int_ elements(count);
+  const py::object device = like.attr("device");
+  PyObject* const arguments[] = {elements.ptr(), torch->float32.ptr(), device.ptr()};
+  PyObject* const tensor = PyObject_Vectorcall(torch->empty.ptr(), arguments, 1, torch->empty_keywords.ptr());
+  if (!tensor) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(tensor);
 }
 
 bool uses_exchange_api() { return torch && torch->exchange; }

@@ -306,25 +306,27 @@ def attention(q: Any, k: Any, v: Any, options: Options, wants_lse: bool, out: to
             result = _forward_operator(SEPARATE)(q, k, v, *_for_operator(options, q, k, v))
             return result if out is None else (out.copy_(result[0]), result[1])
         if out is not None:
-            result = ops.compute(q, k, v, options, out)
+            result = ops.compute(q, k, v, options, out, wants_lse)
             ops.has_changed(out)
             return result
         if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             result = _attention(q, k, v, (before_backward(options), wants_lse))
             return result if wants_lse else (result, None)
-        return forward_plainly(q, k, v, options)
+        return forward_plainly(q, k, v, options, wants_lse)
     except RuntimeError:
         reject_nested(SEPARATE.names, (q, k, v))
         raise
 
 
-def attention_over_cache(q: Any, k: Any, v: Any, options: Options, plain: bool) -> Result:
+def attention_over_cache(q: Any, k: Any, v: Any, options: Options, wants_lse: bool, plain: bool) -> Result:
     """The same where the caller has asked what it asks: they are tensors, none needs a gradient, and all are `plain`,
     options too, or not."""
     if forward_mode_is_on():
         _reject_tangents(q=q, k=k, v=v)
     try:
-        return forward_plainly(q, k, v, options) if plain else _forward_operator(SEPARATE)(q, k, v, *options)
+        if plain:
+            return forward_plainly(q, k, v, options, wants_lse)
+        return _forward_operator(SEPARATE)(q, k, v, *options)
     except RuntimeError:
         reject_nested(SEPARATE.names, (q, k, v))
         raise
@@ -339,7 +341,7 @@ def attention_heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, opt
         return out.transpose(1, 2)
     if _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _heads_first(q, k, v, before_backward(options))
-    out, _ = forward_plainly(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), options)
+    out, _ = forward_plainly(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), options, False)
     return out.transpose(1, 2)
 
 
@@ -363,7 +365,7 @@ def attention_kvpacked(q: Any, kv: Any, options: Options, wants_lse: bool, out: 
             result = _kvpacked(q, kv, (before_backward(options), wants_lse))
             return result if wants_lse else (result, None)
         k, v = kv.unbind(-3)
-        return forward_plainly(q, k, v, options)
+        return forward_plainly(q, k, v, options, wants_lse)
     except ValueError as error:
         raise _of_packed(error, "kv", layout) from None
     except RuntimeError:
@@ -388,7 +390,7 @@ def attention_qkvpacked(qkv: Any, options: Options, wants_lse: bool) -> Result:
             result = _qkvpacked(qkv, (before_backward(options), wants_lse))
             return result if wants_lse else (result, None)
         q, k, v = qkv.unbind(-3)
-        return forward_plainly(q, k, v, options)
+        return forward_plainly(q, k, v, options, wants_lse)
     except ValueError as error:
         raise _of_packed(error, "qkv", layout) from None
     except RuntimeError:

@@ -68,7 +68,7 @@ def forward(
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
-    softmax_lse: torch.Tensor,
+    softmax_lse: torch.Tensor | None,
     options: Options,
     tile: str | None = None,
 ) -> None: ...

@@ -207,7 +207,7 @@ def flash_attn_with_kvcache(
             turned = append(plain, *new, rotary_cos, rotary_sin, rotary_interleaved, advances)
             q = q if turned is None else turned
         try:
-            out, softmax_lse = attention_over_cache(q, k_cache, v_cache, options, plain)
+            out, softmax_lse = attention_over_cache(q, k_cache, v_cache, options, return_softmax_lse, plain)
         except ValueError as error:
             raise _of_cache(error) from None
     except ValueError as error:

@@ -34,15 +34,19 @@ _Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _Gradients = tuple[torch.Tensor | None, ...]
 
 
-def _allocate(q: torch.Tensor, options: Options, into: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def _allocate(
+    q: torch.Tensor, options: Options, into: torch.Tensor | None = None, wants_lse: bool = True
+) -> tuple[torch.Tensor, Any]:
     """out, contiguous in q's shape whatever q's strides are, or `into`, and softmax_lse, (batch, num_heads, seqlen_q)
-    or (num_heads, total_q)."""
+    or (num_heads, total_q), or None."""
     shape, varlen = q.shape, options.cu_seqlens_q is not None
     if len(shape) != (3 if varlen else 4):
         _core.refuse_rank("q", q, varlen)
     if q.layout is not torch.strided:
         raise layout_refusal("q", q).exception()
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if into is None else into
+    if not wants_lse:
+        return out, None
     if varlen:
         return out, torch.empty(shape[1], shape[0], dtype=torch.float32, device=q.device)
     batch, seqlen_q, num_heads, _ = shape
@@ -50,15 +54,22 @@ def _allocate(q: torch.Tensor, options: Options, into: torch.Tensor | None = Non
 
 
 def compute(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, into: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, softmax_lse), past the operator; out is `into`, where that is given."""
-    out, softmax_lse = _allocate(q, options, into)
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    options: Options,
+    into: torch.Tensor | None = None,
+    wants_lse: bool = True,
+) -> tuple[torch.Tensor, Any]:
+    """(out, softmax_lse), past the operator; out is `into`, where that is given, softmax_lse None, where it is not
+    wanted."""
+    out, softmax_lse = _allocate(q, options, into, wants_lse)
     _core.forward(q, k, v, out, softmax_lse, options)
     if options.cu_seqlens_q is not None and not options.max_seqlen_q:
         # No block runs. Where there are rows for all that, none of them sees a key.
         out.zero_()
-        softmax_lse.fill_(float("inf"))
+        if wants_lse:
+            softmax_lse.fill_(float("inf"))
     return out, softmax_lse
 
 
@@ -330,10 +341,10 @@ def are_plain(tensors: Sequence[torch.Tensor | None]) -> bool:
 
 
 def forward_plainly(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, wants_lse: bool = True
+) -> tuple[torch.Tensor, Any]:
     try:
-        return compute(q, k, v, options)
+        return compute(q, k, v, options, wants_lse=wants_lse)
     except ValueError:
         pass
     # The compiled module cannot read meta tensors, nor those of zeros without memory, nor one that outlived its

@@ -42,7 +42,7 @@ std::vector<TensorExtent> forward_extents(const ForwardRequest& request, const F
   }
   if (!has_splits || combines) {
     tensors.push_back(fp16_extent("out", request.out, TensorUse::kWrite));
-    tensors.push_back(row_extent("softmax_lse", request.softmax_lse, request.q, TensorUse::kWrite));
+    tensors.push_back(row_extent("softmax_lse", launch.params.softmax_lse, request.q, TensorUse::kWrite));
   }
   if (combines) return tensors;
   tensors.push_back(fp16_extent("q", request.q, TensorUse::kRead));
@@ -56,7 +56,7 @@ std::vector<TensorExtent> forward_extents(const ForwardRequest& request, const F
 
 void launch_forward(Device& device, const ForwardRequest& request, StreamHandle stream) {
   LaunchPlan plan = plan_forward(request, device.plan_target());
-  if (plan.workspace_floats > 0) give_workspace(plan, request.workspace->allocate(plan.workspace_floats));
+  give_workspace(plan, request.workspace);
   device.launch(std::array<ForwardLaunch, 2>{plan, plan.combine}, stream);
 }
 
@@ -74,7 +74,7 @@ void forward_in_interpreter(const ForwardRequest& request) {
   LaunchPlan plan =
       plan_forward(with_workspace, {arch_limits(75), kInterpretedMultiprocessors, process_tile_chooser()});
   require_lengths(request.options, request.q, request.k);
-  if (plan.workspace_floats > 0) give_workspace(plan, workspace.allocate(plan.workspace_floats));
+  give_workspace(plan, &workspace);
   for (const ForwardLaunch* launch : {static_cast<const ForwardLaunch*>(&plan), &std::as_const(plan.combine)}) {
     if (launch->blocks == 0) continue;
     const FoundKernel found = process_host_kernels().find_or_compile(launch->spec);

@@ -177,7 +177,7 @@ std::vector<GpuMeasuringDevice::Pass> GpuMeasuringDevice::passes_of(Loaded& kern
       (attention.spec.kind == KernelKind::kDecode ? request.decode_tile : request.tile) = tile;
       request.workspace = &kernel.splits;
       LaunchPlan plan = plan_forward(request, target_);
-      if (plan.workspace_floats > 0) give_workspace(plan, kernel.splits.allocate(plan.workspace_floats));
+      give_workspace(plan, &kernel.splits);
       passes.push_back({launch_of(plan), {plan.combine.blocks, params_bytes(plan.combine.params)}});
       continue;
     }

@@ -15,7 +15,7 @@ namespace {
 void require_arguments(const ForwardRequest& request) {
   const TensorView &q = request.q, &k = request.k;
   require_inputs(q, k, request.v, request.out, request.options.pages.has_value());
-  require_row_memory("softmax_lse", request.softmax_lse, q);
+  if (!request.workspace) require_row_memory("softmax_lse", request.softmax_lse, q);
   require_options(request.options, problem_shape(q, k, request.options), q.shape[kHeads]);
 }
 
@@ -82,7 +82,7 @@ void plan_decode(LaunchPlan& plan, const ForwardRequest& request, const PlanTarg
   plan.blocks =
       grid_blocks({"k", request.k}, problem_shape(q, request.k, request.options).batch, row_blocks * splits.count);
   if (splits.count == 1 || plan.blocks == 0) return;
-  plan.workspace_floats = splits.count * total_rows * (kernel_dims(plan.spec) + 2);
+  plan.split_floats = splits.count * total_rows * (kernel_dims(plan.spec) + 2);
   plan.combine = plan_combine(plan, target, problem);
 }
 
@@ -97,12 +97,15 @@ void plan_whole(LaunchPlan& plan, const ForwardRequest& request, const PlanTarge
 
 }  // namespace
 
-void give_workspace(LaunchPlan& plan, float* workspace) {
-  const FlashDecodeParams& params = plan.params;
-  const std::int64_t rows = std::int64_t{params.num_splits} * params.total_rows;
+void give_workspace(LaunchPlan& plan, Workspace* workspace) {
+  const std::int64_t floats = plan.split_floats + plan.lse_floats;
+  if (floats == 0) return;
+  float* const memory = workspace->allocate(floats);
+  const std::int64_t rows = std::int64_t{plan.params.num_splits} * plan.params.total_rows;
   for (ForwardLaunch* launch : {static_cast<ForwardLaunch*>(&plan), &plan.combine}) {
-    launch->params.partial_out = workspace;
-    launch->params.partial_rows = workspace + rows * kernel_dims(plan.spec);
+    launch->params.partial_out = memory;
+    launch->params.partial_rows = memory + rows * kernel_dims(plan.spec);
+    if (plan.lse_floats > 0) launch->params.softmax_lse = memory + plan.split_floats;
   }
 }
 
@@ -116,6 +119,8 @@ LaunchPlan plan_forward(const ForwardRequest& request, const PlanTarget& target)
     plan_decode(plan, request, target, problem);
   else
     plan_whole(plan, request, target, problem);
+  if (!request.softmax_lse)
+    plan.lse_floats = request.q.shape[kBatch] * request.q.shape[kHeads] * request.q.shape[kSeqlen];
   return plan;
 }
 

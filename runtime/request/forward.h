@@ -23,10 +23,12 @@ class Workspace {
 
 // Checked by the caller's language layer for rank, dtype and device; forward() checks shapes against each other.
 struct ForwardRequest {
-  TensorView q;                  // (batch, seqlen_q, num_heads, head_dim)
-  TensorView k, v;               // (batch, seqlen_k, num_heads_k, head_dim)
-  TensorView out;                // like q
-  float* softmax_lse = nullptr;  // (batch, num_heads, seqlen_q), varlen (num_heads, total_q); float32, contiguous
+  TensorView q;     // (batch, seqlen_q, num_heads, head_dim)
+  TensorView k, v;  // (batch, seqlen_k, num_heads_k, head_dim)
+  TensorView out;   // like q
+  // (batch, num_heads, seqlen_q), varlen (num_heads, total_q); float32, contiguous. None where there is a workspace and
+  // nobody wants it: kernels write it all the same.
+  float* softmax_lse = nullptr;
   AttentionOptions options;
   Workspace* workspace = nullptr;  // for launches on a device; where there is none, the keys are not split
   std::int64_t num_splits = 0;  // of the keys, at the most, where the pass takes the decode kernel; 0: as many as pay
@@ -38,12 +40,13 @@ using ForwardLaunch = KernelLaunch<FlashDecodeParams>;  // the forward kernel re
 
 // The pass's kernel, and what runs behind it.
 struct LaunchPlan : ForwardLaunch {
-  ForwardLaunch combine;              // of the decode kernel's splits; without blocks where there are none
-  std::int64_t workspace_floats = 0;  // memory that both share: give_workspace() says where it is
+  ForwardLaunch combine;          // of the decode kernel's splits; without blocks where there are none
+  std::int64_t split_floats = 0;  // memory that both share
+  std::int64_t lse_floats = 0;    // for a softmax_lse that nobody wants
 };
 
-// `workspace`: that many floats, aligned to 16 bytes, which the pass's kernels alone write until they are done.
-void give_workspace(LaunchPlan& plan, float* workspace);
+// Gives the pass's kernels their memory, where they need some.
+void give_workspace(LaunchPlan& plan, Workspace* workspace);
 
 // Throws ArgumentError where shapes contradict each other, UnsupportedError where no tile is for the head dim. Whether
 // the spec is legal is checked by whoever makes its kernel, once for each kernel and not at each call.
