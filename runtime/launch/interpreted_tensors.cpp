@@ -66,15 +66,24 @@ std::int64_t key_rows(const AttentionOptions& options, const ProblemShape& shape
   return std::int64_t{options.varlen->cu_seqlens_k[b + 1]} - options.varlen->cu_seqlens_k[b];
 }
 
+// Whether max_seqlen_k is what bounds them, and not the table of pages.
+bool is_bound_by_max_seqlen(const AttentionOptions& options, std::int64_t rows, const TensorView& k) {
+  return options.varlen && options.varlen->cu_seqlens_k == nullptr && options.pages &&
+         rows == options.varlen->max_seqlen_k && rows < k.shape[kSeqlen] * options.pages->columns;
+}
+
 // Returns how many of them are used.
-std::int64_t require_key_lengths(const AttentionOptions& options, std::int64_t b, std::int64_t rows) {
+std::int64_t require_key_lengths(const AttentionOptions& options, std::int64_t b, std::int64_t rows,
+                                 const TensorView& k) {
   std::int64_t used = rows;
   if (!options.key_lengths) return used;
   const KeyLengths& lengths = *options.key_lengths;
   if (lengths.used != nullptr) used = lengths.used[b] + lengths.used_more;
   if (used < 0 || used > rows)
     throw ArgumentError({indexed("seqused_k", b), "is " + std::to_string(used),
-                         "0 to " + std::to_string(rows) + ", the rows that there are"});
+                         is_bound_by_max_seqlen(options, rows, k)
+                             ? "0 to max_seqlen_k, " + std::to_string(rows)
+                             : "0 to " + std::to_string(rows) + ", the rows that there are"});
   if (lengths.leftpad == nullptr) return used;
   if (const int leftpad = lengths.leftpad[b]; leftpad < 0 || leftpad > used)
     throw ArgumentError({indexed("leftpad_k", b), "is " + std::to_string(leftpad),
@@ -105,7 +114,7 @@ void require_lengths(const AttentionOptions& options, const TensorView& q, const
   }
   for (std::int64_t b = 0; b < shape.batch; ++b) {
     const std::int64_t rows = key_rows(options, shape, b);
-    const std::int64_t used = require_key_lengths(options, b, rows);
+    const std::int64_t used = require_key_lengths(options, b, rows, k);
     if (options.pages) require_pages(*options.pages, b, used, k);
   }
 }

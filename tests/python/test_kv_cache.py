@@ -211,9 +211,9 @@ def refused(error, match, **arguments):
     q = normal(2, 4, 64)
     given = {"block_table": cache.table, "seqused_k": int32([40, 3]), "k": cache.k, "v": cache.v, "q": q, **arguments}
     q, k, v = given.pop("q"), given.pop("k"), given.pop("v")
-    cu_seqlens_k = given.pop("cu_seqlens_k", None)
+    cu_seqlens_k, max_seqlen_k = given.pop("cu_seqlens_k", None), given.pop("max_seqlen_k", 48)
     with pytest.raises(error, match=match):
-        flash_attn_varlen_func(q, k, v, int32([0, 1, 2]), cu_seqlens_k, 1, 48, **given)
+        flash_attn_varlen_func(q, k, v, int32([0, 1, 2]), cu_seqlens_k, 1, max_seqlen_k, **given)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +221,7 @@ def refused(error, match, **arguments):
     [
         (r"^seqused_k\[0\] is 49; accepted: 0 to 48", {"seqused_k": int32([49, 3])}),
         (r"^seqused_k\[1\] is -1; accepted: 0 to 48", {"seqused_k": int32([1, -1])}),
+        (r"^seqused_k\[0\] is 40; accepted: 0 to max_seqlen_k, 20$", {"max_seqlen_k": 20}),
         (r"^leftpad_k\[1\] is 4; accepted: 0 to 3", {"leftpad_k": int32([0, 4])}),
         (r"^block_table\[1\]\[0\] is 9; accepted: 0 to 8", {"block_table": int32([0, 1, 2, 9, 1, 2]).reshape(2, 3)}),
         (r"^block_table\[0\]\[2\] is -1; accepted: 0 to 8", {"block_table": int32([0, 1, -1, 4, 1, 2]).reshape(2, 3)}),
