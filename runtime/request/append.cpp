@@ -20,6 +20,12 @@ void require_rotary(const Rotary& rotary, std::int64_t head_dim) {
   if (rotary.rows < 1) throw ArgumentError({"rotary_cos", "has no rows", "a row for each place that a key may have"});
 }
 
+void require_new_rows(std::int64_t rows_new, std::int64_t rows) {
+  if (rows_new > rows)
+    throw ArgumentError({"k", "has " + std::to_string(rows_new) + " rows for each sequence",
+                         "at most " + std::to_string(rows) + ", the rows that a sequence has in k_cache"});
+}
+
 void require_arguments(const AppendRequest& request) {
   const TensorView &k_new = request.k_new, &k = request.k;
   for (const NamedTensor& tensor :
@@ -31,6 +37,7 @@ void require_arguments(const AppendRequest& request) {
   require_shape({"v", request.v_new}, k_new.shape, "k's");
   require_shape({"v_cache", request.v}, k.shape, "k_cache's");
   if (!request.pages) require_shape({"k_cache", k}, {batch, k.shape[kSeqlen], heads, dims}, "with k's batch");
+  require_new_rows(k_new.shape[kSeqlen], cache_rows(request));
   require_memory("cache_seqlens", request.used, batch > 0);
   if (!request.rotary) return;
   require_rotary(*request.rotary, dims);

@@ -496,6 +496,7 @@ def kvcache(**arguments):
 
 NEW = {"k": normal(2, 3, 2, 64), "v": normal(2, 3, 2, 64), "cache_seqlens": int32([1, 2])}
 COS = normal(50, 32)
+TOO_MANY = {"k": normal(2, 41, 2, 64), "v": normal(2, 41, 2, 64)}
 WITH_GRADIENT = {"rotary_cos": normal(50, 32).requires_grad_(), "rotary_sin": COS}
 ONE_PAGE = torch.tensor([[0], [1]], dtype=torch.int32)
 
@@ -505,6 +506,7 @@ ONE_PAGE = torch.tensor([[0], [1]], dtype=torch.int32)
     [
         (ValueError, r"^cache_seqlens\[1\] is 41; accepted: 0 to 40", {"cache_seqlens": int32([1, 41])}),
         (ValueError, r"^cache_seqlens\[1\] is 38, and 3 rows come behind", {**NEW, "cache_seqlens": int32([1, 38])}),
+        (ValueError, r"^k has 41 rows for each sequence; accepted: at most 40, .*k_cache", {**NEW, **TOO_MANY}),
         (ValueError, r"^cache_leftpad\[0\] is 3", {"cache_seqlens": 2, "cache_leftpad": int32([3, 0])}),
         (ValueError, r"^v is None", {**NEW, "v": None}),
         (ValueError, r"^cache_seqlens is None, and k is given", {**NEW, "cache_seqlens": None}),
