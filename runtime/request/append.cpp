@@ -28,9 +28,8 @@ void require_new_rows(std::int64_t rows_new, std::int64_t rows) {
 
 void require_arguments(const AppendRequest& request) {
   const TensorView &k_new = request.k_new, &k = request.k;
-  for (const NamedTensor& tensor :
-       {NamedTensor{"k", k_new}, {"v", request.v_new}, {"k_cache", k}, {"v_cache", request.v}})
-    require_readable(tensor);
+  for (const NamedTensor& tensor : {NamedTensor{"k", k_new}, {"v", request.v_new}}) require_readable(tensor);
+  for (const NamedTensor& tensor : {NamedTensor{"k_cache", k}, {"v_cache", request.v}}) require_writable(tensor);
   const std::int64_t batch = k_new.shape[kBatch], heads = k.shape[kHeads], dims = k.shape[kHeadDim];
   require_head_dim(dims);
   require_shape({"k", k_new}, {batch, k_new.shape[kSeqlen], heads, dims}, "with k_cache's heads and head dim");

@@ -28,6 +28,15 @@ bool has_elements(const TensorView& view) {
   return std::all_of(view.shape.begin(), view.shape.end(), [](std::int64_t extent) { return extent > 0; });
 }
 
+bool has_contiguous_rows(const TensorView& view) {
+  return !has_elements(view) || view.shape[kHeadDim] <= 1 || view.strides[kHeadDim] == 1;
+}
+
+[[noreturn]] void refuse_strides(const NamedTensor& tensor, const std::string& advice) {
+  throw ArgumentError(
+      {tensor.name, "has strides " + text_of(tensor.view.strides, tensor.view.rank), kAcceptedLastDim, advice});
+}
+
 void require_heads(std::int64_t num_heads, std::int64_t num_heads_k) {
   if (num_heads == 0 && num_heads_k == 0) return;
   if (num_heads_k > 0 && num_heads > 0 && num_heads % num_heads_k == 0) return;
@@ -53,14 +62,19 @@ void require_readable_by_elements(const NamedTensor& tensor) {
 
 void require_readable(const NamedTensor& tensor) {
   require_readable_by_elements(tensor);
-  const TensorView& view = tensor.view;
-  if (has_elements(view) && view.shape[kHeadDim] > 1 && view.strides[kHeadDim] != 1)
-    throw ArgumentError({tensor.name, "has strides " + text_of(view.strides, view.rank), kAcceptedLastDim,
-                         "Use " + std::string(tensor.name) + ".contiguous()"});
+  if (!has_contiguous_rows(tensor.view))
+    refuse_strides(tensor, "Use " + std::string(tensor.name) + ".contiguous()");
+}
+
+void require_writable(const NamedTensor& tensor) {
+  require_readable_by_elements(tensor);
+  if (!has_contiguous_rows(tensor.view))
+    refuse_strides(tensor, "Allocate it so: what is written into a copy does not come back");
 }
 
 void require_inputs(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out, bool paged) {
-  for (const NamedTensor& tensor : {NamedTensor{"q", q}, {"k", k}, {"v", v}, {"out", out}}) require_readable(tensor);
+  for (const NamedTensor& tensor : {NamedTensor{"q", q}, {"k", k}, {"v", v}}) require_readable(tensor);
+  require_writable({"out", out});
   require_shape({"k", k}, {(paged ? k : q).shape[kBatch], k.shape[kSeqlen], k.shape[kHeads], q.shape[kHeadDim]},
                 paged ? "pages with q's head dim" : "with q's batch and head dim");
   require_shape({"v", v}, k.shape, "k's");

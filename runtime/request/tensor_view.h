@@ -30,6 +30,8 @@ struct NamedTensor {
 
 void require_shape(const NamedTensor& tensor, const std::array<std::int64_t, 4>& expected, const char* why);
 void require_readable(const NamedTensor& tensor);
+// The same of what is written in place, where a copy is no help.
+void require_writable(const NamedTensor& tensor);
 // The same, but for its last dimension, which may have any stride.
 void require_readable_by_elements(const NamedTensor& tensor);
 // What both passes read: each one is readable, and their shapes go together.

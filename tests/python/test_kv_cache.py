@@ -234,6 +234,7 @@ def refused(error, match, **arguments):
         (r"^num_splits is a float", {"num_splits": 1.0}),
         (r"^out has shape \(1, 4, 64\)", {"out": normal(1, 4, 64)}),
         (r"^out is a list", {"out": []}),
+        (r"^out has strides .*Allocate it so", {"out": normal(2, 4, 128)[..., ::2]}),
     ],
 )
 def test_what_does_not_fit_is_named(match, arguments):
@@ -507,6 +508,9 @@ ONE_PAGE = torch.tensor([[0], [1]], dtype=torch.int32)
         (ValueError, r"^cache_seqlens\[1\] is 41; accepted: 0 to 40", {"cache_seqlens": int32([1, 41])}),
         (ValueError, r"^cache_seqlens\[1\] is 38, and 3 rows come behind", {**NEW, "cache_seqlens": int32([1, 38])}),
         (ValueError, r"^k has 41 rows for each sequence; accepted: at most 40, .*k_cache", {**NEW, **TOO_MANY}),
+        (ValueError, r"^k_cache has strides .*Allocate it so", {**NEW, "k_cache": normal(2, 40, 2, 128)[..., ::2]}),
+        (ValueError, r"^v_cache has strides .*Allocate it so", {**NEW, "v_cache": normal(2, 40, 2, 128)[..., ::2]}),
+        (ValueError, r"^v_cache has strides .*Use v_cache.contiguous", {"v_cache": normal(2, 40, 2, 128)[..., ::2]}),
         (ValueError, r"^cache_leftpad\[0\] is 3", {"cache_seqlens": 2, "cache_leftpad": int32([3, 0])}),
         (ValueError, r"^v is None", {**NEW, "v": None}),
         (ValueError, r"^cache_seqlens is None, and k is given", {**NEW, "cache_seqlens": None}),
