@@ -220,7 +220,12 @@ void bind_attention(py::module_& module) {
   module.def("append", &bindings::append, py::arg("k"), py::arg("v"), py::arg("k_cache"), py::arg("v_cache"),
              py::arg("cache_seqlens"), py::arg("block_table"), py::arg("q"), py::arg("q_turned"), py::arg("rotary_cos"),
              py::arg("rotary_sin"), py::arg("interleaved"), py::arg("queries_advance"));
-  module.def("refuse_rank", &bindings::refuse_rank, py::arg("name"), py::arg("tensor"), py::arg("varlen"));
+  module.def(
+      "refuse_rank",
+      [](const char* name, py::handle tensor, bool varlen) {
+        bindings::refuse_rank(name, tensor, varlen ? bindings::Layout::kTotal : bindings::Layout::kBatch);
+      },
+      py::arg("name"), py::arg("tensor"), py::arg("varlen"));
 }
 
 }  // namespace

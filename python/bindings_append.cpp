@@ -35,7 +35,9 @@ void append(py::handle k_object, py::handle v_object, py::handle k_cache_object,
             py::handle rotary_cos, py::handle rotary_sin, bool interleaved, bool queries_advance) {
   const Argument k("k", k_object), v("v", v_object), k_cache("k_cache", k_cache_object),
       v_cache("v_cache", v_cache_object);
-  for (const Argument* argument : {&k, &v, &k_cache, &v_cache}) check_input(*argument, k, false);
+  const Layout layout_of_cache = block_table.is_none() ? Layout::kBatch : Layout::kPages;
+  for (const Argument* argument : {&k, &v}) check_input(*argument, k, Layout::kBatch);
+  for (const Argument* argument : {&k_cache, &v_cache}) check_input(*argument, k, layout_of_cache);
   const std::int64_t batch = k.info.shape[0];
   const Argument cache_seqlens("cache_seqlens", cache_seqlens_object);
   check_small_tensor(cache_seqlens, k, ElementType::kInt32,
@@ -50,7 +52,7 @@ void append(py::handle k_object, py::handle v_object, py::handle k_cache_object,
   request.queries_advance = queries_advance;
   if (!rotary_cos.is_none()) {
     const Argument q("q", q_object), q_turned("q_turned", q_turned_object);
-    for (const Argument* argument : {&q, &q_turned}) check_input(*argument, k, false);
+    for (const Argument* argument : {&q, &q_turned}) check_input(*argument, k, Layout::kBatch);
     request.q = view(q);
     request.q_turned = view(q_turned);
     request.rotary = read_rotary(rotary_cos, rotary_sin, k, interleaved);

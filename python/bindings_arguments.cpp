@@ -73,14 +73,16 @@ void check_same_device(const Argument& argument, const Argument& q) {
   throw ArgumentError({argument.name, device_came(argument) + " and q on " + device_text(q.object), kAcceptedDevices});
 }
 
-void refuse_rank(const char* name, py::handle tensor, bool varlen) {
+void refuse_rank(const char* name, py::handle tensor, Layout layout) {
   throw ArgumentError(
       {name, "has " + std::to_string(py::len(tensor.attr("shape"))) + " dimensions, shape " + shape_text(tensor),
-       varlen ? "3, (total, heads, head_dim)" : "4, (batch, seqlen, heads, head_dim)"});
+       layout == Layout::kTotal   ? "3, (total, heads, head_dim)"
+       : layout == Layout::kPages ? "4, (pages, page size, heads, head_dim)"
+                                  : "4, (batch, seqlen, heads, head_dim)"});
 }
 
-void check_input(const Argument& argument, const Argument& q, bool varlen) {
-  if (argument.info.rank != (varlen ? 3 : 4)) refuse_rank(argument.name, argument.object, varlen);
+void check_input(const Argument& argument, const Argument& q, Layout layout) {
+  if (argument.info.rank != (layout == Layout::kTotal ? 3 : 4)) refuse_rank(argument.name, argument.object, layout);
   check_device(argument);
   check_same_device(argument, q);
   check_dtype(argument);

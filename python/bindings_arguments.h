@@ -17,16 +17,17 @@ struct Argument {
   Argument(const char* name, pybind11::handle object) : name(name), object(object), info(read_tensor(object, name)) {}
 };
 
-enum class Lengths { kFixed, kVarlen };  // one for the whole batch, or cu_seqlens
+// Dimensions before heads and head_dim: (batch, seqlen), (total) or (pages, page size).
+enum class Layout { kBatch, kTotal, kPages };
 
 void check_same_device(const Argument& argument, const Argument& q);
 
-// A tensor of fp16 on q's device, (batch, seqlen, heads, head_dim) or, varlen, (total, heads, head_dim). A CPU tensor
-// is accepted where the interpreter is on. Shapes and strides are checked where a launch is laid out.
-void check_input(const Argument& argument, const Argument& q, bool varlen);
+// A tensor of fp16 on q's device. A CPU tensor is accepted where the interpreter is on. Shapes and strides are checked
+// where a launch is laid out.
+void check_input(const Argument& argument, const Argument& q, Layout layout);
 
 // What check_input() says of a tensor's number of dimensions.
-[[noreturn]] void refuse_rank(const char* name, pybind11::handle tensor, bool varlen);
+[[noreturn]] void refuse_rank(const char* name, pybind11::handle tensor, Layout layout);
 
 // One of the package's own allocations, so this names a bug rather than a user's mistake: contiguous, float32, for q's
 // rows.

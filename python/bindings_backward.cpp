@@ -14,9 +14,9 @@ std::optional<TileConfig> parse_tile(const std::optional<std::string>& text) {
   return text ? std::optional(TileConfig::parse(*text)) : std::nullopt;
 }
 
-TensorView gradient(const char* name, py::handle object, const Argument& q, bool varlen) {
+TensorView gradient(const char* name, py::handle object, const Argument& q, Layout layout) {
   const Argument argument(name, object);
-  check_input(argument, q, varlen);
+  check_input(argument, q, layout);
   return view(argument);
 }
 
@@ -27,10 +27,10 @@ void backward(py::handle dout_object, py::handle q_object, py::handle k_object, 
               py::handle dv_object, py::handle delta_object, py::handle options,
               const std::optional<std::string>& dkdv_tile, const std::optional<std::string>& dq_tile,
               const std::optional<std::string>& all_keys_tile) {
-  const bool varlen = is_varlen(options);
+  const Layout layout = layout_of(options);
   const Argument q("q", q_object), k("k", k_object), v("v", v_object), out("out", out_object),
       dout("dout", dout_object);
-  for (const Argument* argument : {&q, &k, &v, &out, &dout}) check_input(*argument, q, varlen);
+  for (const Argument* argument : {&q, &k, &v, &out, &dout}) check_input(*argument, q, layout);
   const Argument lse("softmax_lse", lse_object), delta("delta", delta_object);
   check_rows(lse, q);
   check_rows(delta, q);
@@ -47,12 +47,12 @@ void backward(py::handle dout_object, py::handle q_object, py::handle k_object, 
   request.dkdv_tile = parse_tile(dkdv_tile);
   request.dq_tile = parse_tile(dq_tile);
   request.all_keys_tile = parse_tile(all_keys_tile);
-  if (!dq_object.is_none()) request.dq = gradient("dq", dq_object, q, varlen);
+  if (!dq_object.is_none()) request.dq = gradient("dq", dq_object, q, layout);
   if (dk_object.is_none() != dv_object.is_none())
     throw ArgumentError({dk_object.is_none() ? "dk" : "dv", "is None and the other of dk and dv is not",
                          "both, or neither: one kernel makes both"});
   if (!dk_object.is_none())
-    request.dkdv = KeyGradients{gradient("dk", dk_object, q, varlen), gradient("dv", dv_object, q, varlen)};
+    request.dkdv = KeyGradients{gradient("dk", dk_object, q, layout), gradient("dv", dv_object, q, layout)};
 
   if (q.info.device.kind == DeviceKind::kCpu) {
     const py::gil_scoped_release without_gil;

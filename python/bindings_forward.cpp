@@ -35,11 +35,12 @@ class TorchWorkspace final : public Workspace {
 
 void forward(py::handle q_object, py::handle k_object, py::handle v_object, py::handle out_object,
              py::handle lse_object, py::handle options, const std::optional<std::string>& tile) {
-  const bool varlen = is_varlen(options);
+  const Layout layout = layout_of(options);
   const Argument q("q", q_object), k("k", k_object), v("v", v_object), out("out", out_object);
-  const bool rows_of_keys = varlen && !is_paged(options);
-  for (const Argument* argument : {&q, &out}) check_input(*argument, q, varlen);
-  for (const Argument* argument : {&k, &v}) check_input(*argument, q, rows_of_keys);
+  const Layout layout_of_keys = is_paged(options) ? Layout::kPages : layout;
+  for (const Argument* argument : {&q, &out}) check_input(*argument, q, layout);
+  for (const Argument* argument : {&k, &v}) check_input(*argument, q, layout_of_keys);
+
   ForwardRequest request;
   request.q = view(q);
   request.k = view(k);

@@ -72,7 +72,7 @@ struct Fields {
 
 // One length for the whole batch, or cu_seqlens.
 std::optional<Varlen> read_varlen(py::handle options, const Argument& q) {
-  if (!is_varlen(options)) return std::nullopt;
+  if (layout_of(options) != Layout::kTotal) return std::nullopt;
   const Argument cu_seqlens_q("cu_seqlens_q", field.cu_seqlens_q(options));
   check_small_tensor(cu_seqlens_q, q, ElementType::kInt32,
                      cu_seqlens_q.info.rank == 1 && cu_seqlens_q.info.shape[0] >= 1, kAcceptedCuSeqlens);
@@ -156,11 +156,12 @@ py::dict accepted_tensors() {
   return accepted;
 }
 
-bool is_varlen(py::handle options) {
+Layout layout_of(py::handle options) {
   if (!options_type) throw Error("connect_options() was not called");
   if (!PyObject_TypeCheck(options.ptr(), reinterpret_cast<PyTypeObject*>(options_type->ptr())))
     throw ArgumentError({"options", "is a " + type_text(options), "an Options"});
-  return !field.cu_seqlens_q(options).is_none() || !field.cu_seqlens_k(options).is_none();
+  const bool is_varlen = !field.cu_seqlens_q(options).is_none() || !field.cu_seqlens_k(options).is_none();
+  return is_varlen ? Layout::kTotal : Layout::kBatch;
 }
 
 bool is_paged(py::handle options) { return !field.block_table(options).is_none(); }

@@ -18,8 +18,8 @@ void connect_options(pybind11::type type);
 // What is accepted of each option that is a tensor, in words: name -> text.
 pybind11::dict accepted_tensors();
 
-// Whether q, k and v are (total, heads, head_dim). Throws ArgumentError for what is no Options.
-bool is_varlen(pybind11::handle options);
+// Of q, and of k and v that are no pages. Throws ArgumentError for what is no Options.
+Layout layout_of(pybind11::handle options);
 
 // Whether k and v are (pages, page size, heads, head_dim). Of an Options.
 bool is_paged(pybind11::handle options);

@@ -42,6 +42,7 @@ def _of_call(error: ValueError, k_cache: torch.Tensor, cache_batch_idx: Any) -> 
     if cache_batch_idx is not None:
         accepted = f"0 to {k_cache.shape[0] - 1}, the sequences of the cache"
         text = _ROW_OF_TABLE.sub(rf"cache_batch_idx\1 is \2; accepted: {accepted}", text)
+        text = text.replace("(pages, page size, ", "(batch, seqlen, ")
     return type(error)(text)
 
 

@@ -226,6 +226,7 @@ def refused(error, match, **arguments):
         (r"^block_table\[1\]\[0\] is 9; accepted: 0 to 8", {"block_table": int32([0, 1, 2, 9, 1, 2]).reshape(2, 3)}),
         (r"^block_table\[0\]\[2\] is -1; accepted: 0 to 8", {"block_table": int32([0, 1, -1, 4, 1, 2]).reshape(2, 3)}),
         (r"^block_table has shape \(1, 3\)", {"block_table": int32([0, 1, 2]).reshape(1, 3)}),
+        (r"^k has 3 dimensions.*: 4, \(pages, page size, heads, head_dim\)", {"k": normal(48, 2, 64)}),
         (r"^seqused_k has shape \(3,\)", {"seqused_k": int32([1, 2, 3])}),
         (r"^seqused_k .*int64", {"seqused_k": torch.tensor([1, 2])}),
         (r"^cu_seqlens_k is a NoneType", {"seqused_k": None}),
@@ -500,6 +501,7 @@ COS = normal(50, 32)
 TOO_MANY = {"k": normal(2, 41, 2, 64), "v": normal(2, 41, 2, 64)}
 WITH_GRADIENT = {"rotary_cos": normal(50, 32).requires_grad_(), "rotary_sin": COS}
 ONE_PAGE = torch.tensor([[0], [1]], dtype=torch.int32)
+ROWS = normal(2, 2, 64)
 
 
 @pytest.mark.parametrize(
@@ -520,6 +522,10 @@ ONE_PAGE = torch.tensor([[0], [1]], dtype=torch.int32)
         (ValueError, r"^rotary_cos has 4 rows", {**NEW, "rotary_cos": normal(4, 8), "rotary_sin": normal(4, 8)}),
         (ValueError, r"^rotary_sin has shape", {**NEW, "rotary_cos": COS, "rotary_sin": normal(50, 31)}),
         (ValueError, r"^k has shape \(2, 3, 1, 64\)", {**NEW, "k": normal(2, 3, 1, 64)}),
+        (ValueError, r"^k_cache has 3 .*: 4, \(pages, page size,", {"k_cache": ROWS, "block_table": ONE_PAGE}),
+        (ValueError, r"^v_cache has 3 .*: 4, \(pages, page size,", {**NEW, "v_cache": ROWS, "block_table": ONE_PAGE}),
+        (ValueError, r"^k_cache has 3 .*: 4, \(batch, seqlen,", {"k_cache": ROWS}),
+        (ValueError, r"^k_cache has 3 .*: 4, \(batch, seqlen,", {"k_cache": ROWS, "cache_batch_idx": int32([0, 1])}),
         (ValueError, r"^cache_batch_idx .*block_table", {"cache_batch_idx": int32([0, 1]), "block_table": ONE_PAGE}),
         (ValueError, r"^cache_batch_idx\[1\] is 2; accepted: 0 to 1", {"cache_batch_idx": int32([0, 2])}),
         (ValueError, r"^cache_batch_idx has shape \(3,\)", {"cache_batch_idx": int32([0, 1, 0])}),
