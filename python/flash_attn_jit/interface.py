@@ -21,6 +21,7 @@ from ._arguments import (
 )
 from ._autograd import Result, attention, attention_kvpacked, attention_qkvpacked
 from ._options import Options
+from .errors import Refusal
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -364,8 +365,11 @@ def flash_attn_varlen_func(
         {raises}
     """
     reject_what_is_no_tensor(cu_seqlens_q=cu_seqlens_q)
-    if cu_seqlens_k is not None or block_table is None or seqused_k is None:
+    if cu_seqlens_k is not None or block_table is None:
         reject_what_is_no_tensor(cu_seqlens_k=cu_seqlens_k)
+    elif seqused_k is None:
+        accepted = "with a block_table one of them, which says how many keys each sequence has"
+        raise Refusal("cu_seqlens_k", "is None, and so is seqused_k", accepted).exception()
     options = read_options(
         dropout_p,
         softmax_scale,

@@ -229,7 +229,7 @@ def refused(error, match, **arguments):
         (r"^k has 3 dimensions.*: 4, \(pages, page size, heads, head_dim\)", {"k": normal(48, 2, 64)}),
         (r"^seqused_k has shape \(3,\)", {"seqused_k": int32([1, 2, 3])}),
         (r"^seqused_k .*int64", {"seqused_k": torch.tensor([1, 2])}),
-        (r"^cu_seqlens_k is a NoneType", {"seqused_k": None}),
+        (r"^cu_seqlens_k is None, and so is seqused_k; accepted: with a block_table one of them", {"seqused_k": None}),
         (r"^cu_seqlens_k is a NoneType", {"block_table": None}),
         (r"^num_splits is -1", {"num_splits": -1}),
         (r"^num_splits is a float", {"num_splits": 1.0}),
