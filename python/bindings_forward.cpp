@@ -51,6 +51,8 @@ void forward(py::handle q_object, py::handle k_object, py::handle v_object, py::
     check_rows(lse, q);
     request.softmax_lse = static_cast<float*>(lse.info.data);
   }
+  for (const NamedTensor& read : {NamedTensor{"q", request.q}, {"k", request.k}, {"v", request.v}})
+    require_apart({"out", request.out}, read);
   request.options = read_options(options, q);
   request.num_splits = num_splits(options);
   if (tile) request.tile = TileConfig::parse(*tile);

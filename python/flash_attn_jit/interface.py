@@ -50,7 +50,8 @@ _SHARED: dict[str, str] = {
         return_attn_probs: also return softmax_lse and S_dmask. Neither has a gradient.
 """,
     "cache_options": """
-        out: a tensor for the result, like q, which is returned. Not with inputs that need a gradient, as the next two.
+        out: a tensor for the result, like q, which is returned. It shares no memory with q, k and v. Not with inputs
+            that need a gradient, as the next two.
         seqused_k: (batch), int32, contiguous: how many of each sequence's rows of k and v are used. Read on the device:
             values are not checked on a GPU, but no row beyond k and v is read.
         leftpad_k: (batch), int32, contiguous: how many rows before each sequence's keys are padding, of those used.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <string>
 
 #include "generator/errors.h"
@@ -37,6 +38,44 @@ bool has_contiguous_rows(const TensorView& view) {
       {tensor.name, "has strides " + text_of(tensor.view.strides, tensor.view.rank), kAcceptedLastDim, advice});
 }
 
+bool has_memory(const TensorView& view) { return view.data != nullptr && has_elements(view); }
+
+// In memory, counted in fp16 elements.
+std::int64_t place_of(const TensorView& view) { return reinterpret_cast<std::intptr_t>(view.data) / 2; }
+
+// Elements from its first one to behind its last one.
+std::int64_t extent_of(const TensorView& view) {
+  std::int64_t last = 0;
+  for (std::size_t i = 0; i < view.shape.size(); ++i) last += (view.shape[i] - 1) * view.strides[i];
+  return last + 1;
+}
+
+// Elements that lie one after the other, and a number that the distances between such runs are multiples of.
+struct Runs {
+  std::int64_t length = 1, apart = 0;
+};
+
+Runs runs_of(const TensorView& view) {
+  Runs runs;
+  for (int dim = kHeadDim; dim >= kBatch; --dim) {
+    const std::int64_t stride = stride_of(view, static_cast<Dim>(dim));
+    if (stride == runs.length && runs.apart == 0)
+      runs.length *= view.shape[dim];
+    else
+      runs.apart = std::gcd(runs.apart, stride);
+  }
+  return runs;
+}
+
+// Whether every run of `a` lies between runs of `b`, whose first element is `distance` elements behind a's.
+bool lie_between(const TensorView& a, const TensorView& b, std::int64_t distance) {
+  const Runs of_a = runs_of(a), of_b = runs_of(b);
+  const std::int64_t period = std::gcd(of_a.apart, of_b.apart);
+  if (period == 0) return false;
+  const std::int64_t behind = (distance % period + period) % period;  // of the last run of `a` before a run of `b`
+  return behind >= of_a.length && behind + of_b.length <= period;
+}
+
 void require_heads(std::int64_t num_heads, std::int64_t num_heads_k) {
   if (num_heads == 0 && num_heads_k == 0) return;
   if (num_heads_k > 0 && num_heads > 0 && num_heads % num_heads_k == 0) return;
@@ -62,8 +101,7 @@ void require_readable_by_elements(const NamedTensor& tensor) {
 
 void require_readable(const NamedTensor& tensor) {
   require_readable_by_elements(tensor);
-  if (!has_contiguous_rows(tensor.view))
-    refuse_strides(tensor, "Use " + std::string(tensor.name) + ".contiguous()");
+  if (!has_contiguous_rows(tensor.view)) refuse_strides(tensor, "Use " + std::string(tensor.name) + ".contiguous()");
 }
 
 void require_writable(const NamedTensor& tensor) {
@@ -80,6 +118,15 @@ void require_inputs(const TensorView& q, const TensorView& k, const TensorView& 
   require_shape({"v", v}, k.shape, "k's");
   require_shape({"out", out}, q.shape, "q's");
   require_heads(q.shape[kHeads], k.shape[kHeads]);
+}
+
+void require_apart(const NamedTensor& written, const NamedTensor& read) {
+  const TensorView &a = written.view, &b = read.view;
+  if (!has_memory(a) || !has_memory(b)) return;
+  const std::int64_t distance = place_of(b) - place_of(a);
+  if (distance >= extent_of(a) || -distance >= extent_of(b) || lie_between(a, b, distance)) return;
+  throw ArgumentError(
+      {written.name, std::string("shares memory with ") + read.name, "memory that is none of q's, k's or v's"});
 }
 
 void require_memory(const char* name, const void* memory, bool is_needed) {

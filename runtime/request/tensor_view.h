@@ -38,6 +38,8 @@ void require_readable_by_elements(const NamedTensor& tensor);
 // `paged`: k and v are pages, as many as there are.
 void require_inputs(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out,
                     bool paged = false);
+// `written` shares no memory with `read`. Their bytes may lie between one another's, as slices of one tensor do.
+void require_apart(const NamedTensor& written, const NamedTensor& read);
 // Memory that `is_needed` is there.
 void require_memory(const char* name, const void* memory, bool is_needed);
 // A (batch, num_heads, seqlen_q) float32 tensor for the rows of `q` has memory, unless there are no rows.

@@ -1,8 +1,10 @@
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <random>
+#include <set>
 #include <vector>
 
 #include "generator/errors.h"
@@ -207,6 +209,55 @@ TEST_CASE("plan: memory that cannot be read") {
   r = forward_request(2, 8, 8, 4, 4, 64);
   r.k.strides[3] = 2;
   CHECK(refusal<ArgumentError>(r) == Containing{"k has strides"});
+}
+
+TEST_CASE("out apart from an input: whatever shares an element is refused, and slices of one tensor are not") {
+  const auto shares = [](const TensorView& a, const TensorView& b) {
+    try {
+      require_apart({"out", a}, {"q", b});
+    } catch (const ArgumentError& error) {
+      return error.what() == Containing{"out shares memory with q; accepted: "};
+    }
+    return false;
+  };
+  std::mt19937 random(6);
+  const auto draw = [&](int most) { return static_cast<std::int64_t>(random() % static_cast<unsigned>(most)); };
+  const auto draw_view = [&] {
+    TensorView view{address(0x1000 + 2 * draw(60)), {}, {}};
+    for (int dim = 0; dim < 4; ++dim) {
+      view.shape[dim] = draw(4) > 0 ? 1 + draw(3) : draw(3);
+      view.strides[dim] = dim == kHeadDim ? 1 : draw(30);
+    }
+    return view;
+  };
+  const auto elements_of = [](const TensorView& view) {
+    std::set<std::int64_t> elements;
+    for (std::int64_t b = 0; b < view.shape[0]; ++b)
+      for (std::int64_t s = 0; s < view.shape[1]; ++s)
+        for (std::int64_t h = 0; h < view.shape[2]; ++h)
+          for (std::int64_t d = 0; d < view.shape[3]; ++d)
+            elements.insert(reinterpret_cast<std::intptr_t>(view.data) / 2 + b * view.strides[0] + s * view.strides[1] +
+                            h * view.strides[2] + d);
+    return elements;
+  };
+  for (int i = 0; i < 20'000; ++i) {
+    const TensorView a = draw_view(), b = draw_view();
+    const std::set<std::int64_t> of_a = elements_of(a), of_b = elements_of(b);
+    const bool overlaps = std::ranges::any_of(of_a, [&](std::int64_t element) { return of_b.contains(element); });
+    CAPTURE(i);
+    if (overlaps) REQUIRE(shares(a, b));
+    if (of_a.empty() || of_b.empty() || *of_a.rbegin() < *of_b.begin() || *of_b.rbegin() < *of_a.begin())
+      REQUIRE(!shares(a, b));
+  }
+  const TensorView q{address(0x1000), {2, 8, 4, 64}, {8 * 3 * 4 * 64, 3 * 4 * 64, 64, 1}};  // of a packed tensor
+  for (const int other : {1, 2}) {
+    TensorView out = q;
+    out.data = address(0x1000 + other * 4 * 64 * 2);
+    CHECK(!shares(out, q));
+    CHECK(!shares(q, out));
+    out.data = address(0x1000 + (other * 4 * 64 - 8) * 2);
+    CHECK(shares(out, q) == (other == 1));
+  }
 }
 
 TEST_CASE("plan: head dims that no kernel is for") {

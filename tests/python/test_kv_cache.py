@@ -242,6 +242,26 @@ def test_what_does_not_fit_is_named(match, arguments):
     refused(ValueError, match, **arguments)
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_out_in_the_memory_of_an_input_is_refused(name):
+    base = normal(1, 12, 2, 64)
+    inputs = {"q": normal(1, 8, 2, 64), "k": normal(1, 8, 2, 64), "v": normal(1, 8, 2, 64), name: base[:, :8]}
+    before = base.clone()
+    for first_row in (0, 4):
+        with pytest.raises(ValueError, match=f"^out shares memory with {name}; accepted: memory"):
+            flash_attn_func(**inputs, out=base[:, first_row : first_row + 8])
+    assert torch.equal(base, before)
+
+
+@pytest.mark.parametrize("dim", range(4))
+def test_out_beside_the_inputs_in_one_tensor(dim):
+    """In front of the batch, of the rows, of the heads, of the head dims."""
+    shape = [2, 8, 2, 64]
+    q, k, v, out = normal(*shape[:dim], 4, *shape[dim:]).unbind(dim)
+    assert flash_attn_func(q, k, v, out=out) is out
+    check_attention(out, None, q, k, v)
+
+
 @pytest.mark.parametrize("name", ["block_table", "seqused_k", "leftpad_k", "out"])
 def test_no_gradient_comes_through(name):
     q = normal(2, 4, 64).requires_grad_()
