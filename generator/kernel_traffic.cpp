@@ -11,6 +11,7 @@ constexpr double kElementBytes = 2, kNumberBytes = 4;  // fp16; float32
 
 RowTraffic row_traffic(KernelKind kind) {
   const KernelResults& made = family_of(kind).results;
+  if (made.cache) return {.query_rows = 0, .key_rows = 4, .query_numbers = 0};  // new k, v; where they go
   const bool has_scores = family_of(kind).products > 0;
   return {.query_rows = (has_scores ? 2 : 1) + (made.delta ? 1 : 0) + (made.dq ? 1 : 0),  // q; out or dout; out; dq
           .key_rows = (has_scores ? 2 : 0) + (made.dkdv ? 2 : 0),                         // k, v; dk, dv

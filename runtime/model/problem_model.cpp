@@ -133,7 +133,8 @@ void take_seconds(ProblemPrediction& prediction, const KernelSpec& spec, const P
   prediction.seconds = std::max(prediction.cycles / card.sustained_mhz / 1e6, prediction.copy_seconds);
   prediction.seconds_at_boost = std::max(prediction.cycles / card.boost_mhz / 1e6, prediction.copy_seconds);
   const int products = family_of(spec.kind).products;
-  if (products > 0) prediction.useful_flops = seen_scores(spec, size) * 2.0 * spec.head_dim * products;
+  if (products == 0) return;
+  prediction.useful_flops = seen_scores(spec, size) * 2.0 * spec.head_dim * products;
   // An m16n8k8 is 16 x 8 x 8 multiply-adds.
   const double flops_per_cycle = 4.0 * 2 * 16 * 8 * 8 / card.mma_interval * card.multiprocessors;
   prediction.share_of_peak = prediction.useful_flops / (prediction.cycles * flops_per_cycle);
@@ -167,6 +168,19 @@ ProblemPrediction predict_splits(const KernelSpec& spec, const ProblemSize& size
   return prediction;
 }
 
+// Of what appends to a cache: seqlen_k new rows of k and v for each sequence. No query is turned.
+ProblemPrediction predict_append(const KernelSpec& spec, const ProblemSize& size, const std::vector<BlockCost>& costs,
+                                 const Card& card) {
+  ProblemPrediction prediction;
+  prediction.blocks = ceil_div(2 * size.batch * size.seqlen_k * size.num_heads_k, spec.tile.block_m);
+  prediction.blocks_per_multiprocessor = static_cast<int>(costs.size());
+  prediction.waves =
+      static_cast<double>(prediction.blocks) / (card.multiprocessors * static_cast<double>(costs.size()));
+  prediction.cycles = uniform_cycles(prediction.blocks, {}, costs, card, 0);
+  take_seconds(prediction, spec, size, card, traffic_of(spec, size));
+  return prediction;
+}
+
 }  // namespace
 
 ProblemPrediction predict(const KernelSpec& spec, const ProblemSize& size, const std::vector<BlockCost>& costs,
@@ -174,6 +188,7 @@ ProblemPrediction predict(const KernelSpec& spec, const ProblemSize& size, const
   require_size(size);
   const KernelFamily& family = family_of(spec.kind);
   if (family.warps_share_rows) return predict_splits(spec, size, costs, card);
+  if (family.results.cache) return predict_append(spec, size, costs, card);
   const bool owns_keys = family.rows == RowSide::kKeys;
   const std::int64_t rows = owns_keys ? size.seqlen_k : size.seqlen_q,
                      columns = owns_keys ? size.seqlen_q : size.seqlen_k;

@@ -12,6 +12,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "generator/families/families.h"
 #include "generator/tile_chooser.h"
 #include "runtime/library/templates_folder.h"
 #include "runtime/model/kernel_model.h"
@@ -72,6 +73,9 @@ std::optional<ProblemSize> parse_size(const ModelFlags& flags, const KernelSpec&
   };
   if (flags.seqlen_q.empty())
     throw UsageError("--seqlen-q is missing; accepted with a problem's other sizes: a length");
+  if (family_of(spec.kind).results.cache && !flags.seqlen_k.empty())
+    throw UsageError("--seqlen-k is given with --kind " + std::string(to_text(spec.kind)) +
+                     ", whose time does not depend on how long a cache is; accepted: --seqlen-q, the new rows");
   ProblemSize size;
   size.batch = number("--batch", flags.batch, 1);
   size.num_heads = number("--heads", flags.heads, spec.group_size);
@@ -329,7 +333,7 @@ void add_model(CLI::App& app, Action& chosen) {
   command->add_option("--gpu", flags->gpu, "The card: " + card_words())->capture_default_str();
   command->add_option("--batch", flags->batch, "Of a whole problem: its batch (default: 1)");
   command->add_option("--heads", flags->heads, "Query heads (default: those of one key head)");
-  command->add_option("--seqlen-q", flags->seqlen_q, "Queries of a sequence");
+  command->add_option("--seqlen-q", flags->seqlen_q, "Queries of a sequence; its new rows with --kind append");
   command->add_option("--seqlen-k", flags->seqlen_k, "Keys of a sequence (default: as many)");
   command->add_option("--window-size", flags->window, "With --window: keys that a query sees on each side");
   command->add_option("--profile", flags->profile, "Also the N instructions that warps wait at longest");

@@ -94,6 +94,14 @@ def test_a_wider_window_takes_longer():
     assert narrow < wide
 
 
+def test_what_is_appended_to_a_cache():
+    append = ["--kind", "append", "--head-dim", 128, "--heads", 32, "--gqa", 4]
+    found = prediction(*append, "--batch", 2, "--seqlen-q", 100)
+    rows = 2 * 2 * 8 * 100  # of k and v
+    assert found["problem"]["blocks"] == rows // 4  # a warp a row
+    assert found["problem"]["dram_seconds"] == pytest.approx(2 * rows * 128 * 2 / 320e9)  # read and written
+
+
 @pytest.mark.parametrize(
     "flags, named",
     [
@@ -104,6 +112,7 @@ def test_a_wider_window_takes_longer():
         (["--seqlen-q", "64", "--window"], "--window-size"),
         (["--seqlen-q", "64", "--window-size", "3"], "--window-size"),
         (["--profile", "0"], "--profile"),
+        (["--kind", "append", "--seqlen-q", "1", "--seqlen-k", "8192"], "--seqlen-k is given with --kind append"),
         (["--tile", "m1"], "--tile"),
     ],
 )
