@@ -50,7 +50,7 @@ struct Field : AnyField {
     } else {
       py::detail::make_caster<T> value;
       if (value.load(object, true)) return py::detail::cast_op<T>(value);
-      throw ArgumentError({name, "is a " + type_text(object), "its type in Options"});
+      throw ArgumentError({name, "is " + kind_text(object), "its type in Options"});
     }
   }
 };
@@ -159,7 +159,7 @@ py::dict accepted_tensors() {
 Layout layout_of(py::handle options) {
   if (!options_type) throw Error("connect_options() was not called");
   if (!PyObject_TypeCheck(options.ptr(), reinterpret_cast<PyTypeObject*>(options_type->ptr())))
-    throw ArgumentError({"options", "is a " + type_text(options), "an Options"});
+    throw ArgumentError({"options", "is " + kind_text(options), "an Options"});
   const bool is_varlen = !field.cu_seqlens_q(options).is_none() || !field.cu_seqlens_k(options).is_none();
   return is_varlen ? Layout::kTotal : Layout::kBatch;
 }

@@ -133,7 +133,7 @@ TensorInfo read_tensor(py::handle tensor, const char* argument) {
   if (!torch) throw Error("connect_torch() was not called");
   const int is_tensor = PyObject_IsInstance(tensor.ptr(), torch->tensor_type.ptr());
   if (is_tensor < 0) throw py::error_already_set();
-  if (!is_tensor) throw ArgumentError({argument, "is a " + type_text(tensor), "a torch.Tensor"});
+  if (!is_tensor) throw ArgumentError({argument, "is " + kind_text(tensor), "a torch.Tensor"});
   return read(tensor, argument);
 }
 
@@ -161,6 +161,9 @@ std::string dtype_text(py::handle tensor) { return text_of(tensor.attr("dtype"))
 std::string device_text(py::handle tensor) { return text_of(tensor.attr("device")); }
 std::string shape_text(py::handle tensor) { return text_of(py::tuple(py::list(tensor.attr("shape")))); }
 std::string strides_text(py::handle tensor) { return text_of(tensor.attr("stride")()); }
-std::string type_text(py::handle object) { return text_of(py::type::of(object).attr("__name__")); }
+
+std::string kind_text(py::handle object) {
+  return text_of(py::module_::import("flash_attn_jit.errors").attr("kind_text")(object));
+}
 
 }  // namespace flash_attn_jit::bindings

@@ -57,11 +57,11 @@ inline constexpr const char* kAcceptedDevice =
     "starts";
 inline constexpr const char* kAcceptedDevices = "all on one device";
 
-// As Python prints them: "torch.float16", "cuda:1", "(2, 128, 8, 64)"; and the name of an object's type.
+// As Python prints them: "torch.float16", "cuda:1", "(2, 128, 8, 64)"; and what an object is: "an int", "None".
 std::string dtype_text(pybind11::handle tensor);
 std::string device_text(pybind11::handle tensor);
 std::string shape_text(pybind11::handle tensor);
 std::string strides_text(pybind11::handle tensor);
-std::string type_text(pybind11::handle object);
+std::string kind_text(pybind11::handle object);
 
 }  // namespace flash_attn_jit::bindings

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import torch
 
 from . import _core
-from .errors import Refusal
+from .errors import Refusal, kind_text
 
 UNBOUNDED = (-1, -1)  # the default's identity lets a call skip the look at it
 
@@ -73,7 +73,7 @@ def _window_error(what_came: str) -> Exception:
 def check_tensor(name: str, value: Any) -> None:
     """Of an option that is given."""
     if not isinstance(value, torch.Tensor):
-        raise Refusal(name, f"is a {type(value).__name__}", _core.accepted[name]).exception()
+        raise Refusal(name, f"is {kind_text(value)}", _core.accepted[name]).exception()
     if value.requires_grad and torch.is_grad_enabled():
         refuse_gradient(name)
 
@@ -82,7 +82,7 @@ def check_out(out: Any, q: torch.Tensor) -> None:
     """A tensor that a result is written into."""
     accepted = f"None, or a tensor like q, of shape {tuple(q.shape)}, dtype {q.dtype}, on {q.device}"
     if not isinstance(out, torch.Tensor):
-        raise Refusal("out", f"is a {type(out).__name__}", accepted).exception()
+        raise Refusal("out", f"is {kind_text(out)}", accepted).exception()
     if out.shape != q.shape or out.dtype is not q.dtype or out.device != q.device:
         came = f"has shape {tuple(out.shape)} and dtype {out.dtype} on {out.device}"
         raise Refusal("out", came, accepted).exception()
@@ -92,7 +92,7 @@ def check_out(out: Any, q: torch.Tensor) -> None:
 
 def check_tensor_of(name: str, value: Any, accepted: str) -> None:
     if not isinstance(value, torch.Tensor):
-        raise Refusal(name, f"is a {type(value).__name__}", f"None, or a tensor of {accepted}").exception()
+        raise Refusal(name, f"is {kind_text(value)}", f"None, or a tensor of {accepted}").exception()
 
 
 def is_integer(value: Any) -> bool:
@@ -103,7 +103,7 @@ def is_integer(value: Any) -> bool:
 
 def read_splits(num_splits: Any) -> int:
     if not is_integer(num_splits):
-        raise Refusal("num_splits", f"is a {type(num_splits).__name__}", "an integer, 0 or more").exception()
+        raise Refusal("num_splits", f"is {kind_text(num_splits)}", "an integer, 0 or more").exception()
     splits = operator.index(num_splits)
     if splits < 0:
         raise Refusal("num_splits", f"is {splits}", "an integer, 0 or more").exception()
@@ -125,7 +125,7 @@ def number(name: str, value: Any) -> float:
             return float(value)
     except OverflowError:
         raise Refusal(name, "is beyond float's range", "a finite number").exception() from None
-    raise Refusal(name, f"is a {type(value).__name__}", "a number").exception()
+    raise Refusal(name, f"is {kind_text(value)}", "a number").exception()
 
 
 def truth(name: str, value: Any) -> bool:
@@ -185,7 +185,7 @@ def reject_nested(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None
 def reject_what_is_no_tensor(**arguments: Any) -> None:
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
-            raise Refusal(name, f"is a {type(value).__name__}", "a torch.Tensor").exception()
+            raise Refusal(name, f"is {kind_text(value)}", "a torch.Tensor").exception()
 
 
 def check_packed(name: str, tensor: torch.Tensor, layout: tuple[str, ...]) -> None:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import _torch_internals as internals
 from ._sdpa import attention, find_refusal, refusal_of
+from .errors import kind_text
 
 __all__ = ["SdpaRouter", "route_sdpa"]
 
@@ -237,9 +238,9 @@ class _Call(NamedTuple):
 def _why_not_routed(call: _Call) -> str | None:
     for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-            return f"{name} is a {type(tensor).__name__}"
+            return f"{name} is {kind_text(tensor)}"
     if call.scale is not None and type(call.scale) not in (float, int):
-        return f"scale is a {type(call.scale).__name__}"
+        return f"scale is {kind_text(call.scale)}"
     if not torch.compiler.is_compiling():  # a compiler sees to its own transforms
         if internals.transforms_are_active():
             return "a transform of torch.func is active"

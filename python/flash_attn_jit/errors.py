@@ -1,6 +1,6 @@
 """What can go wrong. Bad arguments raise ``ValueError``, what is not built yet ``NotImplementedError``."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = [
     "CompileError",
@@ -30,6 +30,14 @@ class Refusal(NamedTuple):
         """What came, and what to do about it."""
         advice = f". {self.advice}" if self.advice else ""
         return f"{self.argument} {self.came}{advice}"
+
+
+def kind_text(value: Any) -> str:
+    """What a value is, in words: "an int", "a list", "None"."""
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOaeio' or name == 'ndarray' else 'a'} {name}"
 
 
 class UnsupportedError(ValueError):

@@ -16,7 +16,7 @@ from ._arguments import (
     truth,
 )
 from ._autograd import attention_over_cache, cast_for_autocast
-from .errors import Refusal
+from .errors import Refusal, kind_text
 from .interface import documented, read_options
 from .ops import append, are_plain, is_plain
 
@@ -54,7 +54,7 @@ def _lengths(cache_seqlens: Any, q: torch.Tensor) -> torch.Tensor | None:
         return cache_seqlens
     if not is_integer(cache_seqlens):
         accepted = "None, an int, or an int32 tensor of (batch)"
-        raise Refusal("cache_seqlens", f"is a {type(cache_seqlens).__name__}", accepted).exception()
+        raise Refusal("cache_seqlens", f"is {kind_text(cache_seqlens)}", accepted).exception()
     if not torch.compiler.is_compiling() and not 0 <= cache_seqlens <= _MOST_ROWS:
         raise Refusal("cache_seqlens", f"is {cache_seqlens}", "0 to the rows of the cache").exception()
     return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)

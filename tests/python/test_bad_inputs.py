@@ -100,6 +100,19 @@ def test_no_tensor(name):
     refused(ValueError, f"{name} is a list", r"torch\.Tensor", **{name: [1.0]})
 
 
+@pytest.mark.parametrize(
+    "value, words",
+    [(1, "an int"), (None, "None"), (np.ones(1), "an ndarray"), ("q", "a str"), (NO_OPTIONS, "an Options")],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_tensor_in_words(value, words):
+    q = normal(1, 8, 2, 64)
+    for attend in (flash_attn_func, flash_attn_jit._core.forward):
+        more = (torch.empty_like(q), torch.empty(1, 2, 8), NO_OPTIONS) if attend is not flash_attn_func else ()
+        with pytest.raises(ValueError, match=f"^q is {words}; accepted: a torch.Tensor$"):
+            attend(value, q, q, *more)
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("shape", [(8, 2, 64), (1, 1, 8, 2, 64), ()], ids=str)
 def test_rank(name, shape):

@@ -230,7 +230,7 @@ def refused(error, match, **arguments):
         (r"^seqused_k has shape \(3,\)", {"seqused_k": int32([1, 2, 3])}),
         (r"^seqused_k .*int64", {"seqused_k": torch.tensor([1, 2])}),
         (r"^cu_seqlens_k is None, and so is seqused_k; accepted: with a block_table one of them", {"seqused_k": None}),
-        (r"^cu_seqlens_k is a NoneType", {"block_table": None}),
+        (r"^cu_seqlens_k is None; accepted: a torch.Tensor", {"block_table": None}),
         (r"^num_splits is -1", {"num_splits": -1}),
         (r"^num_splits is a float", {"num_splits": 1.0}),
         (r"^out has shape \(1, 4, 64\)", {"out": normal(1, 4, 64)}),
