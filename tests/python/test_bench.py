@@ -451,13 +451,16 @@ def test_unknown_pass(tmp_path):
         (("--page-size", 16), "--page-size means nothing in a timing run"),
         (("--seqlens", "512,x"), "--seqlens: 'x' is no integer above 0"),
         (("--burst-ms", "nan"), "--burst-ms: 'nan' is no number"),
+        (("--fast",), "unrecognized arguments: --fast"),
     ],
     ids=str,
 )
 def test_options_that_mean_nothing(arguments, words, capsys):
     with pytest.raises(SystemExit) as ended:
         options.parse_arguments([str(argument) for argument in arguments])
-    assert ended.value.code == 2 and words in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and words in told
+    assert told.startswith("python -m flash_attn_jit.bench: ") and told.count("\n") == 1
 
 
 def test_defaults_of_each_kind():

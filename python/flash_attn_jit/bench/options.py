@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .backends import NAMES, SDPA_MATH
 from .problem import BACKWARD, FORWARD, PASSES
@@ -229,8 +229,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(_flag(name), type=_positive, help=f"--model: {what} {_defaults(name)}")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Whose errors are one line: the usage before it would be 14."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. See --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m flash_attn_jit.bench",
         description="Times attention, forward and backward, against PyTorch SDPA's backends and writes the figures as "
         "JSON.",
