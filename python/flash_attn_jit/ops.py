@@ -300,6 +300,16 @@ _append_operator = _define(
 )
 
 
+def _refuse_vmap(*_: Any) -> None:
+    raise NotImplementedError(
+        "flash_attn_with_kvcache appends k and v in place, which is not built yet inside of torch.vmap; accepted: a "
+        "call outside of it, whose batch has all sequences, or one without k and v"
+    )
+
+
+_library.impl("append", _refuse_vmap, "FuncTorchBatched")
+
+
 def append(plain: bool, *arguments: Any) -> torch.Tensor | None:
     """Appends k and v to a cache, in place: q turned, or None where nothing is. `plain`: all tensors are."""
     turned = (_append if plain else _append_operator)(*arguments)

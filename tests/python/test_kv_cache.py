@@ -569,6 +569,16 @@ def test_what_does_not_fit_a_cache_is_named(error, match, arguments):
         kvcache(**arguments)
 
 
+def test_vmap_is_refused_where_it_would_append():
+    q, cache, new = normal(3, 1, 1, 4, 64), normal(1, 8, 2, 64), normal(3, 1, 1, 2, 64)
+    attend = flash_attn_jit.flash_attn_with_kvcache
+    for k_cache, dims in ((cache, (0, None, 0)), (cache.expand(3, 1, 8, 2, 64).clone(), (0, 0, 0))):
+        before = k_cache.clone()
+        with pytest.raises(NotImplementedError, match=r"^flash_attn_with_kvcache appends .* inside of torch\.vmap"):
+            torch.vmap(lambda q, cache, k: attend(q, cache, cache, k, k, cache_seqlens=3), dims)(q, k_cache, new)
+        assert torch.equal(k_cache, before)
+
+
 def test_the_cache_through_the_compiler():
     q, k, v = normal(2, 1, 4, 64), normal(2, 1, 2, 64, seed=1), normal(2, 1, 2, 64, seed=2)
     cache, used = normal(2, 40, 2, 128, seed=3), int32([11, 39])
