@@ -8,10 +8,22 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string_view>
+#include <vector>
 
 namespace flash_attn_jit {
 
-enum class Feature : std::uint8_t { kSoftcap, kAlibi, kVarlen, kKeyLengths, kPaged };
+enum class Feature : std::uint8_t {
+  kSoftcap,
+  kAlibi,
+  kBias16,
+  kBias32,
+  kBoolMask,
+  kUnpaired,
+  kOneRow,
+  kVarlen,
+  kKeyLengths,
+  kPaged,
+};
 
 struct FeatureInfo {
   Feature feature;
@@ -27,6 +39,13 @@ struct FeatureInfo {
 inline constexpr std::array kFeatures = {
     FeatureInfo{Feature::kSoftcap, "softcap", "kIsSoftcap", "with softcap", true, false, false},
     FeatureInfo{Feature::kAlibi, "alibi", "kHasAlibi", "with ALiBi slopes", true, true, false},
+    FeatureInfo{Feature::kBias16, "bias16", "kHasBias16", "with a float16 attn_bias", true, true, false},
+    FeatureInfo{Feature::kBias32, "bias32", "kHasBias32", "with a float32 attn_bias", true, true, false},
+    FeatureInfo{Feature::kBoolMask, "boolmask", "kHasBoolMask", "with a bool attn_bias", true, true, false},
+    FeatureInfo{Feature::kUnpaired, "unpaired", "kIsUnpaired", "whose attn_bias is read one element at a time", false,
+                false, false},
+    FeatureInfo{Feature::kOneRow, "onerow", "kIsOneRow", "whose attn_bias is the same for all queries", false, false,
+                false},
     FeatureInfo{Feature::kVarlen, "varlen", "kIsVarlen", "for cu_seqlens", false, false, false},
     FeatureInfo{Feature::kKeyLengths, "keylens", "kHasKeyLengths", "for seqused_k and leftpad_k", false, false, true},
     FeatureInfo{Feature::kPaged, "paged", "kIsPaged", "for a block_table", false, false, true},
@@ -46,6 +65,15 @@ class FeatureSet {
   constexpr bool empty() const { return bits_ == 0; }
   constexpr bool only(Feature feature) const { return bits_ == bit(feature); }
 
+  // Whether there is such a kernel: at most one tensor of pairs, and a way to read one only where there is one.
+  constexpr bool go_together() const {
+    const int pairs = has(Feature::kBias16) + has(Feature::kBias32) + has(Feature::kBoolMask);
+    return pairs <= 1 && (pairs == 1 || !(has(Feature::kUnpaired) || has(Feature::kOneRow)));
+  }
+  constexpr bool read_pairs() const {
+    return has(Feature::kBias16) || has(Feature::kBias32) || has(Feature::kBoolMask);
+  }
+
   constexpr bool change_scores() const { return any(&FeatureInfo::changes_scores); }
   constexpr bool need_positions() const { return any(&FeatureInfo::needs_positions); }
   constexpr bool forward_only() const { return any(&FeatureInfo::forward_only); }
@@ -64,11 +92,14 @@ class FeatureSet {
   std::uint32_t bits_ = 0;
 };
 
-// Every set that there is.
-constexpr auto all_feature_sets() {
-  std::array<FeatureSet, std::size_t{1} << kFeatures.size()> sets;
-  for (std::size_t i = 0; i < sets.size(); ++i)
-    for (std::size_t f = 0; f < kFeatures.size(); ++f) sets[i].set(kFeatures[f].feature, (i >> f & 1) != 0);
+// Every set of features that go together.
+inline std::vector<FeatureSet> all_feature_sets() {
+  std::vector<FeatureSet> sets;
+  for (std::size_t i = 0; i < std::size_t{1} << kFeatures.size(); ++i) {
+    FeatureSet set;
+    for (std::size_t f = 0; f < kFeatures.size(); ++f) set.set(kFeatures[f].feature, (i >> f & 1) != 0);
+    if (set.go_together()) sets.push_back(set);
+  }
   return sets;
 }
 

@@ -40,6 +40,10 @@ std::optional<std::string> check_problem(const KernelSpec& spec, const ArchLimit
   if (const int most = family_of(spec.kind).most_head_dim; spec.head_dim > most)
     return "head_dim is " + std::to_string(spec.head_dim) + " with kind " + std::string(to_text(spec.kind)) +
            "; accepted: 1 to " + std::to_string(most);
+  if (!spec.features.go_together())
+    return "the features of " + spec.text() +
+           " do not go together; accepted: one of bias16, bias32 and boolmask, and unpaired and onerow with one of "
+           "these";
   if (spec.features.forward_only() && !family_of(spec.kind).results.out)
     return "kind " + std::string(to_text(spec.kind)) +
            " comes with seqused_k, leftpad_k or a block_table; accepted: " + "the kinds of a forward pass";

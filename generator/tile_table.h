@@ -28,7 +28,7 @@ inline bool is_plain(const KernelSpec& spec) {
 inline TileTable only_if(bool applies, TileTable table) { return applies ? table : TileTable{}; }
 
 // Looked in one after the other; some may be empty. They are read at every launch, so nothing is allocated.
-using TileTableList = std::array<TileTable, 6>;
+using TileTableList = std::array<TileTable, 7>;
 
 // Tables of a family, from those for large problems to those for problems that do not fill the device.
 using TileTables = std::array<TileTableList, 3>;

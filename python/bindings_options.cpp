@@ -22,6 +22,9 @@ constexpr const char* kAcceptedPerHead =
 constexpr const char* kAcceptedCuSeqlens =
     "(batch + 1), torch.int32, contiguous: where each sequence begins, and where the last ends";
 
+constexpr const char* kAcceptedBias =
+    "None, or torch.bool, torch.float16 or torch.float32, of 1 to 4 dimensions that broadcast to (batch, num_heads, "
+    "seqlen_q, seqlen_k)";
 constexpr const char* kAcceptedBlockTable =
     "None, or (batch, pages of a sequence), torch.int32, contiguous in the last dimension: page numbers";
 
@@ -62,6 +65,7 @@ struct Fields {
   Field<std::int64_t> window_left{"window_left"}, window_right{"window_right"};
   Field<double> softcap{"softcap"};
   Field<py::handle> alibi_slopes{"alibi_slopes", kAcceptedPerHead};
+  Field<py::handle> attn_bias{"attn_bias", kAcceptedBias};
   Field<py::handle> cu_seqlens_q{"cu_seqlens_q", kAcceptedCuSeqlens}, cu_seqlens_k{"cu_seqlens_k", kAcceptedCuSeqlens};
   Field<std::int64_t> max_seqlen_q{"max_seqlen_q"}, max_seqlen_k{"max_seqlen_k"};
   Field<py::handle> seqused_k{"seqused_k", kAcceptedOfBatch}, leftpad_k{"leftpad_k", kAcceptedOfBatch};
@@ -101,6 +105,25 @@ std::optional<PerHead> read_per_head(const Field<py::handle>& of, py::handle opt
   const bool of_batch = numbers.info.rank == 2 && shape[0] == batch && shape[1] == heads;
   check_small_tensor(numbers, q, ElementType::kFloat32, of_heads || of_batch, of.accepted);
   return PerHead{static_cast<const float*>(numbers.info.data), of_batch ? numbers.info.strides[0] : 0};
+}
+
+// None, or what is said of every pair of query and key. Its shape is checked where the launch is planned.
+std::optional<PairTensor> read_bias(py::handle options, const Argument& q) {
+  if (field.attn_bias(options).is_none()) return std::nullopt;
+  const Argument argument(field.attn_bias.name, field.attn_bias(options));
+  check_same_device(argument, q);
+  const TensorInfo& info = argument.info;
+  PairTensor bias{info.data, PairType::kFloat16, {1, 1, 1, 1}, {}};
+  if (info.dtype == ElementType::kFloat32) bias.type = PairType::kFloat32;
+  if (info.dtype == ElementType::kBool) bias.type = PairType::kBool;
+  const bool is_known = info.dtype == ElementType::kFloat16 || bias.type != PairType::kFloat16;
+  if (!is_known || info.rank < 1 || info.rank > 4)
+    throw ArgumentError({argument.name,
+                         "has shape " + shape_text(argument.object) + " and dtype " + dtype_text(argument.object),
+                         field.attn_bias.accepted});
+  std::copy_n(info.shape.begin(), info.rank, bias.shape.end() - info.rank);
+  std::copy_n(info.strides.begin(), info.rank, bias.strides.end() - info.rank);
+  return bias;
 }
 
 // None, or a number of rows for each sequence.
@@ -176,6 +199,7 @@ AttentionOptions read_options(py::handle options, const Argument& q) {
   read.has_backward = field.has_backward(options);
   read.varlen = read_varlen(options, q);
   read.alibi = read_per_head(field.alibi_slopes, options, q, read.varlen);
+  read.bias = read_bias(options, q);
   const std::int64_t batch = read.varlen ? read.varlen->batch : q.info.shape[0];
   const int* const used = read_of_batch(field.seqused_k, options, q, batch);
   const int* const leftpad = read_of_batch(field.leftpad_k, options, q, batch);

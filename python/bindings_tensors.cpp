@@ -13,7 +13,7 @@ namespace {
 // What is read of torch. Leaked, because it must outlive the interpreter's own teardown.
 struct Torch {
   const dlpack::ExchangeApi* exchange = nullptr;  // null: read attributes instead
-  py::object tensor_type, float16, bfloat16, float32, int32;
+  py::object tensor_type, float16, bfloat16, float32, int32, boolean;
   py::object current_stream_of;  // an ordinal's raw stream
   py::object empty;
   py::tuple empty_keywords = py::make_tuple("dtype", "device");
@@ -47,6 +47,7 @@ DeviceKind kind_of(const dlpack::Device& device) {
 ElementType type_of(const dlpack::DataType& type) {
   if (type.lanes != 1) return ElementType::kOther;
   if (type.code == dlpack::kInt && type.bits == 32) return ElementType::kInt32;
+  if (type.code == dlpack::kBool && type.bits == 8) return ElementType::kBool;
   if (type.code == dlpack::kBFloat && type.bits == 16) return ElementType::kBFloat16;
   if (type.code != dlpack::kFloat) return ElementType::kOther;
   if (type.bits == 16) return ElementType::kFloat16;
@@ -72,6 +73,7 @@ ElementType type_of(const py::object& dtype) {
   if (dtype.is(torch->float16)) return ElementType::kFloat16;
   if (dtype.is(torch->bfloat16)) return ElementType::kBFloat16;
   if (dtype.is(torch->int32)) return ElementType::kInt32;
+  if (dtype.is(torch->boolean)) return ElementType::kBool;
   return dtype.is(torch->float32) ? ElementType::kFloat32 : ElementType::kOther;
 }
 
@@ -123,6 +125,7 @@ void connect_torch(py::module_ module) {
   found->bfloat16 = module.attr("bfloat16");
   found->float32 = module.attr("float32");
   found->int32 = module.attr("int32");
+  found->boolean = module.attr("bool");
   found->exchange = find_exchange_api(found->tensor_type);
   found->current_stream_of = find_current_stream(module);
   found->empty = module.attr("empty");

@@ -18,7 +18,7 @@ struct Device {
   friend bool operator==(const Device&, const Device&) = default;
 };
 
-enum class ElementType { kFloat16, kBFloat16, kFloat32, kInt32, kOther };
+enum class ElementType { kFloat16, kBFloat16, kFloat32, kInt32, kBool, kOther };
 
 // What a launch needs to know of a tensor. Valid while the Python object lives.
 struct TensorInfo {

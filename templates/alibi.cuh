@@ -15,8 +15,9 @@ class Alibi : public ScoreFeature {
     slope_ = -load_global_f32(alibi.slopes + sequence.batch() * alibi.batch_stride + head) * kLog2E * unit;
   }
 
-  template <class Sequence>
-  __device__ __forceinline__ float bias(float score, const Sequence& sequence, int query, int key) const {
+  template <class AnyFetched, class Sequence>
+  __device__ __forceinline__ float bias(float score, const AnyFetched&, int /*element*/, const Sequence& sequence,
+                                        int query, int key) const {
     const int distance = query + sequence.diagonal() - key;
     return fma_rounded(slope_, static_cast<float>(distance < 0 ? -distance : distance), score);
   }

@@ -18,6 +18,17 @@ struct AlibiParams {
   long long batch_stride;
 };
 
+// (batch, num_heads, seqlen_q, seqlen_k); strides count bytes, and are 0 where it is broadcast.
+struct PairTensorParams {
+  const void* data;
+  long long batch_stride, head_stride;
+  int query_stride, key_stride;
+};
+
+// See FloatBias: in units of the least scale still finite. A row whose lse is below kLeastLse sees nothing but what a
+// mask put out of the way with such a number: float32 has no digits left for its scores, and it has no gradients.
+constexpr float kLeastBias = -1e15f, kLeastLse = -1e6f;
+
 struct AttentionParams {
   int seqlen_q, seqlen_k;  // varlen: of the longest sequence
   int num_heads, num_heads_k;
@@ -31,10 +42,11 @@ struct AttentionParams {
   // Query i sees key j where -window_left <= j - (i + seqlen_k - seqlen_q) <= window_right.
   int window_left, window_right;
 
-  float softmax_scale_log2;  // |softmax_scale| x log2(e), or softcap x log2(e); at least 2^-100, so that a masked score
+  float softmax_scale_log2;  // |softmax_scale| x log2(e), or softcap x log2(e); at least 2^-70, so that a masked score
                              // of -inf stays -inf
   unsigned sign;             // 0x80008000 where softmax_scale is negative: flips the signs of fp16 pairs, else 0
 
   SoftcapParams softcap;
   AlibiParams alibi;
+  PairTensorParams pairs;
 };

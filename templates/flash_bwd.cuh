@@ -95,9 +95,26 @@ class FlashBwd {
   static constexpr int kGradients = Side::kMakesDv ? 2 : 1;
   static constexpr int kProducts = kSteps * kGradients * kMTiles * kOutputDTiles;  // of an iteration's gradients
 
+  // Where numbers of pairs are read, a lane's keys are neighbours, in rows or columns; but for dQ's sake they have to
+  // lie as in memory.
+  using Variant = ScoreVariant<Traits>;
+  static constexpr bool kNeighbours = kReadsNeighbours<Traits> && !Side::kMakesDq;
+  using Rows = RowOrder<kNeighbours && Side::kColumnsAreQueries, kMTiles>;
+  using Columns = ColumnOrder<kNeighbours && !Side::kColumnsAreQueries, kSteps>;
+
+  // A query row's numbers are fetched a tile at a time, so that starting with them would free nothing.
+  static constexpr bool kStartsScores = Variant::kStartsScores && Side::kColumnsAreQueries;
+
+  // Of a query row the keys of a tile's columns, once a tile; of two query columns the keys of the rows, once a step.
+  // Where it is the same for all queries, of one row once a tile, and of one column once a head.
+  static constexpr int kFetchedQueries = Variant::kIsOneRow ? 1 : Side::kColumnsAreQueries ? 2 : 2 * kMTiles;
+  static constexpr int kFetchedKeys = Side::kColumnsAreQueries ? 2 * kMTiles : 2 * kSteps;
+  using Fetched = typename Variant::template Fetched<kFetchedKeys, kNeighbours>[kFetchedQueries];
+
   // Does dS take P as dV does? No matter: where P is above 1 its row has dP = delta. But ptxas schedules as if it were:
   // head dim 64 reaches 0.933 of a T4's peak so, and 0.883 otherwise; 128, causal, 0.738 so, and 0.797 otherwise.
-  static constexpr bool kSaturatesForDs = kMTiles == 2;
+  // With numbers from memory it is too large where float32 has no digits left for a score: see kLeastLse.
+  static constexpr bool kSaturatesForDs = kMTiles == 2 || Variant::kReadsPairs;
 
   using Products = Accumulator<kMTiles, 1>;  // S or dP of a step
   using Operands = unsigned[kMTiles][2];     // P or dS of a step, rounded to elements
@@ -168,8 +185,9 @@ class FlashBwd {
     const Matrix s_rows = Side::s_rows(tensors(), head_), dp_rows = Side::dp_rows(tensors(), head_);
     const SharedAddress staging = warp_ * Tile::kStagingWarpBytes;
     const SharedAddress rows = Tile::kRowsBegin + warp_ * Tile::kWarpRowsBytes;
-    s_rows_.load(s_rows, first_row(), seqlen_rows(), params_.sign, lane_, staging, rows);
-    dp_rows_.load(dp_rows, first_row(), seqlen_rows(), 0, lane_, staging, rows + Tile::SFragments::kSharedBytes);
+    s_rows_.template load<Rows>(s_rows, first_row(), seqlen_rows(), params_.sign, lane_, staging, rows);
+    dp_rows_.template load<Rows>(dp_rows, first_row(), seqlen_rows(), 0, lane_, staging,
+                                 rows + Tile::SFragments::kSharedBytes);
     if (!Side::kColumnsAreQueries) {
 #pragma unroll
       for (int r = 0; r < 2 * kMTiles; ++r) {
@@ -207,6 +225,7 @@ class FlashBwd {
     if (exists) {
       lse = load_global_f32(params_.softmax_lse + offset);
       delta = load_global_f32(params_.delta + offset);
+      if (Variant::kReadsPairs && lse < kLeastLse) lse = infinity();
     }
   }
 
@@ -246,8 +265,8 @@ class FlashBwd {
 
   // Two columns' statistics lie together, the lse of both first: one 16-byte read fetches what a lane needs.
   __device__ __forceinline__ void commit(const InFlight& in, SharedAddress slot) const {
-    Stream::commit(in.s_columns, slot);
-    Stream::commit(in.dp_columns, slot + Tile::kTileBytes);
+    Stream::template commit<Columns>(in.s_columns, slot);
+    Stream::template commit<Columns>(in.dp_columns, slot + Tile::kTileBytes);
     if (Side::kColumnsAreQueries && has_column()) {
       const SharedAddress at = slot + 2 * Tile::kTileBytes + thread_in_block() / 2 * 16 + thread_in_block() % 2 * 4;
       store_shared_f32(at, scaled_lse(in.lse));
@@ -289,8 +308,9 @@ class FlashBwd {
     }
   }
 
-  // S and dP of a step of the tile in `slot`.
+  // S and dP of a step of the tile in `slot`, the next one.
   __device__ __forceinline__ void scores(SharedAddress slot, int step) {
+    start_scores(step);
 #pragma unroll
     for (int d = 0; d < kDTiles; d += 4) {
       unsigned s_columns[4], dp_columns[4];
@@ -305,24 +325,75 @@ class FlashBwd {
         for (int half = 0; half < 2; ++half)
 #pragma unroll
           for (int m = 0; m < kMTiles; ++m) {
-            multiply(acc_s_[m][0], s_rows[m], half, s_columns[i + half], d + i + half);
-            multiply(acc_dp_[m][0], dp_rows[m], half, dp_columns[i + half], d + i + half);
+            multiply<kStartsScores>(acc_s_[m][0], s_rows[m], half, s_columns[i + half], d + i + half);
+            multiply<false>(acc_dp_[m][0], dp_rows[m], half, dp_columns[i + half], d + i + half);
           }
       }
     }
   }
 
+  template <bool kIsStarted>
   static __device__ __forceinline__ void multiply(float (&acc)[4], const unsigned (&a)[4], int half, unsigned b,
                                                   int d) {
-    if (d == 0)
+    if (d == 0 && !kIsStarted)
       Element::multiply(acc, a[0], a[1], b);
     else
       Element::multiply_add(acc, a[2 * half], a[2 * half + 1], b);
   }
 
+  // What the scores of a step of tile n need from memory, where it was not fetched with the tile's first step. Behind
+  // tile 0 nothing is needed, and its own comes once more. `kIsWhole`: all columns of the tile exist.
+  template <bool kIsWhole>
+  __device__ __forceinline__ void fetch_pairs(int n, int step, bool is_first = false) {
+    if constexpr (Variant::kReadsPairs) {
+      if (!Side::kColumnsAreQueries && step > 0) return;
+      if (Side::kColumnsAreQueries && Variant::kIsOneRow && !is_first) return;
+      if (n < 0) n = 0;
+#pragma unroll
+      for (int i = 0; i < kFetchedQueries; ++i)
+        if constexpr (Side::kColumnsAreQueries)
+          variant_.template fetch<typename Rows::Keys, kFetchedKeys, kIsWhole, false>(
+              fetched_[i], sequence_, lane_column(n, step) + i, lane_row(0));
+        else
+          variant_.template fetch<typename Columns::Keys, kFetchedKeys, false, kIsWhole>(
+              fetched_[i], sequence_, lane_row(i), lane_column(n, 0));
+    }
+  }
+
+  // Before a step's scores where they do not start from it, and else behind those of the step before.
+  template <bool kIsWhole>
+  __device__ __forceinline__ void fetch_pairs_before(int step) {
+    if constexpr (!kStartsScores) fetch_pairs<kIsWhole>(n_block_ - 1, step);
+  }
+  template <bool kIsWhole>
+  __device__ __forceinline__ void fetch_pairs_behind(int step) {
+    if constexpr (!kStartsScores) return;
+    if (step + 1 < kSteps)
+      fetch_pairs<kIsWhole>(n_block_ - 1, step + 1);
+    else
+      fetch_pairs<kIsWhole>(n_block_ - 2, 0);
+  }
+
+  // Where the lane's pair in row r and column c of a step lies in what was fetched for it.
+  static __device__ __forceinline__ constexpr int fetched_query(int r, int c) {
+    return Variant::kIsOneRow ? 0 : Side::kColumnsAreQueries ? c : r;
+  }
+  static __device__ __forceinline__ constexpr int fetched_key(int r, int step, int c) {
+    return Side::kColumnsAreQueries ? r : 2 * step + c;
+  }
+
+  __device__ __forceinline__ void start_scores(int step) {
+    if constexpr (kStartsScores)
+      for_each(acc_s_, [&](float& s, int r, int c) {
+        const int row = lane_row(r), column = lane_column(n_block_ - 1, step) + c;
+        s = variant_.bias(0.0f, fetched_[fetched_query(r, c)], fetched_key(r, step, c), sequence_,
+                          Side::query(row, column), Side::key(row, column));
+      });
+  }
+
   // P and dS of a step of tile n, which lies in `slot`, from its S and dP.
-  __device__ __forceinline__ void differentiate(const Products& s, const Products& dp, int n, SharedAddress slot,
-                                                int step, Operands& p, Operands& ds) const {
+  __device__ __forceinline__ void differentiate(const Products& s, const Products& dp, const Fetched& fetched, int n,
+                                                SharedAddress slot, int step, Operands& p, Operands& ds) const {
     Statistics columns;
     if (Side::kColumnsAreQueries) {
       Vec16 four;
@@ -339,10 +410,12 @@ class FlashBwd {
         const float delta = Side::kColumnsAreQueries ? columns.delta[c] : row_statistics_[r / 2].delta[r % 2];
         const float score = s[r / 2][0][r % 2 * 2 + c];
         const int row = lane_row(r), column = lane_column(n, step) + c;
-        const float exponent = variant_.bias(fma_rounded(score, params_.softmax_scale_log2, -lse), sequence_,
-                                             Side::query(row, column), Side::key(row, column));
+        float exponent = fma_rounded(score, params_.softmax_scale_log2, -lse);
+        if constexpr (!kStartsScores)
+          exponent = variant_.bias(exponent, fetched[fetched_query(r, c)], fetched_key(r, step, c), sequence_,
+                                   Side::query(row, column), Side::key(row, column));
         const float p_of_ds = exp2_approx(exponent);
-        row_p[c] = Side::kMakesDv ? saturate(p_of_ds) : p_of_ds;  // see Softmax::log_sum_exp()
+        row_p[c] = Side::kMakesDv || Variant::kReadsPairs ? saturate(p_of_ds) : p_of_ds;  // see log_sum_exp()
         row_ds[c] = variant_.gradient((kSaturatesForDs ? row_p[c] : p_of_ds) *
                                           fma_rounded(dp[r / 2][0][r % 2 * 2 + c], params_.softmax_scale, -delta),
                                       score);
@@ -385,7 +458,7 @@ class FlashBwd {
   // All columns of one query head, last tile first. The last one need not be whole, so that it counts as masked.
   __device__ __forceinline__ void attend(int head_q) {
     head_q_ = head_q;
-    variant_.prepare(params_, sequence_, head_q, 1.0f);
+    variant_.prepare(params_, sequence_, head_q, kStartsScores ? reciprocal(params_.softmax_scale_log2) : 1.0f);
     if constexpr (Side::kMakesDq) {
       Tile::Dq::write_delta(tensors(), head_q, warp_, lane_);
       block_barrier();
@@ -416,6 +489,8 @@ class FlashBwd {
     column_offset_ = sequence_.statistics_offset(head_q_, (n_block_ - 1) * Traits::kBlockN + thread_in_block());
     InFlight in;
     prefetch_bounded(in, next_slot(slot_), n_block_ - 1);
+    if constexpr (kStartsScores || (Side::kColumnsAreQueries && Variant::kIsOneRow))
+      fetch_pairs<false>(n_block_ - 1, 0, true);
     commit(in, next_slot(slot_));
   }
 
@@ -433,7 +508,9 @@ class FlashBwd {
           use_step(n_block_ - 1, slot, step - 1);
         else if (has_step_)
           use_step(n_block_, slot_, kSteps - 1);
+        fetch_pairs_before<false>(step);
         scores(slot, step);
+        fetch_pairs_behind<false>(step);
         transform_scores();
         mask(step);
       }
@@ -453,7 +530,7 @@ class FlashBwd {
   // Adds the gradients of the step whose S and dP wait.
   __device__ __forceinline__ void use_step(int n, SharedAddress slot, int step) {
     Operands p, ds;
-    differentiate(acc_s_, acc_dp_, n, slot, step, p, ds);
+    differentiate(acc_s_, acc_dp_, fetched_, n, slot, step, p, ds);
     accumulate_step(p, ds, slot, step, [] {});
   }
 
@@ -476,8 +553,14 @@ class FlashBwd {
           s[m][0][c] = acc_s_[m][0][c];
           dp[m][0][c] = acc_dp_[m][0][c];
         }
-      differentiate(s, dp, step == 0 ? n_block_ : n_block_ - 1, step_slot, previous, p, ds);
+      Fetched fetched;
+      if constexpr (Variant::kReadsPairs)
+#pragma unroll
+        for (int i = 0; i < kFetchedQueries; ++i) fetched[i] = fetched_[i];
+      fetch_pairs_before<true>(step);
+      differentiate(s, dp, fetched, step == 0 ? n_block_ : n_block_ - 1, step_slot, previous, p, ds);
       scores(slot, step);
+      fetch_pairs_behind<true>(step);
       transform_scores();
       accumulate_step(p, ds, step_slot, previous, [&] {
         if (product == Points::kPrefetch) prefetch(in, free);
@@ -491,9 +574,9 @@ class FlashBwd {
   }
 
   // The lane's row r, and its first column of a step of tile n.
-  __device__ __forceinline__ int lane_row(int r) const { return first_row() + ::lane_row(lane_) + 8 * r; }
+  __device__ __forceinline__ int lane_row(int r) const { return first_row() + Rows::first(lane_) + Rows::kStep * r; }
   __device__ __forceinline__ int lane_column(int n, int step) const {
-    return n * Traits::kBlockN + 8 * step + ::lane_column(lane_);
+    return n * Traits::kBlockN + Columns::kStep * step + Columns::first(lane_);
   }
 
   __device__ __forceinline__ void transform_scores() {
@@ -565,15 +648,16 @@ class FlashBwd {
 #pragma unroll
     for (int r = 0; r < 2 * kMTiles; ++r) factors[r] = factor;
     Bits* rows = const_cast<Bits*>(matrix.base) + first_row() * matrix.row_stride;
-    Tile::Output::write(gradient, factors, rows, matrix.row_stride, seqlen_rows() - first_row(), first_output_dim_,
-                        warp_ * Tile::kStagingWarpBytes, lane_);
+    Tile::Output::template write<Rows>(gradient, factors, rows, matrix.row_stride, seqlen_rows() - first_row(),
+                                       first_output_dim_, warp_ * Tile::kStagingWarpBytes, lane_);
   }
 
   const FlashBwdParams& params_;
   int lane_, warp_;
   Sequence<Traits> sequence_;
   int row_begin_, head_, head_q_, first_output_dim_;
-  ScoreVariant<Traits> variant_;
+  Variant variant_;
+  Fetched fetched_;  // for the next step's scores, where they start from it, or for those of the step that waits
   typename Tile::SFragments s_rows_;
   typename Tile::DpFragments dp_rows_;
   Statistics row_statistics_[kMTiles];

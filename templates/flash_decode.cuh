@@ -66,7 +66,10 @@ class FlashDecode {
 
   template <bool kIsInOnePage>
   using Keys = KeyTile<Traits, kKeys, kIsInOnePage>;  // where a warp's next ones lie
-  using Rows = Softmax<Element, kMTiles, kSteps>;
+  using Variant = ScoreVariant<Traits>;
+  using Columns = ColumnOrder<false, kSteps>;
+  using Fetched = typename Variant::template Fetched<2 * kSteps, Columns::Keys::kAtOnce>[kLaneRows];  // heads differ
+  using Rows = Softmax<Element, kMTiles, kSteps, Variant::kIsLarge>;
   using Output = Accumulator<kMTiles, 8 * kValueChunks>;
   using QueryChunks = Vec16[kLaneRows][Tile::kRegisterChunks > 0 ? Tile::kRegisterChunks : 1];  // of the lane's rows
   using KeyChunks = Vec16[kSteps][kKeyChunks];
@@ -256,6 +259,8 @@ class FlashDecode {
     Keys tile(key_rows, key, seen.end), next(key_rows, key + kKeysOfAllWarps, seen.end);
     load_keys(k, key_rows, tile, seen.end - key);
     load_values(v, value_rows, tile, seen.end - key);
+    Fetched fetched;
+    if (key < seen.end) fetch_pairs(fetched, key);
     for (; key < seen.end; key += kKeysOfAllWarps) {
       const int left = seen.end - key - kKeysOfAllWarps;
       tile = next;
@@ -263,7 +268,8 @@ class FlashDecode {
       multiply_keys(scores, q, k);
       load_keys(k, key_rows, tile, left);
       next = Keys(key_rows, key + 2 * kKeysOfAllWarps, seen.end);
-      to_scores(scores, key);
+      to_scores(scores, fetched, key);
+      fetch_pairs(fetched, key + kKeysOfAllWarps);
       if (key < whole.first || key + kKeys > whole.end) mask(scores, key);
       typename Rows::Probabilities p;
       to_probabilities(scores, p);
@@ -278,12 +284,22 @@ class FlashDecode {
       variant_[r].prepare(params_, sequence_, head_of(row_of_lane(r)), reciprocal(params_.softmax_scale_log2));
   }
 
-  __device__ __forceinline__ void to_scores(typename Rows::Scores& scores, int key) const {
+  // What the scores of a tile's keys need from memory.
+  __device__ __forceinline__ void fetch_pairs(Fetched& fetched, int key) const {
+    if constexpr (Variant::kReadsPairs)
+#pragma unroll
+      for (int r = 0; r < kLaneRows; ++r)
+        variant_[r].template fetch<typename Columns::Keys, 2 * kSteps, false, false>(
+            fetched[r], sequence_, query_of(row_of_lane(r)), key + lane_column(lane_));
+  }
+
+  __device__ __forceinline__ void to_scores(typename Rows::Scores& scores, const Fetched& fetched, int key) const {
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
       const int query = query_of(row_of_lane(r));
       for_each_in_row(scores.s, r, [&](float& s, int column) {
-        s = variant_[r].bias(variant_[r].score(s), sequence_, query, key + lane_column(lane_) + column);
+        s = variant_[r].bias(variant_[r].score(s), fetched[r], column / 8 * 2 + column % 2, sequence_, query,
+                             key + lane_column(lane_) + column);
       });
     }
   }
@@ -414,7 +430,7 @@ class FlashDecode {
       const int row = row_of_lane(r);
       if (row >= rows()) continue;
       const KeyRange seen = seen_by(query_of(row));
-      if (seen.first >= seen.end) all[r].row_max = -infinity();
+      if (seen.first >= seen.end || (Variant::kReadsPairs && all[r].row_sum == 0.0f)) all[r].row_max = -infinity();
 #pragma unroll
       for (int c = 0; c < kValueChunks; ++c)
 #pragma unroll
@@ -467,7 +483,7 @@ class FlashDecode {
   const int lane_, warp_, row_group_, key_group_;
   const int first_row_;  // of the warp
   Rows softmax_;
-  ScoreVariant<Traits> variant_[kLaneRows];  // of the lane's rows
+  Variant variant_[kLaneRows];  // of the lane's rows
   Output acc_o_ = {};
 };
 

@@ -71,7 +71,9 @@ class FlashFwd {
   static constexpr int kPitch = row_pitch(Tile::kDims);
   static constexpr int kProducts = kMTiles * kNTiles * kDTiles;  // tensor instructions of each of the two products
 
-  using Rows = Softmax<Element, kMTiles, kNTiles>;
+  using Variant = ScoreVariant<Traits>;
+  using Columns = ColumnOrder<kReadsNeighbours<Traits>, kNTiles>;
+  using Rows = Softmax<Element, kMTiles, kNTiles, Variant::kIsLarge>;
   using Scores = typename Rows::Scores;
   using Exponents = typename Rows::Exponents;
   using Probabilities = typename Rows::Probabilities;
@@ -114,13 +116,15 @@ class FlashFwd {
   // go on until they have done one tile that every row sees whole; where even that was nothing but -inf for some row,
   // all iterations are masked.
   __device__ __forceinline__ void attend(const TileRange& tiles) {
-    query_.load(queries(), first_row(), block_.sequence.seqlen_q(), params_.sign, lane_,
-                warp_ * Tile::kStagingWarpBytes, Tile::kQueryBegin + warp_ * Tile::kQWarpBytes);
+    query_.template load<MemoryOrder>(queries(), first_row(), block_.sequence.seqlen_q(), params_.sign, lane_,
+                                      warp_ * Tile::kStagingWarpBytes, Tile::kQueryBegin + warp_ * Tile::kQWarpBytes);
     block_barrier();  // every warp has its Q out of the slots' memory
     prologue(tiles.end - 1);
     const TileRange of_warp = block_.sequence.key_tiles(first_row(), Tile::kRowsPerWarp);
     masked_iterations(tiles.whole_end > tiles.begin ? tiles.whole_end - 1 : tiles.begin, of_warp);
-    if (softmax_.lacks_maximum()) {
+    if constexpr (Variant::kReadsPairs)
+      while (n_block_ > tiles.begin && lacks_maximum()) masked_iterations(n_block_ - 1, of_warp);
+    if (lacks_maximum()) {
       masked_iterations(tiles.begin, of_warp);
     } else {
       unmasked_iterations(tiles.whole_begin);
@@ -128,6 +132,10 @@ class FlashFwd {
     }
     if (sees(of_warp, n_block_)) use_exponents();  // the epilogue
     block_barrier();                               // the slots' memory is free for the output
+  }
+
+  __device__ __forceinline__ bool lacks_maximum() const {
+    return softmax_.template lacks_maximum<Variant::kReadsPairs>();
   }
 
   static __device__ __forceinline__ bool sees(const TileRange& tiles, int n) {
@@ -158,7 +166,8 @@ class FlashFwd {
     v_stream_.go_to(last + 1);
     InFlight k;
     k_stream_.prefetch_bounded(k, slots_.k, block_.sequence.seqlen_k() - last * Traits::kBlockN);
-    Stream::commit(k, slots_.k);
+    fetch_pairs<false>(last);
+    Stream::template commit<Columns>(k, slots_.k);
     block_barrier();
   }
 
@@ -182,9 +191,16 @@ class FlashFwd {
     v_stream_.prefetch_bounded(v, slots.v, block_.sequence.seqlen_k() - (n_block_ - 1) * Traits::kBlockN);
   }
 
+  // What the scores of tile n need from memory; behind iteration 0, which has none to come, tile 0's.
+  template <bool kIsWhole>
+  __device__ __forceinline__ void fetch_pairs(int n) {
+    const int key = (n > 0 ? n : 0) * Traits::kBlockN + Columns::first(lane_);
+    fetch_tile<kIsWhole, Columns, kMTiles, kNTiles>(fetched_, variant_, block_.sequence, lane_query(), key);
+  }
+
   static __device__ __forceinline__ void commit(const InFlight& k, const InFlight& v, const Slots& slots) {
-    Stream::commit(v, slots.v);
-    Stream::commit(k, slots.k);
+    Stream::template commit<Columns>(v, slots.v);
+    Stream::template commit<Columns>(k, slots.k);
     block_barrier();
   }
 
@@ -218,8 +234,12 @@ class FlashFwd {
 
   // ---- the two products ----
 
-  // S = Q K^T of the tile in slots_.k, whose first fragments are in first_k_.
+  // S = Q K^T of the tile in slots_.k, whose first fragments are in first_k_; or more than that from the start.
   __device__ __forceinline__ void multiply_keys() {
+    if constexpr (Variant::kStartsScores) {
+      for_each(scores_.s, [](float& s, int, int) { s = 0.0f; });
+      to_scores<Columns>(scores_.s, variant_, fetched_, block_.sequence, lane_query(), lane_key());
+    }
 #pragma unroll
     for (int step = 0; step < Tile::kDims / 16; ++step) {
       typename Tile::QueryFragments::Step q;
@@ -235,13 +255,18 @@ class FlashFwd {
 #pragma unroll
             for (int m = 0; m < kMTiles; ++m) {
               const unsigned b = step > 0 ? k[2 * i + half] : first_k_[n / 2][2 * i + half];
-              if (step == 0 && half == 0)
+              if (step == 0 && half == 0 && !Variant::kStartsScores)
                 Element::multiply(scores_.s[m][n + i], q[m][0], q[m][1], b);
               else
                 Element::multiply_add(scores_.s[m][n + i], q[m][2 * half], q[m][2 * half + 1], b);
             }
       }
     }
+  }
+
+  __device__ __forceinline__ void products_to_scores() {
+    if constexpr (!Variant::kStartsScores)
+      to_scores<Columns>(scores_.s, variant_, fetched_, block_.sequence, lane_query(), lane_key());
   }
 
   // O += P V of the tile in slots_.v. `meanwhile(i)` is called after tensor instruction i of kProducts.
@@ -276,12 +301,13 @@ class FlashFwd {
       if (sees(of_warp, n_block_ - 1)) {
         load_first_k(slots_.k);
         multiply_keys();
-        to_scores(scores_.s, variant_, block_.sequence, lane_query(), lane_key());
-        apply_mask(scores_.s, block_.sequence, lane_query(), lane_key());
+        products_to_scores();
+        apply_mask<Columns>(scores_.s, block_.sequence, lane_query(), lane_key());
         float remainder[2 * kMTiles] = {};
         if (softmax_.must_correct(scores_)) softmax_.correct(scores_, acc_o_, remainder);
         softmax_.to_exponents(scores_, remainder, exponents_);
       }
+      fetch_pairs<false>(n_block_ - 2);
       slots_ = next_slots();
       commit(k, v, slots_);
       --n_block_;
@@ -320,9 +346,12 @@ class FlashFwd {
     copy(exponents_.t, t.t);
     softmax_.to_probabilities(t, p);
     multiply_keys();
-    to_scores(scores_.s, variant_, block_.sequence, lane_query(), lane_key());
+    products_to_scores();
     accumulate(p, [&](int product) {
-      if (product == Points::kPrefetch) prefetch(k, v, next);
+      if (product == Points::kPrefetch) {
+        prefetch(k, v, next);
+        fetch_pairs<true>(n_block_ - 2);
+      }
       if (product == Points::kCommit) commit(k, v, next);
       if (product == Points::kFirstKeys) load_first_k(next.k);
     });
@@ -332,7 +361,7 @@ class FlashFwd {
 
   // The lane's first row and column of scores_.
   __device__ __forceinline__ int lane_query() const { return first_row() + lane_row(lane_); }
-  __device__ __forceinline__ int lane_key() const { return (n_block_ - 1) * Traits::kBlockN + lane_column(lane_); }
+  __device__ __forceinline__ int lane_key() const { return (n_block_ - 1) * Traits::kBlockN + Columns::first(lane_); }
 
   // ---- the output ----
 
@@ -347,15 +376,15 @@ class FlashFwd {
     float inverse[2 * kMTiles];
 #pragma unroll
     for (int r = 0; r < 2 * kMTiles; ++r) inverse[r] = finish_row(block, row + lane_row(lane) + 8 * r, lane, r);
-    Tile::Output::write(acc_o_, inverse, out, strides.row, block.sequence.seqlen_q() - row, 0,
-                        warp * Tile::kStagingWarpBytes, lane);
+    Tile::Output::template write<MemoryOrder>(acc_o_, inverse, out, strides.row, block.sequence.seqlen_q() - row, 0,
+                                              warp * Tile::kStagingWarpBytes, lane);
   }
 
   // Writes the log-sum-exp of a row and returns what its accumulators are multiplied by. A row that sees no key gets
   // +inf and 0; one that sees only scores of -inf gets 1 / 0, whose product with 0 is NaN, as in the formula.
   __device__ __forceinline__ float finish_row(const BlockInfo<Traits>& block, int row, int lane, int r) {
     const float sum = softmax_.total(r);
-    const bool sees_keys = block.sequence.sees_keys(row);
+    const bool sees_keys = block.sequence.sees_keys(row) && !(Variant::kReadsPairs && sum == 0.0f);
     if (row < block.sequence.seqlen_q() && lane_column(lane) == 0) {
       const float lse = sees_keys ? softmax_.log_sum_exp(r, sum) : infinity();
       store_global_f32(params_.softmax_lse + block.sequence.statistics_offset(block.head, row), lse);
@@ -367,7 +396,8 @@ class FlashFwd {
   const BlockInfo<Traits> block_;
   const int lane_, warp_;
   Rows softmax_;
-  ScoreVariant<Traits> variant_;
+  Variant variant_;
+  FetchedTile<kMTiles, kNTiles, Variant, Columns> fetched_;  // for the scores of the next iteration
   Stream k_stream_, v_stream_;
   typename Tile::QueryFragments query_;
   int n_block_;  // the tile of exponents_; the next iteration is that of tile n_block_ - 1

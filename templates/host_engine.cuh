@@ -5,7 +5,9 @@
 // The accesses that the interpreter checks and counts, one of primitives.cuh each.
 enum class HostAccess : int {
   kLoadGlobal16B,
+  kLoadGlobal8B,
   kLoadGlobal2B,
+  kLoadGlobal1B,
   kLoadGlobalF32,
   kLoadGlobalI32,
   kStoreGlobal16B,
@@ -22,7 +24,7 @@ enum class HostAccess : int {
   kLdmatrixX2,
   kLdmatrixX2Trans,
 };
-constexpr int kHostAccesses = 17;
+constexpr int kHostAccesses = 19;
 
 // Every function takes the template's file and line last, so that a failing check names them.
 struct HostEngine {

@@ -2,11 +2,12 @@
 #pragma once
 
 #include "accumulator.cuh"
+#include "lane_order.cuh"
 #include "primitives.cuh"
 #include "sequence.cuh"
 
 // `query` and `key` are the lane's first row and column.
-template <class Traits, int kMTiles, int kNTiles>
+template <class Columns, class Traits, int kMTiles, int kNTiles>
 __device__ __forceinline__ void apply_mask(Accumulator<kMTiles, kNTiles>& acc_s, const Sequence<Traits>& sequence,
                                            int query, int key) {
 #pragma unroll
@@ -16,6 +17,7 @@ __device__ __forceinline__ void apply_mask(Accumulator<kMTiles, kNTiles>& acc_s,
     for (int n = 0; n < kNTiles; ++n)
 #pragma unroll
       for (int c = 0; c < 2; ++c)
-        if (8 * n + c >= end || (Traits::kIsLocal && 8 * n + c < first)) acc_s[r / 2][n][r % 2 * 2 + c] = -infinity();
+        if (const int at = Columns::kStep * n + c; at >= end || (Traits::kIsLocal && at < first))
+          acc_s[r / 2][n][r % 2 * 2 + c] = -infinity();
   }
 }

@@ -35,8 +35,9 @@ class PagedStream {
     }
   }
 
+  template <class Order>
   static __device__ __forceinline__ void commit(const InFlight& chunks, SharedAddress slot) {
-    RegisterStagedStream<Traits, kRows, kDims, kThreads>::commit(chunks, slot);
+    RegisterStagedStream<Traits, kRows, kDims, kThreads>::template commit<Order>(chunks, slot);
   }
 
  private:

@@ -9,7 +9,9 @@
 //
 // Global memory (addresses are ordinary pointers; every load stays where it is written: the compiler may not sink it)
 //   load_global_16B(Vec16&, ptr)                  16 bytes, ptr 16-byte aligned
+//   load_global_8B(unsigned&, unsigned&, ptr)     8 bytes, ptr 8-byte aligned
 //   load_global_2B(ptr) -> unsigned               one element, in the low half
+//   load_global_1B(ptr) -> unsigned
 //   load_global_f32(ptr) -> float
 //   load_global_i32(ptr) -> int
 //   store_global_16B(ptr, Vec16)
@@ -42,6 +44,7 @@
 //   max_ignoring_nan(float, float)
 //   saturate(float)                               to 0 ... 1; NaN to 0
 //   fma_rounded(a, b, c)                          one rounding
+//   multiply_rounded(a, b)                        never made one with an addition
 //   infinity(), not_a_number(), is_nan(float)
 //   float_of_bits(unsigned) -> float, bits_of_float(float) -> unsigned
 //   low_halves(a, b), high_halves(a, b)           those of a in the low half, of b in the high half

@@ -26,9 +26,19 @@ __device__ __forceinline__ void load_global_16B(Vec16& v, const void* p) {
                : "l"(p));
 }
 
+__device__ __forceinline__ void load_global_8B(unsigned& a, unsigned& b, const void* p) {
+  asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "l"(p));
+}
+
 __device__ __forceinline__ unsigned load_global_2B(const void* p) {
   unsigned short v;
   asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(p));
+  return v;
+}
+
+__device__ __forceinline__ unsigned load_global_1B(const void* p) {
+  unsigned v;
+  asm volatile("ld.global.u8 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
 
@@ -189,6 +199,12 @@ __device__ __forceinline__ float saturate(float x) {
   float r;
   asm("mul.sat.f32 %0, %1, 0f3F800000;" : "=f"(r) : "f"(x));
   return r;
+}
+
+__device__ __forceinline__ float multiply_rounded(float a, float b) {
+  float product;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
+  return product;
 }
 
 __device__ __forceinline__ float fma_rounded(float a, float b, float c) {

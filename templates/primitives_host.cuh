@@ -30,9 +30,22 @@ inline void load_global_16B(Vec16& v, const void* p, FLASH_ATTN_JIT_SITE) {
   flash_attn_jit_engine.load_global(HostAccess::kLoadGlobal16B, &v, p, file, line);
 }
 
+inline void load_global_8B(unsigned& a, unsigned& b, const void* p, FLASH_ATTN_JIT_SITE) {
+  unsigned v[2];
+  flash_attn_jit_engine.load_global(HostAccess::kLoadGlobal8B, v, p, file, line);
+  a = v[0];
+  b = v[1];
+}
+
 inline unsigned load_global_2B(const void* p, FLASH_ATTN_JIT_SITE) {
   unsigned short v;
   flash_attn_jit_engine.load_global(HostAccess::kLoadGlobal2B, &v, p, file, line);
+  return v;
+}
+
+inline unsigned load_global_1B(const void* p, FLASH_ATTN_JIT_SITE) {
+  unsigned char v;
+  flash_attn_jit_engine.load_global(HostAccess::kLoadGlobal1B, &v, p, file, line);
   return v;
 }
 
@@ -146,6 +159,10 @@ inline float exp2_approx(float x) { return flush_subnormal(__builtin_exp2f(flush
 inline float log2_approx(float x) { return __builtin_log2f(x); }
 inline float reciprocal(float x) { return flush_subnormal(1.0f / flush_subnormal(x)); }
 inline float saturate(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
+inline float multiply_rounded(float a, float b) {
+  volatile float product = a * b;
+  return product;
+}
 inline float fma_rounded(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float infinity() { return __builtin_inff(); }
 inline float not_a_number() { return __builtin_nanf(""); }

@@ -21,7 +21,9 @@ class RowFragments {
   using Step = unsigned[kMTiles][4];
 
   // Rows [row, row + kRows) of the matrix; those from `seqlen` on are zero. The signs of pairs are flipped by
-  // `sign`. Uses `staging`. A block barrier has to follow, before get() and before `staging` is used for anything else.
+  // `sign`. `Order` is what a lane has of them. Uses `staging`. A block barrier has to follow, before get() and
+  // before `staging` is used for anything else.
+  template <class Order>
   __device__ __forceinline__ void load(const GlobalMatrix<typename Traits::Element>& matrix, int row, int seqlen,
                                        unsigned sign, int lane, SharedAddress staging, SharedAddress shared) {
     typename Staged::Chunks chunks[kDims / 16];
@@ -30,7 +32,7 @@ class RowFragments {
       Staged::load(chunks[step], matrix, row, seqlen - row, 16 * step, lane);
 #pragma unroll
     for (int step = 0; step < kRegisterSteps; ++step) {
-      Staged::store_shared(staging, row_pitch(16), chunks[step], lane, sign);
+      Staged::template store_shared<Order>(staging, row_pitch(16), chunks[step], lane, sign);
       warp_barrier();
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m)
@@ -39,8 +41,8 @@ class RowFragments {
     }
 #pragma unroll
     for (int step = kRegisterSteps; step < kDims / 16; ++step)
-      Staged::store_shared(shared + (step - kRegisterSteps) * 16 * kElementBytes, row_pitch(kSharedDims), chunks[step],
-                           lane, sign);
+      Staged::template store_shared<Order>(shared + (step - kRegisterSteps) * 16 * kElementBytes,
+                                           row_pitch(kSharedDims), chunks[step], lane, sign);
     shared_ = shared + fragment_offset(0, row_pitch(kSharedDims), lane);
   }
 

@@ -13,13 +13,14 @@ struct RowOutput {
   static constexpr int kStagingBytes = kRows * row_pitch(kStagingDims);  // of a warp
 
   // Rows [0, rows) of `acc` to dims [first_dim, first_dim + kDims) of the
-  // rows from `base` on. A lane's row r is multiplied by factor[r].
+  // rows from `base` on. A lane's row r is multiplied by factor[r]; `Order` is which one that is.
+  template <class Order>
   static __device__ __forceinline__ void write(const Accumulator<kMTiles, kDims / 8>& acc,
                                                const float (&factor)[2 * kMTiles], typename Traits::Element::Bits* base,
                                                long long row_stride, int rows, int first_dim, SharedAddress staging,
                                                int lane) {
     const SharedAddress lane_staging =
-        staging + lane_row(lane) * row_pitch(kStagingDims) + lane_column(lane) * kElementBytes;
+        staging + Order::first(lane) * row_pitch(kStagingDims) + lane_column(lane) * kElementBytes;
 #pragma unroll
     for (int dim = 0; dim < kDims; dim += kStagingDims) {
 #pragma unroll
@@ -27,7 +28,7 @@ struct RowOutput {
 #pragma unroll
         for (int d = 0; d < kStagingDims / 8; ++d) {
           const float* pair = &acc[r / 2][dim / 8 + d][r % 2 * 2];
-          store_shared_4B(lane_staging + 8 * r * row_pitch(kStagingDims) + d * kChunkBytes,
+          store_shared_4B(lane_staging + Order::kStep * r * row_pitch(kStagingDims) + d * kChunkBytes,
                           Traits::Element::pack(pair[0] * factor[r], pair[1] * factor[r]));
         }
       warp_barrier();

@@ -9,6 +9,9 @@
 //
 // and in backward, on the way from the gradient of s to the gradient of the product: gradient(ds, s).
 //
+// What bias() needs from memory is fetched ahead of it: of a query, for as many keys as a lane has. Where score() does
+// nothing, products start from bias(0) then, so that what was fetched is used up before them: kStartsScores.
+//
 // A feature hides a pair with a score of -inf, anywhere; what is hidden by rows' bounds is mask.cuh's.
 #pragma once
 
@@ -21,13 +24,28 @@ struct ScoreFeature {
   // Whether the feature has score() and gradient(). One of a kernel's features may: only the last score is kept.
   static constexpr bool kIsNonlinear = false;
 
+  // Whether it reads a tensor of pairs, which may hide all keys of a row.
+  static constexpr bool kReadsPairs = false;
+  static constexpr bool kIsOneRow = false;  // and it says the same of every query
+  // Whether what it adds may be so large that a score's own digits are gone.
+  static constexpr bool kIsLarge = false;
+  static constexpr bool kStartsScores = false;
+  template <int kCount, bool kAtOnce>
+  struct Fetched {};
+
   // Before the first score of a block's query head. A bias of `unit` adds 1 to the exponent, whose base is 2.
   template <class Sequence>
   __device__ __forceinline__ void prepare(const AttentionParams&, const Sequence&, int /*head*/, float /*unit*/) {}
 
   __device__ __forceinline__ float score(float product) const { return product; }
-  template <class Sequence>
-  __device__ __forceinline__ float bias(float score, const Sequence&, int /*query*/, int /*key*/) const {
+  // Of kCount keys: key + Keys::at(i). What does not exist is read as the last one that does.
+  template <class Keys, int kCount, bool kQueryExists, bool kKeysExist, class Sequence>
+  __device__ __forceinline__ void fetch(Fetched<kCount, Keys::kAtOnce>&, const Sequence&, int /*query*/,
+                                        int /*key*/) const {}
+  // `element`: which of the keys it is for which something was fetched.
+  template <class AnyFetched, class Sequence>
+  __device__ __forceinline__ float bias(float score, const AnyFetched&, int /*element*/, const Sequence&, int /*query*/,
+                                        int /*key*/) const {
     return score;
   }
   __device__ __forceinline__ float gradient(float dscore, float /*score*/) const { return dscore; }
@@ -43,6 +61,16 @@ class ScoreFeatures<First, Rest...> {
 
  public:
   static constexpr bool kIsNonlinear = First::kIsNonlinear || ScoreFeatures<Rest...>::kIsNonlinear;
+  static constexpr bool kReadsPairs = First::kReadsPairs || ScoreFeatures<Rest...>::kReadsPairs;
+  static constexpr bool kIsOneRow = First::kIsOneRow || ScoreFeatures<Rest...>::kIsOneRow;
+  static constexpr bool kIsLarge = First::kIsLarge || ScoreFeatures<Rest...>::kIsLarge;
+  static constexpr bool kStartsScores = kReadsPairs && !kIsNonlinear;
+
+  template <int kCount, bool kAtOnce>
+  struct Fetched {
+    typename First::template Fetched<kCount, kAtOnce> first;
+    typename ScoreFeatures<Rest...>::template Fetched<kCount, kAtOnce> rest;
+  };
 
   template <class Sequence>
   __device__ __forceinline__ void prepare(const AttentionParams& params, const Sequence& sequence, int head,
@@ -52,9 +80,17 @@ class ScoreFeatures<First, Rest...> {
   }
 
   __device__ __forceinline__ float score(float product) const { return rest_.score(first_.score(product)); }
-  template <class Sequence>
-  __device__ __forceinline__ float bias(float score, const Sequence& sequence, int query, int key) const {
-    return rest_.bias(first_.bias(score, sequence, query, key), sequence, query, key);
+  template <class Keys, int kCount, bool kQueryExists, bool kKeysExist, class Sequence>
+  __device__ __forceinline__ void fetch(Fetched<kCount, Keys::kAtOnce>& fetched, const Sequence& sequence, int query,
+                                        int key) const {
+    first_.template fetch<Keys, kCount, kQueryExists, kKeysExist>(fetched.first, sequence, query, key);
+    rest_.template fetch<Keys, kCount, kQueryExists, kKeysExist>(fetched.rest, sequence, query, key);
+  }
+  template <class AnyFetched, class Sequence>
+  __device__ __forceinline__ float bias(float score, const AnyFetched& fetched, int element, const Sequence& sequence,
+                                        int query, int key) const {
+    return rest_.bias(first_.bias(score, fetched.first, element, sequence, query, key), fetched.rest, element, sequence,
+                      query, key);
   }
   __device__ __forceinline__ float gradient(float dscore, float score) const {
     return first_.gradient(rest_.gradient(dscore, score), score);
@@ -77,9 +113,26 @@ struct OptionalFeature<false, Feature> {
 template <bool kIsOn, class Feature>
 using FeatureIf = typename OptionalFeature<kIsOn, Feature>::Type;
 
-// Forward: products become scores, biases and all. `query` and `key` are the lane's first row and column.
-template <int kMTiles, int kNTiles, class Features, class Sequence>
+// What a lane fetches of a tile whose rows are queries.
+template <int kMTiles, int kNTiles, class Features, class Columns>
+using FetchedTile =
+    typename Features::template Fetched<2 * kNTiles, Columns::Keys::kAtOnce>[Features::kIsOneRow ? 1 : 2 * kMTiles];
+
+// Here and below, `query` and `key` are the lane's first row and column. `kIsWhole`: all keys of the tile exist.
+template <bool kIsWhole, class Columns, int kMTiles, int kNTiles, class Features, class Sequence>
+__device__ __forceinline__ void fetch_tile(FetchedTile<kMTiles, kNTiles, Features, Columns>& fetched,
+                                           const Features& features, const Sequence& sequence, int query, int key) {
+  if constexpr (Features::kReadsPairs)
+#pragma unroll
+    for (int r = 0; r < (Features::kIsOneRow ? 1 : 2 * kMTiles); ++r)
+      features.template fetch<typename Columns::Keys, 2 * kNTiles, false, kIsWhole>(fetched[r], sequence, query + 8 * r,
+                                                                                    key);
+}
+
+// Forward: products become scores, biases and all; or zeros what products start from.
+template <class Columns, int kMTiles, int kNTiles, class Features, class Sequence>
 __device__ __forceinline__ void to_scores(Accumulator<kMTiles, kNTiles>& acc, const Features& features,
+                                          const FetchedTile<kMTiles, kNTiles, Features, Columns>& fetched,
                                           const Sequence& sequence, int query, int key) {
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m)
@@ -88,5 +141,6 @@ __device__ __forceinline__ void to_scores(Accumulator<kMTiles, kNTiles>& acc, co
 #pragma unroll
       for (int c = 0; c < 4; ++c)
         acc[m][n][c] =
-            features.bias(features.score(acc[m][n][c]), sequence, query + 16 * m + c / 2 * 8, key + 8 * n + c % 2);
+            features.bias(features.score(acc[m][n][c]), fetched[Features::kIsOneRow ? 0 : 2 * m + c / 2], 2 * n + c % 2,
+                          sequence, query + 16 * m + c / 2 * 8, key + Columns::kStep * n + c % 2);
 }

@@ -2,8 +2,17 @@
 #pragma once
 
 #include "alibi.cuh"
+#include "pair_bias.cuh"
 #include "score_feature.cuh"
 #include "softcap.cuh"
 
 template <class Traits>
-using ScoreVariant = ScoreFeatures<FeatureIf<Traits::kIsSoftcap, Softcap>, FeatureIf<Traits::kHasAlibi, Alibi>>;
+using ScoreVariant =
+    ScoreFeatures<FeatureIf<Traits::kIsSoftcap, Softcap>, FeatureIf<Traits::kHasAlibi, Alibi>,
+                  FeatureIf<Traits::kHasBias16, PairBias<HalfBias, Traits::kIsUnpaired, Traits::kIsOneRow>>,
+                  FeatureIf<Traits::kHasBias32, PairBias<FloatBias, Traits::kIsUnpaired, Traits::kIsOneRow>>,
+                  FeatureIf<Traits::kHasBoolMask, PairBias<BoolMask, Traits::kIsUnpaired, Traits::kIsOneRow>>>;
+
+// Whether a lane should have neighbours in memory: see lane_order.cuh.
+template <class Traits>
+constexpr bool kReadsNeighbours = ScoreVariant<Traits>::kReadsPairs && !Traits::kIsUnpaired;

@@ -12,7 +12,8 @@
 #include "accumulator.cuh"
 #include "primitives.cuh"
 
-constexpr float kMaxRise = 2.0f;      // in log2 units
+constexpr float kMaxRise = 2.0f;  // in log2 units
+constexpr float kLowMaximum = -1024.0f;
 constexpr float kNoMaximum = -1e30f;  // before a row has seen a key; finite, so that -inf - row_max stays -inf
 
 // The phases of a tile. Products q k become scores (see score_feature.cuh), those exponents, those probabilities.
@@ -43,7 +44,9 @@ __device__ __forceinline__ float log_sum_exp(float row_max, float sum) {
   return is_one_keys ? lse - kLn2 * kRounded * magnitude : lse;
 }
 
-template <class Element, int kMTiles, int kNTiles>
+// kRoundsProducts: s * scale is rounded, so that scores that are alike have exponents that are alike, however large
+// they are. Otherwise that of a maximum is off by what row_max rounded off.
+template <class Element, int kMTiles, int kNTiles, bool kRoundsProducts = false>
 struct Softmax {
   static constexpr int kRows = 2 * kMTiles;
   static constexpr int kElements = kMTiles * kNTiles * 4;
@@ -63,7 +66,9 @@ struct Softmax {
     }
   }
 
-  __device__ __forceinline__ float exponent(float s, int row) const { return fma_rounded(s, scale, -row_max[row]); }
+  __device__ __forceinline__ float exponent(float s, int row) const {
+    return kRoundsProducts ? multiply_rounded(s, scale) - row_max[row] : fma_rounded(s, scale, -row_max[row]);
+  }
 
   // Returns the lane's largest exponent.
   __device__ __forceinline__ float to_exponents(const Scores& scores, Exponents& exponents) const {
@@ -107,11 +112,13 @@ struct Softmax {
     return largest;
   }
 
-  // Has some row of the warp no maximum yet?
+  // Has some row of the warp no maximum yet? `kMayBeLow`: or one of keys that a mask put out of the way, from which the
+  // digits of a score that comes after it would not be told.
+  template <bool kMayBeLow>
   __device__ __forceinline__ bool lacks_maximum() const {
     bool lacks = false;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) lacks |= row_max[r] == kNoMaximum;
+    for (int r = 0; r < kRows; ++r) lacks |= kMayBeLow ? row_max[r] < kLowMaximum : row_max[r] == kNoMaximum;
     return any_in_warp(lacks);
   }
 
@@ -132,7 +139,7 @@ struct Softmax {
     for (int r = 0; r < kRows; ++r) {
       const float largest = across_row(lane_max(scores.s, r));
       const float raised = max_ignoring_nan(row_max[r], largest * scale);
-      remainder[r] = raised == largest * scale ? fma_rounded(largest, scale, -raised) : 0.0f;
+      remainder[r] = !kRoundsProducts && raised == largest * scale ? fma_rounded(largest, scale, -raised) : 0.0f;
       rescale(r, exp2_approx(row_max[r] - raised), acc_o);
       row_max[r] = raised;
     }

@@ -7,6 +7,7 @@
 //   row 1   | c0 | c1 | ... | c7 | pad |      chunk (r, c) starts at 16 (r (kDims/8 + 1) + c)
 #pragma once
 
+#include "lane_order.cuh"
 #include "primitives.cuh"
 
 constexpr int kChunkDims = 8;
@@ -130,11 +131,14 @@ class RegisterStagedStream {
     }
   }
 
+  // `Order`: where rows are stored, see lane_order.cuh.
+  template <class Order>
   static __device__ __forceinline__ void commit(const InFlight& chunks, SharedAddress slot) {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass)
       if (participates(pass))
-        store_shared_16B(slot + chunk_row(pass) * row_pitch(kDims) + chunk_dim(pass) * kElementBytes, chunks[pass]);
+        store_shared_16B(slot + stored_row<Order>(pass) * row_pitch(kDims) + chunk_dim(pass) * kElementBytes,
+                         chunks[pass]);
   }
 
  private:
@@ -145,6 +149,11 @@ class RegisterStagedStream {
   static __device__ __forceinline__ int chunk_dim(int pass) { return chunk(pass) % kChunksPerRow * kChunkDims; }
   static __device__ __forceinline__ bool participates(int pass) {
     return kChunks % kThreads == 0 || chunk(pass) < kChunks;
+  }
+  template <class Order>
+  static __device__ __forceinline__ int stored_row(int pass) {
+    if constexpr (Order::kMoves) return Order::position(chunk_row(pass));
+    return chunk_row(pass);
   }
 
   __device__ __forceinline__ void load_pass(Vec16& chunk, int pass) const {
@@ -194,6 +203,7 @@ struct WarpRows {
   }
 
   // Stores them at `tile` in shared memory, rows `pitch` bytes apart, the signs of their pairs flipped by `sign`.
+  template <class Order>
   static __device__ __forceinline__ void store_shared(SharedAddress tile, int pitch, const Chunks& chunks, int lane,
                                                       unsigned sign) {
 #pragma unroll
@@ -201,7 +211,10 @@ struct WarpRows {
       Vec16 chunk = chunks[pass];
 #pragma unroll
       for (int i = 0; i < 4; ++i) chunk.word[i] ^= sign;
-      store_shared_16B(address(tile, pitch, pass, lane), chunk);
+      if constexpr (Order::kMoves)
+        store_shared_16B(tile + Order::position(row(pass, lane)) * pitch + dim(pass, lane) * kElementBytes, chunk);
+      else
+        store_shared_16B(address(tile, pitch, pass, lane), chunk);
     }
   }
 

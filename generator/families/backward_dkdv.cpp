@@ -93,7 +93,23 @@ constexpr std::array kLargeFullVarlen = {
     TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 176, .schedule = {0, 8, 8}}},
 };
 
+// Where a number is read for every pair, which waits in registers: what is fastest spills, at 128 up to 290 bytes.
+constexpr std::array kLargeFullBias = {
+    TileRow{48, kElsewhere},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {5, 6, 8}}},
+    TileRow{112, kElsewhere},
+    TileRow{128, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 128, .schedule = {7, 8, 8}}},
+};
+constexpr std::array kLargeFullBoolMask = {
+    TileRow{48, kElsewhere},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {1, 6, 8}}},
+    TileRow{112, kElsewhere},
+    TileRow{128, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 128, .schedule = {7, 8, 8}}},
+};
+
 TileTable full_feature(const FeatureSet& features) {
+  if (features.has(Feature::kBoolMask)) return kLargeFullBoolMask;
+  if (features.read_pairs()) return kLargeFullBias;
   if (features.only(Feature::kSoftcap)) return kLargeFullSoftcap;
   if (features.only(Feature::kAlibi)) return kLargeFullAlibi;
   return only_if(features.only(Feature::kVarlen), kLargeFullVarlen);

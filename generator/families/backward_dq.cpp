@@ -76,10 +76,17 @@ constexpr std::array kLargeWindowScores = {
     TileRow{80, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 80, .schedule = {0, 6, 8}}},
 };
 
+constexpr std::array kLargeFullBias = {
+    TileRow{48, kElsewhere},
+    TileRow{64, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 64, .schedule = {3, 5, 8}}},
+};
+
 TileTables tiles(const KernelSpec& spec) {
   const bool scores = spec.features.change_scores(), window = spec.mask == Mask::kWindow;
   return {TileTableList{
               only_if(spec.access == GlobalAccess::kElement2B, kElementGradients),
+              only_if(spec.mask == Mask::kNone && spec.features.read_pairs() && !spec.has(Feature::kBoolMask),
+                      kLargeFullBias),
               only_if(scores && spec.mask != Mask::kCausal, window ? TileTable(kLargeWindowScores) : kLargeFullScores),
               only_if(scores, kLargeScores), only_if(window, kLargeWindow),
               only_if(spec.has(Feature::kVarlen), kLargeVarlen),

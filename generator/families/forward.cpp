@@ -83,10 +83,22 @@ constexpr std::array kLargeFullVarlen = {
     TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 2, 2}}},
 };
 
+// Where a number is read for every pair, which waits in registers.
+constexpr std::array kLargeFullBias = {
+    TileRow{112, kElsewhere},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 3, 3}}},
+};
+constexpr std::array kLargeFullBoolMask = {
+    TileRow{112, kElsewhere},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {5, 8, 8}}},
+};
+
 TileTable one_feature(const KernelSpec& spec) {
   const bool full = spec.mask == Mask::kNone;
   if (spec.features.only(Feature::kSoftcap) && spec.mask != Mask::kWindow)
     return full ? TileTable(kLargeFullSoftcap) : kLargeCausalSoftcap;
+  if (full && spec.has(Feature::kBoolMask)) return kLargeFullBoolMask;
+  if (full && spec.features.read_pairs()) return kLargeFullBias;
   return only_if(full && spec.features.only(Feature::kVarlen), kLargeFullVarlen);
 }
 

@@ -20,7 +20,7 @@ from torch.library import Library
 from torch.overrides import TorchFunctionMode
 
 from . import _torch_internals as internals
-from ._sdpa import attention, find_refusal, refusal_of
+from ._sdpa import attention, find_refusal, is_causal_bias, refusal_of
 from .errors import kind_text
 
 __all__ = ["SdpaRouter", "route_sdpa"]
@@ -108,7 +108,7 @@ def route_sdpa() -> SdpaRouter:
     not counted. A program that torch.export traces has PyTorch's operator: it may run where this library is not. In
     that thread every function of torch costs the host a detour through Python, about 1 us.
 
-    Falls back, with the reason counted: dropout_p or attn_mask given, but for a mask of ``torch.nn.attention.bias``, a
+    Falls back, with the reason counted: dropout_p given, an attn_mask that needs a gradient, a
     dtype other than float16 (after autocast), CPU tensors without the interpreter, GPUs older than sm_75, nested,
     sparse and subclassed tensors, shapes that would be broadcast, value head dims other than query's, head dims over
     256, a last dimension that is not contiguous, forward-mode differentiation and ``torch.func.grad``. Also left to
@@ -239,6 +239,9 @@ def _why_not_routed(call: _Call) -> str | None:
     for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return f"{name} is {kind_text(tensor)}"
+    mask = call.attn_mask
+    if mask is not None and type(mask) not in (torch.Tensor, torch.nn.Parameter) and not is_causal_bias(mask):
+        return f"attn_mask is {kind_text(mask)}"
     if call.scale is not None and type(call.scale) not in (float, int):
         return f"scale is {kind_text(call.scale)}"
     if not torch.compiler.is_compiling():  # a compiler sees to its own transforms

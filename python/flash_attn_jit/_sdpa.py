@@ -8,7 +8,7 @@ from . import _core
 from ._arguments import device_refusal, dropout_refusal, number, reject_what_is_no_tensor, truth
 from ._autograd import attention_heads_first
 from ._options import Options
-from .errors import Refusal, UnsupportedError
+from .errors import Refusal, UnsupportedError, kind_text
 
 __all__ = ["sdpa"]
 
@@ -39,9 +39,11 @@ def sdpa(
             tensor only the last dimension must be contiguous.
         key: (..., num_heads_k, seqlen_k, head_dim), float16, with query's number of dimensions. Nothing is broadcast.
         value: like key: its head_dim too.
-        attn_mask: None, or a causal mask of ``torch.nn.attention.bias``: ``causal_upper_left(seqlen_q, seqlen_k)``,
-            which is what is_causal does, or ``causal_lower_right(seqlen_q, seqlen_k)``: query i sees key j where
-            j <= i + seqlen_k - seqlen_q. A query that sees no key gives 0. Other masks are not built yet.
+        attn_mask: None; or bool, float16 or float32 of a shape that broadcasts to (..., num_heads, seqlen_q, seqlen_k):
+            False hides a key from a query, a number is added to the score; or a causal mask of
+            ``torch.nn.attention.bias``: ``causal_upper_left(seqlen_q, seqlen_k)``, which is what is_causal does, or
+            ``causal_lower_right(seqlen_q, seqlen_k)``: query i sees key j where j <= i + seqlen_k - seqlen_q. A query
+            that sees no key gives 0. Masks are read through their strides, never copied, and have no gradient yet.
         dropout_p: not built yet: 0.0.
         is_causal: query i sees key j where j <= i.
         scale: a factor for the scores before the softmax; 1/sqrt(head_dim) where None.
@@ -54,7 +56,7 @@ def sdpa(
     Raises:
         ValueError: an argument that does not fit; names it, what came and what is accepted.
         UnsupportedError: a ValueError for bfloat16, a head dim or a GPU that these kernels do not have.
-        NotImplementedError: attn_mask or dropout_p; a backward pass with create_graph=True.
+        NotImplementedError: an attn_mask that needs a gradient; dropout_p; a backward pass with create_graph=True.
     """
     if not (isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)):
         reject_what_is_no_tensor(query=query, key=key, value=value)
@@ -91,9 +93,6 @@ def find_refusal(
     enable_gqa: bool,
 ) -> Refusal | None:
     """Why these arguments cannot be taken; None where they can, but for what refusal_of() tells."""
-    if attn_mask is not None and not is_causal_bias(attn_mask):
-        accepted = "None, causal_lower_right() or causal_upper_left() of torch.nn.attention.bias"
-        return Refusal("attn_mask", "is given, and masks are not built yet", accepted, error=NotImplementedError)
     if dropout_p != 0.0:
         return dropout_refusal(dropout_p)
     device, cast = query.device, _autocast_dtype(query)
@@ -103,7 +102,7 @@ def find_refusal(
         or _tensor_refusal("key", key, query.dim(), device, cast)
         or _tensor_refusal("value", value, query.dim(), device, cast)
         or _shape_refusal(query, key, value, enable_gqa)
-        or (_bias_refusal(query, key, attn_mask, is_causal) if attn_mask is not None else None)
+        or (_mask_refusal(query, key, attn_mask, is_causal) if attn_mask is not None else None)
     )
 
 
@@ -117,9 +116,33 @@ def refusal_of(error: ValueError) -> Refusal | None:
     return refusal and refusal._replace(argument=_NAMES.get(refusal.argument, refusal.argument))
 
 
-def _bias_refusal(query: torch.Tensor, key: torch.Tensor, bias: Any, is_causal: bool) -> Refusal | None:
+_MASK_TYPES = (torch.bool, torch.float16, torch.float32)
+
+
+def _mask_refusal(query: torch.Tensor, key: torch.Tensor, mask: Any, is_causal: bool) -> Refusal | None:
     if is_causal:
-        return Refusal("is_causal", "is True and attn_mask a causal mask", "one of the two")
+        return Refusal("is_causal", "is True and attn_mask is given", "one of the two")
+    if is_causal_bias(mask):
+        return _bias_refusal(query, key, mask)
+    if not isinstance(mask, torch.Tensor):
+        return Refusal("attn_mask", f"is {kind_text(mask)}", "None or a torch.Tensor")
+    if mask.device != query.device:
+        return device_refusal("attn_mask", mask.device, "query", query.device)
+    if mask.layout is not torch.strided or mask.is_nested or mask.dtype not in _MASK_TYPES:
+        came = "is a nested tensor" if mask.is_nested else f"has dtype {mask.dtype} and layout {mask.layout}"
+        return Refusal("attn_mask", came, "a strided tensor of torch.bool, torch.float16 or torch.float32")
+    if mask.requires_grad and torch.is_grad_enabled():
+        came = "requires a gradient, which is not built yet"
+        return Refusal("attn_mask", came, "attn_mask.detach()", error=NotImplementedError)
+    whole = (*query.shape[:-1], key.shape[-2])
+    fits = 1 <= mask.dim() <= len(whole) and all(n in (1, size) for n, size in zip(mask.shape[::-1], whole[::-1]))
+    # Dimensions before the heads are one for kernels: a mask has all of them or none.
+    if fits and (len(whole) <= 4 or set(mask.shape[:-3]) <= {1} or mask.shape[:-3] == whole[:-3]):
+        return None
+    return Refusal("attn_mask", f"has shape {tuple(mask.shape)}", f"a shape that broadcasts to {whole}")
+
+
+def _bias_refusal(query: torch.Tensor, key: torch.Tensor, bias: Any) -> Refusal | None:
     lengths = query.shape[-2], key.shape[-2]
     if lengths == (bias.seq_len_q, bias.seq_len_kv):
         return None
@@ -251,9 +274,12 @@ def attention(
     """What find_refusal() let through."""
     if query.dtype is not torch.float16 or key.dtype is not torch.float16 or value.dtype is not torch.float16:
         query, key, value = (x.to(torch.float16) for x in (query, key, value))  # autocast's dtype, then
-    right = -1
+    right, bias = -1, None
     if attn_mask is not None:
-        is_causal = True
+        if is_causal_bias(attn_mask):
+            is_causal = True
+        else:
+            bias, attn_mask = _bias_of(attn_mask, query.dim()), None
     if is_causal and (attn_mask is None or attn_mask.variant.name != "LOWER_RIGHT"):
         seqlen_q, seqlen_k = query.shape[-2], key.shape[-2]
         if seqlen_q > seqlen_k:
@@ -262,11 +288,16 @@ def attention(
         elif seqlen_q < seqlen_k:
             # No query sees a key past the last query's. Among the others the two alignments are one.
             key, value = key[..., :seqlen_q, :], value[..., :seqlen_q, :]
-    options = Options(softmax_scale=scale, causal=is_causal, window_right=right)
+    options = Options(softmax_scale=scale, causal=is_causal, window_right=right, attn_bias=bias)
     if query.dim() == 4:
         return attention_heads_first(query, key, value, options)
     out = attention_heads_first(_of_rank_4(query), _of_rank_4(key), _of_rank_4(value), options)
     return out.reshape(query.shape)
+
+
+def _bias_of(mask: torch.Tensor, rank: int) -> torch.Tensor:
+    """As the kernels of a query of that rank take it."""
+    return mask.flatten(0, -4) if rank > 4 and mask.dim() > 3 else mask
 
 
 def _of_rank_4(tensor: torch.Tensor) -> torch.Tensor:

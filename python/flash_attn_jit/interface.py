@@ -49,6 +49,12 @@ _SHARED: dict[str, str] = {
         deterministic: accepted; the result is the same bits every time with either value.
         return_attn_probs: also return softmax_lse and S_dmask. Neither has a gradient.
 """,
+    "bias": """
+        attn_bias: bool, float16 or float32, of a shape that broadcasts to (batch, num_heads, seqlen_q, seqlen_k)
+            (varlen: the longest sequences'), read through its strides. False hides a key from a query; a number is
+            added to the score, after the softcap, and -inf hides; below -1e15 it counts as that. A query that sees no
+            key has out 0 and softmax_lse +inf, one all of whose numbers are below -1e6 no gradients.
+""",
     "cache_options": """
         out: a tensor for the result, like q, which is returned. It shares no memory with q, k and v. Not with inputs
             that need a gradient, as the next two.
@@ -101,6 +107,7 @@ def read_options(
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
     *,
+    attn_bias: Any = None,
     seqused_k: Any = None,
     leftpad_k: Any = None,
     block_table: Any = None,
@@ -122,6 +129,8 @@ def read_options(
         softcap = number("softcap", softcap)
     if alibi_slopes is not None:
         check_tensor("alibi_slopes", alibi_slopes)
+    if attn_bias is not None:
+        check_tensor("attn_bias", attn_bias)
     if deterministic is not True and deterministic is not False:
         truth("deterministic", deterministic)
     if seqused_k is not None:
@@ -137,6 +146,7 @@ def read_options(
         window_right=right,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
+        attn_bias=attn_bias,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
@@ -170,6 +180,7 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     *,
+    attn_bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
     leftpad_k: torch.Tensor | None = None,
@@ -187,6 +198,7 @@ def flash_attn_func(
             reads key head i // (num_heads / num_heads_k).
         v: like k.
         {options}
+        {bias}
         {cache_options}
 
     Returns:
@@ -205,6 +217,7 @@ def flash_attn_func(
         softcap,
         alibi_slopes,
         deterministic,
+        attn_bias=attn_bias,
         seqused_k=seqused_k,
         leftpad_k=leftpad_k,
         num_splits=num_splits,
@@ -225,6 +238,7 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     *,
+    attn_bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
     leftpad_k: torch.Tensor | None = None,
@@ -239,6 +253,7 @@ def flash_attn_kvpacked_func(
         q: (batch, seqlen_q, num_heads, head_dim), float16. Only the last dimension must be contiguous.
         kv: (batch, seqlen_k, 2, num_heads_k, head_dim), float16: k is kv[:, :, 0], v is kv[:, :, 1].
         {options}
+        {bias}
         {cache_options}
 
     Returns:
@@ -256,6 +271,7 @@ def flash_attn_kvpacked_func(
         softcap,
         alibi_slopes,
         deterministic,
+        attn_bias=attn_bias,
         seqused_k=seqused_k,
         leftpad_k=leftpad_k,
         num_splits=num_splits,
@@ -274,6 +290,8 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    attn_bias: torch.Tensor | None = None,
 ) -> Output:
     """``flash_attn_func`` for q, k and v in one tensor. It is read through its strides, and its gradient is written as
     one tensor: nothing is copied.
@@ -284,6 +302,7 @@ def flash_attn_qkvpacked_func(
         qkv: (batch, seqlen, 3, num_heads, head_dim), float16: q is qkv[:, :, 0], k is qkv[:, :, 1], v is
             qkv[:, :, 2]. Only the last dimension must be contiguous.
         {options}
+        {bias}
 
     Returns:
         out (batch, seqlen, num_heads, head_dim), float16 and contiguous; or, with ``return_attn_probs``,
@@ -292,7 +311,9 @@ def flash_attn_qkvpacked_func(
     Raises:
         {raises}
     """
-    options = read_options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    options = read_options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, attn_bias=attn_bias
+    )
     return _output(attention_qkvpacked(qkv, options, return_attn_probs), return_attn_probs)
 
 
@@ -327,6 +348,7 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: torch.Tensor | None = None,
     *,
+    attn_bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
     leftpad_k: torch.Tensor | None = None,
@@ -355,6 +377,7 @@ def flash_attn_varlen_func(
             size, num_heads_k, head_dim), and rows p * page size and on of sequence b lie in page block_table[b, p].
             Pages of any size; those of a multiple of 16 rows are the fast ones. Numbers are not checked on a GPU, but
             nothing outside of k and v is read whatever they are.
+        {bias}
         {cache_options}
 
     Returns:
@@ -383,6 +406,7 @@ def flash_attn_varlen_func(
         cu_seqlens_k,
         read_max_seqlen("max_seqlen_q", max_seqlen_q),
         read_max_seqlen("max_seqlen_k", max_seqlen_k),
+        attn_bias=attn_bias,
         seqused_k=seqused_k,
         leftpad_k=leftpad_k,
         block_table=block_table,
@@ -408,6 +432,7 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     *,
+    attn_bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
     leftpad_k: torch.Tensor | None = None,
@@ -428,6 +453,7 @@ def flash_attn_varlen_kvpacked_func(
             {max_seqlen}
         max_seqlen_k: the same of the keys.
         {options}
+        {bias}
         {cache_options}
 
     Returns:
@@ -447,6 +473,7 @@ def flash_attn_varlen_kvpacked_func(
         alibi_slopes,
         deterministic,
         *lengths,
+        attn_bias=attn_bias,
         seqused_k=seqused_k,
         leftpad_k=leftpad_k,
         num_splits=num_splits,
@@ -467,6 +494,8 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    attn_bias: torch.Tensor | None = None,
 ) -> Output:
     """``flash_attn_varlen_func`` for q, k and v in one tensor. It is read through its strides, and its gradient is
     written as one tensor: nothing is copied.
@@ -481,6 +510,7 @@ def flash_attn_varlen_qkvpacked_func(
         max_seqlen: of queries and keys:
             {max_seqlen}
         {options}
+        {bias}
 
     Returns:
         out (total, num_heads, head_dim), float16 and contiguous; or, with ``return_attn_probs``,
@@ -493,7 +523,15 @@ def flash_attn_varlen_qkvpacked_func(
     longest = read_max_seqlen("max_seqlen", max_seqlen)
     lengths = (cu_seqlens, cu_seqlens, longest, longest)
     options = read_options(
-        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, *lengths
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        *lengths,
+        attn_bias=attn_bias,
     )
     return _output(attention_qkvpacked(qkv, options, return_attn_probs), return_attn_probs)
 

@@ -16,6 +16,7 @@ from ._arguments import (
     truth,
 )
 from ._autograd import attention_over_cache, cast_for_autocast
+from ._options import tensors_of
 from .errors import Refusal, kind_text
 from .interface import documented, read_options
 from .ops import append, are_plain, is_plain
@@ -123,6 +124,8 @@ def flash_attn_with_kvcache(
     alibi_slopes: torch.Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
+    *,
+    attn_bias: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of some queries over a cache of keys and values. ``k`` and ``v`` are appended to it in place first, and
     stay there where attention's own arguments are refused. Without gradients: call it inside of torch.no_grad().
@@ -160,6 +163,7 @@ def flash_attn_with_kvcache(
         alibi_slopes: (num_heads) or (batch, num_heads), float32.
         num_splits: where the queries are few, the most parts that the keys are split into; 0: as many as pay.
         return_softmax_lse: also return softmax_lse.
+        {bias} seqlen_k is the rows that a sequence has room for.
 
     Returns:
         out (batch, seqlen_q, num_heads, head_dim), float16 and contiguous; or, with ``return_softmax_lse``, (out,
@@ -192,13 +196,14 @@ def flash_attn_with_kvcache(
             softcap,
             alibi_slopes,
             False,
+            attn_bias=attn_bias,
             seqused_k=lengths,
             leftpad_k=cache_leftpad,
             block_table=table,
             seqused_more=0 if k is None else _new_rows(k, batch),
             num_splits=num_splits,
         )
-        plain = is_plain(q, k_cache, v_cache) and are_plain((lengths, cache_leftpad, table, alibi_slopes))
+        plain = is_plain(q, k_cache, v_cache) and are_plain(tensors_of(options))
         q = cast_for_autocast(q)
         if k is not None and v is not None:
             plain = plain and are_plain((k, v, rotary_cos, rotary_sin))

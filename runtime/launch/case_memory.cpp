@@ -53,6 +53,7 @@ CaseMemory::CaseMemory(Driver& driver, const AttentionCase& attention, const Cas
       q_elements_(attention.statistics() * attention.spec.head_dim),
       k_elements_(attention.rows_k() * attention.num_heads_k * attention.spec.head_dim),
       head_numbers_(on_device(driver, attention.head_numbers())),
+      pairs_(on_device(driver, attention.pair_bytes())),
       cu_seqlens_q_(on_device(driver, steps(attention.batch + 1, attention.seqlen_q))),
       cu_seqlens_k_(on_device(driver, steps(attention.batch + 1, attention.seqlen_k))),
       key_lengths_(on_device(
@@ -122,7 +123,7 @@ TensorView CaseMemory::view(const Driver::Memory& memory, bool is_query) const {
 }
 
 AttentionOptions CaseMemory::options() const {
-  AttentionOptions options = attention_.options(static_cast<const float*>(head_numbers_.data()));
+  AttentionOptions options = attention_.options(static_cast<const float*>(head_numbers_.data()), pairs_.data());
   if (attention_.spec.has(Feature::kVarlen))
     options.varlen =
         Varlen{static_cast<const int*>(cu_seqlens_q_.data()), static_cast<const int*>(cu_seqlens_k_.data()),

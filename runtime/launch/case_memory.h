@@ -54,7 +54,7 @@ class CaseMemory {
   Driver& driver_;
   AttentionCase attention_;
   std::int64_t q_elements_, k_elements_;
-  Driver::Memory head_numbers_, cu_seqlens_q_, cu_seqlens_k_, key_lengths_, page_table_;
+  Driver::Memory head_numbers_, pairs_, cu_seqlens_q_, cu_seqlens_k_, key_lengths_, page_table_;
   std::vector<Copy> copies_;
 };
 

@@ -32,7 +32,7 @@ void append_option_extents(const AttentionOptions& options, const TensorView& q,
   visit_tensors(options, shape, q.shape[kHeads], [&](const OptionTensor& tensor) {
     tensors.push_back({.name = tensor.name,
                        .data = const_cast<void*>(tensor.data),  // only read
-                       .element_bytes = 4,
+                       .element_bytes = tensor.element_bytes,
                        .shape = {tensor.shape.begin(), tensor.shape.begin() + tensor.rank},
                        .strides = {tensor.strides.begin(), tensor.strides.begin() + tensor.rank},
                        .use = TensorUse::kRead});

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
+#include <limits>
 #include <string>
 
 #include "generator/errors.h"
@@ -12,7 +14,7 @@
 namespace flash_attn_jit {
 namespace {
 
-constexpr float kLeastScale = 0x1p-100f;  // see softmax_scale_log2 in templates/attention_params.cuh
+constexpr float kLeastScale = 0x1p-70f;  // see softmax_scale_log2 in templates/attention_params.cuh
 constexpr unsigned kFlipBothSigns = 0x80008000u;
 
 // Kernels add a row and a window's width in 32 bits.
@@ -20,6 +22,9 @@ constexpr std::int64_t kMostWindow = 1 << 30;
 constexpr std::int64_t kMostSeqlenWithWindow = 1 << 29;
 
 constexpr std::int64_t kMostKeysInPages = 1 << 30;  // kernels count them in 32 bits
+
+// From a query to the next and from a key to the next of an attn_bias: kernels have 32 bits for it.
+constexpr std::int64_t kMostStrideBytes = std::numeric_limits<int>::max();
 
 std::string number_text(double x) {
   char text[32];
@@ -42,6 +47,57 @@ void require_lengths(const Varlen& varlen) {
        {std::pair{"max_seqlen_q", varlen.max_seqlen_q}, {"max_seqlen_k", varlen.max_seqlen_k}})
     if (seqlen < 0)
       throw ArgumentError({name, "is " + std::to_string(seqlen), "the length of the longest sequence, 0 or more"});
+}
+
+Feature feature_of(PairType type) {
+  switch (type) {
+    case PairType::kFloat16:
+      return Feature::kBias16;
+    case PairType::kFloat32:
+      return Feature::kBias32;
+    case PairType::kBool:
+      break;
+  }
+  return Feature::kBoolMask;
+}
+
+// As kernels go by them: 0 where one element serves all.
+std::array<std::int64_t, 4> strides_of(const PairTensor& bias) {
+  std::array<std::int64_t, 4> strides = bias.strides;
+  for (int i = 0; i < 4; ++i)
+    if (bias.shape[i] == 1) strides[i] = 0;
+  return strides;
+}
+
+// A mask for shapes that it does not fit is refused, and not read.
+void require_bias(const PairTensor& bias, const std::optional<Varlen>& varlen, const ProblemShape& shape,
+                  std::int64_t num_heads) {
+  std::array<std::int64_t, 4> whole = {shape.batch, num_heads, shape.seqlen_q, shape.seqlen_k};
+  if (varlen) {
+    whole[2] = varlen->max_seqlen_q;
+    whole[3] = varlen->max_seqlen_k;
+  }
+  for (int i = 0; i < 4; ++i)
+    if (bias.shape[i] != whole[i] && bias.shape[i] != 1)
+      throw ArgumentError(
+          {"attn_bias", "has shape " + numbers_text(bias.shape),
+           "a shape that broadcasts to (batch, num_heads, seqlen_q, seqlen_k), " + numbers_text(whole)});
+  const auto strides = strides_of(bias);
+  if (std::max(std::abs(strides[2]), std::abs(strides[3])) > kMostStrideBytes / bytes_of(bias.type))
+    throw UnsupportedError({"attn_bias", "has strides " + numbers_text(bias.strides),
+                            "less than 2 GiB from a query to the next and from a key to the next",
+                            "Use attn_bias.contiguous()"});
+}
+
+// May a lane's neighbouring keys be read at once, whatever the tile? It has up to 8 of them in a load.
+constexpr std::int64_t kNeighbours = 8;
+bool has_neighbours(const PairTensor& bias, const AttentionOptions& options) {
+  const auto [batch, head, query, key] = strides_of(bias);
+  const auto is_aligned = [](std::int64_t elements) { return elements % kNeighbours == 0; };
+  const bool is_shifted = options.key_lengths && options.key_lengths->leftpad != nullptr;
+  const std::uintptr_t bytes = std::min(kNeighbours * bytes_of(bias.type), 16L);
+  return key == 1 && !is_shifted && is_aligned(bias.shape[3]) && is_aligned(batch) && is_aligned(head) &&
+         is_aligned(query) && reinterpret_cast<std::uintptr_t>(bias.data) % bytes == 0;
 }
 
 int window_width(std::int64_t width) {
@@ -101,6 +157,7 @@ void require_options(const AttentionOptions& options, const ProblemShape& shape,
   if (options.softcap != 0 && !(options.softcap >= kLeastSoftcap && options.softcap <= kMostScale))
     throw ArgumentError(
         {"softcap", "is " + number_text(options.softcap), "0.0 for none, or " + range_text(kLeastSoftcap, kMostScale)});
+  if (options.bias) require_bias(*options.bias, options.varlen, shape, num_heads);
   visit_tensors(options, shape, num_heads, require_tensor);
   if (options.varlen) require_lengths(*options.varlen);
   if (options.pages && shape.seqlen_k > kMostKeysInPages)
@@ -121,6 +178,11 @@ KernelSpec problem_spec(const TensorView& q, const TensorView& k, const Attentio
   spec.mask = options.mask;
   spec.features.set(Feature::kSoftcap, options.softcap > 0);
   spec.features.set(Feature::kAlibi, options.alibi.has_value());
+  if (options.bias) {
+    spec.features.set(feature_of(options.bias->type));
+    spec.features.set(Feature::kOneRow, strides_of(*options.bias)[2] == 0);
+    spec.features.set(Feature::kUnpaired, !has_neighbours(*options.bias, options));
+  }
   spec.features.set(Feature::kVarlen, options.varlen.has_value());
   spec.features.set(Feature::kKeyLengths, options.key_lengths.has_value());
   spec.features.set(Feature::kPaged, options.pages.has_value());
@@ -149,6 +211,12 @@ AttentionParams attention_params(const TensorView& q, const TensorView& k, const
   params.sign = options.softmax_scale < 0 ? kFlipBothSigns : 0;
   if (softcap > 0) params.softcap.product_scale = scale / softcap;
   if (options.alibi) params.alibi = {options.alibi->data, options.alibi->batch_stride};
+  if (options.bias) {
+    const auto [batch, head, query, key] = strides_of(*options.bias);
+    const int bytes = bytes_of(options.bias->type);
+    params.pairs = {options.bias->data, batch * bytes, head * bytes, static_cast<int>(query * bytes),
+                    static_cast<int>(key * bytes)};
+  }
   return params;
 }
 

@@ -47,6 +47,17 @@ struct PageTable {
   std::int64_t stride = 0, columns = 0;
 };
 
+// A tensor that says something of every pair of a query and a key, (batch, num_heads, seqlen_q, seqlen_k); varlen: of
+// the longest sequences. Strides count elements.
+enum class PairType : std::uint8_t { kFloat16, kFloat32, kBool };
+struct PairTensor {
+  const void* data = nullptr;
+  PairType type = PairType::kFloat16;
+  std::array<std::int64_t, 4> shape{}, strides{};  // sizes are the problem's, or 1 for all
+};
+
+constexpr int bytes_of(PairType type) { return type == PairType::kFloat16 ? 2 : type == PairType::kFloat32 ? 4 : 1; }
+
 // A score, at most 256 x 65504^2 before it is scaled, stays above kNoMaximum of templates/softmax.cuh, and finite once
 // it is divided by a softcap. ALiBi's slopes lie on the device and are not checked: what they add rounds as a score
 // does, and with |slope| x distance beyond 1e7 by more than the exponents of float32 take.
@@ -59,6 +70,7 @@ struct AttentionOptions {
   Window window;       // where mask is kWindow
   double softcap = 0;  // softcap * tanh(score / softcap); 0: none
   std::optional<PerHead> alibi;
+  std::optional<PairTensor> bias;  // added to the scores; or of bools: whether the query sees the key
   std::optional<Varlen> varlen;
   std::optional<KeyLengths> key_lengths;
   std::optional<PageTable> pages;  // with varlen, cu_seqlens_k may be null
@@ -87,12 +99,13 @@ ProblemShape problem_shape(const TensorView& q, const TensorView& k, const Atten
 // What a tile is chosen by. `q` and `k` are the problem's.
 Problem problem_of(const TensorView& q, const TensorView& k, const AttentionOptions& options, int multiprocessors);
 
-// A tensor of 4-byte numbers that an option reads.
+// A tensor that an option reads.
 struct OptionTensor {
   const char* name;
   const void* data;
   int rank;
-  std::array<std::int64_t, 2> shape, strides;  // the first `rank` of each; strides count elements
+  std::array<std::int64_t, 4> shape, strides;  // the first `rank` of each; strides count elements
+  int element_bytes = 4;
 };
 
 // Calls visit(const OptionTensor&) for each tensor of the options that are on. `num_heads` are q's.
@@ -111,6 +124,9 @@ void visit_tensors(const AttentionOptions& options, const ProblemShape& shape, s
   if (options.pages)
     visit(OptionTensor{
         "block_table", options.pages->table, 2, {shape.batch, options.pages->columns}, {options.pages->stride, 1}});
+  if (options.bias)
+    visit(OptionTensor{"attn_bias", options.bias->data, 4, options.bias->shape, options.bias->strides,
+                       bytes_of(options.bias->type)});
   if (options.alibi)
     visit(OptionTensor{
         "alibi_slopes", options.alibi->data, 2, {shape.batch, num_heads}, {options.alibi->batch_stride, 1}});

@@ -16,14 +16,7 @@ constexpr std::int64_t kMostExtent = kMostInt - 65535;
 constexpr std::int64_t kVectorElements = 8;  // fp16 elements in 16 bytes
 
 // As the caller of a tensor of `rank` dimensions counts.
-std::string text_of(const std::array<std::int64_t, 4>& numbers, int rank) {
-  std::string text;
-  for (std::size_t i = numbers.size() - rank; i < numbers.size(); ++i)
-    text += (text.empty() ? "(" : ", ") + std::to_string(numbers[i]);
-  return text + ")";
-}
-
-std::string shape_came(const TensorView& view) { return "has shape " + text_of(view.shape, view.rank); }
+std::string shape_came(const TensorView& view) { return "has shape " + numbers_text(view.shape, view.rank); }
 
 bool has_elements(const TensorView& view) {
   return std::all_of(view.shape.begin(), view.shape.end(), [](std::int64_t extent) { return extent > 0; });
@@ -35,7 +28,7 @@ bool has_contiguous_rows(const TensorView& view) {
 
 [[noreturn]] void refuse_strides(const NamedTensor& tensor, const std::string& advice) {
   throw ArgumentError(
-      {tensor.name, "has strides " + text_of(tensor.view.strides, tensor.view.rank), kAcceptedLastDim, advice});
+      {tensor.name, "has strides " + numbers_text(tensor.view.strides, tensor.view.rank), kAcceptedLastDim, advice});
 }
 
 bool has_memory(const TensorView& view) { return view.data != nullptr && has_elements(view); }
@@ -85,9 +78,16 @@ void require_heads(std::int64_t num_heads, std::int64_t num_heads_k) {
 
 }  // namespace
 
+std::string numbers_text(const std::array<std::int64_t, 4>& numbers, int rank) {
+  std::string text;
+  for (std::size_t i = numbers.size() - rank; i < numbers.size(); ++i)
+    text += (text.empty() ? "(" : ", ") + std::to_string(numbers[i]);
+  return text + ")";
+}
+
 void require_shape(const NamedTensor& tensor, const std::array<std::int64_t, 4>& expected, const char* why) {
   if (tensor.view.shape == expected) return;
-  throw ArgumentError({tensor.name, shape_came(tensor.view), text_of(expected, tensor.view.rank) + ", " + why});
+  throw ArgumentError({tensor.name, shape_came(tensor.view), numbers_text(expected, tensor.view.rank) + ", " + why});
 }
 
 void require_readable_by_elements(const NamedTensor& tensor) {

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 
 #include "generator/kernel_spec.h"
 
@@ -25,6 +26,9 @@ struct NamedTensor {
   const char* name;
   const TensorView& view;
 };
+
+// The last `rank` of them, in words: "(2, 64, 8, 128)".
+std::string numbers_text(const std::array<std::int64_t, 4>& numbers, int rank = 4);
 
 // ---- what contradicts the others is an ArgumentError that names the tensor ----
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 #include <random>
 
@@ -15,6 +16,7 @@ namespace {
 constexpr std::int64_t kNumbers = 1048573;  // a prime
 constexpr std::int64_t kTensorOffset = 262147;
 constexpr double kSoftcap = 30;
+constexpr std::int64_t kPairRowStride = 8;  // elements
 constexpr std::int64_t kMostPageRows = 256, kFastPageRows = 16;
 
 // More than the rows of two blocks, and more columns than three iterations have.
@@ -27,6 +29,11 @@ constexpr std::int64_t kManyDims = 1024;  // heads x head_dim beyond which one b
 // As models have them.
 float alibi_slope(std::int64_t h, std::int64_t num_heads) {
   return static_cast<float>(std::exp2(-8.0 * static_cast<double>(h + 1) / static_cast<double>(num_heads)));
+}
+
+PairType pair_type(const KernelSpec& spec) {
+  if (spec.has(Feature::kBias16)) return PairType::kFloat16;
+  return spec.has(Feature::kBias32) ? PairType::kFloat32 : PairType::kBool;
 }
 
 double uniform(std::mt19937_64& random) { return (static_cast<double>(random() >> 11) + 0.5) * 0x1p-53; }
@@ -46,13 +53,49 @@ std::vector<float> AttentionCase::head_numbers() const {
   return slopes;
 }
 
-AttentionOptions AttentionCase::options(const float* head_numbers) const {
+std::int64_t AttentionCase::pair_at(std::int64_t i, std::int64_t j) const {
+  const std::int64_t query_stride = spec.has(Feature::kOneRow) ? 0 : kPairRowStride;
+  return i * query_stride + j * (spec.has(Feature::kUnpaired) ? 2 : 1);
+}
+
+// Of 16 numbers in turn, or of bools, of which each fifth is False.
+double AttentionCase::pair_number(std::int64_t i, std::int64_t j) const {
+  const std::int64_t at = pair_at(i, j);
+  if (spec.has(Feature::kBoolMask)) return at % 5 == 0 ? -INFINITY : 0;
+  return static_cast<double>((at * 7 + 3) % 16 - 8) / 4;
+}
+
+std::vector<std::uint8_t> AttentionCase::pair_bytes() const {
+  if (!spec.features.read_pairs()) return {};
+  const int element = bytes_of(pair_type(spec));
+  std::vector<std::uint8_t> bytes(static_cast<std::size_t>((pair_at(seqlen_q, seqlen_k) + 1) * element));
+  const auto put = [&](std::int64_t i, std::int64_t j) {
+    const double number = pair_number(i, j);
+    const std::uint16_t half = double_to_half(number);
+    const auto single = static_cast<float>(number);
+    const std::uint8_t sees = number == 0 ? 1 : 0;
+    const void* const from = element == 2 ? static_cast<const void*>(&half) : element == 4 ? &single : nullptr;
+    std::memcpy(&bytes[static_cast<std::size_t>(pair_at(i, j) * element)], from ? from : &sees,
+                static_cast<std::size_t>(element));
+  };
+  for (std::int64_t i = 0; i < seqlen_q; ++i)  // what the row before has not
+    for (std::int64_t j = i == 0 ? 0 : std::max<std::int64_t>(seqlen_k - kPairRowStride, 0); j < seqlen_k; ++j)
+      put(i, j);
+  return bytes;
+}
+
+AttentionOptions AttentionCase::options(const float* head_numbers, const void* pairs) const {
   AttentionOptions options;
   options.softmax_scale = softmax_scale();
   options.mask = spec.mask;
   options.window = window();
   options.softcap = spec.has(Feature::kSoftcap) ? kSoftcap : 0;
   if (spec.has(Feature::kAlibi)) options.alibi = PerHead{head_numbers, 0};
+  if (spec.features.read_pairs())
+    options.bias = PairTensor{pairs,
+                              pair_type(spec),
+                              {1, 1, spec.has(Feature::kOneRow) ? 1 : seqlen_q, seqlen_k},
+                              {0, 0, pair_at(1, 0), pair_at(0, 1)}};
   return options;
 }
 
@@ -65,6 +108,7 @@ AttentionCase::Score AttentionCase::score(double product, std::int64_t h, std::i
   }
   if (spec.has(Feature::kAlibi))
     score.value -= alibi_slope(h, num_heads) * static_cast<double>(std::abs(i + seqlen_k - seqlen_q - j));
+  if (spec.features.read_pairs()) score.value += pair_number(i, j);
   return score;
 }
 
@@ -74,6 +118,7 @@ std::int64_t AttentionCase::statistic_at(std::int64_t b, std::int64_t h, std::in
 }
 
 bool AttentionCase::sees(std::int64_t i, std::int64_t j) const {
+  if (spec.has(Feature::kBoolMask) && pair_number(i, j) != 0) return false;
   const std::int64_t ahead = j - (i + seqlen_k - seqlen_q);
   if (spec.mask == Mask::kNone) return true;
   return ahead <= 0 && (spec.mask == Mask::kCausal || ahead >= -window().left);
@@ -101,6 +146,8 @@ AttentionCase small_case(const AttentionCase& whole) {
     small.seqlen_q = ceil_div(kSmallDecodeRows, small.num_heads);
     small.seqlen_k = whole.spec.has(Feature::kPaged) ? keys_of_fast_pages(kSmallDecodeKeys) : kSmallDecodeKeys;
   }
+  if (whole.spec.features.read_pairs() && !whole.spec.has(Feature::kUnpaired))
+    small.seqlen_k = keys_of_fast_pages(small.seqlen_k);
   return small;
 }
 

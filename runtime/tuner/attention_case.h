@@ -21,7 +21,10 @@ struct AttentionCase {
 
   // What features read of each query head: a number. On the device they lie at `head_numbers`.
   std::vector<float> head_numbers() const;
-  AttentionOptions options(const float* head_numbers) const;
+  // And of each pair: rows that overlap in memory, so that it takes little. On the device it lies at `pairs`. (What
+  // reading them from DRAM would cost is not in a measurement.)
+  std::vector<std::uint8_t> pair_bytes() const;
+  AttentionOptions options(const float* head_numbers, const void* pairs) const;
 
   // What becomes of the product q k of query i of head h and key j, with the same options in float64.
   struct Score {
@@ -41,10 +44,15 @@ struct AttentionCase {
   // Whether query i sees key j.
   bool sees(std::int64_t i, std::int64_t j) const;
 
+  // What is said of that pair, and where it lies in pair_bytes().
+  double pair_number(std::int64_t i, std::int64_t j) const;
+  std::int64_t pair_at(std::int64_t i, std::int64_t j) const;
+
   friend bool operator==(const AttentionCase&, const AttentionCase&) = default;
 };
 
-// As many keys or some more, of the same class, that pages of a multiple of 16 rows have, which are the fast ones.
+// As many keys or some more, of the same class: a multiple of 16, as pages have them that are the fast ones, and as
+// rows of pairs do that are read several at once.
 std::int64_t keys_of_fast_pages(std::int64_t keys);
 
 // What its class follows from.

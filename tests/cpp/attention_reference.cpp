@@ -96,7 +96,7 @@ class Attention {
     Number maximum = -std::numeric_limits<Number>::infinity(), sum = 0;
     bool has_nan = false;
     for (std::int64_t j = 0; j < sequence.seqlen_k; ++j) {
-      if (!sees(problem_.options, sequence, i, j)) continue;
+      if (!sees(problem_.options, sequence, h, i, j)) continue;
       const Number dot_product = dot(&q_[query * dim], &k_[(sequence.k_begin + j) * dim], dim);
       const Number scaled = dot_product * static_cast<Number>(problem_.options.softmax_scale);
       keys.push_back(sequence.k_begin + j);
@@ -187,6 +187,27 @@ bool sees(const AttentionOptions& options, const SequenceRows& sequence, std::in
              (options.window.right < 0 || ahead <= options.window.right);
   }
   return false;
+}
+
+bool sees(const AttentionOptions& options, const SequenceRows& sequence, std::int64_t h, std::int64_t i,
+          std::int64_t j) {
+  return sees(options, sequence, i, j) &&
+         !(options.bias && bias_of(*options.bias, sequence, h, i, j) == -std::numeric_limits<double>::infinity());
+}
+
+double bias_of(const PairTensor& bias, const SequenceRows& sequence, std::int64_t h, std::int64_t i, std::int64_t j) {
+  std::int64_t at = 0;
+  const std::int64_t place[] = {sequence.index, h, i, j};
+  for (int d = 0; d < 4; ++d) at += bias.shape[d] == 1 ? 0 : place[d] * bias.strides[d];
+  switch (bias.type) {
+    case PairType::kFloat16:
+      return from_fp16(static_cast<const std::uint16_t*>(bias.data)[at]);
+    case PairType::kFloat32:
+      return static_cast<const float*>(bias.data)[at];
+    case PairType::kBool:
+      break;
+  }
+  return static_cast<const std::uint8_t*>(bias.data)[at] != 0 ? 0 : -std::numeric_limits<double>::infinity();
 }
 
 AttentionResult attention_float64(const AttentionProblem& problem) {

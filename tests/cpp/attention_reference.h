@@ -61,7 +61,14 @@ std::vector<SequenceRows> sequences_of(const AttentionProblem& problem);
 // Whether query i of the sequence may see key j, by the definition of the masks.
 bool sees(const AttentionOptions& options, const SequenceRows& sequence, std::int64_t i, std::int64_t j);
 
-// What softcap and ALiBi make of a scaled score, and the derivative of that.
+// Whether that of head h does, where attn_bias hides pairs, too.
+bool sees(const AttentionOptions& options, const SequenceRows& sequence, std::int64_t h, std::int64_t i,
+          std::int64_t j);
+
+// What attn_bias adds to a score; -inf hides the pair, as False does.
+double bias_of(const PairTensor& bias, const SequenceRows& sequence, std::int64_t h, std::int64_t i, std::int64_t j);
+
+// What softcap, ALiBi and attn_bias make of a scaled score, and the derivative of that.
 template <class Number>
 struct Score {
   Number value, derivative;
@@ -77,6 +84,7 @@ Score<Number> adjusted(const AttentionOptions& options, const SequenceRows& sequ
   if (options.alibi)
     score.value -= static_cast<Number>(options.alibi->data[sequence.index * options.alibi->batch_stride + h]) *
                    static_cast<Number>(std::llabs(i + sequence.seqlen_k - sequence.seqlen_q - j));
+  if (options.bias) score.value += static_cast<Number>(bias_of(*options.bias, sequence, h, i, j));
   return score;
 }
 

@@ -131,7 +131,7 @@ class Backward {
     std::vector<std::int64_t> keys;
     Number maximum = -std::numeric_limits<Number>::infinity();
     for (std::int64_t j = 0; j < sequence.seqlen_k; ++j)
-      if (sees(problem_.options, sequence, i, j)) {
+      if (sees(problem_.options, sequence, h, i, j)) {
         const double *k = &k_[(sequence.k_begin + j) * dim], *v = &v_[(sequence.k_begin + j) * dim];
         keys.push_back(j);
         s.push_back(adjusted(problem_.options, sequence, h, i, j, dot<Number>(query.q, k, dim, sum_step_) * scale));

@@ -70,9 +70,21 @@ const std::vector<VisibleChoice> kVisibleChoices = {
 struct AdjustmentChoice {
   double softcap;
   AlibiCase alibi;
+  BiasCase bias = BiasCase::kOff;
 };
 const std::vector<AdjustmentChoice> kAdjustmentChoices = {
-    {0, AlibiCase::kOff}, {5, AlibiCase::kOff}, {0, AlibiCase::kHeads}, {30, AlibiCase::kBatchAndHeads}};
+    {0, AlibiCase::kOff},
+    {5, AlibiCase::kOff},
+    {0, AlibiCase::kHeads},
+    {30, AlibiCase::kBatchAndHeads},
+    {0, AlibiCase::kOff, BiasCase::kHalf},
+    {0, AlibiCase::kOff, BiasCase::kHalfUnpaired},
+    {0, AlibiCase::kHeads, BiasCase::kFloatUnpaired},
+    {5, AlibiCase::kOff, BiasCase::kFloatKeys},
+    {0, AlibiCase::kOff, BiasCase::kBool},
+    {5, AlibiCase::kHeads, BiasCase::kBoolUnpaired},
+    {0, AlibiCase::kOff, BiasCase::kBoolKeys},
+};
 const std::vector<std::int64_t> kSequenceChoices = {0, 5};
 const std::vector<int> kGroupSizes = {1, 2, 4, 7};
 const std::vector<int> kLengths = {0, 1, 63, 64, 65, 127, 129, 257};
@@ -108,6 +120,13 @@ std::vector<Pair> pairs_of(const Choice& choice) {
   return pairs;
 }
 
+// Of those with an attn_bias, which have the same tiles, one at a time.
+bool has_turn(int adjustment, int turn) {
+  int first = 0;
+  while (kAdjustmentChoices[first].bias == BiasCase::kOff) ++first;
+  return adjustment < first || (adjustment + turn) % (static_cast<int>(kAdjustmentChoices.size()) - first) == 0;
+}
+
 }  // namespace
 
 const std::vector<int>& head_dims() {
@@ -128,6 +147,7 @@ ForwardCase make_case(const Choice& choice) {
   c.window = kVisibleChoices[choice[kVisible]].window;
   c.softcap = kAdjustmentChoices[choice[kAdjustment]].softcap;
   c.alibi = kAdjustmentChoices[choice[kAdjustment]].alibi;
+  c.bias = kAdjustmentChoices[choice[kAdjustment]].bias;
   c.sequences = kSequenceChoices[choice[kSequences]];
   c.group_size = kGroupSizes[choice[kGroup]];
   c.seqlen_q = kLengths[choice[kSeqlenQ]];
@@ -211,6 +231,7 @@ std::vector<Choice> choices_of_tiles(int head_dim) {
     for (int adjustment = 0; adjustment < size[kAdjustment]; ++adjustment)
       for (int sequences = 0; sequences < size[kSequences]; ++sequences)
         for (const int layout : {0, kAlignedLayouts}) {
+          if (!has_turn(adjustment, head_dim + visible + sequences + layout)) continue;
           Choice fixed = only(head_dim);
           fixed[kVisible] = visible;
           fixed[kAdjustment] = adjustment;

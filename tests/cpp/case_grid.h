@@ -26,7 +26,7 @@ const std::vector<int>& head_dims();
 enum Factor {
   kDimChoice,
   kVisible,     // the mask, a window's widths with it
-  kAdjustment,  // softcap, ALiBi
+  kAdjustment,  // softcap, ALiBi, attn_bias
   kSequences,   // one length for all, or cu_seqlens
   kGroup,
   kSeqlenQ,
@@ -47,7 +47,8 @@ ForwardCase make_case(const Choice& choice);
 // Every factor open (-1) but the head dim, an index of head_dims(); -1 leaves that open too.
 Choice only(int head_dim);
 
-// The same with every combination of what else default tiles depend on: mask, features, kind of access.
+// The same with every combination of what else default tiles depend on: mask, features, kind of access. Kinds of
+// attn_bias take turns.
 std::vector<Choice> choices_of_tiles(int head_dim);
 
 // Every head dim and mask with every length of queries, every length of keys, and every fourth pair of the two, so that

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <set>
 #include <sstream>
@@ -30,6 +31,27 @@ constexpr std::array<std::pair<Inputs, const char*>, 4> kInputNames = {{{Inputs:
                                                                         {Inputs::kRising, "rising"},
                                                                         {Inputs::kFalling, "falling"},
                                                                         {Inputs::kThousand, "thousand"}}};
+
+// Which dimensions of an attn_bias have all sizes; the others are broadcast.
+struct BiasLayout {
+  const char* name;
+  PairType type;
+  bool batch, heads, queries, is_paired;
+};
+constexpr std::array<std::pair<BiasCase, BiasLayout>, 7> kBiasLayouts = {
+    {{BiasCase::kHalf, {"bias16", PairType::kFloat16, true, true, true, true}},
+     {BiasCase::kHalfUnpaired, {"bias16unpaired", PairType::kFloat16, false, true, true, false}},
+     {BiasCase::kFloatUnpaired, {"bias32unpaired", PairType::kFloat32, true, false, true, false}},
+     {BiasCase::kFloatKeys, {"bias32keys", PairType::kFloat32, true, false, false, true}},
+     {BiasCase::kBool, {"boolmask", PairType::kBool, true, false, true, true}},
+     {BiasCase::kBoolUnpaired, {"boolmaskunpaired", PairType::kBool, false, false, true, false}},
+     {BiasCase::kBoolKeys, {"boolmaskkeys", PairType::kBool, true, true, false, true}}}};
+
+const BiasLayout& layout_of(BiasCase bias) {
+  for (const auto& [each, layout] : kBiasLayouts)
+    if (each == bias) return layout;
+  throw Error("no attn_bias");
+}
 
 template <class Names, class Value>
 std::string name_of(const Names& names, Value value) {
@@ -87,6 +109,46 @@ std::array<std::int64_t, 4> shape_of(const ForwardCase& c, const std::vector<int
   return {1, cu_seqlens.back(), heads, c.head_dim};
 }
 
+PairTensor bias_tensor(const ForwardCase& c, const void* data) {
+  const BiasLayout& layout = layout_of(c.bias);
+  PairTensor bias{data, layout.type, {}, {}};
+  bias.shape = {layout.batch ? std::max(c.batch, c.sequences) : 1, layout.heads ? c.num_heads_k * c.group_size : 1,
+                layout.queries ? c.seqlen_q : 1, c.seqlen_k};
+  if (c.sequences > 0 && layout.batch) bias.shape[0] = c.sequences;
+  std::int64_t stride = layout.is_paired ? 1 : 2;
+  for (int d = 3; d >= 0; --d) {
+    bias.strides[d] = stride;
+    stride *= std::max<std::int64_t>(bias.shape[d], 1);
+  }
+  return bias;
+}
+
+// Numbers about as large as scores. Some hide their pair, all of some queries do, and of some others all are far below;
+// False stands for what hides.
+void fill_bias(const ForwardCase& c, std::vector<std::uint8_t>& bytes) {
+  const PairTensor sizes = bias_tensor(c, nullptr);
+  const int element = bytes_of(sizes.type);
+  std::int64_t span = 1;
+  for (int d = 0; d < 4; ++d) span += std::max<std::int64_t>(sizes.shape[d] - 1, 0) * sizes.strides[d];
+  bytes.assign(span * element, 0);
+  std::mt19937 random(c.seed + 2);
+  std::normal_distribution<double> normal;
+  for (std::int64_t b = 0; b < sizes.shape[0]; ++b)
+    for (std::int64_t h = 0; h < sizes.shape[1]; ++h)
+      for (std::int64_t i = 0; i < sizes.shape[2]; ++i)
+        for (std::int64_t j = 0; j < sizes.shape[3]; ++j) {
+          const bool many = sizes.shape[2] > 1, hidden = random() % 8 == 0 || (many && i % 11 == 3);
+          const double number = hidden ? -INFINITY : many && i % 11 == 5 ? -30.0 : 2 * normal(random);
+          const std::int64_t at =
+              b * sizes.strides[0] + h * sizes.strides[1] + i * sizes.strides[2] + j * sizes.strides[3];
+          const std::uint16_t half = to_fp16(number);
+          const float single = static_cast<float>(number);
+          const std::uint8_t sees = hidden ? 0 : 1;
+          const void* const from = element == 2 ? static_cast<const void*>(&half) : element == 4 ? &single : nullptr;
+          std::memcpy(&bytes[at * element], from ? from : &sees, element);
+        }
+}
+
 AttentionOptions options_of(const ForwardCase& c, const ForwardTensors& t) {
   AttentionOptions options;
   options.softmax_scale = c.scale();
@@ -95,6 +157,7 @@ AttentionOptions options_of(const ForwardCase& c, const ForwardTensors& t) {
   options.softcap = static_cast<float>(c.softcap);
   if (c.alibi != AlibiCase::kOff)
     options.alibi = {t.alibi_slopes.data(), c.alibi == AlibiCase::kBatchAndHeads ? c.num_heads_k * c.group_size : 0};
+  if (c.bias != BiasCase::kOff) options.bias = bias_tensor(c, t.bias.data());
   if (c.sequences > 0)
     options.varlen = {t.cu_seqlens_q.data(), t.cu_seqlens_k.data(), c.sequences, c.seqlen_q, c.seqlen_k};
   return options;
@@ -111,6 +174,8 @@ bool take_word(std::string_view word, ForwardCase& c) {
   if (word.starts_with("window")) return take_window(word.substr(6), c);
   if (word == "alibi" || word == "alibibatch")
     return c.alibi = word == "alibi" ? AlibiCase::kHeads : AlibiCase::kBatchAndHeads, true;
+  for (const auto& [bias, layout] : kBiasLayouts)
+    if (word == layout.name) return c.bias = bias, true;
   if (take_number(word, "softcap", c.softcap) || take_number(word, "varlen", c.sequences)) return true;
   if (float scale; take_number(word, "scale", scale)) return c.softmax_scale = scale, true;
   return take_number(word, "hdim", c.head_dim) || take_number(word, "gqa", c.group_size) ||
@@ -211,6 +276,7 @@ std::string ForwardCase::text() const {
   if (inputs == Inputs::kRising || inputs == Inputs::kFalling) text += number_text(rise);
   if (softcap > 0) text += " softcap" + number_text(softcap);
   if (alibi != AlibiCase::kOff) text += alibi == AlibiCase::kHeads ? " alibi" : " alibibatch";
+  if (bias != BiasCase::kOff) text += std::string(" ") + layout_of(bias).name;
   if (sequences > 0) text += " varlen" + std::to_string(sequences);
   if (softmax_scale) text += " scale" + number_text(*softmax_scale);
   if (splits > 0) text += " splits" + std::to_string(splits);
@@ -237,6 +303,16 @@ KernelSpec spec_of(const ForwardCase& c) {
   spec.mask = c.mask;
   spec.features.set(Feature::kSoftcap, c.softcap > 0);
   spec.features.set(Feature::kAlibi, c.alibi != AlibiCase::kOff);
+  if (c.bias != BiasCase::kOff) {
+    const BiasLayout& layout = layout_of(c.bias);
+    const bool single = layout.type == PairType::kFloat32;
+    spec.features.set(single                           ? Feature::kBias32
+                      : layout.type == PairType::kBool ? Feature::kBoolMask
+                                                       : Feature::kBias16);
+    const bool neighbours = layout.is_paired && c.seqlen_k % 8 == 0;
+    spec.features.set(Feature::kUnpaired, !neighbours);
+    spec.features.set(Feature::kOneRow, !layout.queries || c.seqlen_q == 1);
+  }
   spec.features.set(Feature::kVarlen, c.sequences > 0);
   spec.group_size = c.group_size;
   const bool aligned = c.layout != Layout::kOddStrides && c.layout != Layout::kMisaligned && c.head_dim % 8 == 0;
@@ -263,6 +339,7 @@ ForwardTensors::ForwardTensors(const ForwardCase& c)
     decode_tile = tile.value_or(default_tiles(decode).front());
     tile.reset();
   }
+  if (c.bias != BiasCase::kOff) fill_bias(c, bias);
   options = options_of(c, *this);
   fill_inputs(c, *this);
 }

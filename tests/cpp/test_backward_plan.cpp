@@ -178,9 +178,18 @@ TEST_CASE("backward plan: every feature has an option that turns it on") {
   r.options.softcap = 10;
   r.options.alibi = PerHead{slopes, 0};
   r.options.varlen = Varlen{cu_seqlens, cu_seqlens_k, 1, 30, 300};
+  FeatureSet on;
+  const float numbers[1] = {};
+  for (const PairType type : {PairType::kFloat16, PairType::kFloat32, PairType::kBool}) {
+    r.options.bias = PairTensor{numbers, type, {1, 1, 1, 1}, {1, 1, 1, 1}};
+    const FeatureSet features = plan(r)[kDkDv].spec.features;
+    CHECK(features.go_together());
+    for (const FeatureInfo& info : kFeatures)
+      if (features.has(info.feature)) on.set(info.feature);
+  }
   for (const FeatureInfo& info : kFeatures) {
     CAPTURE(info.word);
-    CHECK(plan(r)[kDkDv].spec.has(info.feature) == !info.forward_only);
+    CHECK(on.has(info.feature) == !info.forward_only);
   }
 }
 

@@ -95,6 +95,57 @@ TEST_CASE("plan: strides are taken as they are") {
   CHECK(p.spec.access == GlobalAccess::kVector16B);
 }
 
+TEST_CASE("plan: an attn_bias is read several keys at once where all its rows let it") {
+  ForwardRequest r = forward_request(2, 30, 64, 4, 4, 64);
+  const PairTensor whole{address(0x6000), PairType::kFloat16, {2, 4, 30, 64}, {4 * 30 * 64, 30 * 64, 64, 1}};
+  const auto has = [&](const PairTensor& bias, Feature feature) {
+    r.options.bias = bias;
+    return plan(r).spec.has(feature);
+  };
+  CHECK(has(whole, Feature::kBias16));
+  CHECK_FALSE(has(whole, Feature::kUnpaired));
+  CHECK_FALSE(has(whole, Feature::kOneRow));
+  for (const PairType type : {PairType::kFloat16, PairType::kFloat32, PairType::kBool}) {
+    PairTensor odd = whole;
+    odd.type = type;
+    CHECK_FALSE(has(odd, Feature::kUnpaired));
+    const int bytes = bytes_of(type);
+    odd.data = address(0x6000 + (type == PairType::kBool ? 4 : 8));
+    CHECK(has(odd, Feature::kUnpaired));
+    odd.data = whole.data;
+    for (int d = 0; d < 4; ++d) {
+      PairTensor strided = odd;
+      strided.strides[d] += d == 3 ? 1 : 4;
+      CAPTURE(d);
+      CHECK(has(strided, Feature::kUnpaired));
+    }
+    r.options.bias = odd;
+    const PairTensorParams& params = plan(r).params.pairs;
+    CHECK(params.batch_stride == 4 * 30 * 64 * bytes);
+    CHECK(params.query_stride == 64 * bytes);
+    CHECK(params.key_stride == bytes);
+  }
+  const PairTensor keys{address(0x6000), PairType::kBool, {2, 1, 1, 64}, {64, 7, 7, 1}};  // strides of 1 say nothing
+  CHECK(has(keys, Feature::kOneRow));
+  CHECK_FALSE(has(keys, Feature::kUnpaired));
+  CHECK(plan(r).params.pairs.head_stride == 0);
+  const PairTensor column{address(0x6000), PairType::kFloat32, {1, 1, 30, 1}, {30, 30, 1, 1}};
+  CHECK(has(column, Feature::kUnpaired));
+  CHECK(plan(r).params.pairs.key_stride == 0);
+}
+
+TEST_CASE("plan: an attn_bias of another shape is named") {
+  ForwardRequest r = forward_request(2, 30, 64, 4, 2, 64);
+  for (int d = 0; d < 4; ++d) {
+    PairTensor bias{address(0x6000), PairType::kFloat16, {2, 4, 30, 64}, {4 * 30 * 64, 30 * 64, 64, 1}};
+    bias.shape[d] += 2;
+    r.options.bias = bias;
+    CHECK(refusal<ArgumentError>(r) == Containing{"attn_bias has shape"});
+  }
+  r.options.bias = PairTensor{address(0x6000), PairType::kFloat32, {1, 1, 30, 64}, {0, 0, 1LL << 29, 1}};
+  CHECK(refusal<UnsupportedError>(r) == Containing{"attn_bias has strides"});
+}
+
 TEST_CASE("plan: the sign and the size of the scale") {
   ForwardRequest r = forward_request(1, 8, 8, 1, 1, 64);
   r.options.softmax_scale = -2;
@@ -102,7 +153,7 @@ TEST_CASE("plan: the sign and the size of the scale") {
   CHECK(plan(r).params.softmax_scale_log2 == doctest::Approx(2 * std::log2(std::exp(1.0))));
   r.options.softmax_scale = 0;
   CHECK(plan(r).params.sign == 0);
-  CHECK(plan(r).params.softmax_scale_log2 == 0x1p-100f);
+  CHECK(plan(r).params.softmax_scale_log2 == 0x1p-70f);
   for (const float bad : {std::numeric_limits<float>::infinity(), std::nanf(""), 3e38f}) {
     r.options.softmax_scale = bad;
     CHECK(refusal<ArgumentError>(r) == Containing{"softmax_scale"});

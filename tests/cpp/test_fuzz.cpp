@@ -52,6 +52,9 @@ BackwardCase random_problem(Dice& dice) {
   if (dice.once_in(3)) f.sequences = dice.between(1, 3);
   if (dice.once_in(3)) f.softcap = dice.one_of({0.7, 5.0, 30.0});
   if (dice.once_in(3)) f.alibi = dice.one_of({AlibiCase::kHeads, AlibiCase::kBatchAndHeads});
+  if (dice.once_in(3))
+    f.bias = dice.one_of({BiasCase::kHalf, BiasCase::kHalfUnpaired, BiasCase::kFloatUnpaired, BiasCase::kFloatKeys,
+                          BiasCase::kBool, BiasCase::kBoolUnpaired, BiasCase::kBoolKeys});
   f.layout = dice.one_of(
       {Layout::kContiguous, Layout::kTransposed, Layout::kRowGaps, Layout::kOddStrides, Layout::kMisaligned});
   if (dice.once_in(3)) {

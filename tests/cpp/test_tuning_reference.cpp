@@ -65,8 +65,11 @@ TEST_CASE("numbers of a case are normal, of one seed always the same, and tensor
 
 TEST_CASE("forward rows of a case are those of the tests' reference, with every option") {
   const CaseNumbers numbers(5);
-  for (const char* kernel : {"fwd hdim24 fp16 full gqa1 vec16", "fwd hdim17 fp16 causal gqa3 elem2",
-                             "fwd hdim16 fp16 window gqa1 vec16", "fwd hdim16 fp16 causal softcap alibi gqa2 vec16"}) {
+  for (const char* kernel :
+       {"fwd hdim24 fp16 full gqa1 vec16", "fwd hdim17 fp16 causal gqa3 elem2", "fwd hdim16 fp16 window gqa1 vec16",
+        "fwd hdim16 fp16 causal softcap alibi gqa2 vec16", "fwd hdim16 fp16 full bias16 gqa2 vec16",
+        "fwd hdim16 fp16 full softcap bias32 onerow gqa1 vec16",
+        "fwd hdim16 fp16 causal boolmask unpaired gqa1 vec16"}) {
     CAPTURE(kernel);
     AttentionCase attention;
     attention.spec = parse_kernel_without_tile(kernel);
@@ -83,7 +86,8 @@ TEST_CASE("forward rows of a case are those of the tests' reference, with every 
     fill(v, CaseTensor::kV, numbers);
     AttentionProblem problem{&q, &k, &v, {}};
     const std::vector<float> head_numbers = attention.head_numbers();
-    problem.options = attention.options(head_numbers.data());
+    const std::vector<std::uint8_t> pairs = attention.pair_bytes();
+    problem.options = attention.options(head_numbers.data(), pairs.data());
     const AttentionResult expected = attention_float64(problem);
     const AttentionResult emulated = attention_emulated(problem, 0);
     const CaseReference reference(attention, numbers);

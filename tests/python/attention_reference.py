@@ -38,6 +38,7 @@ def _probabilities(
     window_size: Sequence[int] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
+    attn_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(exp(s - max), its sum, log-sum-exp), each over (batch, num_heads, seqlen_q, ...)."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -50,6 +51,12 @@ def _probabilities(
     if alibi_slopes is not None:
         distance = _distance(seqlen_q, seqlen_k).to(q.device)
         scores = scores - alibi_slopes.to(dtype)[..., None, None] * distance.abs()
+    if attn_bias is not None:
+        scores = (
+            scores.masked_fill(~attn_bias, float("-inf"))
+            if attn_bias.dtype is torch.bool
+            else scores + attn_bias.to(dtype)
+        )
     scores = scores.masked_fill(~_visible(seqlen_q, seqlen_k, causal, window_size).to(q.device), float("-inf"))
     if seqlen_k == 0:
         return (
@@ -80,7 +87,7 @@ def attention(
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, softmax_lse) in float64; q, k, v (batch, seqlen, heads, head_dim). Options: softmax_scale, window_size,
-    softcap, alibi_slopes."""
+    softcap, alibi_slopes, attn_bias."""
     p, row_sum, lse = _probabilities(q, k, torch.float64, causal, **options)
     return _times_v(p, row_sum, v), lse
 
@@ -140,6 +147,13 @@ def exact_gradients(
     return torch.autograd.grad(out, (q, k, v), dout.double())
 
 
+def _of_sequence(bias: torch.Tensor, number: int, seqlen_q: int, seqlen_k: int) -> torch.Tensor:
+    """Of a bias for the longest sequences, what one of them sees."""
+    bias = bias[(None,) * (4 - bias.dim())]
+    bias = bias[number if bias.shape[0] > 1 else 0]
+    return bias[:, : seqlen_q if bias.shape[1] > 1 else 1, : seqlen_k if bias.shape[2] > 1 else 1]
+
+
 def sequences(
     cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, **options: Any
 ) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
@@ -150,6 +164,10 @@ def sequences(
         slopes = own.get("alibi_slopes")
         if slopes is not None and slopes.dim() == 2:
             own["alibi_slopes"] = slopes[b]
+        bias = own.get("attn_bias")
+        if bias is not None:
+            lengths = starts_q[b + 1] - starts_q[b], starts_k[b + 1] - starts_k[b]
+            own["attn_bias"] = _of_sequence(bias, b, *lengths)
         yield slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1]), own
 
 

@@ -26,7 +26,7 @@ from flash_attn_jit.bench import (
 from flash_attn_jit.bench.backends import NAMES, OURS, SDPA_EFFICIENT, SDPA_FLASH, SDPA_MATH, Backend, default_names
 from flash_attn_jit.bench.decode import DecodeProblem
 from flash_attn_jit.bench.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
-from flash_attn_jit.bench.problem import BACKWARD, BOTH, FORWARD, PASSES, Inputs, Problem, sweep
+from flash_attn_jit.bench.problem import BACKWARD, BOTH, FORWARD, MASKS, NO_MASK, PASSES, Inputs, Problem, sweep
 from flash_attn_jit.report.records import DATABASE, parse_record
 
 SMALL = Problem(2, 4, 2, 16, 24, True)
@@ -83,13 +83,27 @@ def test_summary_is_of_the_median(which):
 
 @pytest.mark.parametrize("which", PASSES)
 def test_inputs_of_a_pass(which, on_cpu):
-    q, k, v, dout = SMALL.inputs(3, which)
+    q, k, v, dout, mask = SMALL.inputs(3, which)
+    assert mask is None
     assert q.shape == (2, 24, 4, 16) and k.shape == v.shape == (2, 24, 2, 16)
     assert all(t.requires_grad == (which != FORWARD) for t in (q, k, v))
     if which == FORWARD:
         assert dout is None
     else:
         assert dout.shape == q.shape and not dout.requires_grad and not torch.equal(dout, q)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_attn_masks_of_a_problem(name, on_cpu):
+    """Ours and SDPA's math read the same one, whose bytes are counted."""
+    problem = Problem(2, 4, 2, 16, 24, False, name)
+    inputs = problem.inputs(0, FORWARD)
+    size = 0 if name == NO_MASK else inputs.attn_mask.nbytes
+    assert problem.read_bytes(FORWARD) == Problem(2, 4, 2, 16, 24, False).read_bytes(FORWARD) + size
+    assert (name == NO_MASK) == (inputs.attn_mask is None)
+    ours, theirs = (Backend(backend, problem).forward(inputs) for backend in (OURS, SDPA_EFFICIENT))
+    torch.testing.assert_close(ours, theirs, atol=4e-3, rtol=0)
+    assert [str(each) for each in sweep(2, (4, 2), [16], [24], [True, False], [NO_MASK, name])][-1] == str(problem)
 
 
 @pytest.mark.parametrize("which, forwards, backwards", [(FORWARD, 5, 0), (BACKWARD, 0, 5), (BOTH, 5, 5)])
@@ -190,9 +204,9 @@ def test_what_sdpa_gets_of_grouped_heads(name, heads_k, options, on_cpu, monkeyp
         needs_enable_gqa()
     theirs, calls = F.scaled_dot_product_attention, []
 
-    def recorded(q, k, v, **given):
+    def recorded(q, k, v, mask, **given):
         calls.append((k.shape[1], v.shape[1], given))
-        return theirs(q, k, v, **given)
+        return theirs(q, k, v, mask, **given)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
     inputs = SMALL.inputs(0, BOTH)
@@ -290,7 +304,7 @@ def test_what_the_contenders_of_a_decode_problem_compute(page_size):
 
 def test_the_memory_efficient_kernel_gets_heads_that_were_repeated_before(monkeypatch):
     calls = []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **given: calls.append((k, v, given)) or q)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, _, **given: calls.append((k, v, given)) or q)
     *_, efficient = decode.contenders(TOKENS, None)
     call = efficient.call(TOKENS.inputs(0))
     call(), call()

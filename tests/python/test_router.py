@@ -402,8 +402,9 @@ def in_forward_mode(q, k, v):
         return forward_ad.unpack_dual(out).tangent
 
 
-def with_a_mask(q, k, v):
-    return attend(q, k, v, attn_mask=torch.ones(8, 8, dtype=torch.bool).tril())
+def with_a_mask_that_needs_a_gradient(q, k, v):
+    mask = torch.zeros(8, 8, dtype=torch.float16, requires_grad=True)
+    return torch.autograd.grad(attend(q, k, v, attn_mask=mask).float().sum(), mask)[0]
 
 
 def of_a_subclass(q, k, v):
@@ -421,7 +422,7 @@ def of_nested_tensors(q, k, v):
         (gradient_by_a_transform, "transform"),
         (gradient_by_autograd, "dropout_p"),
         (in_forward_mode, "forward-mode"),
-        (with_a_mask, "attn_mask"),
+        (with_a_mask_that_needs_a_gradient, "attn_mask requires a gradient"),
         (of_a_subclass, "query is a Subclass"),
         (of_nested_tensors, "query is a nested tensor"),
     ],

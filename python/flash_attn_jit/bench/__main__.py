@@ -26,7 +26,7 @@ from .options import (
     TIMING,
     parse_arguments,
 )
-from .problem import Problem, sweep
+from .problem import NO_MASK, Problem, sweep
 
 _INTERPRET_VARIABLE = "FLASH_ATTN_JIT_INTERPRET"
 
@@ -70,7 +70,9 @@ def _problems(options: argparse.Namespace) -> Iterable[Problem]:
     if options.kind == MEMORY and options.heads_k is None:
         heads_k.append(1)
     for each in heads_k:
-        yield from sweep(options.batch, (options.heads, each), options.head_dims, options.seqlens, causal)
+        heads = options.heads, each
+        masks = options.attn_masks or [NO_MASK]
+        yield from sweep(options.batch, heads, options.head_dims, options.seqlens, causal, masks)
 
 
 def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:

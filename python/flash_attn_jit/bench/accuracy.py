@@ -24,7 +24,7 @@ def tensors_of(passes: Sequence[str]) -> list[str]:
 
 def references(inputs: Inputs, causal: bool) -> dict[str, torch.Tensor]:
     """out and, where there is a dout, the gradients, in float64 and like q, k and v; some heads at a time."""
-    q, k, v, dout = inputs
+    (q, k, v), dout = inputs.qkv, inputs.dout
     group_size = q.shape[2] // k.shape[2]
     heads_at_once = max(1, _SCORE_BYTES // (8 * q.shape[1] * k.shape[1]))
     exact = {OUT: torch.zeros_like(q, dtype=torch.float64)}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .backends import NAMES, SDPA_MATH
-from .problem import BACKWARD, FORWARD, PASSES
+from .problem import BACKWARD, FORWARD, MASKS, NO_MASK, PASSES
 
 TARGET_VARIABLE = "FLASH_ATTN_JIT_TARGET"
 
@@ -34,6 +34,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         **_ONE_CALL,
         "seqlens": [512, 1024, 2048, 4096, 8192, 16384],
         "passes": list(PASSES),
+        "attn_masks": [NO_MASK],
         "backends": None,
         "rounds": 5,
         "burst_ms": 50.0,
@@ -133,6 +134,10 @@ def _passes(text: str) -> list[str]:
     return _names("pass", PASSES, text)
 
 
+def _masks(text: str) -> list[str]:
+    return _names("mask", MASKS, text)
+
+
 def _add_kinds(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -200,6 +205,14 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
         help="fwd: forward; bwd: backward alone, over graphs made beforehand, counted as 2.5 times the forward pass; "
         "both: a forward and a backward pass, counted as 3.5 times; --accuracy: fwd is the output, bwd the gradients "
         "(default: all)",
+    )
+    parser.add_argument(
+        "--attn-masks",
+        type=_masks,
+        metavar=",".join(MASKS),
+        help="an attn_mask, with causal=False: of keys, from some place of each sequence on or a tenth at random; of "
+        "pairs, a tenth, for each sequence; a float16 number for every pair and head, of all sequences or of each "
+        f"{_defaults('attn_masks')}",
     )
     parser.add_argument(
         "--backends",

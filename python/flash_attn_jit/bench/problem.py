@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,17 @@ _FLOPS_OVER_FORWARD = {FORWARD: 1.0, BACKWARD: 2.5, BOTH: 3.5}
 
 _DEVICE = "cuda"
 
+NO_MASK = "none"
+# The dimensions of (batch, heads, seqlen, seqlen) that an attn_mask has; those that it has not are broadcast.
+_MASKS: dict[str, tuple[torch.dtype, str]] = {
+    "padding": (torch.bool, "bk"),  # sequence i has no keys behind i / 16 of its rows from the end
+    "holes": (torch.bool, "bk"),  # a tenth of the keys, at random
+    "bool": (torch.bool, "bqk"),  # a tenth of the pairs, at random
+    "bias": (torch.float16, "hqk"),
+    "batch-bias": (torch.float16, "bhqk"),
+}
+MASKS = (NO_MASK, *_MASKS)
+
 
 class Inputs(NamedTuple):
     """Each (batch, seqlen, heads, head_dim), float16."""
@@ -21,6 +33,7 @@ class Inputs(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     dout: torch.Tensor | None  # the gradient of the output; None where only the forward pass is wanted
+    attn_mask: torch.Tensor | None = None
 
     @property
     def qkv(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -35,6 +48,7 @@ class Problem:
     head_dim: int
     seqlen: int
     causal: bool
+    attn_mask: str = NO_MASK
 
     def flops(self, which: str) -> float:
         """Forward is two matrix products over every pair of positions, of which a causal mask takes half; the whole
@@ -47,7 +61,30 @@ class Problem:
         """Of the tensors that are there before a call of the pass and read by it."""
         heads = self.num_heads + 2 * self.num_heads_k  # q, k and v
         heads += self.num_heads * {FORWARD: 0, BACKWARD: 2, BOTH: 1}[which]  # dout, and backward's out
-        return 2 * self.batch * self.seqlen * heads * self.head_dim
+        return 2 * self.batch * self.seqlen * heads * self.head_dim + self._mask_bytes()
+
+    def _mask_shape(self, dimensions: str) -> tuple[int, int, int, int]:
+        whole = {"b": self.batch, "h": self.num_heads, "q": self.seqlen, "k": self.seqlen}
+        b, h, q, k = (size if name in dimensions else 1 for name, size in whole.items())
+        return b, h, q, k
+
+    def _mask_bytes(self) -> int:
+        if self.attn_mask == NO_MASK:
+            return 0
+        dtype, dimensions = _MASKS[self.attn_mask]
+        return dtype.itemsize * prod(self._mask_shape(dimensions))
+
+    def _mask(self, generator: torch.Generator) -> torch.Tensor | None:
+        if self.attn_mask == NO_MASK:
+            return None
+        dtype, dimensions = _MASKS[self.attn_mask]
+        shape = self._mask_shape(dimensions)
+        if dtype is not torch.bool:
+            return torch.randn(shape, generator=generator, device=_DEVICE, dtype=dtype)
+        if self.attn_mask != "padding":
+            return torch.rand(shape, generator=generator, device=_DEVICE) < 0.9
+        ends = self.seqlen - self.seqlen * torch.arange(self.batch, device=_DEVICE) // 16
+        return torch.arange(self.seqlen, device=_DEVICE) < ends[:, None, None, None]
 
     def inputs(self, seed: int, which: str) -> Inputs:
         """From N(0, 1), on the current CUDA device. Where the pass has gradients, q, k and v need them."""
@@ -58,9 +95,10 @@ class Problem:
             return torch.randn(shape, generator=generator, device=_DEVICE, dtype=torch.float16)
 
         q, k, v = normal(self.num_heads), normal(self.num_heads_k), normal(self.num_heads_k)
-        if which == FORWARD:
-            return Inputs(q, k, v, None)
-        return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), normal(self.num_heads))
+        dout = None if which == FORWARD else normal(self.num_heads)
+        if dout is not None:
+            q, k, v = q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+        return Inputs(q, k, v, dout, self._mask(generator))
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,11 +106,19 @@ class Problem:
     def __str__(self) -> str:
         mask = "causal" if self.causal else "full"
         heads = f"{self.num_heads}" if self.num_heads == self.num_heads_k else f"{self.num_heads}/{self.num_heads_k}"
-        return f"b{self.batch} h{heads} d{self.head_dim} s{self.seqlen} {mask}"
+        masked = "" if self.attn_mask == NO_MASK else f" {self.attn_mask}"
+        return f"b{self.batch} h{heads} d{self.head_dim} s{self.seqlen} {mask}{masked}"
 
 
 def sweep(
-    batch: int, heads: tuple[int, int], head_dims: Sequence[int], seqlens: Sequence[int], causal: list[bool]
+    batch: int,
+    heads: tuple[int, int],
+    head_dims: Sequence[int],
+    seqlens: Sequence[int],
+    causal: list[bool],
+    masks: Sequence[str] = (NO_MASK,),
 ) -> Iterator[Problem]:
-    for head_dim, is_causal, seqlen in product(head_dims, causal, seqlens):
-        yield Problem(batch, heads[0], heads[1], head_dim, seqlen, is_causal)
+    """An attn_mask comes without causal: SDPA takes one of the two."""
+    for head_dim, is_causal, seqlen, mask in product(head_dims, causal, seqlens, masks):
+        if mask == NO_MASK or not is_causal:
+            yield Problem(batch, heads[0], heads[1], head_dim, seqlen, is_causal, mask)
