@@ -14,6 +14,7 @@ from flash_attn_jit import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from flash_attn_jit._options import Options
 
 
 def starts(*lengths):
@@ -170,9 +171,9 @@ def test_a_max_seqlen_less_than_the_longest_sequence_is_named(max_q, max_k, name
     out, softmax_lse = (torch.zeros(shape) for shape in ((20, 2, 64), (2, 20)))
     with pytest.raises(ValueError, match=f"^cu_seqlens_{name}.*max_seqlen_{name}"):
         torch.ops.flash_attn_jit.backward(
-            out.half(), q.detach(), k.detach(), v.detach(), out.half(), softmax_lse, [True] * 3,
-            None, False, -1, -1, 0.0, None, starts(20), starts(20), max_q, max_k, None, 0, None, None, 0, False,
-        )  # fmt: skip
+            *(out.half(), q.detach(), k.detach(), v.detach(), out.half(), softmax_lse, [True] * 3),
+            *Options(cu_seqlens_q=starts(20), cu_seqlens_k=starts(20), max_seqlen_q=max_q, max_seqlen_k=max_k),
+        )
 
 
 def test_nothing_is_left_unwritten_where_no_block_runs(nan_where_nothing_is_written):
