@@ -52,6 +52,13 @@ class Scores:
     window: tuple[int, int] = (-1, -1)
     softcap: float = 0.0
     alibi_slopes: torch.Tensor | None = None  # (num_heads)
+    bias: torch.Tensor | None = None  # broadcasts to (num_heads, seqlen_q, seqlen_k): numbers, or what is seen
+
+    def biased(self, s: torch.Tensor) -> torch.Tensor:
+        """The scores (num_heads, seqlen_q, seqlen_k) with the bias; -inf where it hides."""
+        if self.bias is None:
+            return s
+        return s.masked_fill(~self.bias, float("-inf")) if self.bias.dtype is torch.bool else s + self.bias.double()
 
     def hidden(self, distance: torch.Tensor) -> torch.Tensor:
         """Of a query and a key that are so far apart (the key behind, where it is positive)."""
@@ -90,6 +97,7 @@ def exact_attention(
     distance = (torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)).to(q.device)
     if scores.alibi_slopes is not None:
         s = s - scores.alibi_slopes.double()[:, None, None] * distance.abs()
+    s = scores.biased(s)
     p = torch.softmax(s.masked_fill(scores.hidden(distance), float("-inf")), -1).nan_to_num(0.0)  # a row without keys
     seen = (p > 0).double()
 

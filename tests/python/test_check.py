@@ -3,6 +3,7 @@
 import json
 import math
 import stat
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,6 +111,15 @@ def test_one_wrong_element_of_a_cache_is_found(name, change, monkeypatch):
     assert not report["right"] and not report["tensors"][name]["share_of_allowed"] <= 1
 
 
+@pytest.mark.parametrize("mask", cases._MASKS)
+def test_a_mask_that_was_not_read_is_found(mask):
+    case = next(case for case in cases.small_cases() if getattr(case, "mask", "") == mask)
+    inputs = cases._inputs(case, "cpu")
+    results = cases._run(case, inputs, "cpu")
+    assert cases.compare(case, results, inputs)["right"]
+    assert not cases.compare(replace(case, mask=""), results, inputs)["right"]
+
+
 def test_every_family_is_among_the_cases():
     of_caches = [case for case in cases.cases() if isinstance(case, CacheCase)]
     assert {case.page_size % 16 == 0 for case in of_caches} == {True, False}
@@ -124,12 +134,13 @@ def test_every_family_is_among_the_cases():
         lambda case: case.is_varlen and 0 in case.seqlens_q,
         lambda case: case.heads_k < case.heads,
         lambda case: not case.aligned,
+        *(lambda case, mask=mask: case.mask == mask for mask in cases._MASKS),
         lambda case: case.head_dim % 8,
         lambda case: case.head_dim > 128,
     ):
         assert any(has(case) for case in found)
     small = cases.small_cases()
-    assert len(small) == 14
+    assert len(small) == 17
     assert all(sum(case.used if isinstance(case, CacheCase) else case.seqlens_q) < 200 for case in small)
 
 

@@ -27,6 +27,7 @@ class Case:
     window: tuple[int, int] = (-1, -1)
     softcap: float = 0.0
     alibi: bool = False
+    mask: str = ""  # an attn_bias: one of _MASKS
     aligned: bool = True
 
     @property
@@ -64,6 +65,15 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "varlen, causal": {"seqlens_q": (200, 0, 77, 333), "seqlens_k": (200, 40, 130, 333), "causal": True},
     "varlen": {"seqlens_q": (129, 256, 1), "seqlens_k": (129, 300, 17)},
     "unaligned rows, causal": {"causal": True, "aligned": False},
+    "bool mask of keys": {"mask": "keys", "seqlens_k": (400,)},
+    "float16 bias, softcap": {"mask": "bias", "softcap": 20.0, "seqlens_k": (400,)},
+    "float32 mask, causal, grouped heads": {"mask": "pairs", "causal": True, "heads_k": 2},
+}
+# Its numbers, and which of (batch, heads, queries, keys) it has; the others are broadcast. Some queries see no key.
+_MASKS: dict[str, tuple[torch.dtype, str]] = {
+    "keys": (torch.bool, "bk"),
+    "bias": (torch.float16, "hqk"),
+    "pairs": (torch.float32, "bqk"),
 }
 _OTHER_HEAD_DIMS = (32, 96, 80, 256, 40, 112, 160, 192, 33, 8, 224)
 
@@ -115,6 +125,21 @@ def _slopes(case: Case, device: str) -> torch.Tensor | None:
     return torch.tensor([2.0**-head for head in range(1, case.heads + 1)], device=device) if case.alibi else None
 
 
+def _mask(case: Case, device: str) -> torch.Tensor | None:
+    if not case.mask:
+        return None
+    dtype, dimensions = _MASKS[case.mask]
+    sizes = {"b": case.batch, "h": case.heads, "q": case.seqlens_q[0], "k": case.seqlens_k[0]}
+    shape = [size if name in dimensions else 1 for name, size in sizes.items()]
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.rand(shape, generator=generator) < 0.1
+    if "q" in dimensions:
+        hidden[..., 3::7, :] = True
+    if dtype is torch.bool:
+        return ~hidden.to(device)
+    return torch.randn(shape, generator=generator).masked_fill(hidden, float("-inf")).to(device, dtype)
+
+
 def _run(case: Case, inputs: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
     q, k, v = (inputs[name].detach().requires_grad_() for name in "qkv")
     options: dict[str, Any] = {
@@ -122,6 +147,7 @@ def _run(case: Case, inputs: dict[str, torch.Tensor], device: str) -> dict[str, 
         "window_size": case.window,
         "softcap": case.softcap,
         "alibi_slopes": _slopes(case, device),
+        "attn_bias": _mask(case, device),
     }
     if case.is_varlen:
         starts = _cumulative(case.seqlens_q, device), _cumulative(case.seqlens_k, device)
@@ -156,9 +182,11 @@ def _worst(got: torch.Tensor, exact: Exact) -> tuple[float, float]:
 def compare(case: Case, results: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
     """By tensor, its greatest error and the greatest share of what is allowed; and whether all are right."""
     device = inputs["q"].device.type
-    scores = Scores(case.causal, case.window, case.softcap, _slopes(case, device))
+    plain = Scores(case.causal, case.window, case.softcap, _slopes(case, device))
+    mask = _mask(case, device)
     worst = {name: [(0.0, 0.0)] for name in results}
-    for rows_q, rows_k in _sequences(case):
+    for b, (rows_q, rows_k) in enumerate(_sequences(case)):
+        scores = plain if mask is None else replace(plain, bias=mask[min(b, len(mask) - 1)])
         q, dout, k, v = inputs["q"][rows_q], inputs["dout"][rows_q], inputs["k"][rows_k], inputs["v"][rows_k]
         for name, exact in exact_attention(q, k, v, dout, scores).items():
             worst[name].append(_worst(results[name][rows_k if name in ("dk", "dv") else rows_q], exact))
