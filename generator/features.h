@@ -73,6 +73,10 @@ class FeatureSet {
   constexpr bool read_pairs() const {
     return has(Feature::kBias16) || has(Feature::kBias32) || has(Feature::kBoolMask);
   }
+  // Of an element of that tensor; 0 where there is none.
+  constexpr int pair_bytes() const {
+    return has(Feature::kBias32) ? 4 : has(Feature::kBias16) ? 2 : has(Feature::kBoolMask) ? 1 : 0;
+  }
 
   constexpr bool change_scores() const { return any(&FeatureInfo::changes_scores); }
   constexpr bool need_positions() const { return any(&FeatureInfo::needs_positions); }

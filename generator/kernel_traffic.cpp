@@ -18,10 +18,11 @@ RowTraffic row_traffic(KernelKind kind) {
           .query_numbers = has_scores && !made.out ? 2 : 1};                              // softmax_lse, delta
 }
 
-double kernel_traffic(const KernelSpec& spec, double queries, double keys) {
+double kernel_traffic(const KernelSpec& spec, double queries, double keys, double pairs) {
   const RowTraffic rows = row_traffic(spec.kind);
   const double row_bytes = spec.head_dim * kElementBytes;
-  return queries * (rows.query_rows * row_bytes + rows.query_numbers * kNumberBytes) + keys * rows.key_rows * row_bytes;
+  return queries * (rows.query_rows * row_bytes + rows.query_numbers * kNumberBytes) +
+         keys * rows.key_rows * row_bytes + pairs * spec.features.pair_bytes();
 }
 
 }  // namespace flash_attn_jit

@@ -12,7 +12,8 @@ struct RowTraffic {
 
 RowTraffic row_traffic(KernelKind kind);
 
-// Bytes. `queries` are rows of q, of all heads and sequences; `keys` of k.
-double kernel_traffic(const KernelSpec& spec, double queries, double keys);
+// Bytes. `queries` are rows of q, of all heads and sequences; `keys` of k; `pairs` the elements of an attn_bias that
+// are read, each once: what a spec does not tell, because an attn_bias may be broadcast.
+double kernel_traffic(const KernelSpec& spec, double queries, double keys, double pairs);
 
 }  // namespace flash_attn_jit

@@ -123,13 +123,13 @@ DefaultChoice choose_default(const KernelSpec& spec, const Problem& problem) {
   return best;
 }
 
-// Infinite where no tile is for the problem.
+// Infinite where no tile is for the problem. An attn_bias counts nothing: most are broadcast, and a cache holds them.
 double cycles_with_default(KernelSpec spec, KernelKind kind, const Problem& problem) {
   spec.kind = kind;
   const auto queries = static_cast<double>(problem.batch_heads * problem.seqlen_q);
   const auto keys = static_cast<double>(problem.batch_heads * problem.seqlen_k) / spec.group_size;
   return std::max(choose_default(spec, problem).cycles,
-                  kernel_traffic(spec, queries, keys) / (kDramBytesPerCycle * problem.multiprocessors));
+                  kernel_traffic(spec, queries, keys, 0) / (kDramBytesPerCycle * problem.multiprocessors));
 }
 
 class DefaultTileChooser final : public TileChooser {

@@ -140,9 +140,18 @@ void take_seconds(ProblemPrediction& prediction, const KernelSpec& spec, const P
   prediction.share_of_peak = prediction.useful_flops / (prediction.cycles * flops_per_cycle);
 }
 
+// Elements of an attn_bias: those of pairs that see each other, or a key's where all queries have the same.
+double bias_elements(const KernelSpec& spec, const ProblemSize& size) {
+  if (size.bias_heads == 0 || !spec.features.read_pairs()) return 0;
+  const double of_a_head = spec.has(Feature::kOneRow)
+                               ? static_cast<double>(size.seqlen_k)
+                               : seen_scores(spec, size) / static_cast<double>(size.batch * size.num_heads);
+  return static_cast<double>(size.bias_heads) * of_a_head;
+}
+
 double traffic_of(const KernelSpec& spec, const ProblemSize& size) {
   return kernel_traffic(spec, static_cast<double>(size.batch * size.seqlen_q * size.num_heads),
-                        static_cast<double>(size.batch * size.seqlen_k * size.num_heads_k));
+                        static_cast<double>(size.batch * size.seqlen_k * size.num_heads_k), bias_elements(spec, size));
 }
 
 // Of the decode kernel, without what puts its splits together.

@@ -14,6 +14,9 @@ struct ProblemSize {
   std::int64_t batch = 1, num_heads = 1, num_heads_k = 1, seqlen_q = 1, seqlen_k = 1;
   // Of a kernel with a window; negative: without end.
   std::int64_t window_left = -1, window_right = -1;
+  // Of a kernel with an attn_bias: as many pairs of a sequence and a head it tells apart, batch x num_heads where it is
+  // not broadcast. 0: what it reads is not counted.
+  std::int64_t bias_heads = 0;
 };
 
 struct ProblemPrediction {

@@ -33,7 +33,7 @@ constexpr std::int64_t kMostSize = std::int64_t{1} << 24;
 struct ModelFlags {
   KernelFlags kernel;
   std::string gpu = "t4";
-  std::string batch, heads, seqlen_q, seqlen_k, window;
+  std::string batch, heads, seqlen_q, seqlen_k, window, bias_batch, bias_heads;
   std::string profile;
   std::string nvrtc;
   bool json = false;
@@ -58,6 +58,23 @@ const Card& parse_card(const std::string& text) {
   }
 }
 
+// What the kernel is asked for, whether or not its kind reads it.
+bool asks_for_bias(const KernelFlags& flags) {
+  FeatureSet features;
+  for (std::size_t i = 0; i < kFeatures.size(); ++i) features.set(kFeatures[i].feature, flags.features[i]);
+  return features.read_pairs();
+}
+
+// How many of `size` an attn_bias tells apart: all, or it is broadcast.
+std::int64_t parse_broadcast(const char* flag, const std::string& text, std::int64_t size) {
+  if (text.empty()) return size;
+  const std::int64_t number = parse_number(flag, text, 1, kMostSize);
+  if (number != 1 && number != size)
+    throw UsageError(std::string(flag) + " is " + text + "; accepted: 1, or as many as the problem has, " +
+                     std::to_string(size));
+  return number;
+}
+
 std::optional<ProblemSize> parse_size(const ModelFlags& flags, const KernelSpec& spec) {
   const std::pair<const char*, const std::string&> given[] = {{"--batch", flags.batch},
                                                               {"--heads", flags.heads},
@@ -66,6 +83,9 @@ std::optional<ProblemSize> parse_size(const ModelFlags& flags, const KernelSpec&
   if (std::ranges::all_of(given, [](const auto& flag) { return flag.second.empty(); })) {
     if (!flags.window.empty())
       throw UsageError("--window-size is given without a problem; accepted with it: --seqlen-q N");
+    for (const auto& [flag, text] : {std::pair("--bias-batch", flags.bias_batch), {"--bias-heads", flags.bias_heads}})
+      if (!text.empty())
+        throw UsageError(std::string(flag) + " is given without a problem; accepted with it: --seqlen-q N");
     return std::nullopt;
   }
   const auto number = [](const char* flag, const std::string& text, std::int64_t otherwise) {
@@ -92,6 +112,13 @@ std::optional<ProblemSize> parse_size(const ModelFlags& flags, const KernelSpec&
     size.window_left = size.window_right = parse_number("--window-size", flags.window, 0, kMostSize);
   } else if (!flags.window.empty()) {
     throw UsageError("--window-size is given without --window; accepted: both or neither");
+  }
+  if (asks_for_bias(flags.kernel)) {
+    size.bias_heads = parse_broadcast("--bias-batch", flags.bias_batch, size.batch) *
+                      parse_broadcast("--bias-heads", flags.bias_heads, size.num_heads);
+  } else if (!flags.bias_batch.empty() || !flags.bias_heads.empty()) {
+    throw UsageError(std::string(flags.bias_batch.empty() ? "--bias-heads" : "--bias-batch") +
+                     " is given without an attn_bias; accepted with it: --bias16, --bias32 or --boolmask");
   }
   return size;
 }
@@ -336,6 +363,10 @@ void add_model(CLI::App& app, Action& chosen) {
   command->add_option("--seqlen-q", flags->seqlen_q, "Queries of a sequence; its new rows with --kind append");
   command->add_option("--seqlen-k", flags->seqlen_k, "Keys of a sequence (default: as many)");
   command->add_option("--window-size", flags->window, "With --window: keys that a query sees on each side");
+  command->add_option("--bias-batch", flags->bias_batch,
+                      "Of an attn_bias: 1 where it is the same for all sequences (default: the batch)");
+  command->add_option("--bias-heads", flags->bias_heads,
+                      "Of an attn_bias: 1 where it is the same for all query heads (default: the heads)");
   command->add_option("--profile", flags->profile, "Also the N instructions that warps wait at longest");
   command->add_option("--nvrtc", flags->nvrtc, "The libnvrtc to compile with, or the folder that has it");
   command->add_flag("--json", flags->json, "Print JSON");

@@ -350,6 +350,32 @@ TEST_CASE("a token over a cache: one sequence fills the card, and DRAM bounds it
   CHECK(many.seconds == doctest::Approx(64 * one.seconds).epsilon(0.02));
 }
 
+TEST_CASE("DRAM's floor counts the elements of an attn_bias that are read") {
+  const std::vector<BlockCost> costs = {{1, 1, 1}};
+  ProblemSize size{.batch = 2, .num_heads = 4, .num_heads_k = 2, .seqlen_q = 300, .seqlen_k = 400};
+  const auto bytes = [&](KernelKind kind, Mask mask, FeatureSet features) {
+    KernelSpec spec = spec_of(kind, 64, mask, {128, 32, 4, 64, {}});
+    spec.group_size = 2;
+    spec.features = features;
+    return predict(spec, size, costs, find_card("t4")).dram_seconds * find_card("t4").dram_bytes_per_second;
+  };
+  const auto of_bias = [&](KernelKind kind, Mask mask, FeatureSet features) {
+    size.bias_heads = 0;
+    const double without = bytes(kind, mask, features);
+    CHECK(without == doctest::Approx(bytes(kind, mask, {})));
+    size.bias_heads = 3;
+    return bytes(kind, mask, features) - without;
+  };
+  for (const KernelKind kind : {KernelKind::kForward, KernelKind::kBackwardDkDv, KernelKind::kBackwardDq}) {
+    CHECK(of_bias(kind, Mask::kNone, {Feature::kBias16}) == doctest::Approx(3 * 300 * 400 * 2));
+    CHECK(of_bias(kind, Mask::kNone, {Feature::kBias32, Feature::kUnpaired}) == doctest::Approx(3 * 300 * 400 * 4));
+    CHECK(of_bias(kind, Mask::kNone, {Feature::kBoolMask, Feature::kOneRow}) == doctest::Approx(3 * 400));
+    // Query i sees i + 101 keys: what the mask hides is not read.
+    CHECK(of_bias(kind, Mask::kCausal, {Feature::kBoolMask}) == doctest::Approx(3 * (300 * 101 + 299 * 300 / 2)));
+    CHECK(of_bias(kind, Mask::kNone, {Feature::kSoftcap}) == 0);
+  }
+}
+
 TEST_CASE("DRAM's floor is what copies get, where that is known") {
   const KernelSpec spec = spec_of(KernelKind::kDecode, 128, Mask::kCausal, {16, 16, 4, 128, {0, 0, 0}});
   const ProblemSize size{.batch = 8, .seqlen_q = 1, .seqlen_k = 8192};

@@ -94,6 +94,20 @@ def test_a_wider_window_takes_longer():
     assert narrow < wide
 
 
+def test_the_bytes_of_an_attn_bias():
+    flags = ["--head-dim", 64, "--batch", 2, "--heads", 4, "--seqlen-q", 128, "--seqlen-k", 256]
+
+    def dram_bytes(*more):
+        return prediction(*flags, *more)["problem"]["dram_seconds"] * 320e9
+
+    without = dram_bytes()
+    assert dram_bytes("--bias16") - without == pytest.approx(2 * 2 * 4 * 128 * 256)
+    assert dram_bytes("--bias16", "--bias-batch", 1) - without == pytest.approx(2 * 4 * 128 * 256)
+    assert dram_bytes("--boolmask", "--onerow", "--bias-heads", 1) - without == pytest.approx(2 * 256)
+    of_rows = ["--kind", "bwd_preprocess"]  # which reads none
+    assert dram_bytes(*of_rows, "--bias16", "--bias-batch", 1) == dram_bytes(*of_rows)
+
+
 def test_what_is_appended_to_a_cache():
     append = ["--kind", "append", "--head-dim", 128, "--heads", 32, "--gqa", 4]
     found = prediction(*append, "--batch", 2, "--seqlen-q", 100)
@@ -111,6 +125,11 @@ def test_what_is_appended_to_a_cache():
         (["--seqlen-q", "64", "--gqa", "4", "--heads", "6"], "--heads"),
         (["--seqlen-q", "64", "--window"], "--window-size"),
         (["--seqlen-q", "64", "--window-size", "3"], "--window-size"),
+        (["--seqlen-q", "64", "--bias-heads", "1"], "--bias-heads is given without an attn_bias"),
+        (["--bias16", "--bias-batch", "1"], "--bias-batch is given without a problem"),
+        (["--bias16", "--seqlen-q", "64", "--batch", "4", "--bias-batch", "3"], "--bias-batch is 3"),
+        (["--bias16", "--boolmask"], "bias16"),
+        (["--unpaired"], "unpaired"),
         (["--profile", "0"], "--profile"),
         (["--kind", "append", "--seqlen-q", "1", "--seqlen-k", "8192"], "--seqlen-k is given with --kind append"),
         (["--tile", "m1"], "--tile"),

@@ -74,6 +74,17 @@ class Problem:
         dtype, dimensions = _MASKS[self.attn_mask]
         return dtype.itemsize * prod(self._mask_shape(dimensions))
 
+    def mask_flags(self) -> list[str]:
+        """As the program's command `model` takes it."""
+        if self.attn_mask == NO_MASK:
+            return []
+        dtype, dimensions = _MASKS[self.attn_mask]
+        flags = ["--boolmask" if dtype is torch.bool else "--bias16"]
+        flags += [] if "q" in dimensions else ["--onerow"]
+        flags += ["--unpaired"] if self.seqlen % 8 else []
+        flags += [] if "b" in dimensions else ["--bias-batch", "1"]
+        return flags if "h" in dimensions else [*flags, "--bias-heads", "1"]
+
     def _mask(self, generator: torch.Generator) -> torch.Tensor | None:
         if self.attn_mask == NO_MASK:
             return None
