@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import tuning_records
 from attention_reference import attention, check_attention, exact_gradients, normal, normal_qkv
-from conftest import find_nvrtc, needs_enable_gqa, run_module
+from conftest import find_nvrtc, needs_enable_gqa, run_module, run_program
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attn_jit.bench import (
@@ -104,6 +104,23 @@ def test_attn_masks_of_a_problem(name, on_cpu):
     ours, theirs = (Backend(backend, problem).forward(inputs) for backend in (OURS, SDPA_EFFICIENT))
     torch.testing.assert_close(ours, theirs, atol=4e-3, rtol=0)
     assert [str(each) for each in sweep(2, (4, 2), [16], [24], [True, False], [NO_MASK, name])][-1] == str(problem)
+
+
+@pytest.mark.parametrize("seqlen", [64, 68])
+@pytest.mark.parametrize("name", MASKS)
+def test_predictions_read_the_attn_mask(name, seqlen):
+    """The program is asked for the kernel that reads it, and counts its bytes."""
+    problem = Problem(2, 4, 2, 64, seqlen, False, name)
+    flags = ["--head-dim", 64, "--batch", 2, "--heads", 4, "--gqa", 2, "--seqlen-q", seqlen, "--seqlen-k", seqlen]
+
+    def dram_bytes(*more):
+        done = run_program("model", *flags, *more, "--json", FLASH_ATTN_JIT_NVRTC=find_nvrtc(12))
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["problem"]["dram_seconds"] * 320e9
+
+    difference = dram_bytes(*problem.mask_flags()) - dram_bytes()
+    unmasked = Problem(2, 4, 2, 64, seqlen, False)
+    assert difference == pytest.approx(problem.read_bytes(FORWARD) - unmasked.read_bytes(FORWARD), abs=1e-3)
 
 
 @pytest.mark.parametrize("which, forwards, backwards", [(FORWARD, 5, 0), (BACKWARD, 0, 5), (BOTH, 5, 5)])
