@@ -203,7 +203,7 @@ bool runs_whole_grids() { return tests_all() && !kAddressSanitizer; }
 
 Share share_of_grid() {
   if (tests_all()) return kAddressSanitizer ? Share{0, 6} : Share{0, 1};
-  return kAddressSanitizer ? Share{1, 48} : Share{0, 8};
+  return kAddressSanitizer ? Share{1, 54} : Share{0, 9};
 }
 
 Share share_of_few() { return kAddressSanitizer ? Share{0, 5} : Share{0, 1}; }

@@ -81,8 +81,8 @@ struct Share {
   std::size_t first, step;
 };
 
-// The plain program has an eighth of a grid, and the one under sanitizers, which is several times slower, a
-// forty-eighth, with no case in both. With FLASH_ATTN_JIT_TEST_ALL=1 they have all and a sixth.
+// The plain program has a ninth of a grid, and the one under sanitizers, which is several times slower, a
+// fifty-fourth, with no case in both. With FLASH_ATTN_JIT_TEST_ALL=1 they have all and a sixth.
 Share share_of_grid();
 
 // Cases that are few, drawn or listed: the plain program has all, the one under sanitizers a fifth.
