@@ -139,7 +139,8 @@ def _mask_refusal(query: torch.Tensor, key: torch.Tensor, mask: Any, is_causal: 
     # Dimensions before the heads are one for kernels: a mask has all of them or none.
     if fits and (len(whole) <= 4 or set(mask.shape[:-3]) <= {1} or mask.shape[:-3] == whole[:-3]):
         return None
-    return Refusal("attn_mask", f"has shape {tuple(mask.shape)}", f"a shape that broadcasts to {whole}")
+    batch = "" if len(whole) <= 4 else ", all dimensions before the heads or none"
+    return Refusal("attn_mask", f"has shape {tuple(mask.shape)}", f"a shape that broadcasts to {whole}{batch}")
 
 
 def _bias_refusal(query: torch.Tensor, key: torch.Tensor, bias: Any) -> Refusal | None:
