@@ -225,7 +225,7 @@ class FlashBwd {
     if (exists) {
       lse = load_global_f32(params_.softmax_lse + offset);
       delta = load_global_f32(params_.delta + offset);
-      if (Variant::kReadsPairs && lse < kLeastLse) lse = infinity();
+      if (Variant::kIsLarge && lse < kLeastLse) lse = infinity();
     }
   }
 

@@ -12,9 +12,10 @@
 #include "accumulator.cuh"
 #include "primitives.cuh"
 
-constexpr float kMaxRise = 2.0f;  // in log2 units
-constexpr float kLowMaximum = -1024.0f;
-constexpr float kNoMaximum = -1e30f;  // before a row has seen a key; finite, so that -inf - row_max stays -inf
+// In log2 units.
+constexpr float kMaxRise = 2.0f;
+constexpr float kLowMaximum = -1024.0f;  // above it what rises by as much keeps digits below 2^-12
+constexpr float kNoMaximum = -1e30f;     // before a row has seen a key; finite, so that -inf - row_max stays -inf
 
 // The phases of a tile. Products q k become scores (see score_feature.cuh), those exponents, those probabilities.
 template <int kMTiles, int kNTiles>

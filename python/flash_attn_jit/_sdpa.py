@@ -43,7 +43,8 @@ def sdpa(
             False hides a key from a query, a number is added to the score; or a causal mask of
             ``torch.nn.attention.bias``: ``causal_upper_left(seqlen_q, seqlen_k)``, which is what is_causal does, or
             ``causal_lower_right(seqlen_q, seqlen_k)``: query i sees key j where j <= i + seqlen_k - seqlen_q. A query
-            that sees no key gives 0. Masks are read through their strides, never copied, and have no gradient yet.
+            that sees no key gives 0. Masks are read through their strides and not copied, but for one of more than 4
+            dimensions that is expanded over some of those before the heads. They have no gradient yet.
         dropout_p: not built yet: 0.0.
         is_causal: query i sees key j where j <= i.
         scale: a factor for the scores before the softmax; 1/sqrt(head_dim) where None.

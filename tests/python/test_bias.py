@@ -372,6 +372,20 @@ def test_the_least_number_instead_of_minus_infinity(least, layout):
             assert (got - exact).abs().max() <= 2e-2 * exact.abs().max()
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_scores_that_are_low_themselves_have_gradients(dtype):
+    """Below -1e6, where no number of a mask put them; of each query the mask leaves one key."""
+    q, k = (torch.full((1, 20, 1, 32), value, dtype=torch.float16) for value in (60.0, -60.0))
+    v = normal(1, 20, 1, 32).requires_grad_()
+    visible = torch.eye(20, dtype=torch.bool)
+    bias = visible if dtype is torch.bool else torch.zeros(20, 20, dtype=dtype).masked_fill(~visible, -INF)
+    out, softmax_lse, _ = flash_attn_func(q, k, v, softmax_scale=20.0, attn_bias=bias, return_attn_probs=True)
+    assert softmax_lse.max() < -1e6 and torch.equal(out, v)
+    dout = normal(1, 20, 1, 32)
+    (dv,) = torch.autograd.grad(out, v, dout)
+    assert torch.equal(dv, dout)
+
+
 def test_few_queries_all_of_whose_keys_have_the_least_number():
     q, k, v = normal_qkv(2, 2, 72, 4, 2, 32)
     for dtype in (torch.float16, torch.float32):
