@@ -113,7 +113,8 @@ class FlashBwd {
 
   // Does dS take P as dV does? No matter: where P is above 1 its row has dP = delta. But ptxas schedules as if it were:
   // head dim 64 reaches 0.933 of a T4's peak so, and 0.883 otherwise; 128, causal, 0.738 so, and 0.797 otherwise.
-  // With numbers from memory it is too large where float32 has no digits left for a score: see kLeastLse.
+  // With numbers from memory it is too large where float32 has no digits left for a score: see kLeastLse. What
+  // softmax_lse's gradient adds to delta is multiplied by a P above 1, by as much as log_sum_exp() took from lse.
   static constexpr bool kSaturatesForDs = kMTiles == 2 || Variant::kReadsPairs;
 
   using Products = Accumulator<kMTiles, 1>;  // S or dP of a step

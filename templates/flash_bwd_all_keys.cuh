@@ -96,10 +96,11 @@ class AllKeysDq {
   static __device__ __forceinline__ void write_delta(const FlashBwdTensors<Traits>& of, int head, int warp, int lane) {
     const FlashBwdParams& params = of.params;
     const long long statistics = of.sequence.statistics_offset(head, 0);
+    const float* const dlse = params.dlse != nullptr ? params.dlse + statistics : nullptr;
     constexpr int kRows = RowDelta<Traits>::kRowsAtOnce;
     for (int row = warp * kRows; row < of.sequence.seqlen_q(); row += Traits::kNWarps * kRows)
       RowDelta<Traits>::write(of.out(head), of.dout(head), row, of.sequence.seqlen_q(), lane,
-                              params.softmax_lse + statistics, params.delta + statistics);
+                              params.softmax_lse + statistics, dlse, params.delta + statistics);
   }
 
  private:

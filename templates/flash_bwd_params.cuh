@@ -13,11 +13,13 @@ struct FlashBwdParams : AttentionParams {
   void* dk;
   void* dv;
   const float* softmax_lse;  // what forward wrote
-  float* delta;              // like softmax_lse: sum over the head dims of dout * out, written by the preprocess kernel
+  float* delta;              // like softmax_lse: see row_delta.cuh, written by the preprocess kernel
 
   TensorStrides q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides, dk_strides, dv_strides;
   long long dout_dim_stride;  // between two head dims of dout; 1 where kVectorAccess
 
   int num_row_blocks;   // blocks along the side whose gradient a kernel makes; the grid is flat
   float softmax_scale;  // what a score's gradient is multiplied by
+
+  const float* dlse;  // softmax_lse's gradient, like it; null: it has none. Last, so that the main loops are the same
 };

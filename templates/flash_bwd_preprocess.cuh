@@ -23,9 +23,10 @@ __device__ __forceinline__ void flash_bwd_preprocess(const FlashBwdParams& param
   const auto out = matrix(params.out, params.out_strides, 1);
   const auto dout = matrix(params.dout, params.dout_strides, params.dout_dim_stride);
   const long long statistics = (static_cast<long long>(batch) * params.num_heads + head) * params.seqlen_q;
+  const float* const dlse = params.dlse != nullptr ? params.dlse + statistics : nullptr;
   const int row = block_in_grid() % params.num_row_blocks * Traits::kBlockM + thread_in_block() / 32 * kRowsPerWarp;
 #pragma unroll 4
   for (int i = 0; i < kRowsPerWarp; i += RowDelta<Traits>::kRowsAtOnce)
     RowDelta<Traits>::write(out, dout, row + i, params.seqlen_q, thread_in_block() % 32,
-                            params.softmax_lse + statistics, params.delta + statistics);
+                            params.softmax_lse + statistics, dlse, params.delta + statistics);
 }

@@ -1,5 +1,6 @@
-// delta of a query row: the sum over the head dims of dout * out. It is the part of dS that a row's own softmax takes
-// back.
+// delta of a query row: the sum over the head dims of dout * out, less dlse, the gradient of the row's log-sum-exp. It is
+// the part of dS that a row's own softmax takes back; and as lse changes by P of what its scores change by, dlse goes
+// into dS = P (dP - delta) with it.
 //
 // Some lanes of a warp share a row, a chunk of 8 dims each. All chunks of some rows are on their way at once.
 #pragma once
@@ -18,25 +19,28 @@ class RowDelta {
  public:
   static constexpr int kRowsAtOnce = kPasses * kRowsPerPass;  // of a warp; 16 rows are a multiple
 
-  // Of the rows [row, row + kRowsAtOnce) that are below `end`. `softmax_lse` and `delta` are row 0's.
+  // Of the rows [row, row + kRowsAtOnce) that are below `end`. `softmax_lse`, `dlse`, which may be null, and
+  // `delta` are row 0's.
   static __device__ __forceinline__ void write(const Matrix& out, const Matrix& dout, int row, int end, int lane,
-                                               const float* softmax_lse, float* delta) {
+                                               const float* softmax_lse, const float* dlse, float* delta) {
     Vec16 out_chunks[kPasses], dout_chunks[kPasses];
-    float lse[kPasses];
+    float lse[kPasses], lse_gradient[kPasses];
     const int dim = lane % kLanesPerRow * kChunkDims;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int at = row_of(row, pass, lane);
       out_chunks[pass] = dout_chunks[pass] = Vec16{};
-      lse[pass] = 0.0f;
+      lse[pass] = lse_gradient[pass] = 0.0f;
       if (at < end && dim < Traits::kHeadDim) load(out_chunks[pass], dout_chunks[pass], out, dout, at, dim);
-      if (at < end && dim == 0) lse[pass] = load_global_f32(softmax_lse + at);
+      if (at >= end || dim > 0) continue;
+      lse[pass] = load_global_f32(softmax_lse + at);
+      if (dlse != nullptr) lse_gradient[pass] = load_global_f32(dlse + at);
     }
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      const float sum = sum_of_row(out_chunks[pass], dout_chunks[pass]);
+      const float sum = sum_of_row(out_chunks[pass], dout_chunks[pass]) - lse_gradient[pass];
       const int at = row_of(row, pass, lane);
-      // A row that sees no key has no gradient, whatever its dout holds.
+      // A row that sees no key has no gradient, whatever its dout and dlse hold.
       if (at < end && dim == 0) store_global_f32(delta + at, lse[pass] == infinity() ? 0.0f : sum);
     }
   }

@@ -67,6 +67,7 @@ FlashBwdParams params_of(const BackwardRequest& request) {
     params.dv_strides = strides_of(request.dkdv->dv);
   }
   params.softmax_scale = static_cast<float>(request.options.softmax_scale);
+  params.dlse = request.dlse;
   return params;
 }
 

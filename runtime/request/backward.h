@@ -24,6 +24,7 @@ struct BackwardRequest {
   std::optional<TensorView> dq;        // like q; none: not wanted
   std::optional<KeyGradients> dkdv;    // none: not wanted
   const float* softmax_lse = nullptr;  // forward's
+  const float* dlse = nullptr;         // like softmax_lse: its gradient; null: it has none
   float* delta = nullptr;              // like softmax_lse: room for what one kernel leaves to the next
   AttentionOptions options;
   // Force these tiles; none: the target's chooser decides. With the last one its kernel is taken, without it but with

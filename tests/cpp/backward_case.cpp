@@ -114,13 +114,14 @@ class Backward {
     visit_apart(sequence.seqlen_q, sum_step_, [&](std::int64_t i) {
       const std::int64_t query = sequence.q_begin + i;
       const float lse = t_.forward.lse[(sequence.b * shape_[2] + h) * shape_[1] + query];
-      row(sequence, h, i, {&q[query * dim], &out[query * dim], &dout[query * dim], lse});
+      const float dlse = t_.dlse.empty() ? 0 : t_.dlse[(sequence.b * shape_[2] + h) * shape_[1] + query];
+      row(sequence, h, i, {&q[query * dim], &out[query * dim], &dout[query * dim], lse, dlse});
     });
   }
 
   struct QueryRow {
     const double *q, *out, *dout;
-    float stored_lse;
+    float stored_lse, dlse;
   };
 
   void row(const SequenceRows& sequence, std::int64_t h, std::int64_t i, const QueryRow& query) {
@@ -153,6 +154,7 @@ class Backward {
       });
       delta *= delta_factor_;
     }
+    delta -= static_cast<Number>(query.dlse);
     visit_apart(static_cast<std::int64_t>(s.size()), sum_step_, [&](std::int64_t n) {
       const Number p = std::exp(s[n].value - lse);
       const Number ds = Rounding::fp16(p * (dp[n] - delta) * scale * s[n].derivative), rounded_p = Rounding::fp16(p);
@@ -185,6 +187,14 @@ void fill_dout(const BackwardCase& c, WatchedTensor& dout) {
         for (std::int64_t d = 0; d < dim; ++d) dout.at(b, s, h, d) = to_fp16(normal(random) * c.dout_factor);
 }
 
+// That of a row that sees no key is NaN, which is to reach nothing.
+void fill_dlse(const BackwardCase& c, const std::vector<float>& lse, std::vector<float>& dlse) {
+  std::mt19937 random(c.forward.seed + 3);
+  std::normal_distribution<double> normal;
+  for (const float row : lse)
+    dlse.push_back(row == INFINITY ? NAN : static_cast<float>(normal(random) * c.dout_factor));
+}
+
 // By luck of the order of adding, an emulation's error can be small: the bound takes the worst of a few orders, and of
 // more where it is exceeded, as of thousands of cases some have luck with all of the few. Where every row sees one key,
 // dP and delta cancel but for the order of adding, in all rows alike: then delta is off by as much as another order may
@@ -212,6 +222,7 @@ std::string BackwardCase::text() const {
   if (all_keys_tile) text += " allkeys:" + all_keys_tile->text();
   if (dout_layout == DoutLayout::kApart) text += " doutapart";
   if (dout_layout == DoutLayout::kExpanded) text += " doutexpanded";
+  if (has_dlse) text += " dlse";
   if (dout_factor != 1) text += " dout" + std::to_string(dout_factor);
   return text;
 }
@@ -231,6 +242,8 @@ BackwardCase BackwardCase::parse(std::string_view text) {
       c.all_keys_tile = TileConfig::parse(word.substr(8));
     else if (word == "doutapart" || word == "doutexpanded")
       c.dout_layout = word == "doutapart" ? DoutLayout::kApart : DoutLayout::kExpanded;
+    else if (word == "dlse")
+      c.has_dlse = true;
     else if (word.starts_with("dout"))
       c.dout_factor = std::stod(word.substr(4));
     else
@@ -254,6 +267,7 @@ BackwardTensors::BackwardTensors(const BackwardCase& c)
   fill_dout(c, dout);
   lay_out_dout(c.dout_layout);
   forward_in_interpreter(forward.request());
+  if (c.has_dlse) fill_dlse(c, forward.lse, dlse);
 }
 
 void BackwardTensors::lay_out_dout(DoutLayout layout) {
@@ -289,6 +303,7 @@ BackwardRequest BackwardTensors::request() {
           .dq = dq.view(),
           .dkdv = KeyGradients{dk.view(), dv.view()},
           .softmax_lse = forward.lse.data(),
+          .dlse = dlse.empty() ? nullptr : dlse.data(),
           .delta = delta.data(),
           .options = forward.options,
           .preprocess_tile = preprocess_tile,

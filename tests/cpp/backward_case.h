@@ -21,9 +21,10 @@ struct BackwardCase {
   std::optional<TileConfig> preprocess_tile = {}, dkdv_tile = {}, dq_tile = {}, all_keys_tile = {};
   double dout_factor = 1;  // dout is N(0, 1) times this
   DoutLayout dout_layout = DoutLayout::kLikeQ;
+  bool has_dlse = false;  // softmax_lse has a gradient, N(0, 1) times dout_factor
 
   // The forward case's words, then "preprocess:m64n0w4q0l0b0k0 dkdv:m64n16w4q64l0b8k8 dq:m64n16w4q64l0b8k8 dout64
-  // doutapart" or "doutexpanded".
+  // doutapart" or "doutexpanded", "dlse".
   std::string text() const;
   // Words in any order; those left out keep their defaults. Throws SpecError.
   static BackwardCase parse(std::string_view text);
@@ -43,6 +44,7 @@ struct BackwardTensors {
   std::vector<std::uint16_t> dout_copy;
   WatchedTensor dq, dk, dv;
   std::vector<float> delta;
+  std::vector<float> dlse;  // empty: softmax_lse has no gradient
   std::optional<TileConfig> preprocess_tile, dkdv_tile, dq_tile, all_keys_tile;
 
  private:

@@ -199,6 +199,21 @@ TEST_CASE("backward: every head dim and mask with every length (FLASH_ATTN_JIT_T
   check_all_backward(cases);
 }
 
+// Some in one kernel, which has all keys, some in three.
+TEST_CASE("backward: softmax_lse has a gradient") {
+  for (const char* const text : {
+           "hdim64 full sq70 sk60 dlse",
+           "hdim64 causal gqa2 batch2 sq170 sk230 dlse",
+           "hdim128 causal headsk2 sq150 sk140 dlse",
+           "hdim64 causal gqa2 sq170 sk60 rowgaps dlse dout64",
+           "hdim33 causal varlen4 gqa2 sq90 sk60 dlse",
+           "hdim32 window9,3 softcap5 sq170 sk60 dlse doutexpanded",
+           "hdim96 causal varlen5 alibi sq140 sk230 dlse",
+           "hdim256 full sq33 sk65 dlse",
+       })
+    CHECK(run_backward_case(BackwardCase::parse(text)) == "");
+}
+
 TEST_CASE("backward: a case's text parses back") {
   for (const BackwardCase& c : pairwise_backward_cases()) REQUIRE(BackwardCase::parse(c.text()).text() == c.text());
 }
