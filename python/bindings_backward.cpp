@@ -23,8 +23,8 @@ TensorView gradient(const char* name, py::handle object, const Argument& q, Layo
 }  // namespace
 
 void backward(py::handle dout_object, py::handle q_object, py::handle k_object, py::handle v_object,
-              py::handle out_object, py::handle lse_object, py::handle dq_object, py::handle dk_object,
-              py::handle dv_object, py::handle delta_object, py::handle options,
+              py::handle out_object, py::handle lse_object, py::handle dlse_object, py::handle dq_object,
+              py::handle dk_object, py::handle dv_object, py::handle delta_object, py::handle options,
               const std::optional<std::string>& dkdv_tile, const std::optional<std::string>& dq_tile,
               const std::optional<std::string>& all_keys_tile) {
   const Layout layout = layout_of(options);
@@ -43,6 +43,11 @@ void backward(py::handle dout_object, py::handle q_object, py::handle k_object, 
   request.v = view(v);
   request.softmax_lse = static_cast<const float*>(lse.info.data);
   request.delta = static_cast<float*>(delta.info.data);
+  if (!dlse_object.is_none()) {
+    const Argument dlse("dlse", dlse_object);
+    check_rows(dlse, q);
+    request.dlse = static_cast<const float*>(dlse.info.data);
+  }
   request.options = read_options(options, q);
   request.dkdv_tile = parse_tile(dkdv_tile);
   request.dq_tile = parse_tile(dq_tile);

@@ -67,10 +67,10 @@ def _forward_operator(form: Form) -> Callable[..., tuple[torch.Tensor, torch.Ten
     return form.transformed_forward if _is_transformed() else form.forward
 
 
-def _gradients(ctx: Any, form: Form, dout: _Gradient, was_plain: bool) -> tuple[_Gradient, ...]:
+def _gradients(ctx: Any, form: Form, dout: _Gradient, dlse: _Gradient, was_plain: bool) -> tuple[_Gradient, ...]:
     """Of the inputs; None for those that need none."""
     count = len(form.names)
-    if dout is None:
+    if dout is None and dlse is None:
         return (None,) * count
     # torch.func.grad() always comes with grad mode on; it is refused where it is differentiated again.
     if torch.is_grad_enabled() and not (torch.compiler.is_compiling() or _is_transformed()):
@@ -78,16 +78,18 @@ def _gradients(ctx: Any, form: Form, dout: _Gradient, was_plain: bool) -> tuple[
     saved, options = ctx.saved_tensors, ctx.options
     inputs, out, softmax_lse = saved[:count], saved[count], saved[count + 1]
     tensors = saved[count + 2 :]
+    if dout is None:
+        dout = torch.zeros_like(out, memory_format=torch.contiguous_format)
     if tensors:
         options = with_tensors(options, tensors)
     wanted = ctx.needs_input_grad[:count]
-    if was_plain and is_plain(dout, inputs[0], inputs[-1]) and are_plain((*inputs[1:-1], *tensors)):
+    if was_plain and is_plain(dout, inputs[0], inputs[-1]) and are_plain((*inputs[1:-1], dlse, *tensors)):
         try:
-            return ops.compute_gradients(form, dout, inputs, out, softmax_lse, wanted, options)
+            return ops.compute_gradients(form, dout, inputs, out, softmax_lse, dlse, wanted, options)
         except ValueError:
             pass  # see ops.forward_plainly(); with is_grads_batched=True dout is a tensor without memory, too
     backward = form.transformed_backward if _is_transformed() else form.backward
-    gradients = backward(dout, *inputs, out, softmax_lse, wanted, *options)
+    gradients = backward(dout, *inputs, out, softmax_lse, dlse, wanted, *options)
     if count == 1:
         gradients = (gradients,)
     return tuple(gradient if needed else None for gradient, needed in zip(gradients, wanted))
@@ -122,13 +124,12 @@ def _register_derivative(form: Form) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         _save(ctx, Options._make(inputs[count:]), *inputs[:count], *output)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[1])
 
-    def backward(ctx: Any, dout: _Gradient, _: None) -> tuple[_Gradient, ...]:
+    def backward(ctx: Any, dout: _Gradient, dlse: _Gradient) -> tuple[_Gradient, ...]:
         for i, name in tensor_options:
             if ctx.needs_input_grad[i]:
                 refuse_gradient(name)
-        return _gradients(ctx, form, dout, False) + no_options
+        return _gradients(ctx, form, dout, dlse, False) + no_options
 
     def save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
         pass
@@ -155,8 +156,7 @@ for _form in (SEPARATE, KVPACKED, QKVPACKED):
 def _returned(ctx: Any, wants_lse: bool, out: torch.Tensor, softmax_lse: torch.Tensor) -> Any:
     if not wants_lse:
         return out
-    ctx.set_materialize_grads(False)  # else backward fills zeros for softmax_lse
-    ctx.mark_non_differentiable(softmax_lse)
+    ctx.set_materialize_grads(False)  # else backward fills zeros for the one of the two that has no gradient
     return out, softmax_lse
 
 
@@ -169,8 +169,8 @@ class _Attention(Function):
         return _returned(ctx, wants_lse, out, softmax_lse)
 
     @staticmethod
-    def backward(ctx: Any, dout: _Gradient, *_: None) -> tuple[_Gradient, ...]:
-        return (*_gradients(ctx, SEPARATE, dout, True), None)
+    def backward(ctx: Any, dout: _Gradient, dlse: _Gradient = None) -> tuple[_Gradient, ...]:
+        return (*_gradients(ctx, SEPARATE, dout, dlse, True), None)
 
 
 def _heads_second(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -191,7 +191,7 @@ class _HeadsFirstAttention(Function):
     @staticmethod
     def backward(ctx: Any, dout: _Gradient) -> tuple[_Gradient, ...]:
         dout = None if dout is None else dout.transpose(1, 2)
-        gradients = _gradients(ctx, SEPARATE, dout, True)
+        gradients = _gradients(ctx, SEPARATE, dout, None, True)
         return (*(None if gradient is None else gradient.transpose(1, 2) for gradient in gradients), None)
 
 
@@ -205,8 +205,8 @@ class _KvpackedAttention(Function):
         return _returned(ctx, wants_lse, out, softmax_lse)
 
     @staticmethod
-    def backward(ctx: Any, dout: _Gradient, *_: None) -> tuple[_Gradient, ...]:
-        return (*_gradients(ctx, KVPACKED, dout, True), None)
+    def backward(ctx: Any, dout: _Gradient, dlse: _Gradient = None) -> tuple[_Gradient, ...]:
+        return (*_gradients(ctx, KVPACKED, dout, dlse, True), None)
 
 
 class _QkvpackedAttention(Function):
@@ -219,8 +219,8 @@ class _QkvpackedAttention(Function):
         return _returned(ctx, wants_lse, out, softmax_lse)
 
     @staticmethod
-    def backward(ctx: Any, dout: _Gradient, *_: None) -> tuple[_Gradient, ...]:
-        return (*_gradients(ctx, QKVPACKED, dout, True), None)
+    def backward(ctx: Any, dout: _Gradient, dlse: _Gradient = None) -> tuple[_Gradient, ...]:
+        return (*_gradients(ctx, QKVPACKED, dout, dlse, True), None)
 
 
 # What Function.apply calls when it has done its Python part.

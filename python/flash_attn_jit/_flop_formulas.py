@@ -46,4 +46,4 @@ def _register(form: Form, operator: Any, flops_of_pair: int, before: int, betwee
 
 for _form in (SEPARATE, KVPACKED, QKVPACKED):
     _register(_form, _form.forward, _FORWARD, before=0, between=0)
-    _register(_form, _form.backward, _BACKWARD, before=1, between=3)
+    _register(_form, _form.backward, _BACKWARD, before=1, between=4)

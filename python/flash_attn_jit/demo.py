@@ -124,6 +124,7 @@ class _Problem:
             self.v,
             out,
             softmax_lse,
+            None,
             dq,
             dk,
             dv,

@@ -47,7 +47,7 @@ _SHARED: dict[str, str] = {
         alibi_slopes: (num_heads) or (batch, num_heads), float32: slope * |i + seqlen_k - seqlen_q - j| is taken from
             each score. Has no gradient. Values are not checked: slope * distance up to 1e7.
         deterministic: accepted; the result is the same bits every time with either value.
-        return_attn_probs: also return softmax_lse and S_dmask. Neither has a gradient.
+        return_attn_probs: also return softmax_lse, which has a gradient as out has, and S_dmask, which has none.
 """,
     "bias": """
         attn_bias: bool, float16 or float32, of a shape that broadcasts to (batch, num_heads, seqlen_q, seqlen_k)

@@ -79,13 +79,17 @@ def compute_gradients(
     inputs: _Tensors,
     out: torch.Tensor,
     softmax_lse: torch.Tensor,
+    dlse: torch.Tensor | None,
     wanted: Sequence[bool],
     options: Options,
 ) -> _Gradients:
-    """The gradients of `inputs`, past the operator; None for those that are not wanted."""
+    """The gradients of `inputs`, past the operator, where out has the gradient `dout` and softmax_lse has `dlse`; None
+    for those that are not wanted."""
     gradients, (dq, dk, dv) = form.room(wanted, *inputs)
     delta = torch.empty_like(softmax_lse)
-    _core.backward(dout, *form.split(*inputs), out, softmax_lse, dq, dk, dv, delta, options)
+    if dlse is not None:
+        dlse = dlse.contiguous()
+    _core.backward(dout, *form.split(*inputs), out, softmax_lse, dlse, dq, dk, dv, delta, options)
     if options.cu_seqlens_q is not None:  # see compute()
         if dq is not None and not options.max_seqlen_q:
             dq.zero_()
@@ -211,20 +215,22 @@ def _define_backward(form: Form, name: str) -> None:
         return tensors if len(tensors) > 1 else tensors[0]
 
     def backward(dout: torch.Tensor, *arguments: Any) -> Any:
-        inputs, (out, softmax_lse, wanted, *rest) = arguments[:count], arguments[count:]
+        inputs, (out, softmax_lse, dlse, wanted, *rest) = arguments[:count], arguments[count:]
         options = Options._make(rest)
         form.split_checked(inputs, options)
-        return returned(dout, compute_gradients(form, dout, inputs, out, softmax_lse, wanted, options))
+        return returned(dout, compute_gradients(form, dout, inputs, out, softmax_lse, dlse, wanted, options))
 
     def fake(dout: torch.Tensor, *arguments: Any) -> Any:
-        names = ("dout", *form.names, "out", "softmax_lse", "wanted", *Options._fields)
+        names = ("dout", *form.names, "out", "softmax_lse", "dlse", "wanted", *Options._fields)
         _check_devices(names, (dout, *arguments))
-        gradients, _ = form.room(arguments[count + 2], *arguments[:count])
+        gradients, _ = form.room(arguments[count + 3], *arguments[:count])
         return returned(dout, gradients)
 
     tensors = ", ".join(f"Tensor {name}" for name in ("dout", *form.names, "out", "softmax_lse"))
     gradients = ", ".join(f"Tensor d{name}" for name in form.names)
-    form.backward = _define(name, f"({tensors}, bool[] wanted, {SCHEMA}) -> ({gradients})", backward, fake)
+    form.backward = _define(
+        name, f"({tensors}, Tensor? dlse, bool[] wanted, {SCHEMA}) -> ({gradients})", backward, fake
+    )
 
 
 def register_derivative(

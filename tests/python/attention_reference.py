@@ -68,7 +68,7 @@ def _probabilities(
     row_max = torch.where(row_max == float("-inf"), 0.0, row_max)
     p = torch.exp(scores - row_max)
     row_sum = p.sum(-1, keepdim=True)
-    lse = (row_max + torch.log(row_sum)).squeeze(-1)
+    lse = (row_max + torch.log(torch.where(row_sum == 0, 1.0, row_sum))).squeeze(-1)  # differentiable in all rows
     return p, row_sum, torch.where(row_sum.squeeze(-1) == 0, float("inf"), lse)
 
 

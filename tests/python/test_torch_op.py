@@ -106,7 +106,7 @@ def test_opcheck_of_forward():
 
 def backward_arguments(q, k, v, options, wanted=(True, True, True)):
     out, softmax_lse = OP(q, k, v, *options)
-    return (normal(*out.shape, seed=9), q, k, v, out, softmax_lse, list(wanted), *options)
+    return (normal(*out.shape, seed=9), q, k, v, out, softmax_lse, None, list(wanted), *options)
 
 
 def test_opcheck_of_forward_with_inputs_that_need_gradients():
@@ -126,14 +126,14 @@ def test_opcheck_of_backward(wanted):
 
 def test_backward_of_packed_tensors():
     qkv = normal(2, 20, 3, 2, 64)
-    dout, q, k, v, out, softmax_lse, _, *options = backward_arguments(*qkv.unbind(2), CAUSAL)
-    expected = torch.stack(BACKWARD(dout, q, k, v, out, softmax_lse, [True] * 3, *options), 2)
+    dout, q, k, v, out, softmax_lse, dlse, _, *options = backward_arguments(*qkv.unbind(2), CAUSAL)
+    expected = torch.stack(BACKWARD(dout, q, k, v, out, softmax_lse, dlse, [True] * 3, *options), 2)
     backward = torch.ops.flash_attn_jit.backward_qkvpacked.default
-    arguments = (dout, qkv, out, softmax_lse, [True], *options)
+    arguments = (dout, qkv, out, softmax_lse, dlse, [True], *options)
     assert torch.equal(backward(*arguments), expected)
     torch.library.opcheck(backward, arguments)
     backward = torch.ops.flash_attn_jit.backward_kvpacked.default
-    arguments = (dout, q, qkv[:, :, 1:], out, softmax_lse, [False, True], *options)
+    arguments = (dout, q, qkv[:, :, 1:], out, softmax_lse, dlse, [False, True], *options)
     dq, dkv = backward(*arguments)
     assert dq.numel() == 0 and torch.equal(dkv, expected[:, :, 1:])
     torch.library.opcheck(backward, arguments)

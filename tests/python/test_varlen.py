@@ -169,11 +169,10 @@ def test_a_max_seqlen_less_than_the_longest_sequence_is_named(max_q, max_k, name
     with pytest.raises(ValueError, match=f"^cu_seqlens_{name}.*max_seqlen_{name}"):
         flash_attn_varlen_func(q, k, v, starts(20), starts(20), max_q, max_k)
     out, softmax_lse = (torch.zeros(shape) for shape in ((20, 2, 64), (2, 20)))
+    lengths = Options(cu_seqlens_q=starts(20), cu_seqlens_k=starts(20), max_seqlen_q=max_q, max_seqlen_k=max_k)
+    q, k, v, out = q.detach(), k.detach(), v.detach(), out.half()
     with pytest.raises(ValueError, match=f"^cu_seqlens_{name}.*max_seqlen_{name}"):
-        torch.ops.flash_attn_jit.backward(
-            *(out.half(), q.detach(), k.detach(), v.detach(), out.half(), softmax_lse, [True] * 3),
-            *Options(cu_seqlens_q=starts(20), cu_seqlens_k=starts(20), max_seqlen_q=max_q, max_seqlen_k=max_k),
-        )
+        torch.ops.flash_attn_jit.backward(out, q, k, v, out, softmax_lse, None, [True] * 3, *lengths)
 
 
 def test_nothing_is_left_unwritten_where_no_block_runs(nan_where_nothing_is_written):
