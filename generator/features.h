@@ -23,6 +23,7 @@ enum class Feature : std::uint8_t {
   kVarlen,
   kKeyLengths,
   kPaged,
+  kSink,
 };
 
 struct FeatureInfo {
@@ -33,6 +34,8 @@ struct FeatureInfo {
   bool changes_scores;      // computes on each score
   bool needs_positions;     // from the places of its query and its key, as a window does
   bool forward_only;        // no backward kernel has it
+  // Read where a row's keys are all done, by what makes out alone: to other kernels it says nothing, nor to main loops.
+  bool finishes_rows = false;
 };
 
 // In the order of the words in a spec's text.
@@ -49,6 +52,7 @@ inline constexpr std::array kFeatures = {
     FeatureInfo{Feature::kVarlen, "varlen", "kIsVarlen", "for cu_seqlens", false, false, false},
     FeatureInfo{Feature::kKeyLengths, "keylens", "kHasKeyLengths", "for seqused_k and leftpad_k", false, false, true},
     FeatureInfo{Feature::kPaged, "paged", "kIsPaged", "for a block_table", false, false, true},
+    FeatureInfo{Feature::kSink, "sink", "kHasSink", "with a sink of each head", false, false, false, true},
 };
 
 // Those that are on. Off is the default of each.
@@ -82,6 +86,14 @@ class FeatureSet {
   constexpr bool need_positions() const { return any(&FeatureInfo::needs_positions); }
   constexpr bool forward_only() const { return any(&FeatureInfo::forward_only); }
 
+  // Those that finish rows, and the others.
+  constexpr FeatureSet finishing_rows() const { return filtered(true); }
+  constexpr FeatureSet of_main_loop() const { return filtered(false); }
+
+  friend constexpr FeatureSet operator|(FeatureSet a, const FeatureSet& b) {
+    a.bits_ |= b.bits_;
+    return a;
+  }
   friend auto operator<=>(const FeatureSet&, const FeatureSet&) = default;
 
  private:
@@ -89,6 +101,13 @@ class FeatureSet {
     for (const FeatureInfo& info : kFeatures)
       if (info.*property && has(info.feature)) return true;
     return false;
+  }
+
+  constexpr FeatureSet filtered(bool finishing) const {
+    FeatureSet set;
+    for (const FeatureInfo& info : kFeatures)
+      if (info.finishes_rows == finishing) set.set(info.feature, has(info.feature));
+    return set;
   }
 
   static constexpr std::uint32_t bit(Feature feature) { return std::uint32_t{1} << static_cast<unsigned>(feature); }

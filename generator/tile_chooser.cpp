@@ -99,7 +99,8 @@ double decode_cycles(const KernelSpec& spec, const TileCost& cost, const Problem
 // The tables of a family, the one for large problems first.
 using DefaultTiles = std::array<std::optional<TileConfig>, std::tuple_size_v<TileTables>>;
 
-DefaultTiles find_default_tiles(const KernelSpec& spec) {
+DefaultTiles find_default_tiles(KernelSpec spec) {
+  spec.features = spec.features.of_main_loop();
   const TileTables tables = family_of(spec.kind).default_tiles(spec);
   DefaultTiles tiles;
   for (std::size_t i = 0; i < tables.size(); ++i) tiles[i] = find_tile(tables[i], spec);

@@ -22,6 +22,7 @@
 #include "row_parts.cuh"
 #include "score_variant.cuh"
 #include "sequence.cuh"
+#include "sink.cuh"
 #include "softmax.cuh"
 #include "tile_copy.cuh"
 
@@ -431,6 +432,10 @@ class FlashDecode {
       if (row >= rows()) continue;
       const KeyRange seen = seen_by(query_of(row));
       if (seen.first >= seen.end || (Variant::kReadsPairs && all[r].row_sum == 0.0f)) all[r].row_max = -infinity();
+      // Of several splits none has the sink: it counts once, where they are put together.
+      float weight = 1.0f;
+      if constexpr (Traits::kHasSink)
+        if (params_.num_splits == 1) weight = add_sink(all[r], params_.sinks, head_of(row));
 #pragma unroll
       for (int c = 0; c < kValueChunks; ++c)
 #pragma unroll
@@ -439,6 +444,9 @@ class FlashDecode {
           float o[kChunkDims];
 #pragma unroll
           for (int i = 0; i < kChunkDims; ++i) o[i] = output(r, c, kChunkDims * half + i);
+          if constexpr (Traits::kHasSink)
+#pragma unroll
+            for (int i = 0; i < kChunkDims; ++i) o[i] *= weight;
           if (dim >= Traits::kTileDims) continue;
           if (params_.num_splits == 1)
             write_result(row, dim, all[r], o);

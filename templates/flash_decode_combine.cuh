@@ -6,6 +6,7 @@
 #include "flash_decode_params.cuh"
 #include "primitives.cuh"
 #include "row_parts.cuh"
+#include "sink.cuh"
 #include "tile_copy.cuh"
 
 template <class Traits>
@@ -18,7 +19,9 @@ class FlashDecodeCombine {
       : params_(params), row_(row), lane_(lane) {}
 
   __device__ __forceinline__ void run() const {
-    const RowPart all = whole_row();
+    RowPart all = whole_row();
+    // The parts' O are weighed by the maximum that it may raise.
+    if constexpr (Traits::kHasSink) add_sink(all, params_.sinks, row_ / params_.seqlen_q % params_.num_heads);
     if (lane_ == 0) store_global_f32(params_.softmax_lse + row_, log_sum_exp(all));
     for (int dim = lane_ * kChunkDims; dim < Traits::kTileDims; dim += 32 * kChunkDims) write_dims(dim, all);
   }

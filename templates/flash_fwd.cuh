@@ -27,6 +27,7 @@
 #include "row_output.cuh"
 #include "schedule.cuh"
 #include "score_variant.cuh"
+#include "sink.cuh"
 #include "softmax.cuh"
 #include "tile_copy.cuh"
 
@@ -385,7 +386,15 @@ class FlashFwd {
   __device__ __forceinline__ float finish_row(const BlockInfo<Traits>& block, int row, int lane, int r) {
     const float sum = softmax_.total(r);
     const bool sees_keys = block.sequence.sees_keys(row) && !(Variant::kReadsPairs && sum == 0.0f);
-    if (row < block.sequence.seqlen_q() && lane_column(lane) == 0) {
+    const bool writes = row < block.sequence.seqlen_q() && lane_column(lane) == 0;
+    if constexpr (Traits::kHasSink) {
+      RowPart all{sees_keys ? softmax_.row_max[r] : -infinity(), sum};
+      const float weight = add_sink(all, params_.sinks, block.head);
+      if (writes)
+        store_global_f32(params_.softmax_lse + block.sequence.statistics_offset(block.head, row), log_sum_exp(all));
+      return inverse_sum(all) * weight;
+    }
+    if (writes) {
       const float lse = sees_keys ? softmax_.log_sum_exp(r, sum) : infinity();
       store_global_f32(params_.softmax_lse + block.sequence.statistics_offset(block.head, row), lse);
     }

@@ -24,6 +24,11 @@ struct KeyCacheParams {
   Divisor by_page_size;
 };
 
+// See sink.cuh.
+struct SinkParams {
+  const float* logits;  // (num_heads)
+};
+
 struct FlashFwdParams : AttentionParams {
   const void* q;
   const void* k;
@@ -37,5 +42,7 @@ struct FlashFwdParams : AttentionParams {
   // num_m_blocks x splits x num_heads_k x batch, rows are those of q times the heads of a group.
   int num_m_blocks;
 
-  KeyCacheParams cache;  // last, so that kernels without one are the same
+  // Last, so that kernels without them are the same.
+  KeyCacheParams cache;
+  SinkParams sinks;
 };

@@ -62,9 +62,12 @@ std::string pack_group_words() {
 }
 
 KernelSpec normalized(KernelSpec spec) {
-  if (family_of(spec.kind).reads_mask) return spec;
+  const KernelFamily& family = family_of(spec.kind);
+  const FeatureSet none, given = spec.features;
+  spec.features =
+      (family.reads_mask ? given.of_main_loop() : none) | (family.results.out ? given.finishing_rows() : none);
+  if (family.reads_mask) return spec;
   spec.mask = Mask::kNone;
-  spec.features = {};
   spec.group_size = 1;
   return spec;
 }

@@ -44,11 +44,11 @@ std::vector<TensorExtent> forward_extents(const ForwardRequest& request, const F
     tensors.push_back(fp16_extent("out", request.out, TensorUse::kWrite));
     tensors.push_back(row_extent("softmax_lse", launch.params.softmax_lse, request.q, TensorUse::kWrite));
   }
+  append_option_extents(request.options, request.q, request.k, tensors);
   if (combines) return tensors;
   tensors.push_back(fp16_extent("q", request.q, TensorUse::kRead));
   tensors.push_back(fp16_extent("k", request.k, TensorUse::kRead));
   tensors.push_back(fp16_extent("v", request.v, TensorUse::kRead));
-  append_option_extents(request.options, request.q, request.k, tensors);
   return tensors;
 }
 

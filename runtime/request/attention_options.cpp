@@ -186,6 +186,7 @@ KernelSpec problem_spec(const TensorView& q, const TensorView& k, const Attentio
   spec.features.set(Feature::kVarlen, options.varlen.has_value());
   spec.features.set(Feature::kKeyLengths, options.key_lengths.has_value());
   spec.features.set(Feature::kPaged, options.pages.has_value());
+  spec.features.set(Feature::kSink, options.sinks != nullptr);
   spec.group_size = num_heads_k > 0 ? static_cast<int>(q.shape[kHeads] / num_heads_k) : 1;
   spec.access = access;
   return spec;

@@ -71,6 +71,7 @@ struct AttentionOptions {
   double softcap = 0;  // softcap * tanh(score / softcap); 0: none
   std::optional<PerHead> alibi;
   std::optional<PairTensor> bias;  // added to the scores; or of bools: whether the query sees the key
+  const float* sinks = nullptr;    // (num_heads), a logit of each head that takes part in its softmax; null: none
   std::optional<Varlen> varlen;
   std::optional<KeyLengths> key_lengths;
   std::optional<PageTable> pages;  // with varlen, cu_seqlens_k may be null
@@ -127,6 +128,7 @@ void visit_tensors(const AttentionOptions& options, const ProblemShape& shape, s
   if (options.bias)
     visit(OptionTensor{"attn_bias", options.bias->data, 4, options.bias->shape, options.bias->strides,
                        bytes_of(options.bias->type)});
+  if (options.sinks != nullptr) visit(OptionTensor{"s_aux", options.sinks, 1, {num_heads}, {1}});
   if (options.alibi)
     visit(OptionTensor{
         "alibi_slopes", options.alibi->data, 2, {shape.batch, num_heads}, {options.alibi->batch_stride, 1}});

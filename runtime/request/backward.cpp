@@ -133,7 +133,7 @@ BackwardPlan plan_backward(const BackwardRequest& request, const PlanTarget& tar
     plan[3] = lay_out(spec, KernelKind::kBackwardAllKeys, request.all_keys_tile, keys, params, target, problem);
     return plan;
   }
-  if (request.dkdv || request.dq)
+  if (request.dkdv || request.dq || request.options.sinks != nullptr)  // a sink's gradient is made of delta
     plan[0] = lay_out(spec, KernelKind::kBackwardPreprocess, request.preprocess_tile, rows, all_rows, target, problem);
   if (request.dkdv)
     plan[1] = lay_out(spec, KernelKind::kBackwardDkDv, request.dkdv_tile, keys, params, target, problem);

@@ -49,6 +49,7 @@ FlashDecodeParams params_of(const ForwardRequest& request) {
   params.v_strides = strides_of(request.v);
   params.out_strides = strides_of(request.out);
   params.cache = cache_of(request);
+  params.sinks = {request.options.sinks};
   return params;
 }
 

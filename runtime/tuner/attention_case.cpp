@@ -96,6 +96,7 @@ AttentionOptions AttentionCase::options(const float* head_numbers, const void* p
                               pair_type(spec),
                               {1, 1, spec.has(Feature::kOneRow) ? 1 : seqlen_q, seqlen_k},
                               {0, 0, pair_at(1, 0), pair_at(0, 1)}};
+  if (spec.has(Feature::kSink)) options.sinks = head_numbers;
   return options;
 }
 
@@ -110,6 +111,10 @@ AttentionCase::Score AttentionCase::score(double product, std::int64_t h, std::i
     score.value -= alibi_slope(h, num_heads) * static_cast<double>(std::abs(i + seqlen_k - seqlen_q - j));
   if (spec.features.read_pairs()) score.value += pair_number(i, j);
   return score;
+}
+
+std::optional<double> AttentionCase::sink(std::int64_t h) const {
+  return spec.has(Feature::kSink) ? std::optional<double>(alibi_slope(h, num_heads)) : std::nullopt;
 }
 
 std::int64_t AttentionCase::statistic_at(std::int64_t b, std::int64_t h, std::int64_t i) const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "generator/families/families.h"
@@ -31,6 +32,7 @@ struct AttentionCase {
     double value, derivative;  // by the scaled product
   };
   Score score(double product, std::int64_t h, std::int64_t i, std::int64_t j) const;
+  std::optional<double> sink(std::int64_t h) const;  // of head h, where heads have one
   double softmax_scale() const { return default_softmax_scale(spec.head_dim); }
 
   bool is_backward() const { return !family_of(spec.kind).results.out; }

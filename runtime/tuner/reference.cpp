@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "runtime/tuner/half.h"
 
@@ -65,6 +66,11 @@ ForwardRow CaseReference::forward(std::int64_t b, std::int64_t h, std::int64_t i
     scores.emplace_back(j, score(b, h, i, j).value);
     greatest = std::max(greatest, scores.back().second);
   }
+  const std::optional<double> sink = attention_.sink(h);
+  if (sink) {
+    greatest = std::max(greatest, *sink);
+    sum = std::exp(*sink - greatest);
+  }
   for (const auto& [j, value] : scores) {
     const double probability = std::exp(value - greatest);
     sum += probability;
@@ -75,7 +81,7 @@ ForwardRow CaseReference::forward(std::int64_t b, std::int64_t h, std::int64_t i
       row.out.bound[static_cast<std::size_t>(d)] += std::fabs(product);
     }
   }
-  row.lse = scores.empty() ? std::numeric_limits<double>::infinity() : greatest + std::log(sum);
+  row.lse = scores.empty() && !sink ? std::numeric_limits<double>::infinity() : greatest + std::log(sum);
   row.lse_bound = 1e-3 + 1e-5 * std::fabs(greatest);
   if (!scores.empty()) finish(row.out, 1 / sum, static_cast<std::int64_t>(scores.size()), kLargestNumber);
   return row;

@@ -104,9 +104,11 @@ class Attention {
       has_nan |= std::isnan(scores.back());
       maximum = std::max(maximum, scores.back());
     }
+    const Number sink = sink_of(problem_.options, h);
+    const bool has_sink = !(sink == -std::numeric_limits<Number>::infinity());
     if (keys.empty()) {
       std::fill(out, out + dim, 0.0);
-      lse = std::numeric_limits<double>::infinity();
+      lse = has_sink ? sink : std::numeric_limits<double>::infinity();
       return;
     }
     if (has_nan) maximum = std::numeric_limits<Number>::quiet_NaN();
@@ -117,7 +119,14 @@ class Attention {
       const Number rounded = rounding_.probability(each);
       for (std::int64_t d = 0; d < dim; ++d) acc[d] += rounded * v_[keys[n] * dim + d];
     }
-    for (std::int64_t d = 0; d < dim; ++d) out[d] = rounding_.out(acc[d] / sum);
+    Number weight = 1;
+    if (has_sink) {
+      const Number raised = std::max(maximum, sink);
+      weight = std::exp(maximum - raised);
+      sum = sum * weight + std::exp(sink - raised);
+      maximum = raised;
+    }
+    for (std::int64_t d = 0; d < dim; ++d) out[d] = rounding_.out(acc[d] * weight / sum);
     lse = maximum + std::log(sum);
   }
 
@@ -208,6 +217,10 @@ double bias_of(const PairTensor& bias, const SequenceRows& sequence, std::int64_
       break;
   }
   return static_cast<const std::uint8_t*>(bias.data)[at] != 0 ? 0 : -std::numeric_limits<double>::infinity();
+}
+
+double sink_of(const AttentionOptions& options, std::int64_t h) {
+  return options.sinks != nullptr ? options.sinks[h] : -std::numeric_limits<double>::infinity();
 }
 
 AttentionResult attention_float64(const AttentionProblem& problem) {

@@ -68,6 +68,9 @@ bool sees(const AttentionOptions& options, const SequenceRows& sequence, std::in
 // What attn_bias adds to a score; -inf hides the pair, as False does.
 double bias_of(const PairTensor& bias, const SequenceRows& sequence, std::int64_t h, std::int64_t i, std::int64_t j);
 
+// Of head h; -inf where there is none.
+double sink_of(const AttentionOptions& options, std::int64_t h);
+
 // What softcap, ALiBi and attn_bias make of a scaled score, and the derivative of that.
 template <class Number>
 struct Score {
@@ -93,7 +96,7 @@ struct AttentionResult {
   std::vector<double> out, lse;
 };
 
-// In float64. A row that sees no key: out 0, lse +inf.
+// In float64. A row that sees no key: out 0, lse +inf, or the sink.
 AttentionResult attention_float64(const AttentionProblem& problem);
 
 // In float32, with out rounded to fp16, and probabilities too, relative to a running maximum that lags behind the row's

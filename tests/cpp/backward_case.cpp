@@ -130,7 +130,8 @@ class Backward {
     std::vector<Score<Number>> s;
     std::vector<Number> dp;
     std::vector<std::int64_t> keys;
-    Number maximum = -std::numeric_limits<Number>::infinity();
+    const Number sink = sink_of(problem_.options, h);
+    Number maximum = sink;
     for (std::int64_t j = 0; j < sequence.seqlen_k; ++j)
       if (sees(problem_.options, sequence, h, i, j)) {
         const double *k = &k_[(sequence.k_begin + j) * dim], *v = &v_[(sequence.k_begin + j) * dim];
@@ -142,7 +143,7 @@ class Backward {
     if (keys.empty()) return;
     Number lse = query.stored_lse, delta = 0;
     if constexpr (std::is_same_v<Number, double>) {  // nothing that a kernel made goes in
-      double sum = 0;
+      double sum = std::exp(sink - maximum);
       for (const auto& each : s) sum += std::exp(each.value - maximum);
       lse = maximum + std::log(sum);
       for (std::size_t n = 0; n < s.size(); ++n) delta += std::exp(s[n].value - lse) * dp[n];

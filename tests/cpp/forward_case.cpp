@@ -158,6 +158,7 @@ AttentionOptions options_of(const ForwardCase& c, const ForwardTensors& t) {
   if (c.alibi != AlibiCase::kOff)
     options.alibi = {t.alibi_slopes.data(), c.alibi == AlibiCase::kBatchAndHeads ? c.num_heads_k * c.group_size : 0};
   if (c.bias != BiasCase::kOff) options.bias = bias_tensor(c, t.bias.data());
+  if (c.sink) options.sinks = t.sinks.data();
   if (c.sequences > 0)
     options.varlen = {t.cu_seqlens_q.data(), t.cu_seqlens_k.data(), c.sequences, c.seqlen_q, c.seqlen_k};
   return options;
@@ -176,6 +177,7 @@ bool take_word(std::string_view word, ForwardCase& c) {
     return c.alibi = word == "alibi" ? AlibiCase::kHeads : AlibiCase::kBatchAndHeads, true;
   for (const auto& [bias, layout] : kBiasLayouts)
     if (word == layout.name) return c.bias = bias, true;
+  if (double sink; take_number(word, "sink", sink)) return c.sink = sink, true;
   if (take_number(word, "softcap", c.softcap) || take_number(word, "varlen", c.sequences)) return true;
   if (float scale; take_number(word, "scale", scale)) return c.softmax_scale = scale, true;
   return take_number(word, "hdim", c.head_dim) || take_number(word, "gqa", c.group_size) ||
@@ -277,6 +279,7 @@ std::string ForwardCase::text() const {
   if (softcap > 0) text += " softcap" + number_text(softcap);
   if (alibi != AlibiCase::kOff) text += alibi == AlibiCase::kHeads ? " alibi" : " alibibatch";
   if (bias != BiasCase::kOff) text += std::string(" ") + layout_of(bias).name;
+  if (sink) text += " sink" + number_text(*sink);
   if (sequences > 0) text += " varlen" + std::to_string(sequences);
   if (softmax_scale) text += " scale" + number_text(*softmax_scale);
   if (splits > 0) text += " splits" + std::to_string(splits);
@@ -314,6 +317,7 @@ KernelSpec spec_of(const ForwardCase& c) {
     spec.features.set(Feature::kOneRow, !layout.queries || c.seqlen_q == 1);
   }
   spec.features.set(Feature::kVarlen, c.sequences > 0);
+  spec.features.set(Feature::kSink, c.sink.has_value());
   spec.group_size = c.group_size;
   const bool aligned = c.layout != Layout::kOddStrides && c.layout != Layout::kMisaligned && c.head_dim % 8 == 0;
   spec.access = aligned ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
@@ -333,6 +337,8 @@ ForwardTensors::ForwardTensors(const ForwardCase& c)
   const std::int64_t batch = c.sequences > 0 ? c.sequences : c.batch;
   for (std::int64_t i = 0; i < batch * c.num_heads_k * c.group_size; ++i)
     alibi_slopes.push_back(0.5f / static_cast<float>(1 + i % 5));
+  for (std::int64_t h = 0; c.sink && h < c.num_heads_k * c.group_size; ++h)
+    sinks.push_back(static_cast<float>(*c.sink + 0.5 * static_cast<double>(h)));
   if (splits > 0) {
     KernelSpec decode = spec_of(c);
     decode.kind = KernelKind::kDecode;

@@ -199,6 +199,20 @@ TEST_CASE("backward: every head dim and mask with every length (FLASH_ATTN_JIT_T
   check_all_backward(cases);
 }
 
+// To the kernels they are softmax_lse alone.
+TEST_CASE("backward: a sink of each head") {
+  for (const char* const text : {
+           "hdim64 full gqa2 sq70 sk60 sink0.5",
+           "hdim64 causal gqa2 batch2 sq170 sk230 sink2",
+           "hdim64 causal headsk2 sq230 sk60 sink1 dlse",
+           "hdim128 causal headsk2 sq150 sk140 sink60",
+           "hdim33 causal varlen4 gqa2 sq90 sk60 sink-1 dlse",
+           "hdim32 window9,3 softcap5 headsk2 sq170 sk60 sink-inf",
+           "hdim64 full headsk2 sq70 sk60 sink990 thousand",
+       })
+    CHECK(run_backward_case(BackwardCase::parse(text)) == "");
+}
+
 // Some in one kernel, which has all keys, some in three.
 TEST_CASE("backward: softmax_lse has a gradient") {
   for (const char* const text : {

@@ -178,6 +178,7 @@ TEST_CASE("backward plan: every feature has an option that turns it on") {
   r.options.softcap = 10;
   r.options.alibi = PerHead{slopes, 0};
   r.options.varlen = Varlen{cu_seqlens, cu_seqlens_k, 1, 30, 300};
+  r.options.sinks = slopes;
   FeatureSet on;
   const float numbers[1] = {};
   for (const PairType type : {PairType::kFloat16, PairType::kFloat32, PairType::kBool}) {
@@ -189,7 +190,7 @@ TEST_CASE("backward plan: every feature has an option that turns it on") {
   }
   for (const FeatureInfo& info : kFeatures) {
     CAPTURE(info.word);
-    CHECK(on.has(info.feature) == !info.forward_only);
+    CHECK(on.has(info.feature) == !(info.forward_only || info.finishes_rows));
   }
 }
 

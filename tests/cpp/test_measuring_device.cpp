@@ -386,8 +386,8 @@ TEST_CASE("measuring: the tensors of a decode case hold what its reference compu
   for (const char* kernel :
        {"decode hdim16 fp16 causal gqa2 vec16", "decode hdim16 fp16 full keylens gqa2 elem2",
         "decode hdim16 fp16 causal softcap paged gqa2 vec16", "decode hdim16 fp16 window alibi varlen gqa2 vec16",
-        "decode hdim16 fp16 causal varlen keylens paged gqa2 vec16", "decode hdim16 fp16 full bias16 gqa2 vec16",
-        "decode hdim16 fp16 causal alibi bias32 unpaired gqa2 vec16",
+        "decode hdim16 fp16 causal sink gqa2 vec16", "decode hdim16 fp16 causal varlen keylens paged gqa2 vec16",
+        "decode hdim16 fp16 full bias16 gqa2 vec16", "decode hdim16 fp16 causal alibi bias32 unpaired gqa2 vec16",
         "decode hdim16 fp16 full softcap boolmask onerow varlen gqa2 vec16",
         "decode hdim16 fp16 causal boolmask unpaired keylens paged gqa2 vec16"}) {
     CAPTURE(kernel);
