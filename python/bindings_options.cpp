@@ -25,6 +25,7 @@ constexpr const char* kAcceptedCuSeqlens =
 constexpr const char* kAcceptedBias =
     "None, or torch.bool, torch.float16 or torch.float32, of 1 to 4 dimensions that broadcast to (batch, num_heads, "
     "seqlen_q, seqlen_k)";
+constexpr const char* kAcceptedSinks = "None, or (num_heads), torch.float32 or torch.float16, contiguous";
 constexpr const char* kAcceptedBlockTable =
     "None, or (batch, pages of a sequence), torch.int32, contiguous in the last dimension: page numbers";
 
@@ -66,6 +67,7 @@ struct Fields {
   Field<double> softcap{"softcap"};
   Field<py::handle> alibi_slopes{"alibi_slopes", kAcceptedPerHead};
   Field<py::handle> attn_bias{"attn_bias", kAcceptedBias};
+  Field<py::handle> s_aux{"s_aux", kAcceptedSinks};
   Field<py::handle> cu_seqlens_q{"cu_seqlens_q", kAcceptedCuSeqlens}, cu_seqlens_k{"cu_seqlens_k", kAcceptedCuSeqlens};
   Field<std::int64_t> max_seqlen_q{"max_seqlen_q"}, max_seqlen_k{"max_seqlen_k"};
   Field<py::handle> seqused_k{"seqused_k", kAcceptedOfBatch}, leftpad_k{"leftpad_k", kAcceptedOfBatch};
@@ -124,6 +126,16 @@ std::optional<PairTensor> read_bias(py::handle options, const Argument& q) {
   std::copy_n(info.shape.begin(), info.rank, bias.shape.end() - info.rank);
   std::copy_n(info.strides.begin(), info.rank, bias.strides.end() - info.rank);
   return bias;
+}
+
+// None, or a logit for every query head.
+const float* read_sinks(py::handle options, const Argument& q) {
+  if (field.s_aux(options).is_none()) return nullptr;
+  const Argument sinks(field.s_aux.name, field.s_aux(options));
+  check_small_tensor(sinks, q, ElementType::kFloat32,
+                     sinks.info.rank == 1 && sinks.info.shape[0] == q.info.shape[q.info.rank - 2],
+                     field.s_aux.accepted);
+  return static_cast<const float*>(sinks.info.data);
 }
 
 // None, or a number of rows for each sequence.
@@ -200,6 +212,7 @@ AttentionOptions read_options(py::handle options, const Argument& q) {
   read.varlen = read_varlen(options, q);
   read.alibi = read_per_head(field.alibi_slopes, options, q, read.varlen);
   read.bias = read_bias(options, q);
+  read.sinks = read_sinks(options, q);
   const std::int64_t batch = read.varlen ? read.varlen->batch : q.info.shape[0];
   const int* const used = read_of_batch(field.seqused_k, options, q, batch);
   const int* const leftpad = read_of_batch(field.leftpad_k, options, q, batch);

@@ -70,11 +70,11 @@ def _window_error(what_came: str) -> Exception:
     return Refusal("window_size", f"is {what_came}", accepted).exception()
 
 
-def check_tensor(name: str, value: Any) -> None:
+def check_tensor(name: str, value: Any, has_gradient: bool = False) -> None:
     """Of an option that is given."""
     if not isinstance(value, torch.Tensor):
         raise Refusal(name, f"is {kind_text(value)}", _core.accepted[name]).exception()
-    if value.requires_grad and torch.is_grad_enabled():
+    if not has_gradient and value.requires_grad and torch.is_grad_enabled():
         refuse_gradient(name)
 
 

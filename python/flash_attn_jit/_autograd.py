@@ -1,6 +1,6 @@
 """Attention with its derivative, for separate and for packed tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ _float32, _is_grad_enabled = torch.float32, torch.is_grad_enabled
 # out, softmax_lse; softmax_lse may be None where the call did not want it
 Result = tuple[torch.Tensor, Any]
 _Gradient = torch.Tensor | None
+_SINKS = Options._fields.index("s_aux")
 # All that is no input: the options, whether softmax_lse is wanted.
 _Call = tuple[Options, bool]
 
@@ -68,10 +69,10 @@ def _forward_operator(form: Form) -> Callable[..., tuple[torch.Tensor, torch.Ten
 
 
 def _gradients(ctx: Any, form: Form, dout: _Gradient, dlse: _Gradient, was_plain: bool) -> tuple[_Gradient, ...]:
-    """Of the inputs; None for those that need none."""
+    """Of the inputs, and last of s_aux; None for those that need none."""
     count = len(form.names)
     if dout is None and dlse is None:
-        return (None,) * count
+        return (None,) * (count + 1)
     # torch.func.grad() always comes with grad mode on; it is refused where it is differentiated again.
     if torch.is_grad_enabled() and not (torch.compiler.is_compiling() or _is_transformed()):
         _refuse_second_derivative()
@@ -82,7 +83,8 @@ def _gradients(ctx: Any, form: Form, dout: _Gradient, dlse: _Gradient, was_plain
         dout = torch.zeros_like(out, memory_format=torch.contiguous_format)
     if tensors:
         options = with_tensors(options, tensors)
-    wanted = ctx.needs_input_grad[:count]
+    # A plain call has no s_aux.
+    wanted = (*ctx.needs_input_grad[:count], not was_plain and ctx.needs_input_grad[count + _SINKS])
     if was_plain and is_plain(dout, inputs[0], inputs[-1]) and are_plain((*inputs[1:-1], dlse, *tensors)):
         try:
             return ops.compute_gradients(form, dout, inputs, out, softmax_lse, dlse, wanted, options)
@@ -90,8 +92,6 @@ def _gradients(ctx: Any, form: Form, dout: _Gradient, dlse: _Gradient, was_plain
             pass  # see ops.forward_plainly(); with is_grads_batched=True dout is a tensor without memory, too
     backward = form.transformed_backward if _is_transformed() else form.backward
     gradients = backward(dout, *inputs, out, softmax_lse, dlse, wanted, *options)
-    if count == 1:
-        gradients = (gradients,)
     return tuple(gradient if needed else None for gradient, needed in zip(gradients, wanted))
 
 
@@ -118,18 +118,20 @@ def _for_transforms(operator: Any, setup_context: Callable[..., None], backward:
 
 
 def _register_derivative(form: Form) -> None:
-    count, no_options = len(form.names), (None,) * len(Options._fields)
-    tensor_options = [(count + i, name) for i, name in TENSOR_FIELDS]
+    count = len(form.names)
+    before_sinks, behind_sinks = (None,) * _SINKS, (None,) * (len(Options._fields) - _SINKS - 1)
+    without_gradient = [(count + i, name) for i, name in TENSOR_FIELDS if i != _SINKS]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         _save(ctx, Options._make(inputs[count:]), *inputs[:count], *output)
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, dout: _Gradient, dlse: _Gradient) -> tuple[_Gradient, ...]:
-        for i, name in tensor_options:
+        for i, name in without_gradient:
             if ctx.needs_input_grad[i]:
                 refuse_gradient(name)
-        return _gradients(ctx, form, dout, dlse, False) + no_options
+        *gradients, of_sinks = _gradients(ctx, form, dout, dlse, False)
+        return (*gradients, *before_sinks, of_sinks, *behind_sinks)
 
     def save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
         pass
@@ -170,7 +172,8 @@ class _Attention(Function):
 
     @staticmethod
     def backward(ctx: Any, dout: _Gradient, dlse: _Gradient = None) -> tuple[_Gradient, ...]:
-        return (*_gradients(ctx, SEPARATE, dout, dlse, True), None)
+        *gradients, _ = _gradients(ctx, SEPARATE, dout, dlse, True)
+        return (*gradients, None)
 
 
 def _heads_second(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -191,7 +194,7 @@ class _HeadsFirstAttention(Function):
     @staticmethod
     def backward(ctx: Any, dout: _Gradient) -> tuple[_Gradient, ...]:
         dout = None if dout is None else dout.transpose(1, 2)
-        gradients = _gradients(ctx, SEPARATE, dout, None, True)
+        *gradients, _ = _gradients(ctx, SEPARATE, dout, None, True)
         return (*(None if gradient is None else gradient.transpose(1, 2) for gradient in gradients), None)
 
 
@@ -206,7 +209,8 @@ class _KvpackedAttention(Function):
 
     @staticmethod
     def backward(ctx: Any, dout: _Gradient, dlse: _Gradient = None) -> tuple[_Gradient, ...]:
-        return (*_gradients(ctx, KVPACKED, dout, dlse, True), None)
+        *gradients, _ = _gradients(ctx, KVPACKED, dout, dlse, True)
+        return (*gradients, None)
 
 
 class _QkvpackedAttention(Function):
@@ -220,7 +224,8 @@ class _QkvpackedAttention(Function):
 
     @staticmethod
     def backward(ctx: Any, dout: _Gradient, dlse: _Gradient = None) -> tuple[_Gradient, ...]:
-        return (*_gradients(ctx, QKVPACKED, dout, dlse, True), None)
+        *gradients, _ = _gradients(ctx, QKVPACKED, dout, dlse, True)
+        return (*gradients, None)
 
 
 # What Function.apply calls when it has done its Python part.
@@ -240,15 +245,24 @@ def _is_recorded() -> bool:
     return bool(jit_trace_is_on() or dispatch_modes_are_on())
 
 
+def _with_sinks(options: Options, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """All that may have a gradient."""
+    return inputs if options.s_aux is None else (*inputs, options.s_aux)
+
+
 def _for_operator(options: Options, *inputs: torch.Tensor) -> Options:
     """What a transform of torch.func differentiates says nothing of it."""
     if has_cache(options):  # without gradients
         return options
-    wants_gradient = _is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    wants_gradient = _is_grad_enabled() and any(tensor.requires_grad for tensor in _with_sinks(options, inputs))
     return before_backward(options) if wants_gradient or _is_transformed() or _is_recorded() else options
 
 
-def _are_plain(options: Options) -> bool:
+def _are_plain(options: Options, *inputs: torch.Tensor) -> bool:
+    """Whether the options let a call of the inputs be a plain one. One that has a gradient to give to s_aux is the
+    operator's, which knows it as an input."""
+    if options.s_aux is not None and _is_grad_enabled() and any(x.requires_grad for x in _with_sinks(options, inputs)):
+        return False
     return are_plain(tensors_of(options))
 
 
@@ -266,7 +280,9 @@ def cast_for_autocast(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _reject_tangents(**inputs: torch.Tensor) -> None:
+def _reject_tangents(options: Options, **inputs: torch.Tensor) -> None:
+    if options.s_aux is not None:
+        inputs["s_aux"] = options.s_aux
     for name, tensor in inputs.items():
         if forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
@@ -279,7 +295,7 @@ _WITHOUT_GRADIENT = ("seqused_k", "leftpad_k", "block_table")
 
 
 def _refuse_gradients(options: Options, out: torch.Tensor | None, *inputs: torch.Tensor) -> None:
-    if not (_is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
+    if not (_is_grad_enabled() and any(tensor.requires_grad for tensor in _with_sinks(options, inputs))):
         return
     given = ["out"] if out is not None else []
     given += [name for name in _WITHOUT_GRADIENT if getattr(options, name) is not None]
@@ -296,13 +312,13 @@ def attention(q: Any, k: Any, v: Any, options: Options, wants_lse: bool, out: to
     if q.dtype is _float32 or k.dtype is _float32 or v.dtype is _float32:
         q, k, v = cast_for_autocast(q), cast_for_autocast(k), cast_for_autocast(v)
     if forward_mode_is_on():
-        _reject_tangents(q=q, k=k, v=v)
+        _reject_tangents(options, q=q, k=k, v=v)
     if out is not None or has_cache(options):
         _refuse_gradients(options, out, q, k, v)
         if out is not None:
             check_out(out, q)
     try:
-        if not (is_plain(q, k, v) and _are_plain(options) and (out is None or are_plain((out,)))):
+        if not (is_plain(q, k, v) and _are_plain(options, q, k, v) and (out is None or are_plain((out,)))):
             result = _forward_operator(SEPARATE)(q, k, v, *_for_operator(options, q, k, v))
             return result if out is None else (out.copy_(result[0]), result[1])
         if out is not None:
@@ -322,7 +338,7 @@ def attention_over_cache(q: Any, k: Any, v: Any, options: Options, wants_lse: bo
     """The same where the caller has asked what it asks: they are tensors, none needs a gradient, and all are `plain`,
     options too, or not."""
     if forward_mode_is_on():
-        _reject_tangents(q=q, k=k, v=v)
+        _reject_tangents(options, q=q, k=k, v=v)
     try:
         if plain:
             return forward_plainly(q, k, v, options, wants_lse)
@@ -335,7 +351,7 @@ def attention_over_cache(q: Any, k: Any, v: Any, options: Options, wants_lse: bo
 def attention_heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> torch.Tensor:
     """out of (batch, heads, seqlen, head_dim), float16, in that order too."""
     if forward_mode_is_on():
-        _reject_tangents(query=q, key=k, value=v)
+        _reject_tangents(options, query=q, key=k, value=v)
     if not (is_plain(q, k, v) and _are_plain(options)):
         out, _ = _forward_operator(SEPARATE)(*_heads_second(q, k, v), *_for_operator(options, q, k, v))
         return out.transpose(1, 2)
@@ -358,8 +374,8 @@ def attention_kvpacked(q: Any, kv: Any, options: Options, wants_lse: bool, out: 
         if q.dtype is _float32 or kv.dtype is _float32:
             q, kv = cast_for_autocast(q), cast_for_autocast(kv)
         if forward_mode_is_on():
-            _reject_tangents(q=q, kv=kv)
-        if not (is_plain(q, kv, kv) and _are_plain(options)):
+            _reject_tangents(options, q=q, kv=kv)
+        if not (is_plain(q, kv, kv) and _are_plain(options, q, kv)):
             return _forward_operator(KVPACKED)(q, kv, *_for_operator(options, q, kv))
         if _is_grad_enabled() and (q.requires_grad or kv.requires_grad):
             result = _kvpacked(q, kv, (before_backward(options), wants_lse))
@@ -383,8 +399,8 @@ def attention_qkvpacked(qkv: Any, options: Options, wants_lse: bool) -> Result:
         if qkv.dtype is _float32:
             qkv = cast_for_autocast(qkv)
         if forward_mode_is_on():
-            _reject_tangents(qkv=qkv)
-        if not (is_plain(qkv, qkv, qkv) and _are_plain(options)):
+            _reject_tangents(options, qkv=qkv)
+        if not (is_plain(qkv, qkv, qkv) and _are_plain(options, qkv)):
             return _forward_operator(QKVPACKED)(qkv, *_for_operator(options, qkv))
         if _is_grad_enabled() and qkv.requires_grad:
             result = _qkvpacked(qkv, (before_backward(options), wants_lse))

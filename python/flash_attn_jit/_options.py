@@ -18,6 +18,7 @@ class Options(NamedTuple):
     softcap: float = 0.0  # 0.0: none
     alibi_slopes: torch.Tensor | None = None
     attn_bias: torch.Tensor | None = None
+    s_aux: torch.Tensor | None = None  # the one tensor of these that has a gradient
     cu_seqlens_q: torch.Tensor | None = None  # both or neither
     cu_seqlens_k: torch.Tensor | None = None
     max_seqlen_q: int = 0  # read with cu_seqlens only

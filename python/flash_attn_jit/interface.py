@@ -55,6 +55,12 @@ _SHARED: dict[str, str] = {
             added to the score, after the softcap, and -inf hides; below -1e15 it counts as that. A query that sees no
             key has out 0 and softmax_lse +inf, one all of whose numbers are below -1e6 no gradients.
 """,
+    "sinks": """
+        s_aux: (num_heads), float32 or float16: a logit of each head, a sink, that takes part in the softmax of its rows
+            as a key with a v of 0 would: out = sum of exp(s) v / (exp(s_aux) + sum of exp(s)). softmax_lse is the
+            logarithm of that denominator: of a query that sees no key it is the sink, and its out 0. -inf is no sink;
+            +inf is not accepted, and not looked for. Has a gradient where q may have one.
+""",
     "cache_options": """
         out: a tensor for the result, like q, which is returned. It shares no memory with q, k and v. Not with inputs
             that need a gradient, as the next two.
@@ -108,6 +114,7 @@ def read_options(
     max_seqlen_k: int = 0,
     *,
     attn_bias: Any = None,
+    s_aux: Any = None,
     seqused_k: Any = None,
     leftpad_k: Any = None,
     block_table: Any = None,
@@ -131,6 +138,10 @@ def read_options(
         check_tensor("alibi_slopes", alibi_slopes)
     if attn_bias is not None:
         check_tensor("attn_bias", attn_bias)
+    if s_aux is not None:
+        check_tensor("s_aux", s_aux, has_gradient=True)
+        if s_aux.dtype is torch.float16:
+            s_aux = s_aux.float()
     if deterministic is not True and deterministic is not False:
         truth("deterministic", deterministic)
     if seqused_k is not None:
@@ -147,6 +158,7 @@ def read_options(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         attn_bias=attn_bias,
+        s_aux=s_aux,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
@@ -181,13 +193,14 @@ def flash_attn_func(
     return_attn_probs: bool = False,
     *,
     attn_bias: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
     leftpad_k: torch.Tensor | None = None,
     num_splits: int = 0,
 ) -> Output:
     """Attention: softmax(q k^T * softmax_scale + mask) v, head by head, in fp16 with fp32 accumulation. Differentiable
-    in q, k and v; the gradients are the same bits every time.
+    in q, k, v and s_aux; the gradients are the same bits every time.
 
     {running}
 
@@ -199,6 +212,7 @@ def flash_attn_func(
         v: like k.
         {options}
         {bias}
+        {sinks}
         {cache_options}
 
     Returns:
@@ -218,6 +232,7 @@ def flash_attn_func(
         alibi_slopes,
         deterministic,
         attn_bias=attn_bias,
+        s_aux=s_aux,
         seqused_k=seqused_k,
         leftpad_k=leftpad_k,
         num_splits=num_splits,
@@ -239,6 +254,7 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
     *,
     attn_bias: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
     leftpad_k: torch.Tensor | None = None,
@@ -254,6 +270,7 @@ def flash_attn_kvpacked_func(
         kv: (batch, seqlen_k, 2, num_heads_k, head_dim), float16: k is kv[:, :, 0], v is kv[:, :, 1].
         {options}
         {bias}
+        {sinks}
         {cache_options}
 
     Returns:
@@ -272,6 +289,7 @@ def flash_attn_kvpacked_func(
         alibi_slopes,
         deterministic,
         attn_bias=attn_bias,
+        s_aux=s_aux,
         seqused_k=seqused_k,
         leftpad_k=leftpad_k,
         num_splits=num_splits,
@@ -292,6 +310,7 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
     *,
     attn_bias: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
 ) -> Output:
     """``flash_attn_func`` for q, k and v in one tensor. It is read through its strides, and its gradient is written as
     one tensor: nothing is copied.
@@ -303,6 +322,7 @@ def flash_attn_qkvpacked_func(
             qkv[:, :, 2]. Only the last dimension must be contiguous.
         {options}
         {bias}
+        {sinks}
 
     Returns:
         out (batch, seqlen, num_heads, head_dim), float16 and contiguous; or, with ``return_attn_probs``,
@@ -312,7 +332,15 @@ def flash_attn_qkvpacked_func(
         {raises}
     """
     options = read_options(
-        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, attn_bias=attn_bias
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        attn_bias=attn_bias,
+        s_aux=s_aux,
     )
     return _output(attention_qkvpacked(qkv, options, return_attn_probs), return_attn_probs)
 
@@ -349,13 +377,14 @@ def flash_attn_varlen_func(
     block_table: torch.Tensor | None = None,
     *,
     attn_bias: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
     leftpad_k: torch.Tensor | None = None,
     num_splits: int = 0,
 ) -> Output:
     """``flash_attn_func`` for sequences of different lengths, one after the other without padding. Differentiable in q,
-    k and v; the gradients are the same bits every time.
+    k, v and s_aux; the gradients are the same bits every time.
 
     {running}
 
@@ -378,6 +407,7 @@ def flash_attn_varlen_func(
             Pages of any size; those of a multiple of 16 rows are the fast ones. Numbers are not checked on a GPU, but
             nothing outside of k and v is read whatever they are.
         {bias}
+        {sinks}
         {cache_options}
 
     Returns:
@@ -407,6 +437,7 @@ def flash_attn_varlen_func(
         read_max_seqlen("max_seqlen_q", max_seqlen_q),
         read_max_seqlen("max_seqlen_k", max_seqlen_k),
         attn_bias=attn_bias,
+        s_aux=s_aux,
         seqused_k=seqused_k,
         leftpad_k=leftpad_k,
         block_table=block_table,
@@ -433,6 +464,7 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
     *,
     attn_bias: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
     leftpad_k: torch.Tensor | None = None,
@@ -454,6 +486,7 @@ def flash_attn_varlen_kvpacked_func(
         max_seqlen_k: the same of the keys.
         {options}
         {bias}
+        {sinks}
         {cache_options}
 
     Returns:
@@ -474,6 +507,7 @@ def flash_attn_varlen_kvpacked_func(
         deterministic,
         *lengths,
         attn_bias=attn_bias,
+        s_aux=s_aux,
         seqused_k=seqused_k,
         leftpad_k=leftpad_k,
         num_splits=num_splits,
@@ -496,6 +530,7 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
     *,
     attn_bias: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
 ) -> Output:
     """``flash_attn_varlen_func`` for q, k and v in one tensor. It is read through its strides, and its gradient is
     written as one tensor: nothing is copied.
@@ -511,6 +546,7 @@ def flash_attn_varlen_qkvpacked_func(
             {max_seqlen}
         {options}
         {bias}
+        {sinks}
 
     Returns:
         out (total, num_heads, head_dim), float16 and contiguous; or, with ``return_attn_probs``,
@@ -532,6 +568,7 @@ def flash_attn_varlen_qkvpacked_func(
         deterministic,
         *lengths,
         attn_bias=attn_bias,
+        s_aux=s_aux,
     )
     return _output(attention_qkvpacked(qkv, options, return_attn_probs), return_attn_probs)
 

@@ -29,7 +29,7 @@ _ROW_OF_TABLE = re.compile(r"block_table(\[\d+\])\[0\] is (-?\d+).*")
 
 _MOST_ROWS = 2**31 - 1
 
-_WITHOUT_GRADIENT = ("q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin")
+_WITHOUT_GRADIENT = ("q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "s_aux")
 
 
 def _of_cache(error: ValueError) -> ValueError:
@@ -126,6 +126,7 @@ def flash_attn_with_kvcache(
     return_softmax_lse: bool = False,
     *,
     attn_bias: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of some queries over a cache of keys and values. ``k`` and ``v`` are appended to it in place first, and
     stay there where attention's own arguments are refused. Without gradients: call it inside of torch.no_grad().
@@ -164,6 +165,7 @@ def flash_attn_with_kvcache(
         num_splits: where the queries are few, the most parts that the keys are split into; 0: as many as pay.
         return_softmax_lse: also return softmax_lse.
         {bias} seqlen_k is the rows that a sequence has room for.
+        {sinks}
 
     Returns:
         out (batch, seqlen_q, num_heads, head_dim), float16 and contiguous; or, with ``return_softmax_lse``, (out,
@@ -176,7 +178,7 @@ def flash_attn_with_kvcache(
         reject_what_is_no_tensor(q=q, k_cache=k_cache, v_cache=v_cache)
     _check_new(k, v, rotary_cos, rotary_sin, cache_seqlens)
     if torch.is_grad_enabled():
-        for name, tensor in zip(_WITHOUT_GRADIENT, (q, k_cache, v_cache, k, v, rotary_cos, rotary_sin)):
+        for name, tensor in zip(_WITHOUT_GRADIENT, (q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, s_aux)):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 refuse_gradient(name)
     if q.dim() != 4:
@@ -197,6 +199,7 @@ def flash_attn_with_kvcache(
             alibi_slopes,
             False,
             attn_bias=attn_bias,
+            s_aux=s_aux,
             seqused_k=lengths,
             leftpad_k=cache_leftpad,
             block_table=table,

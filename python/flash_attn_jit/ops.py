@@ -83,10 +83,13 @@ def compute_gradients(
     wanted: Sequence[bool],
     options: Options,
 ) -> _Gradients:
-    """The gradients of `inputs`, past the operator, where out has the gradient `dout` and softmax_lse has `dlse`; None
-    for those that are not wanted."""
+    """The gradients of `inputs` and of s_aux, past the operator, where out has the gradient `dout` and softmax_lse has
+    `dlse`; None for those that are not wanted."""
     gradients, (dq, dk, dv) = form.room(wanted, *inputs)
+    wants_sinks = wants_gradient_of_sinks(wanted, len(inputs), options)
     delta = torch.empty_like(softmax_lse)
+    if wants_sinks:  # no kernel need come by rows that see no key, whose out is 0
+        delta = torch.zeros_like(softmax_lse) if dlse is None else -dlse
     if dlse is not None:
         dlse = dlse.contiguous()
     _core.backward(dout, *form.split(*inputs), out, softmax_lse, dlse, dq, dk, dv, delta, options)
@@ -96,7 +99,25 @@ def compute_gradients(
         if dk is not None and dv is not None and not options.max_seqlen_k:
             dk.zero_()
             dv.zero_()
-    return gradients
+    return (*gradients, _gradient_of_sinks(softmax_lse, delta, options) if wants_sinks else None)
+
+
+def wants_gradient_of_sinks(wanted: Sequence[bool], inputs: int, options: Options) -> bool:
+    """`wanted` says it behind the inputs', of which there are `inputs`, or leaves it out."""
+    return options.s_aux is not None and any(wanted[inputs:])
+
+
+def _gradient_of_sinks(softmax_lse: torch.Tensor, delta: torch.Tensor, options: Options) -> torch.Tensor:
+    """A sink takes exp(sink - lse) of a row as a key does, with a v of 0."""
+    assert options.s_aux is not None
+    # The lse of a row that the sink has to itself is rounded down: see log_sum_exp() in templates/softmax.cuh.
+    share = (options.s_aux[:, None] - softmax_lse).exp().clamp(max=1)
+    of_rows = -share * delta
+    if options.cu_seqlens_q is None:
+        return of_rows.sum((0, 2))
+    # Rows behind the last sequence hold anything.
+    rows = torch.arange(of_rows.shape[1], device=of_rows.device)
+    return torch.where(rows < options.cu_seqlens_q[-1], of_rows, 0.0).sum(1)
 
 
 def _check_devices(names: Sequence[str], values: Sequence[Any]) -> None:
@@ -146,12 +167,13 @@ def _room_qkvpacked(wanted: Sequence[bool], qkv: torch.Tensor) -> _Room:
 class Form:
     """One way to give q, k and v. Gradients lie in the tensors' gradients alike: what is packed is never copied."""
 
-    # The operators. A gradient that is not wanted comes from the operator as a tensor without elements.
+    # The operators. A gradient that is not wanted comes from the operator as a tensor without elements; the last is
+    # s_aux's.
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    backward: Callable[..., Any]
+    backward: Callable[..., tuple[torch.Tensor, ...]]
     # The same inside the transforms of torch.func.
     transformed_forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    transformed_backward: Callable[..., Any]
+    transformed_backward: Callable[..., tuple[torch.Tensor, ...]]
 
     def __init__(
         self,
@@ -210,24 +232,25 @@ def _define_forward(form: Form, name: str) -> None:
 def _define_backward(form: Form, name: str) -> None:
     count = len(form.names)
 
-    def returned(dout: torch.Tensor, gradients: _Gradients) -> Any:
-        tensors = tuple(dout.new_empty(0) if gradient is None else gradient for gradient in gradients)
-        return tensors if len(tensors) > 1 else tensors[0]
+    def returned(dout: torch.Tensor, gradients: _Gradients) -> tuple[torch.Tensor, ...]:
+        return tuple(dout.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
-    def backward(dout: torch.Tensor, *arguments: Any) -> Any:
+    def backward(dout: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
         inputs, (out, softmax_lse, dlse, wanted, *rest) = arguments[:count], arguments[count:]
         options = Options._make(rest)
         form.split_checked(inputs, options)
         return returned(dout, compute_gradients(form, dout, inputs, out, softmax_lse, dlse, wanted, options))
 
-    def fake(dout: torch.Tensor, *arguments: Any) -> Any:
+    def fake(dout: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
         names = ("dout", *form.names, "out", "softmax_lse", "dlse", "wanted", *Options._fields)
         _check_devices(names, (dout, *arguments))
-        gradients, _ = form.room(arguments[count + 3], *arguments[:count])
-        return returned(dout, gradients)
+        wanted, options = arguments[count + 3], Options._make(arguments[count + 4 :])
+        gradients, _ = form.room(wanted, *arguments[:count])
+        sinks = options.s_aux if wants_gradient_of_sinks(wanted, count, options) else None
+        return returned(dout, (*gradients, None if sinks is None else torch.empty_like(sinks)))
 
     tensors = ", ".join(f"Tensor {name}" for name in ("dout", *form.names, "out", "softmax_lse"))
-    gradients = ", ".join(f"Tensor d{name}" for name in form.names)
+    gradients = ", ".join(f"Tensor d{name}" for name in (*form.names, "s_aux"))
     form.backward = _define(
         name, f"({tensors}, Tensor? dlse, bool[] wanted, {SCHEMA}) -> ({gradients})", backward, fake
     )

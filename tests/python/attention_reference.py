@@ -39,6 +39,7 @@ def _probabilities(
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     attn_bias: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(exp(s - max), its sum, log-sum-exp), each over (batch, num_heads, seqlen_q, ...)."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -58,7 +59,10 @@ def _probabilities(
             else scores + attn_bias.to(dtype)
         )
     scores = scores.masked_fill(~_visible(seqlen_q, seqlen_k, causal, window_size).to(q.device), float("-inf"))
-    if seqlen_k == 0:
+    if s_aux is not None:  # a key with a v of 0
+        sinks = s_aux.to(dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    elif seqlen_k == 0:
         return (
             scores,
             scores.sum(-1, keepdim=True),
@@ -73,6 +77,7 @@ def _probabilities(
 
 
 def _times_v(p: torch.Tensor, row_sum: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    p = p[..., : v.shape[1]]  # without the sink's
     group_size = p.shape[1] // v.shape[2]
     values = v.to(p.dtype).permute(0, 2, 1, 3).repeat_interleave(group_size, 1)
     out = (p @ values) / torch.where(row_sum == 0, 1.0, row_sum)
@@ -87,7 +92,7 @@ def attention(
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, softmax_lse) in float64; q, k, v (batch, seqlen, heads, head_dim). Options: softmax_scale, window_size,
-    softcap, alibi_slopes, attn_bias."""
+    softcap, alibi_slopes, attn_bias, s_aux."""
     p, row_sum, lse = _probabilities(q, k, torch.float64, causal, **options)
     return _times_v(p, row_sum, v), lse
 

@@ -51,6 +51,10 @@ KVCACHE_OPTIONS = {
 }
 
 
+# Ours, by keyword alone; the first of them are every function's.
+KEYWORDS = ["attn_bias", "s_aux"]
+
+
 def check_signature(function, required, defaults):
     parameters = inspect.signature(function).parameters
     positional = [name for name, each in parameters.items() if each.kind is not inspect.Parameter.KEYWORD_ONLY]
@@ -64,6 +68,14 @@ def check_signature(function, required, defaults):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions(name):
     check_signature(getattr(flash_attn_jit, name), *FUNCTIONS[name])
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "flash_attn_with_kvcache"])
+def test_keywords_of_every_function(name):
+    parameters = inspect.signature(getattr(flash_attn_jit, name)).parameters.values()
+    keywords = [each for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    assert [each.name for each in keywords[: len(KEYWORDS)]] == KEYWORDS
+    assert all(each.default is None for each in keywords[: len(KEYWORDS)])
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
