@@ -53,6 +53,7 @@ class Scores:
     softcap: float = 0.0
     alibi_slopes: torch.Tensor | None = None  # (num_heads)
     bias: torch.Tensor | None = None  # broadcasts to (num_heads, seqlen_q, seqlen_k): numbers, or what is seen
+    s_aux: torch.Tensor | None = None  # (num_heads)
 
     def biased(self, s: torch.Tensor) -> torch.Tensor:
         """The scores (num_heads, seqlen_q, seqlen_k) with the bias; -inf where it hides."""
@@ -98,7 +99,10 @@ def exact_attention(
     if scores.alibi_slopes is not None:
         s = s - scores.alibi_slopes.double()[:, None, None] * distance.abs()
     s = scores.biased(s)
-    p = torch.softmax(s.masked_fill(scores.hidden(distance), float("-inf")), -1).nan_to_num(0.0)  # a row without keys
+    s = s.masked_fill(scores.hidden(distance), float("-inf"))
+    if scores.s_aux is not None:  # one key more, whose v is 0
+        s = torch.cat([s, scores.s_aux.double()[:, None, None].expand(-1, queries, 1)], -1)
+    p = torch.softmax(s, -1)[..., :keys].nan_to_num(0.0)  # a row without keys
     seen = (p > 0).double()
 
     out, dv = p @ v, p.transpose(1, 2) @ dout

@@ -27,12 +27,15 @@ from flash_attn_jit.check.cache import CacheCase
         (Scores(causal=True, window=(7, -1)), {"causal": True, "window_size": (7, -1)}),
         (Scores(softcap=3.0), {"softcap": 3.0}),
         (Scores(causal=True, alibi_slopes=torch.tensor([0.5, 0.25, 0.1, 0.0])), {"causal": True}),
+        (Scores(causal=True, s_aux=torch.tensor([0.5, -1.0, 2.0, 0.0])), {"causal": True}),
     ],
 )
 def test_the_reference_is_that_of_the_tests(scores, options):
     """Two ways to write attention and its gradients agree in float64."""
     if scores.alibi_slopes is not None:
         options = {**options, "alibi_slopes": scores.alibi_slopes[None]}
+    if scores.s_aux is not None:
+        options = {**options, "s_aux": scores.s_aux}
     q, dout = (normal(1, 19, 4, 24, seed=seed) for seed in (1, 4))
     k, v = (normal(1, 23, 2, 24, seed=seed) for seed in (2, 3))
     found = exact_attention(q[0], k[0], v[0], dout[0], scores)
@@ -131,6 +134,7 @@ def test_every_family_is_among_the_cases():
         lambda case: case.window != (-1, -1),
         lambda case: case.softcap,
         lambda case: case.alibi,
+        lambda case: case.sinks,
         lambda case: case.is_varlen and 0 in case.seqlens_q,
         lambda case: case.heads_k < case.heads,
         lambda case: not case.aligned,
@@ -140,7 +144,7 @@ def test_every_family_is_among_the_cases():
     ):
         assert any(has(case) for case in found)
     small = cases.small_cases()
-    assert len(small) == 17
+    assert len(small) == 18
     assert all(sum(case.used if isinstance(case, CacheCase) else case.seqlens_q) < 200 for case in small)
 
 

@@ -28,6 +28,7 @@ class Case:
     softcap: float = 0.0
     alibi: bool = False
     mask: str = ""  # an attn_bias: one of _MASKS
+    sinks: bool = False
     aligned: bool = True
 
     @property
@@ -62,6 +63,7 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "window": {"window": (100, 40)},
     "softcap, causal": {"softcap": 20.0, "causal": True},
     "ALiBi, causal": {"alibi": True, "causal": True},
+    "sinks, causal, grouped heads": {"sinks": True, "causal": True, "heads_k": 2},
     "varlen, causal": {"seqlens_q": (200, 0, 77, 333), "seqlens_k": (200, 40, 130, 333), "causal": True},
     "varlen": {"seqlens_q": (129, 256, 1), "seqlens_k": (129, 300, 17)},
     "unaligned rows, causal": {"causal": True, "aligned": False},
@@ -140,6 +142,10 @@ def _mask(case: Case, device: str) -> torch.Tensor | None:
     return torch.randn(shape, generator=generator).masked_fill(hidden, float("-inf")).to(device, dtype)
 
 
+def _sinks(case: Case, device: str) -> torch.Tensor | None:
+    return torch.arange(float(case.heads), device=device) - 1 if case.sinks else None
+
+
 def _run(case: Case, inputs: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
     q, k, v = (inputs[name].detach().requires_grad_() for name in "qkv")
     options: dict[str, Any] = {
@@ -148,6 +154,7 @@ def _run(case: Case, inputs: dict[str, torch.Tensor], device: str) -> dict[str, 
         "softcap": case.softcap,
         "alibi_slopes": _slopes(case, device),
         "attn_bias": _mask(case, device),
+        "s_aux": _sinks(case, device),
     }
     if case.is_varlen:
         starts = _cumulative(case.seqlens_q, device), _cumulative(case.seqlens_k, device)
@@ -182,7 +189,7 @@ def _worst(got: torch.Tensor, exact: Exact) -> tuple[float, float]:
 def compare(case: Case, results: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
     """By tensor, its greatest error and the greatest share of what is allowed; and whether all are right."""
     device = inputs["q"].device.type
-    plain = Scores(case.causal, case.window, case.softcap, _slopes(case, device))
+    plain = Scores(case.causal, case.window, case.softcap, _slopes(case, device), s_aux=_sinks(case, device))
     mask = _mask(case, device)
     worst = {name: [(0.0, 0.0)] for name in results}
     for b, (rows_q, rows_k) in enumerate(_sequences(case)):
