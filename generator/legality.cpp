@@ -47,6 +47,8 @@ std::optional<std::string> check_problem(const KernelSpec& spec, const ArchLimit
   if (spec.features.forward_only() && !family_of(spec.kind).results.out)
     return "kind " + std::string(to_text(spec.kind)) +
            " comes with seqused_k, leftpad_k or a block_table; accepted: " + "the kinds of a forward pass";
+  if (spec.has(Feature::kDropout) && family_of(spec.kind).warps_share_rows)
+    return "kind " + std::string(to_text(spec.kind)) + " comes with dropout; accepted: kind fwd";
   if (spec.group_size < 1)
     return "group_size (num_heads / num_heads_k) is " + std::to_string(spec.group_size) + "; accepted: 1 or more";
   if (spec.access == GlobalAccess::kVector16B && spec.head_dim % 8 != 0)

@@ -29,6 +29,15 @@ struct PairTensorParams {
 // mask put out of the way with such a number: float32 has no digits left for its scores, and it has no gradients.
 constexpr float kLeastBias = -1e15f, kLeastLse = -1e6f;
 
+// See dropout.cuh.
+constexpr int kDropoutDigits = 16;
+struct DropoutParams {
+  const int* seed;                  // 64 bits
+  unsigned digits[kDropoutDigits];  // of the share of pairs that are kept, the last one first: all ones or all zeros
+  float scale;                      // 1 / that share
+  float dp_scale;                   // backward: softmax_scale x scale
+};
+
 struct AttentionParams {
   int seqlen_q, seqlen_k;  // varlen: of the longest sequence
   int num_heads, num_heads_k;

@@ -18,6 +18,7 @@
 #pragma once
 
 #include "accumulator.cuh"
+#include "dropout.cuh"
 #include "flash_bwd_all_keys.cuh"
 #include "flash_bwd_params.cuh"
 #include "flash_bwd_side.cuh"
@@ -116,6 +117,8 @@ class FlashBwd {
   // With numbers from memory it is too large where float32 has no digits left for a score: see kLeastLse. What
   // softmax_lse's gradient adds to delta is multiplied by a P above 1, by as much as log_sum_exp() took from lse.
   static constexpr bool kSaturatesForDs = kMTiles == 2 || Variant::kReadsPairs;
+
+  using Dropout = DropoutOf<Traits, Side::kColumnsAreQueries, kMTiles, kSteps, kNeighbours>;
 
   using Products = Accumulator<kMTiles, 1>;  // S or dP of a step
   using Operands = unsigned[kMTiles][2];     // P or dS of a step, rounded to elements
@@ -392,9 +395,23 @@ class FlashBwd {
       });
   }
 
+  __device__ __forceinline__ float dp_scale() const {
+    if constexpr (Traits::kHasDropout) return params_.dropout.dp_scale;
+    return params_.softmax_scale;
+  }
+
+  // Before P and dS of a step of tile n.
+  __device__ __forceinline__ void keep(int n, int step) {
+    if constexpr (Traits::kHasDropout) {
+      if (step == 0) dropout_.make(first_row(), n * Traits::kBlockN, lane_);
+      if (Dropout::begins_group(step)) kept_ = dropout_.get(Dropout::group(step), lane_);
+    }
+  }
+
   // P and dS of a step of tile n, which lies in `slot`, from its S and dP.
   __device__ __forceinline__ void differentiate(const Products& s, const Products& dp, const Fetched& fetched, int n,
-                                                SharedAddress slot, int step, Operands& p, Operands& ds) const {
+                                                SharedAddress slot, int step, Operands& p, Operands& ds) {
+    keep(n, step);
     Statistics columns;
     if (Side::kColumnsAreQueries) {
       Vec16 four;
@@ -417,9 +434,11 @@ class FlashBwd {
                                    Side::query(row, column), Side::key(row, column));
         const float p_of_ds = exp2_approx(exponent);
         row_p[c] = Side::kMakesDv || Variant::kReadsPairs ? saturate(p_of_ds) : p_of_ds;  // see log_sum_exp()
-        row_ds[c] = variant_.gradient((kSaturatesForDs ? row_p[c] : p_of_ds) *
-                                          fma_rounded(dp[r / 2][0][r % 2 * 2 + c], params_.softmax_scale, -delta),
-                                      score);
+        float dp_less_delta = fma_rounded(dp[r / 2][0][r % 2 * 2 + c], dp_scale(), -delta);
+        const bool keeps = Dropout::keeps(kept_, r, step, c);
+        if (!keeps) dp_less_delta = -delta;
+        row_ds[c] = variant_.gradient((kSaturatesForDs ? row_p[c] : p_of_ds) * dp_less_delta, score);
+        if (!keeps) row_p[c] = 0.0f;
       }
       p[r / 2][r % 2] = Element::pack(row_p[0], row_p[1]);
       ds[r / 2][r % 2] = Element::pack(row_ds[0], row_ds[1]);
@@ -460,6 +479,8 @@ class FlashBwd {
   __device__ __forceinline__ void attend(int head_q) {
     head_q_ = head_q;
     variant_.prepare(params_, sequence_, head_q, kStartsScores ? reciprocal(params_.softmax_scale_log2) : 1.0f);
+    if constexpr (Traits::kHasDropout)
+      dropout_.prepare(params_.dropout, sequence_.batch() * params_.num_heads + head_q);
     if constexpr (Side::kMakesDq) {
       Tile::Dq::write_delta(tensors(), head_q, warp_, lane_);
       block_barrier();
@@ -605,7 +626,8 @@ class FlashBwd {
     locate(reread_thread_in_block(), reread_block_in_grid());
     write_gradient(ds_gradient_, Side::ds_gradient(tensors(), head_), 1.0f);
     if constexpr (Side::kMakesDv) {
-      const float factor = has_nan_probabilities() ? not_a_number() : 1.0f;
+      float factor = has_nan_probabilities() ? not_a_number() : 1.0f;
+      if constexpr (Traits::kHasDropout) factor *= params_.dropout.scale;
       write_gradient(p_gradient_, tensors().dv(head_), factor);
     }
   }
@@ -658,6 +680,8 @@ class FlashBwd {
   Sequence<Traits> sequence_;
   int row_begin_, head_, head_q_, first_output_dim_;
   Variant variant_;
+  Dropout dropout_;
+  typename Dropout::Kept kept_;  // of the step whose S and dP wait, or the one before
   Fetched fetched_;  // for the next step's scores, where they start from it, or for those of the step that waits
   typename Tile::SFragments s_rows_;
   typename Tile::DpFragments dp_rows_;

@@ -21,5 +21,7 @@ struct FlashBwdParams : AttentionParams {
   int num_row_blocks;   // blocks along the side whose gradient a kernel makes; the grid is flat
   float softmax_scale;  // what a score's gradient is multiplied by
 
-  const float* dlse;  // softmax_lse's gradient, like it; null: it has none. Last, so that the main loops are the same
+  // Last, so that kernels without them are the same.
+  const float* dlse;  // softmax_lse's gradient, like it; null: it has none
+  DropoutParams dropout;
 };

@@ -322,7 +322,7 @@ class FlashDecode {
     if (softmax_.must_correct(scores)) softmax_.correct(scores, acc_o_, remainder);
     typename Rows::Exponents exponents;
     softmax_.to_exponents(scores, remainder, exponents);
-    softmax_.to_probabilities(exponents, p);
+    softmax_.to_probabilities(exponents, p, [](int, int, int) { return true; });
   }
 
   // ---- the warps that have the same rows, put together ----

@@ -18,6 +18,7 @@
 
 #include "accumulator.cuh"
 #include "block_info.cuh"
+#include "dropout.cuh"
 #include "flash_fwd_params.cuh"
 #include "key_rows.cuh"
 #include "mask.cuh"
@@ -78,6 +79,7 @@ class FlashFwd {
   using Scores = typename Rows::Scores;
   using Exponents = typename Rows::Exponents;
   using Probabilities = typename Rows::Probabilities;
+  using Dropout = DropoutOf<Traits, false, kMTiles, kNTiles, kReadsNeighbours<Traits>>;
   using Points = Schedule<Traits, kProducts>;
   using Stream = typename Traits::Copy::template Stream<Traits, Traits::kBlockN, Tile::kDims, Tile::kThreads>;
   using InFlight = typename Stream::InFlight;
@@ -92,6 +94,8 @@ class FlashFwd {
         k_stream_(keys(params.k, params.k_strides)),
         v_stream_(keys(params.v, params.v_strides)) {
     variant_.prepare(params, block_.sequence, block_.head, reciprocal(params.softmax_scale_log2));
+    if constexpr (Traits::kHasDropout)
+      dropout_.prepare(params.dropout, block_.sequence.batch() * params.num_heads + block_.head);
   }
 
   __device__ __forceinline__ void run() {
@@ -316,10 +320,22 @@ class FlashFwd {
     load_first_k(slots_.k);
   }
 
+  // Of tile n_block_.
+  __device__ __forceinline__ void to_probabilities(Exponents& t, Probabilities& p) {
+    typename Dropout::Kept kept[Dropout::kLaneGroups];
+    if constexpr (Traits::kHasDropout) {
+      dropout_.make(first_row(), n_block_ * Traits::kBlockN, lane_);
+#pragma unroll
+      for (int g = 0; g < Dropout::kLaneGroups; ++g) kept[g] = dropout_.get(g, lane_);
+    }
+    softmax_.to_probabilities(t, p,
+                              [&](int r, int n, int c) { return Dropout::keeps(kept[Dropout::group(n)], r, n, c); });
+  }
+
   // O += P V of a tile whose exponents wait, and whose V has come.
   __device__ __forceinline__ void use_exponents() {
     Probabilities p;
-    softmax_.to_probabilities(exponents_, p);
+    to_probabilities(exponents_, p);
     accumulate(p, [](int) {});
   }
 
@@ -345,7 +361,7 @@ class FlashFwd {
     Probabilities p;
     InFlight k, v;
     copy(exponents_.t, t.t);
-    softmax_.to_probabilities(t, p);
+    to_probabilities(t, p);
     multiply_keys();
     products_to_scores();
     accumulate(p, [&](int product) {
@@ -376,7 +392,10 @@ class FlashFwd {
     Bits* out = static_cast<Bits*>(params_.out) + block.sequence.query_offset(strides, block.head) + row * strides.row;
     float inverse[2 * kMTiles];
 #pragma unroll
-    for (int r = 0; r < 2 * kMTiles; ++r) inverse[r] = finish_row(block, row + lane_row(lane) + 8 * r, lane, r);
+    for (int r = 0; r < 2 * kMTiles; ++r) {
+      inverse[r] = finish_row(block, row + lane_row(lane) + 8 * r, lane, r);
+      if constexpr (Traits::kHasDropout) inverse[r] *= params_.dropout.scale;
+    }
     Tile::Output::template write<MemoryOrder>(acc_o_, inverse, out, strides.row, block.sequence.seqlen_q() - row, 0,
                                               warp * Tile::kStagingWarpBytes, lane);
   }
@@ -406,6 +425,7 @@ class FlashFwd {
   const int lane_, warp_;
   Rows softmax_;
   Variant variant_;
+  Dropout dropout_;
   FetchedTile<kMTiles, kNTiles, Variant, Columns> fetched_;  // for the scores of the next iteration
   Stream k_stream_, v_stream_;
   typename Tile::QueryFragments query_;

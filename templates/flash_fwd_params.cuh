@@ -45,4 +45,5 @@ struct FlashFwdParams : AttentionParams {
   // Last, so that kernels without them are the same.
   KeyCacheParams cache;
   SinkParams sinks;
+  DropoutParams dropout;
 };

@@ -39,7 +39,7 @@ struct HostEngine {
   void (*ldmatrix)(HostAccess, unsigned* r, unsigned address, const char* file, int line);
   // c += A B, or c = A B where `accumulate` is 0; `c` has 4 floats.
   void (*mma)(int accumulate, float* c, unsigned a0, unsigned a1, unsigned b, const char* file, int line);
-  float (*shuffle_xor)(float, int lane_mask, const char* file, int line);
+  unsigned (*shuffle)(unsigned bits, int from_lane, const char* file, int line);
   int (*any_in_warp)(int, const char* file, int line);
   int (*any_in_block)(int, const char* file, int line);
   void (*warp_barrier)(const char* file, int line);

@@ -32,7 +32,8 @@
 //   ldmatrix_x2_trans(r, address)
 //
 // Warp and block
-//   shuffle_xor(float, lane_mask) -> float
+//   shuffle(unsigned, lane) -> unsigned           what that lane gives
+//   shuffle_xor(float, lane_mask) -> float        what the lane gives whose number differs by the mask
 //   any_in_warp(bool) -> bool
 //   any_in_block(bool) -> bool                    a barrier of the block, too
 //   warp_barrier()                                orders this warp's shared-memory accesses
@@ -48,6 +49,7 @@
 //   infinity(), not_a_number(), is_nan(float)
 //   float_of_bits(unsigned) -> float, bits_of_float(float) -> unsigned
 //   low_halves(a, b), high_halves(a, b)           those of a in the low half, of b in the high half
+//   select_bytes(a, b, selector)                  byte i is that of a (0 to 3) or b (4 to 7) in digit i of the selector
 //
 // Elements: what q, k, v, out and their gradients are made of, 16 bits each, two in a register. A struct for every
 // type; the kernels know it as Traits::Element. There is Fp16.

@@ -142,6 +142,12 @@ __device__ __forceinline__ void ldmatrix_x2_trans(unsigned (&r)[2], SharedAddres
 
 // ---- warp and block ----
 
+__device__ __forceinline__ unsigned shuffle(unsigned v, int lane) {
+  unsigned r;
+  asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xffffffff;" : "=r"(r) : "r"(v), "r"(lane));
+  return r;
+}
+
 __device__ __forceinline__ float shuffle_xor(float v, int lane_mask) {
   float r;
   asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, 0xffffffff;" : "=f"(r) : "f"(v), "r"(lane_mask));
@@ -223,6 +229,12 @@ __device__ __forceinline__ unsigned bits_of_float(float x) { return __float_as_u
 __device__ __forceinline__ unsigned low_halves(unsigned a, unsigned b) {
   unsigned r;
   asm("prmt.b32 %0, %1, %2, 0x5410;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
+__device__ __forceinline__ unsigned select_bytes(unsigned a, unsigned b, unsigned selector) {
+  unsigned r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
   return r;
 }
 

@@ -127,8 +127,16 @@ inline void ldmatrix_x2_trans(unsigned (&r)[2], SharedAddress a, FLASH_ATTN_JIT_
 
 // ---- warp and block ----
 
+inline unsigned shuffle(unsigned v, int lane, FLASH_ATTN_JIT_SITE) {
+  return flash_attn_jit_engine.shuffle(v, lane, file, line);
+}
+
 inline float shuffle_xor(float v, int lane_mask, FLASH_ATTN_JIT_SITE) {
-  return flash_attn_jit_engine.shuffle_xor(v, lane_mask, file, line);
+  unsigned bits;
+  __builtin_memcpy(&bits, &v, sizeof bits);
+  bits = flash_attn_jit_engine.shuffle(bits, (thread_in_block() % 32) ^ lane_mask, file, line);
+  __builtin_memcpy(&v, &bits, sizeof v);
+  return v;
 }
 
 inline bool any_in_warp(bool p, FLASH_ATTN_JIT_SITE) { return flash_attn_jit_engine.any_in_warp(p, file, line) != 0; }
@@ -180,6 +188,13 @@ inline float float_of_bits(unsigned u) { return bits_float(u); }
 inline unsigned bits_of_float(float x) { return float_bits(x); }
 inline unsigned low_halves(unsigned a, unsigned b) { return (a & 0xffffu) | b << 16; }
 inline unsigned high_halves(unsigned a, unsigned b) { return a >> 16 | (b & 0xffff0000u); }
+
+inline unsigned select_bytes(unsigned a, unsigned b, unsigned selector) {
+  const unsigned long long both = static_cast<unsigned long long>(b) << 32 | a;
+  unsigned r = 0;
+  for (int i = 0; i < 4; ++i) r |= (both >> (selector >> 4 * i & 7u) * 8 & 0xffu) << 8 * i;
+  return r;
+}
 
 // ---- elements ----
 

@@ -13,6 +13,7 @@ using ScoreVariant =
                   FeatureIf<Traits::kHasBias32, PairBias<FloatBias, Traits::kIsUnpaired, Traits::kIsOneRow>>,
                   FeatureIf<Traits::kHasBoolMask, PairBias<BoolMask, Traits::kIsUnpaired, Traits::kIsOneRow>>>;
 
-// Whether a lane should have neighbours in memory: see lane_order.cuh.
+// Whether a lane should have neighbours in memory: see lane_order.cuh. With dropout they have to fill its cells.
 template <class Traits>
-constexpr bool kReadsNeighbours = ScoreVariant<Traits>::kReadsPairs && !Traits::kIsUnpaired;
+constexpr bool kReadsNeighbours = ScoreVariant<Traits>::kReadsPairs && !Traits::kIsUnpaired &&
+                                  !(Traits::kHasDropout && (Traits::kBlockN & (Traits::kBlockN - 1)) != 0);

@@ -94,14 +94,17 @@ struct Softmax {
     }
   }
 
-  // In the order in which the next product needs them: all of 8 keys first. Uses the exponents up.
-  __device__ __forceinline__ void to_probabilities(Exponents& exponents, Probabilities& p) {
+  // In the order in which the next product needs them: all of 8 keys first. Uses the exponents up. All count in the
+  // row's sum; those of which keeps(row, n, column) is false are 0 in the product.
+  template <class Keeps>
+  __device__ __forceinline__ void to_probabilities(Exponents& exponents, Probabilities& p, Keeps keeps) {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
       const OperandOrder<kMTiles> at(i);
       float (&t)[4] = exponents.t[at.m][at.n];
       t[at.c] = exp2_approx(t[at.c]);
       row_sum[at.row] += t[at.c];
+      if (!keeps(at.row, at.n, at.c % 2)) t[at.c] = 0.0f;
       if (at.c % 2 == 1) p[at.m][at.n][at.c / 2] = Element::pack(t[at.c - 1], t[at.c]);
     }
   }

@@ -210,17 +210,17 @@ void BlockEngine::mma(bool accumulate, float* c, std::uint32_t a0, std::uint32_t
   if (meet(Meeting::kMma, accumulate ? kMmaAccumulate : 0, site)) warp_mma(operands_.mma, accumulate);
 }
 
-float BlockEngine::shuffle_xor(float value, int lane_mask, SiteId site) {
-  operands_.values[lane()] = &value;
-  operands_.lane_masks[lane()] = lane_mask;
+std::uint32_t BlockEngine::shuffle(std::uint32_t bits, int from_lane, SiteId site) {
+  operands_.shuffled[lane()] = &bits;
+  operands_.from_lanes[lane()] = from_lane;
   if (meet(Meeting::kShuffle, 0, site)) compute_shuffle();
-  return value;
+  return bits;
 }
 
 void BlockEngine::compute_shuffle() {
-  std::array<float, 32> given;
-  for (int l = 0; l < 32; ++l) given[l] = *operands_.values[l];
-  for (int l = 0; l < 32; ++l) *operands_.values[l] = given[(l ^ operands_.lane_masks[l]) % 32];
+  std::array<std::uint32_t, 32> given;
+  for (int l = 0; l < 32; ++l) given[l] = *operands_.shuffled[l];
+  for (int l = 0; l < 32; ++l) *operands_.shuffled[l] = given[operands_.from_lanes[l] & 31];
 }
 
 bool BlockEngine::any_in_warp(bool predicate, SiteId site) {
@@ -288,7 +288,7 @@ const char* BlockEngine::meeting_name(Meeting meeting, int variant) {
     case Meeting::kMma:
       return variant == kMmaAccumulate ? "multiply_add" : "multiply";
     case Meeting::kShuffle:
-      return "shuffle_xor";
+      return "shuffle";
     case Meeting::kVote:
       return "any_in_warp";
     case Meeting::kWarpBarrier:
@@ -357,8 +357,8 @@ HostEngine BlockEngine::primitives() {
                      int line) { running->ldmatrix(access, r, address, running->sites_.id(file, line)); },
       .mma = [](int accumulate, float* c, unsigned a0, unsigned a1, unsigned b, const char* file,
                 int line) { running->mma(accumulate != 0, c, a0, a1, b, running->sites_.id(file, line)); },
-      .shuffle_xor = [](float value, int lane_mask, const char* file,
-                        int line) { return running->shuffle_xor(value, lane_mask, running->sites_.id(file, line)); },
+      .shuffle = [](unsigned bits, int from_lane, const char* file,
+                    int line) { return running->shuffle(bits, from_lane, running->sites_.id(file, line)); },
       .any_in_warp = [](int predicate, const char* file, int line) -> int {
         return running->any_in_warp(predicate != 0, running->sites_.id(file, line));
       },

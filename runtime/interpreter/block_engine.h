@@ -60,8 +60,8 @@ class BlockEngine {
     MmaOperands mma;
     std::array<std::uint32_t*, 32> matrices;
     std::array<std::uint32_t, 32> addresses;
-    std::array<float*, 32> values;
-    std::array<int, 32> lane_masks;
+    std::array<std::uint32_t*, 32> shuffled;
+    std::array<int, 32> from_lanes;
     std::array<int*, 32> predicates;
   };
 
@@ -71,7 +71,7 @@ class BlockEngine {
   void store_shared(HostAccess access, std::uint32_t address, const void* value, SiteId site);
   void ldmatrix(HostAccess access, std::uint32_t* r, std::uint32_t address, SiteId site);
   void mma(bool accumulate, float* c, std::uint32_t a0, std::uint32_t a1, std::uint32_t b, SiteId site);
-  float shuffle_xor(float value, int lane_mask, SiteId site);
+  std::uint32_t shuffle(std::uint32_t bits, int from_lane, SiteId site);
   bool any_in_warp(bool predicate, SiteId site);
   void warp_barrier(SiteId site);
   bool any_in_block(bool predicate, SiteId site);

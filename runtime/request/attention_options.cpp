@@ -157,6 +157,9 @@ void require_options(const AttentionOptions& options, const ProblemShape& shape,
   if (options.softcap != 0 && !(options.softcap >= kLeastSoftcap && options.softcap <= kMostScale))
     throw ArgumentError(
         {"softcap", "is " + number_text(options.softcap), "0.0 for none, or " + range_text(kLeastSoftcap, kMostScale)});
+  if (options.dropout && !(options.dropout->p > 0 && options.dropout->p < 1))
+    throw ArgumentError(
+        {"dropout_p", "is " + number_text(options.dropout->p), "a number from 0.0, for none, to below 1.0"});
   if (options.bias) require_bias(*options.bias, options.varlen, shape, num_heads);
   visit_tensors(options, shape, num_heads, require_tensor);
   if (options.varlen) require_lengths(*options.varlen);
@@ -183,6 +186,7 @@ KernelSpec problem_spec(const TensorView& q, const TensorView& k, const Attentio
     spec.features.set(Feature::kOneRow, strides_of(*options.bias)[2] == 0);
     spec.features.set(Feature::kUnpaired, !has_neighbours(*options.bias, options));
   }
+  spec.features.set(Feature::kDropout, options.dropout.has_value());
   spec.features.set(Feature::kVarlen, options.varlen.has_value());
   spec.features.set(Feature::kKeyLengths, options.key_lengths.has_value());
   spec.features.set(Feature::kPaged, options.pages.has_value());
@@ -218,6 +222,18 @@ AttentionParams attention_params(const TensorView& q, const TensorView& k, const
     params.pairs = {options.bias->data, batch * bytes, head * bytes, static_cast<int>(query * bytes),
                     static_cast<int>(key * bytes)};
   }
+  return params;
+}
+
+DropoutParams dropout_params(const AttentionOptions& options) {
+  DropoutParams params{};
+  if (!options.dropout) return params;
+  constexpr int kShares = 1 << kDropoutDigits;
+  const int kept = std::clamp(static_cast<int>(std::lround((1 - options.dropout->p) * kShares)), 1, kShares - 1);
+  params.seed = reinterpret_cast<const int*>(options.dropout->seed);
+  for (int i = 0; i < kDropoutDigits; ++i) params.digits[i] = (kept >> i & 1) != 0 ? ~0u : 0u;
+  params.scale = static_cast<float>(kShares) / static_cast<float>(kept);
+  params.dp_scale = static_cast<float>(options.softmax_scale) * params.scale;
   return params;
 }
 

@@ -56,6 +56,13 @@ struct PairTensor {
   std::array<std::int64_t, 4> shape{}, strides{};  // sizes are the problem's, or 1 for all
 };
 
+// Of the probabilities a share of p becomes 0, and the others grow by 1 / (1 - p). Which of them the seed says, 64 bits in
+// the memory of the tensors' device. p counts in steps of 2^-16, of which there is one at least, and one less than all.
+struct Dropout {
+  double p = 0;
+  const std::int64_t* seed = nullptr;
+};
+
 constexpr int bytes_of(PairType type) { return type == PairType::kFloat16 ? 2 : type == PairType::kFloat32 ? 4 : 1; }
 
 // A score, at most 256 x 65504^2 before it is scaled, stays above kNoMaximum of templates/softmax.cuh, and finite once
@@ -72,6 +79,7 @@ struct AttentionOptions {
   std::optional<PerHead> alibi;
   std::optional<PairTensor> bias;  // added to the scores; or of bools: whether the query sees the key
   const float* sinks = nullptr;    // (num_heads), a logit of each head that takes part in its softmax; null: none
+  std::optional<Dropout> dropout;
   std::optional<Varlen> varlen;
   std::optional<KeyLengths> key_lengths;
   std::optional<PageTable> pages;  // with varlen, cu_seqlens_k may be null
@@ -128,6 +136,7 @@ void visit_tensors(const AttentionOptions& options, const ProblemShape& shape, s
   if (options.bias)
     visit(OptionTensor{"attn_bias", options.bias->data, 4, options.bias->shape, options.bias->strides,
                        bytes_of(options.bias->type)});
+  if (options.dropout) visit(OptionTensor{"dropout_seed", options.dropout->seed, 1, {2}, {1}});  // its halves
   if (options.sinks != nullptr) visit(OptionTensor{"s_aux", options.sinks, 1, {num_heads}, {1}});
   if (options.alibi)
     visit(OptionTensor{
@@ -139,6 +148,9 @@ void require_options(const AttentionOptions& options, const ProblemShape& shape,
 
 // The spec of a problem, but for its kind and tile. Throws UnsupportedError where no tile can make it legal.
 KernelSpec problem_spec(const TensorView& q, const TensorView& k, const AttentionOptions& options, GlobalAccess access);
+
+// All zeros without dropout.
+DropoutParams dropout_params(const AttentionOptions& options);
 
 // Of the same problem.
 AttentionParams attention_params(const TensorView& q, const TensorView& k, const AttentionOptions& options);

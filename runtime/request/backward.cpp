@@ -68,6 +68,7 @@ FlashBwdParams params_of(const BackwardRequest& request) {
   }
   params.softmax_scale = static_cast<float>(request.options.softmax_scale);
   params.dlse = request.dlse;
+  params.dropout = dropout_params(request.options);
   return params;
 }
 

@@ -50,12 +50,14 @@ FlashDecodeParams params_of(const ForwardRequest& request) {
   params.out_strides = strides_of(request.out);
   params.cache = cache_of(request);
   params.sinks = {request.options.sinks};
+  params.dropout = dropout_params(request.options);
   return params;
 }
 
 bool takes_decode(const ForwardRequest& request, const KernelSpec& spec, const Problem& problem,
                   const TileChooser& tiles) {
   if (request.tile || request.decode_tile) return request.decode_tile.has_value();
+  if (spec.has(Feature::kDropout)) return false;
   return !request.options.has_backward && tiles.takes_decode(spec, problem);
 }
 

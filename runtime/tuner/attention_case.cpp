@@ -16,6 +16,7 @@ namespace {
 constexpr std::int64_t kNumbers = 1048573;  // a prime
 constexpr std::int64_t kTensorOffset = 262147;
 constexpr double kSoftcap = 30;
+constexpr double kDropout = 0.25;
 constexpr std::int64_t kPairRowStride = 8;  // elements
 constexpr std::int64_t kMostPageRows = 256, kFastPageRows = 16;
 
@@ -49,8 +50,15 @@ std::int64_t AttentionCase::page_size() const { return std::gcd(seqlen_k, kMostP
 
 std::vector<float> AttentionCase::head_numbers() const {
   std::vector<float> slopes;
-  for (std::int64_t h = 0; h < num_heads; ++h) slopes.push_back(alibi_slope(h, num_heads));
+  for (std::int64_t h = 0; h < std::max<std::int64_t>(num_heads, 2); ++h) slopes.push_back(alibi_slope(h, num_heads));
   return slopes;
+}
+
+std::optional<DropoutBits> AttentionCase::dropout() const {
+  if (!spec.has(Feature::kDropout)) return std::nullopt;
+  std::uint64_t seed;
+  std::memcpy(&seed, head_numbers().data(), sizeof seed);
+  return DropoutBits(seed, kDropout);
 }
 
 std::int64_t AttentionCase::pair_at(std::int64_t i, std::int64_t j) const {
@@ -96,6 +104,8 @@ AttentionOptions AttentionCase::options(const float* head_numbers, const void* p
                               pair_type(spec),
                               {1, 1, spec.has(Feature::kOneRow) ? 1 : seqlen_q, seqlen_k},
                               {0, 0, pair_at(1, 0), pair_at(0, 1)}};
+  if (spec.has(Feature::kDropout))
+    options.dropout = Dropout{kDropout, reinterpret_cast<const std::int64_t*>(head_numbers)};
   if (spec.has(Feature::kSink)) options.sinks = head_numbers;
   return options;
 }

@@ -8,6 +8,7 @@
 #include "generator/families/families.h"
 #include "generator/kernel_spec.h"
 #include "runtime/request/attention_options.h"
+#include "runtime/tuner/dropout_bits.h"
 #include "runtime/tuner/record.h"
 
 namespace flash_attn_jit {
@@ -20,7 +21,8 @@ struct AttentionCase {
 
   Window window() const;  // a quarter of the keys, up to the diagonal
 
-  // What features read of each query head: a number. On the device they lie at `head_numbers`.
+  // What features read of each query head: a number, two at least. Their first 8 bytes are the seed of dropout. On the
+  // device they lie at `head_numbers`.
   std::vector<float> head_numbers() const;
   // And of each pair: rows that overlap in memory, so that it takes little. On the device it lies at `pairs`. (What
   // reading them from DRAM would cost is not in a measurement.)
@@ -32,6 +34,7 @@ struct AttentionCase {
     double value, derivative;  // by the scaled product
   };
   Score score(double product, std::int64_t h, std::int64_t i, std::int64_t j) const;
+  std::optional<DropoutBits> dropout() const;
   std::optional<double> sink(std::int64_t h) const;  // of head h, where heads have one
   double softmax_scale() const { return default_softmax_scale(spec.head_dim); }
 

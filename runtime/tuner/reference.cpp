@@ -56,6 +56,11 @@ CaseReference::Score CaseReference::score(std::int64_t b, std::int64_t h, std::i
   return attention_.score(dot(query_row(CaseTensor::kQ, b, h, i), key_row(CaseTensor::kK, b, h / group(), j)), h, i, j);
 }
 
+double CaseReference::kept(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const {
+  if (!dropout_) return 1;
+  return dropout_->keep(b * attention_.num_heads + h, i, j) ? dropout_->scale() : 0;
+}
+
 ForwardRow CaseReference::forward(std::int64_t b, std::int64_t h, std::int64_t i) const {
   const std::int64_t dims = attention_.spec.head_dim;
   ForwardRow row{row_of(dims)};
@@ -74,9 +79,10 @@ ForwardRow CaseReference::forward(std::int64_t b, std::int64_t h, std::int64_t i
   for (const auto& [j, value] : scores) {
     const double probability = std::exp(value - greatest);
     sum += probability;
+    const double weight = probability * kept(b, h, i, j);
     const float* const v = key_row(CaseTensor::kV, b, h / group(), j);
     for (std::int64_t d = 0; d < dims; ++d) {
-      const double product = probability * v[d];
+      const double product = weight * v[d];
       row.out.value[static_cast<std::size_t>(d)] += product;
       row.out.bound[static_cast<std::size_t>(d)] += std::fabs(product);
     }
@@ -104,8 +110,9 @@ ReferenceRow CaseReference::dq(std::int64_t b, std::int64_t h, std::int64_t i, c
     ++seen;
     const float* const k = key_row(CaseTensor::kK, b, h / group(), j);
     const Score s = score(b, h, i, j);
-    const double gradient = std::exp(s.value - given.lse[at]) * s.derivative *
-                            (dot(dout, key_row(CaseTensor::kV, b, h / group(), j)) - given.delta[at]);
+    const double gradient =
+        std::exp(s.value - given.lse[at]) * s.derivative *
+        (kept(b, h, i, j) * dot(dout, key_row(CaseTensor::kV, b, h / group(), j)) - given.delta[at]);
     for (std::int64_t d = 0; d < dims; ++d) {
       const double product = gradient * k[d];
       row.value[static_cast<std::size_t>(d)] += product;
@@ -130,11 +137,12 @@ KeyGradientRow CaseReference::dkdv(std::int64_t b, std::int64_t head_k, std::int
       const float *const q = query_row(CaseTensor::kQ, b, h, i), *const dout = query_row(CaseTensor::kDout, b, h, i);
       const Score s = score(b, h, i, j);
       const double probability = std::exp(s.value - given.lse[at]);
-      const double gradient = probability * s.derivative * (dot(dout, v) - given.delta[at]);
+      const double keep = kept(b, h, i, j);
+      const double gradient = probability * s.derivative * (keep * dot(dout, v) - given.delta[at]);
       for (std::int64_t d = 0; d < dims; ++d) {
         const auto at_dim = static_cast<std::size_t>(d);
         const double of_k = gradient * q[d];
-        const double of_v = probability * dout[d];
+        const double of_v = keep * probability * dout[d];
         row.dk.value[at_dim] += of_k;
         row.dk.bound[at_dim] += std::fabs(of_k);
         row.dv.value[at_dim] += of_v;

@@ -33,7 +33,7 @@ struct KeyGradientRow {
 class CaseReference {
  public:
   CaseReference(const AttentionCase& attention, const CaseNumbers& numbers)
-      : attention_(attention), numbers_(numbers) {}
+      : attention_(attention), numbers_(numbers), dropout_(attention.dropout()) {}
 
   ForwardRow forward(std::int64_t b, std::int64_t h, std::int64_t i) const;
 
@@ -46,6 +46,8 @@ class CaseReference {
  private:
   using Score = AttentionCase::Score;
   Score score(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const;
+  // What dropout multiplies a probability by.
+  double kept(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) const;
   double dot(const float* x, const float* y) const;
   const float* query_row(CaseTensor tensor, std::int64_t b, std::int64_t h, std::int64_t i) const;
   const float* key_row(CaseTensor tensor, std::int64_t b, std::int64_t head_k, std::int64_t j) const;
@@ -53,6 +55,7 @@ class CaseReference {
 
   const AttentionCase& attention_;
   const CaseNumbers& numbers_;
+  std::optional<DropoutBits> dropout_;
 };
 
 // How far `got` is from a row, at its worst element: the error that leaves its bound by most, or comes nearest to it.

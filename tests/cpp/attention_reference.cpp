@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "fp16.h"
+#include "runtime/tuner/dropout_bits.h"
 
 namespace flash_attn_jit::testing {
 namespace {
@@ -116,7 +117,9 @@ class Attention {
     for (std::size_t n = 0; n < keys.size(); ++n) {
       const Number each = std::exp(scores[n] - maximum);
       sum += each;
-      const Number rounded = rounding_.probability(each);
+      const auto share =
+          static_cast<Number>(kept_share(problem_.options, sequence, shape_[2], h, i, keys[n] - sequence.k_begin));
+      const Number rounded = share * rounding_.probability(each);
       for (std::int64_t d = 0; d < dim; ++d) acc[d] += rounded * v_[keys[n] * dim + d];
     }
     Number weight = 1;
@@ -217,6 +220,13 @@ double bias_of(const PairTensor& bias, const SequenceRows& sequence, std::int64_
       break;
   }
   return static_cast<const std::uint8_t*>(bias.data)[at] != 0 ? 0 : -std::numeric_limits<double>::infinity();
+}
+
+double kept_share(const AttentionOptions& options, const SequenceRows& sequence, std::int64_t heads, std::int64_t h,
+                  std::int64_t i, std::int64_t j) {
+  if (!options.dropout) return 1;
+  const DropoutBits bits(static_cast<std::uint64_t>(*options.dropout->seed), options.dropout->p);
+  return bits.keep(sequence.index * heads + h, i, j) ? bits.scale() : 0;
 }
 
 double sink_of(const AttentionOptions& options, std::int64_t h) {

@@ -68,6 +68,10 @@ bool sees(const AttentionOptions& options, const SequenceRows& sequence, std::in
 // What attn_bias adds to a score; -inf hides the pair, as False does.
 double bias_of(const PairTensor& bias, const SequenceRows& sequence, std::int64_t h, std::int64_t i, std::int64_t j);
 
+// What dropout multiplies a probability of query head h by, of `heads`: 1 where there is none.
+double kept_share(const AttentionOptions& options, const SequenceRows& sequence, std::int64_t heads, std::int64_t h,
+                  std::int64_t i, std::int64_t j);
+
 // Of head h; -inf where there is none.
 double sink_of(const AttentionOptions& options, std::int64_t h);
 

@@ -128,7 +128,7 @@ class Backward {
     const std::int64_t dim = shape_[3];
     const Number scale = problem_.options.softmax_scale;
     std::vector<Score<Number>> s;
-    std::vector<Number> dp;
+    std::vector<Number> dp, shares;
     std::vector<std::int64_t> keys;
     const Number sink = sink_of(problem_.options, h);
     Number maximum = sink;
@@ -137,7 +137,8 @@ class Backward {
         const double *k = &k_[(sequence.k_begin + j) * dim], *v = &v_[(sequence.k_begin + j) * dim];
         keys.push_back(j);
         s.push_back(adjusted(problem_.options, sequence, h, i, j, dot<Number>(query.q, k, dim, sum_step_) * scale));
-        dp.push_back(dot<Number>(query.dout, v, dim, sum_step_));
+        shares.push_back(static_cast<Number>(kept_share(problem_.options, sequence, shape_[2], h, i, j)));
+        dp.push_back(shares.back() * dot<Number>(query.dout, v, dim, sum_step_));
         maximum = std::max(maximum, s.back().value);
       }
     if (keys.empty()) return;
@@ -163,7 +164,7 @@ class Backward {
       for (std::int64_t d = 0; d < dim; ++d) {
         dq_[i * dim + d] += ds * static_cast<Number>(k_[(sequence.k_begin + j) * dim + d]);
         dk_[j * dim + d] += ds * static_cast<Number>(query.q[d]);
-        dv_[j * dim + d] += rounded_p * static_cast<Number>(query.dout[d]);
+        dv_[j * dim + d] += shares[n] * rounded_p * static_cast<Number>(query.dout[d]);
       }
     });
   }

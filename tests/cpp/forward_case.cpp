@@ -158,6 +158,7 @@ AttentionOptions options_of(const ForwardCase& c, const ForwardTensors& t) {
   if (c.alibi != AlibiCase::kOff)
     options.alibi = {t.alibi_slopes.data(), c.alibi == AlibiCase::kBatchAndHeads ? c.num_heads_k * c.group_size : 0};
   if (c.bias != BiasCase::kOff) options.bias = bias_tensor(c, t.bias.data());
+  if (c.dropout > 0) options.dropout = Dropout{c.dropout, &t.dropout_seed};
   if (c.sink) options.sinks = t.sinks.data();
   if (c.sequences > 0)
     options.varlen = {t.cu_seqlens_q.data(), t.cu_seqlens_k.data(), c.sequences, c.seqlen_q, c.seqlen_k};
@@ -178,7 +179,9 @@ bool take_word(std::string_view word, ForwardCase& c) {
   for (const auto& [bias, layout] : kBiasLayouts)
     if (word == layout.name) return c.bias = bias, true;
   if (double sink; take_number(word, "sink", sink)) return c.sink = sink, true;
-  if (take_number(word, "softcap", c.softcap) || take_number(word, "varlen", c.sequences)) return true;
+  if (take_number(word, "dropout", c.dropout) || take_number(word, "softcap", c.softcap) ||
+      take_number(word, "varlen", c.sequences))
+    return true;
   if (float scale; take_number(word, "scale", scale)) return c.softmax_scale = scale, true;
   return take_number(word, "hdim", c.head_dim) || take_number(word, "gqa", c.group_size) ||
          take_number(word, "batch", c.batch) || take_number(word, "headsk", c.num_heads_k) ||
@@ -279,6 +282,7 @@ std::string ForwardCase::text() const {
   if (softcap > 0) text += " softcap" + number_text(softcap);
   if (alibi != AlibiCase::kOff) text += alibi == AlibiCase::kHeads ? " alibi" : " alibibatch";
   if (bias != BiasCase::kOff) text += std::string(" ") + layout_of(bias).name;
+  if (dropout > 0) text += " dropout" + number_text(dropout);
   if (sink) text += " sink" + number_text(*sink);
   if (sequences > 0) text += " varlen" + std::to_string(sequences);
   if (softmax_scale) text += " scale" + number_text(*softmax_scale);
@@ -316,6 +320,7 @@ KernelSpec spec_of(const ForwardCase& c) {
     spec.features.set(Feature::kUnpaired, !neighbours);
     spec.features.set(Feature::kOneRow, !layout.queries || c.seqlen_q == 1);
   }
+  spec.features.set(Feature::kDropout, c.dropout > 0);
   spec.features.set(Feature::kVarlen, c.sequences > 0);
   spec.features.set(Feature::kSink, c.sink.has_value());
   spec.group_size = c.group_size;
@@ -332,6 +337,7 @@ ForwardTensors::ForwardTensors(const ForwardCase& c)
       v(k.shape(), c.layout),
       out(q.shape(), c.layout),
       lse(q.shape()[0] * q.shape()[2] * q.shape()[1], NAN),
+      dropout_seed(0x123456789abcdef + c.seed),
       tile(c.tile),
       splits(c.splits) {
   const std::int64_t batch = c.sequences > 0 ? c.sequences : c.batch;

@@ -33,6 +33,7 @@ struct ForwardCase {
   double softcap = 0;  // 0: none
   AlibiCase alibi = AlibiCase::kOff;
   BiasCase bias = BiasCase::kOff;
+  double dropout = 0;          // p
   std::optional<double> sink;  // of the first head; each has 0.5 more than the one before it
   std::int64_t sequences = 0;  // varlen: so many, the longest seqlen_q and seqlen_k long, some empty; 0: fixed lengths
   Layout layout = Layout::kContiguous;
@@ -43,7 +44,7 @@ struct ForwardCase {
   std::int64_t splits = 0;  // the decode kernel, with at most so many; 0: the tile's kernel, or what is chosen
   unsigned seed = 1;
 
-  // "window5,-1" for a mask, "softcap15", "alibi" or "alibibatch", "bias16", "sink0.5", "varlen4", and so on:
+  // "window5,-1" for a mask, "softcap15", "alibi" or "alibibatch", "bias16", "dropout0.3", "sink0.5", "varlen4", and so on:
   // "hdim64 causal gqa2 batch1 headsk1 sq257 sk129 rowgaps rising9 scale-0.5 m128n32w4q64l2b8k8"
   std::string text() const;
   // Words in any order; those left out keep their defaults. Throws SpecError.
@@ -74,6 +75,7 @@ struct ForwardTensors {
   WatchedTensor q, k, v, out;
   std::vector<float> lse, alibi_slopes, sinks;
   std::vector<std::uint8_t> bias;  // bytes
+  std::int64_t dropout_seed;
   AttentionOptions options;
   std::optional<TileConfig> tile, decode_tile;
   std::int64_t splits;

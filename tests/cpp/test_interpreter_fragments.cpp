@@ -164,22 +164,24 @@ TEST_CASE("any_in_block hears every warp, each time anew, and is a barrier") {
     for (int i = 0; i < 5; ++i) CHECK(out[thread * 5 + i] == (i % 2 == 1 ? static_cast<float>(i) : -1.0f));
 }
 
-TEST_CASE("shuffle_xor and any_in_warp stay inside their warp") {
+TEST_CASE("shuffles and any_in_warp stay inside their warp") {
   const CompiledKernel kernel = compile_small_kernel("struct Params { float* out; };", R"(
     const int thread = thread_in_block();
     float sum = thread;
     for (int mask = 1; mask < 4; mask *= 2) sum += shuffle_xor(sum, mask);
-    store_global_f32(params.out + thread * 3, sum);
-    store_global_f32(params.out + thread * 3 + 1, any_in_warp(thread == 40));
-    store_global_f32(params.out + thread * 3 + 2, shuffle_xor(thread, 31));
+    store_global_f32(params.out + thread * 4, sum);
+    store_global_f32(params.out + thread * 4 + 1, any_in_warp(thread == 40));
+    store_global_f32(params.out + thread * 4 + 2, shuffle_xor(thread, 31));
+    store_global_f32(params.out + thread * 4 + 3, shuffle(thread, thread % 32 / 8));
   )");
-  std::array<float, 192> out{};
+  std::array<float, 256> out{};
   float* params = out.data();
-  const TensorExtent extent = flat("out", out.data(), 192, 4, TensorUse::kWrite);
+  const TensorExtent extent = flat("out", out.data(), 256, 4, TensorUse::kWrite);
   run_small_kernel(kernel, 64, &params, {&extent, 1});
   for (int thread = 0; thread < 64; ++thread) {
-    CHECK(out[thread * 3] == thread / 4 * 16 + 6);
-    CHECK(out[thread * 3 + 1] == (thread >= 32));
-    CHECK(out[thread * 3 + 2] == thread / 32 * 32 + 31 - thread % 32);
+    CHECK(out[thread * 4] == thread / 4 * 16 + 6);
+    CHECK(out[thread * 4 + 1] == (thread >= 32));
+    CHECK(out[thread * 4 + 2] == thread / 32 * 32 + 31 - thread % 32);
+    CHECK(out[thread * 4 + 3] == thread / 32 * 32 + thread % 32 / 8);
   }
 }
