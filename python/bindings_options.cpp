@@ -25,6 +25,7 @@ constexpr const char* kAcceptedCuSeqlens =
 constexpr const char* kAcceptedBias =
     "None, or torch.bool, torch.float16 or torch.float32, of 1 to 4 dimensions that broadcast to (batch, num_heads, "
     "seqlen_q, seqlen_k)";
+constexpr const char* kAcceptedSeed = "(2), torch.int32, contiguous, where dropout_p is not 0.0";
 constexpr const char* kAcceptedSinks = "None, or (num_heads), torch.float32 or torch.float16, contiguous";
 constexpr const char* kAcceptedBlockTable =
     "None, or (batch, pages of a sequence), torch.int32, contiguous in the last dimension: page numbers";
@@ -67,6 +68,8 @@ struct Fields {
   Field<double> softcap{"softcap"};
   Field<py::handle> alibi_slopes{"alibi_slopes", kAcceptedPerHead};
   Field<py::handle> attn_bias{"attn_bias", kAcceptedBias};
+  Field<double> dropout_p{"dropout_p"};
+  Field<py::handle> dropout_seed{"dropout_seed", kAcceptedSeed};
   Field<py::handle> s_aux{"s_aux", kAcceptedSinks};
   Field<py::handle> cu_seqlens_q{"cu_seqlens_q", kAcceptedCuSeqlens}, cu_seqlens_k{"cu_seqlens_k", kAcceptedCuSeqlens};
   Field<std::int64_t> max_seqlen_q{"max_seqlen_q"}, max_seqlen_k{"max_seqlen_k"};
@@ -126,6 +129,15 @@ std::optional<PairTensor> read_bias(py::handle options, const Argument& q) {
   std::copy_n(info.shape.begin(), info.rank, bias.shape.end() - info.rank);
   std::copy_n(info.strides.begin(), info.rank, bias.strides.end() - info.rank);
   return bias;
+}
+
+std::optional<Dropout> read_dropout(py::handle options, const Argument& q) {
+  const double p = field.dropout_p(options);
+  if (p == 0) return std::nullopt;
+  const Argument seed(field.dropout_seed.name, field.dropout_seed(options));
+  check_small_tensor(seed, q, ElementType::kInt32, seed.info.rank == 1 && seed.info.shape[0] == 2,
+                     field.dropout_seed.accepted);
+  return Dropout{p, static_cast<const int*>(seed.info.data)};
 }
 
 // None, or a logit for every query head.
@@ -212,6 +224,7 @@ AttentionOptions read_options(py::handle options, const Argument& q) {
   read.varlen = read_varlen(options, q);
   read.alibi = read_per_head(field.alibi_slopes, options, q, read.varlen);
   read.bias = read_bias(options, q);
+  read.dropout = read_dropout(options, q);
   read.sinks = read_sinks(options, q);
   const std::int64_t batch = read.varlen ? read.varlen->batch : q.info.shape[0];
   const int* const used = read_of_batch(field.seqused_k, options, q, batch);

@@ -32,7 +32,7 @@ constexpr float kLeastBias = -1e15f, kLeastLse = -1e6f;
 // See dropout.cuh.
 constexpr int kDropoutDigits = 16;
 struct DropoutParams {
-  const int* seed;                  // 64 bits
+  const int* seed;                  // 2 of them
   unsigned digits[kDropoutDigits];  // of the share of pairs that are kept, the last one first: all ones or all zeros
   float scale;                      // 1 / that share
   float dp_scale;                   // backward: softmax_scale x scale

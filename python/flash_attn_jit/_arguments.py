@@ -115,8 +115,11 @@ def refuse_gradient(name: str) -> None:
     raise Refusal(name, came, f"{name}.detach()", error=NotImplementedError).exception()
 
 
-def dropout_refusal(dropout_p: Any) -> Refusal:
-    return Refusal("dropout_p", f"is {dropout_p}, and dropout is not built yet", "0.0", error=NotImplementedError)
+def dropout_refusal(dropout_p: Any) -> Refusal | None:
+    """Why that share cannot be taken; None where it can."""
+    if 0.0 <= number("dropout_p", dropout_p) < 1.0:
+        return None
+    return Refusal("dropout_p", f"is {dropout_p}", "a number from 0.0, for none, to below 1.0")
 
 
 def number(name: str, value: Any) -> float:

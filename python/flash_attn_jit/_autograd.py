@@ -25,6 +25,7 @@ from ._options import (
     before_backward,
     has_cache,
     tensors_of,
+    with_seed,
     with_tensors,
 )
 from ._torch_internals import (
@@ -313,6 +314,7 @@ def attention(q: Any, k: Any, v: Any, options: Options, wants_lse: bool, out: to
         q, k, v = cast_for_autocast(q), cast_for_autocast(k), cast_for_autocast(v)
     if forward_mode_is_on():
         _reject_tangents(options, q=q, k=k, v=v)
+    options = with_seed(options, q)
     if out is not None or has_cache(options):
         _refuse_gradients(options, out, q, k, v)
         if out is not None:
@@ -352,6 +354,7 @@ def attention_heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, opt
     """out of (batch, heads, seqlen, head_dim), float16, in that order too."""
     if forward_mode_is_on():
         _reject_tangents(options, query=q, key=k, value=v)
+    options = with_seed(options, q)
     if not (is_plain(q, k, v) and _are_plain(options)):
         out, _ = _forward_operator(SEPARATE)(*_heads_second(q, k, v), *_for_operator(options, q, k, v))
         return out.transpose(1, 2)
@@ -375,6 +378,7 @@ def attention_kvpacked(q: Any, kv: Any, options: Options, wants_lse: bool, out: 
             q, kv = cast_for_autocast(q), cast_for_autocast(kv)
         if forward_mode_is_on():
             _reject_tangents(options, q=q, kv=kv)
+        options = with_seed(options, q)
         if not (is_plain(q, kv, kv) and _are_plain(options, q, kv)):
             return _forward_operator(KVPACKED)(q, kv, *_for_operator(options, q, kv))
         if _is_grad_enabled() and (q.requires_grad or kv.requires_grad):
@@ -400,6 +404,7 @@ def attention_qkvpacked(qkv: Any, options: Options, wants_lse: bool) -> Result:
             qkv = cast_for_autocast(qkv)
         if forward_mode_is_on():
             _reject_tangents(options, qkv=qkv)
+        options = with_seed(options, qkv)
         if not (is_plain(qkv, qkv, qkv) and _are_plain(options, qkv)):
             return _forward_operator(QKVPACKED)(qkv, *_for_operator(options, qkv))
         if _is_grad_enabled() and qkv.requires_grad:

@@ -18,6 +18,8 @@ class Options(NamedTuple):
     softcap: float = 0.0  # 0.0: none
     alibi_slopes: torch.Tensor | None = None
     attn_bias: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    dropout_seed: torch.Tensor | None = None  # (2), int32; with dropout_p
     s_aux: torch.Tensor | None = None  # the one tensor of these that has a gradient
     cu_seqlens_q: torch.Tensor | None = None  # both or neither
     cu_seqlens_k: torch.Tensor | None = None
@@ -62,6 +64,15 @@ are_none: Callable[[Tensors], bool] = frozenset((None,)).issuperset
 def has_cache(options: Options) -> bool:
     """Whether k and v are longer than their sequences."""
     return not (options.seqused_k is None and options.leftpad_k is None and options.block_table is None)
+
+
+def with_seed(options: Options, q: torch.Tensor) -> Options:
+    """The same with a seed for its dropout where it has none yet, drawn on q's device by torch's own generator: what
+    torch does for those (manual_seed, checkpoints, CUDA graphs) holds for dropout."""
+    if options.dropout_p == 0.0 or options.dropout_seed is not None:
+        return options
+    seed = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=q.device)
+    return options._replace(dropout_seed=seed)
 
 
 def before_backward(options: Options) -> Options:

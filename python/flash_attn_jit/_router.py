@@ -108,7 +108,7 @@ def route_sdpa() -> SdpaRouter:
     not counted. A program that torch.export traces has PyTorch's operator: it may run where this library is not. In
     that thread every function of torch costs the host a detour through Python, about 1 us.
 
-    Falls back, with the reason counted: dropout_p given, an attn_mask that needs a gradient, a
+    Falls back, with the reason counted: a dropout_p of 1, an attn_mask that needs a gradient, a
     dtype other than float16 (after autocast), CPU tensors without the interpreter, GPUs older than sm_75, nested,
     sparse and subclassed tensors, shapes that would be broadcast, value head dims other than query's, head dims over
     256, a last dimension that is not contiguous, forward-mode differentiation and ``torch.func.grad``. Also left to
@@ -255,7 +255,8 @@ def _why_not_routed(call: _Call) -> str | None:
 
 
 def _run(call: _Call) -> torch.Tensor:
-    return attention(call.query, call.key, call.value, call.attn_mask, bool(call.is_causal), call.scale)
+    query, key, value, attn_mask, dropout_p, is_causal, scale, _ = call
+    return attention(query, key, value, attn_mask, float(dropout_p), bool(is_causal), scale)
 
 
 def _try(router: SdpaRouter, call: _Call) -> torch.Tensor | None:

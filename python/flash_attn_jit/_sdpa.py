@@ -45,7 +45,7 @@ def sdpa(
             ``causal_lower_right(seqlen_q, seqlen_k)``: query i sees key j where j <= i + seqlen_k - seqlen_q. A query
             that sees no key gives 0. Masks are read through their strides and not copied, but for one of more than 4
             dimensions that is expanded over some of those before the heads. They have no gradient yet.
-        dropout_p: not built yet: 0.0.
+        dropout_p: the share of the probabilities that become 0: see ``flash_attn_func``. From 0.0 to below 1.0.
         is_causal: query i sees key j where j <= i.
         scale: a factor for the scores before the softmax; 1/sqrt(head_dim) where None.
         enable_gqa: num_heads may be a multiple of num_heads_k: query head i reads key head
@@ -57,7 +57,7 @@ def sdpa(
     Raises:
         ValueError: an argument that does not fit; names it, what came and what is accepted.
         UnsupportedError: a ValueError for bfloat16, a head dim or a GPU that these kernels do not have.
-        NotImplementedError: an attn_mask that needs a gradient; dropout_p; a backward pass with create_graph=True.
+        NotImplementedError: an attn_mask that needs a gradient; a backward pass with create_graph=True.
     """
     if not (isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)):
         reject_what_is_no_tensor(query=query, key=key, value=value)
@@ -71,7 +71,7 @@ def sdpa(
     if refusal:
         raise refusal.exception()
     try:
-        return attention(query, key, value, attn_mask, is_causal, scale)
+        return attention(query, key, value, attn_mask, float(dropout_p), is_causal, scale)
     except ValueError as error:
         refusal = refusal_of(error)
         if refusal is None:
@@ -95,7 +95,9 @@ def find_refusal(
 ) -> Refusal | None:
     """Why these arguments cannot be taken; None where they can, but for what refusal_of() tells."""
     if dropout_p != 0.0:
-        return dropout_refusal(dropout_p)
+        refusal = dropout_refusal(dropout_p)
+        if refusal:
+            return refusal
     device, cast = query.device, _autocast_dtype(query)
     return (
         _device_refusal(device)
@@ -270,6 +272,7 @@ def attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attn_mask: Any,
+    dropout_p: float,
     is_causal: bool,
     scale: float | None,
 ) -> torch.Tensor:
@@ -290,7 +293,7 @@ def attention(
         elif seqlen_q < seqlen_k:
             # No query sees a key past the last query's. Among the others the two alignments are one.
             key, value = key[..., :seqlen_q, :], value[..., :seqlen_q, :]
-    options = Options(softmax_scale=scale, causal=is_causal, window_right=right, attn_bias=bias)
+    options = Options(softmax_scale=scale, causal=is_causal, window_right=right, attn_bias=bias, dropout_p=dropout_p)
     if query.dim() == 4:
         return attention_heads_first(query, key, value, options)
     out = attention_heads_first(_of_rank_4(query), _of_rank_4(key), _of_rank_4(value), options)

@@ -37,7 +37,10 @@ _SHARED: dict[str, str] = {
     ``FLASH_ATTN_JIT_INTERPRET=1`` is set. Under ``torch.autocast``, float32 inputs are cast to its dtype.
 """,
     "options": """
-        dropout_p: not built yet: 0.0.
+        dropout_p: the share of the probabilities that become 0, from 0.0 to below 1.0; the others grow by
+            1 / (1 - dropout_p), and softmax_lse says nothing of it. Counts in steps of 2^-16, one at least where it is
+            not 0.0. Which pairs stay follows from a seed, which torch's generator of q's device draws at every call,
+            and from their places in the problem.
         softmax_scale: a factor for the scores before the softmax, from -1e17 to 1e17; 1/sqrt(head_dim) where None.
         causal: query i sees key j where j <= i + seqlen_k - seqlen_q (aligned bottom-right).
         window_size: (left, right), two integers or a tensor of them: query i sees key j where
@@ -123,8 +126,11 @@ def read_options(
 ) -> Options:
     """The arguments of a public function, their types checked; lengths as they are. Defaults pass with one
     comparison each."""
-    if (type(dropout_p) is not float or dropout_p != 0.0) and number("dropout_p", dropout_p) != 0.0:
-        raise dropout_refusal(dropout_p).exception()
+    if type(dropout_p) is not float or dropout_p != 0.0:
+        refusal = dropout_refusal(dropout_p)
+        if refusal:
+            raise refusal.exception()
+        dropout_p = float(dropout_p)
     if softmax_scale is not None and type(softmax_scale) is not float:
         softmax_scale = read_scale(softmax_scale)
     if causal is not True and causal is not False:
@@ -158,6 +164,7 @@ def read_options(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         attn_bias=attn_bias,
+        dropout_p=dropout_p,
         s_aux=s_aux,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,

@@ -230,7 +230,7 @@ DropoutParams dropout_params(const AttentionOptions& options) {
   if (!options.dropout) return params;
   constexpr int kShares = 1 << kDropoutDigits;
   const int kept = std::clamp(static_cast<int>(std::lround((1 - options.dropout->p) * kShares)), 1, kShares - 1);
-  params.seed = reinterpret_cast<const int*>(options.dropout->seed);
+  params.seed = options.dropout->seed;
   for (int i = 0; i < kDropoutDigits; ++i) params.digits[i] = (kept >> i & 1) != 0 ? ~0u : 0u;
   params.scale = static_cast<float>(kShares) / static_cast<float>(kept);
   params.dp_scale = static_cast<float>(options.softmax_scale) * params.scale;

@@ -56,11 +56,11 @@ struct PairTensor {
   std::array<std::int64_t, 4> shape{}, strides{};  // sizes are the problem's, or 1 for all
 };
 
-// Of the probabilities a share of p becomes 0, and the others grow by 1 / (1 - p). Which of them the seed says, 64 bits in
-// the memory of the tensors' device. p counts in steps of 2^-16, of which there is one at least, and one less than all.
+// Of the probabilities a share of p becomes 0, and the others grow by 1 / (1 - p). Which of them the seed says, in the
+// memory of the tensors' device. p counts in steps of 2^-16, of which there is one at least, and one less than all.
 struct Dropout {
   double p = 0;
-  const std::int64_t* seed = nullptr;
+  const int* seed = nullptr;  // 2 of them
 };
 
 constexpr int bytes_of(PairType type) { return type == PairType::kFloat16 ? 2 : type == PairType::kFloat32 ? 4 : 1; }

@@ -56,9 +56,7 @@ std::vector<float> AttentionCase::head_numbers() const {
 
 std::optional<DropoutBits> AttentionCase::dropout() const {
   if (!spec.has(Feature::kDropout)) return std::nullopt;
-  std::uint64_t seed;
-  std::memcpy(&seed, head_numbers().data(), sizeof seed);
-  return DropoutBits(seed, kDropout);
+  return DropoutBits(head_numbers().data(), kDropout);
 }
 
 std::int64_t AttentionCase::pair_at(std::int64_t i, std::int64_t j) const {
@@ -104,8 +102,7 @@ AttentionOptions AttentionCase::options(const float* head_numbers, const void* p
                               pair_type(spec),
                               {1, 1, spec.has(Feature::kOneRow) ? 1 : seqlen_q, seqlen_k},
                               {0, 0, pair_at(1, 0), pair_at(0, 1)}};
-  if (spec.has(Feature::kDropout))
-    options.dropout = Dropout{kDropout, reinterpret_cast<const std::int64_t*>(head_numbers)};
+  if (spec.has(Feature::kDropout)) options.dropout = Dropout{kDropout, reinterpret_cast<const int*>(head_numbers)};
   if (spec.has(Feature::kSink)) options.sinks = head_numbers;
   return options;
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 namespace flash_attn_jit {
 
@@ -16,8 +17,10 @@ std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> counter, std::a
   return counter;
 }
 
-DropoutBits::DropoutBits(std::uint64_t seed, double p)
-    : seed(seed), kept(std::clamp(static_cast<int>(std::lround((1 - p) * 65536)), 1, 65535)) {}
+DropoutBits::DropoutBits(const void* bytes, double p)
+    : kept(std::clamp(static_cast<int>(std::lround((1 - p) * 65536)), 1, 65535)) {
+  std::memcpy(seed.data(), bytes, sizeof seed);
+}
 
 // The kernels' digits, one word each, say of all 32 pairs of a cell what comparing says of one: the pair is kept where
 // the number whose digits are its bits, turned over, is less than `kept`.
@@ -26,8 +29,7 @@ bool DropoutBits::keep(std::int64_t batch_head, std::int64_t i, std::int64_t j) 
   const int bit = static_cast<int>(i % 16 / 8 * 16 + j % 16);
   int number = 0;
   for (std::uint32_t call = 0; call < 4; ++call) {
-    const auto words = philox({keys, cell, static_cast<std::uint32_t>(batch_head), call},
-                              {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)});
+    const auto words = philox({keys, cell, static_cast<std::uint32_t>(batch_head), call}, seed);
     for (int w = 0; w < 4; ++w) number |= static_cast<int>(~words[w] >> bit & 1) << (4 * call + w);
   }
   return number < kept;

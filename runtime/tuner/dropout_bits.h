@@ -10,10 +10,10 @@ namespace flash_attn_jit {
 std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> counter, std::array<std::uint32_t, 2> key);
 
 struct DropoutBits {
-  std::uint64_t seed;
+  std::array<std::uint32_t, 2> seed;
   int kept;  // of 65536
 
-  DropoutBits(std::uint64_t seed, double p);
+  DropoutBits(const void* seed, double p);  // 8 bytes
 
   // Whether query i keeps key j, of head `batch_head`: batch entry (or sequence) x heads + head.
   bool keep(std::int64_t batch_head, std::int64_t i, std::int64_t j) const;

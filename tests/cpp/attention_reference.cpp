@@ -225,7 +225,7 @@ double bias_of(const PairTensor& bias, const SequenceRows& sequence, std::int64_
 double kept_share(const AttentionOptions& options, const SequenceRows& sequence, std::int64_t heads, std::int64_t h,
                   std::int64_t i, std::int64_t j) {
   if (!options.dropout) return 1;
-  const DropoutBits bits(static_cast<std::uint64_t>(*options.dropout->seed), options.dropout->p);
+  const DropoutBits bits(options.dropout->seed, options.dropout->p);
   return bits.keep(sequence.index * heads + h, i, j) ? bits.scale() : 0;
 }
 

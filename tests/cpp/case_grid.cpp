@@ -71,6 +71,7 @@ struct AdjustmentChoice {
   double softcap;
   AlibiCase alibi;
   BiasCase bias = BiasCase::kOff;
+  double dropout = 0;
 };
 const std::vector<AdjustmentChoice> kAdjustmentChoices = {
     {0, AlibiCase::kOff},
@@ -84,6 +85,10 @@ const std::vector<AdjustmentChoice> kAdjustmentChoices = {
     {0, AlibiCase::kOff, BiasCase::kBool},
     {5, AlibiCase::kHeads, BiasCase::kBoolUnpaired},
     {0, AlibiCase::kOff, BiasCase::kBoolKeys},
+    {0, AlibiCase::kOff, BiasCase::kOff, 0.1},
+    {30, AlibiCase::kHeads, BiasCase::kOff, 0.4},
+    {0, AlibiCase::kOff, BiasCase::kHalf, 0.3},
+    {0, AlibiCase::kOff, BiasCase::kBoolKeys, 0.1},
 };
 const std::vector<std::int64_t> kSequenceChoices = {0, 5};
 const std::vector<int> kGroupSizes = {1, 2, 4, 7};
@@ -120,10 +125,10 @@ std::vector<Pair> pairs_of(const Choice& choice) {
   return pairs;
 }
 
-// Of those with an attn_bias, which have the same tiles, one at a time.
+// Of those with an attn_bias or dropout one at a time.
 bool has_turn(int adjustment, int turn) {
   int first = 0;
-  while (kAdjustmentChoices[first].bias == BiasCase::kOff) ++first;
+  while (kAdjustmentChoices[first].bias == BiasCase::kOff && kAdjustmentChoices[first].dropout == 0) ++first;
   return adjustment < first || (adjustment + turn) % (static_cast<int>(kAdjustmentChoices.size()) - first) == 0;
 }
 
@@ -148,6 +153,7 @@ ForwardCase make_case(const Choice& choice) {
   c.softcap = kAdjustmentChoices[choice[kAdjustment]].softcap;
   c.alibi = kAdjustmentChoices[choice[kAdjustment]].alibi;
   c.bias = kAdjustmentChoices[choice[kAdjustment]].bias;
+  c.dropout = kAdjustmentChoices[choice[kAdjustment]].dropout;
   c.sequences = kSequenceChoices[choice[kSequences]];
   c.group_size = kGroupSizes[choice[kGroup]];
   c.seqlen_q = kLengths[choice[kSeqlenQ]];

@@ -26,7 +26,7 @@ const std::vector<int>& head_dims();
 enum Factor {
   kDimChoice,
   kVisible,     // the mask, a window's widths with it
-  kAdjustment,  // softcap, ALiBi, attn_bias
+  kAdjustment,  // softcap, ALiBi, attn_bias, dropout
   kSequences,   // one length for all, or cu_seqlens
   kGroup,
   kSeqlenQ,
@@ -48,7 +48,7 @@ ForwardCase make_case(const Choice& choice);
 Choice only(int head_dim);
 
 // The same with every combination of what else default tiles depend on: mask, features, kind of access. Kinds of
-// attn_bias take turns.
+// attn_bias and dropout take turns.
 std::vector<Choice> choices_of_tiles(int head_dim);
 
 // Every head dim and mask with every length of queries, every length of keys, and every fourth pair of the two, so that

@@ -158,7 +158,7 @@ AttentionOptions options_of(const ForwardCase& c, const ForwardTensors& t) {
   if (c.alibi != AlibiCase::kOff)
     options.alibi = {t.alibi_slopes.data(), c.alibi == AlibiCase::kBatchAndHeads ? c.num_heads_k * c.group_size : 0};
   if (c.bias != BiasCase::kOff) options.bias = bias_tensor(c, t.bias.data());
-  if (c.dropout > 0) options.dropout = Dropout{c.dropout, &t.dropout_seed};
+  if (c.dropout > 0) options.dropout = Dropout{c.dropout, t.dropout_seed.data()};
   if (c.sink) options.sinks = t.sinks.data();
   if (c.sequences > 0)
     options.varlen = {t.cu_seqlens_q.data(), t.cu_seqlens_k.data(), c.sequences, c.seqlen_q, c.seqlen_k};
@@ -337,7 +337,7 @@ ForwardTensors::ForwardTensors(const ForwardCase& c)
       v(k.shape(), c.layout),
       out(q.shape(), c.layout),
       lse(q.shape()[0] * q.shape()[2] * q.shape()[1], NAN),
-      dropout_seed(0x123456789abcdef + c.seed),
+      dropout_seed{-123456789, static_cast<int>(c.seed)},
       tile(c.tile),
       splits(c.splits) {
   const std::int64_t batch = c.sequences > 0 ? c.sequences : c.batch;

@@ -75,7 +75,7 @@ struct ForwardTensors {
   WatchedTensor q, k, v, out;
   std::vector<float> lse, alibi_slopes, sinks;
   std::vector<std::uint8_t> bias;  // bytes
-  std::int64_t dropout_seed;
+  std::array<int, 2> dropout_seed;
   AttentionOptions options;
   std::optional<TileConfig> tile, decode_tile;
   std::int64_t splits;

@@ -178,6 +178,8 @@ TEST_CASE("backward plan: every feature has an option that turns it on") {
   r.options.softcap = 10;
   r.options.alibi = PerHead{slopes, 0};
   r.options.varlen = Varlen{cu_seqlens, cu_seqlens_k, 1, 30, 300};
+  const int seed[2] = {};
+  r.options.dropout = Dropout{0.5, seed};
   r.options.sinks = slopes;
   FeatureSet on;
   const float numbers[1] = {};

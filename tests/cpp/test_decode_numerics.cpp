@@ -28,6 +28,7 @@ constexpr std::array<std::int64_t, 4> kSplits = {1, 2, 5, 1000};
 KernelSpec decode_spec(const ForwardCase& c) {
   KernelSpec spec = spec_of(c);
   spec.kind = KernelKind::kDecode;
+  spec.features.set(Feature::kDropout, false);  // the kernel has none
   return spec;
 }
 
@@ -41,6 +42,7 @@ std::vector<ForwardCase> decode_cases() {
   const auto add = [&](const Choice& fixed, const TileConfig& tile) {
     ForwardCase c = make_case(choices.next(fixed));
     c.tile = tile;
+    c.dropout = 0;
     c.splits = kSplits[cases.size() % kSplits.size()];
     cases.push_back(c);
   };

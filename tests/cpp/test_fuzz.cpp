@@ -51,6 +51,7 @@ BackwardCase random_problem(Dice& dice) {
   f.seqlen_k = dice.between(0, 140);
   if (dice.once_in(3)) f.sequences = dice.between(1, 3);
   if (dice.once_in(3)) f.softcap = dice.one_of({0.7, 5.0, 30.0});
+  if (dice.once_in(4)) f.dropout = dice.one_of({0.02, 0.3, 0.7});
   if (dice.once_in(3)) f.alibi = dice.one_of({AlibiCase::kHeads, AlibiCase::kBatchAndHeads});
   if (dice.once_in(3))
     f.bias = dice.one_of({BiasCase::kHalf, BiasCase::kHalfUnpaired, BiasCase::kFloatUnpaired, BiasCase::kFloatKeys,
@@ -117,6 +118,7 @@ BackwardCase random_tiles(Dice& dice) {
     f.tile = random_decode_tile(dice, f);
   } else {
     f.tile = random_tile(dice, spec_of(KernelKind::kForward, f));
+    if (dice.once_in(3)) f.dropout = 0.3;
   }
   c.preprocess_tile = random_tile(dice, spec_of(KernelKind::kBackwardPreprocess, f));
   c.dkdv_tile = random_tile(dice, spec_of(KernelKind::kBackwardDkDv, f));

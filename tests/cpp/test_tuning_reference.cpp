@@ -67,8 +67,9 @@ TEST_CASE("forward rows of a case are those of the tests' reference, with every 
   const CaseNumbers numbers(5);
   for (const char* kernel :
        {"fwd hdim24 fp16 full gqa1 vec16", "fwd hdim17 fp16 causal gqa3 elem2", "fwd hdim16 fp16 window gqa1 vec16",
-        "fwd hdim16 fp16 causal sink gqa2 vec16", "fwd hdim16 fp16 causal softcap alibi gqa2 vec16",
-        "fwd hdim16 fp16 full bias16 gqa2 vec16", "fwd hdim16 fp16 full softcap bias32 onerow gqa1 vec16",
+        "fwd hdim16 fp16 causal dropout gqa2 vec16", "fwd hdim16 fp16 causal sink gqa2 vec16",
+        "fwd hdim16 fp16 causal softcap alibi gqa2 vec16", "fwd hdim16 fp16 full bias16 gqa2 vec16",
+        "fwd hdim16 fp16 full softcap bias32 onerow gqa1 vec16",
         "fwd hdim16 fp16 causal boolmask unpaired gqa1 vec16"}) {
     CAPTURE(kernel);
     AttentionCase attention;

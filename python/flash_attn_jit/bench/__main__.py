@@ -72,7 +72,8 @@ def _problems(options: argparse.Namespace) -> Iterable[Problem]:
     for each in heads_k:
         heads = options.heads, each
         masks = options.attn_masks or [NO_MASK]
-        yield from sweep(options.batch, heads, options.head_dims, options.seqlens, causal, masks)
+        dropout = options.dropout or [0.0]
+        yield from sweep(options.batch, heads, options.head_dims, options.seqlens, causal, masks, dropout)
 
 
 def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:

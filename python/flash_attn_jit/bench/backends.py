@@ -66,17 +66,18 @@ class Backend:
         return [partial(self.both, inputs) for inputs in input_sets]
 
     def _ours(self, inputs: Inputs) -> torch.Tensor:
-        return cast(torch.Tensor, flash_attn_func(*inputs.qkv, causal=self._problem.causal, attn_bias=inputs.attn_mask))
+        p, causal = self._problem.dropout_p, self._problem.causal
+        return cast(torch.Tensor, flash_attn_func(*inputs.qkv, p, causal=causal, attn_bias=inputs.attn_mask))
 
     def _sdpa(self, inputs: Inputs) -> torch.Tensor:
         q, k, v = (tensor.transpose(1, 2) for tensor in inputs.qkv)
-        mask, causal = inputs.attn_mask, self._problem.causal
+        mask, p, causal = inputs.attn_mask, self._problem.dropout_p, self._problem.causal
         if self._takes_enable_gqa:
-            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, k, v, mask, p, causal, enable_gqa=True).transpose(1, 2)
         # The memory-efficient kernel takes no grouped heads: programs repeat each key head for its group, and so does
         # this call.
         k, v = (x.repeat_interleave(self._group_size, 1) if self._group_size > 1 else x for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, mask, p, causal).transpose(1, 2)
 
     def _run_once(self, inputs: Inputs) -> None:
         if inputs.dout is None:

@@ -35,6 +35,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "seqlens": [512, 1024, 2048, 4096, 8192, 16384],
         "passes": list(PASSES),
         "attn_masks": [NO_MASK],
+        "dropout": [0.0],
         "backends": None,
         "rounds": 5,
         "burst_ms": 50.0,
@@ -138,6 +139,16 @@ def _masks(text: str) -> list[str]:
     return _names("mask", MASKS, text)
 
 
+def _shares(text: str) -> list[float]:
+    try:
+        shares = [float(share) for share in text.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 <= share < 1 for share in shares):
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted: numbers from 0 to below 1")
+    return shares
+
+
 def _add_kinds(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -214,6 +225,7 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
         "pairs, a tenth, for each sequence; a float16 number for every pair and head, of all sequences or of each "
         f"{_defaults('attn_masks')}",
     )
+    parser.add_argument("--dropout", type=_shares, metavar="0,0.1", help=f"dropout_p {_defaults('dropout')}")
     parser.add_argument(
         "--backends",
         type=_backends,

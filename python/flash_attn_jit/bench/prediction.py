@@ -31,7 +31,7 @@ def _ask(kind: str, problem: Problem, card: str, seconds: float) -> dict[str, An
         return {"error": "there is no program flash-attn-jit"}
     command = [program, "model", "--kind", kind, "--head-dim", str(problem.head_dim), "--gpu", card, "--json"]
     command += ["--causal"] if problem.causal else []
-    command += problem.mask_flags()
+    command += problem.feature_flags()
     command += ["--gqa", str(problem.num_heads // problem.num_heads_k)]
     command += ["--batch", str(problem.batch), "--heads", str(problem.num_heads)]
     command += ["--seqlen-q", str(problem.seqlen), "--seqlen-k", str(problem.seqlen)]

@@ -49,6 +49,7 @@ class Problem:
     seqlen: int
     causal: bool
     attn_mask: str = NO_MASK
+    dropout_p: float = 0.0
 
     def flops(self, which: str) -> float:
         """Forward is two matrix products over every pair of positions, of which a causal mask takes half; the whole
@@ -74,12 +75,13 @@ class Problem:
         dtype, dimensions = _MASKS[self.attn_mask]
         return dtype.itemsize * prod(self._mask_shape(dimensions))
 
-    def mask_flags(self) -> list[str]:
-        """As the program's command `model` takes it."""
+    def feature_flags(self) -> list[str]:
+        """Mask and dropout as the program's command `model` takes them."""
+        flags = ["--dropout"] if self.dropout_p else []
         if self.attn_mask == NO_MASK:
-            return []
+            return flags
         dtype, dimensions = _MASKS[self.attn_mask]
-        flags = ["--boolmask" if dtype is torch.bool else "--bias16"]
+        flags += ["--boolmask" if dtype is torch.bool else "--bias16"]
         flags += [] if "q" in dimensions else ["--onerow"]
         flags += ["--unpaired"] if self.seqlen % 8 else []
         flags += [] if "b" in dimensions else ["--bias-batch", "1"]
@@ -118,6 +120,7 @@ class Problem:
         mask = "causal" if self.causal else "full"
         heads = f"{self.num_heads}" if self.num_heads == self.num_heads_k else f"{self.num_heads}/{self.num_heads_k}"
         masked = "" if self.attn_mask == NO_MASK else f" {self.attn_mask}"
+        masked += f" dropout {self.dropout_p}" if self.dropout_p else ""
         return f"b{self.batch} h{heads} d{self.head_dim} s{self.seqlen} {mask}{masked}"
 
 
@@ -128,8 +131,9 @@ def sweep(
     seqlens: Sequence[int],
     causal: list[bool],
     masks: Sequence[str] = (NO_MASK,),
+    dropout: Sequence[float] = (0.0,),
 ) -> Iterator[Problem]:
     """An attn_mask comes without causal: SDPA takes one of the two."""
-    for head_dim, is_causal, seqlen, mask in product(head_dims, causal, seqlens, masks):
+    for head_dim, is_causal, seqlen, mask, dropout_p in product(head_dims, causal, seqlens, masks, dropout):
         if mask == NO_MASK or not is_causal:
-            yield Problem(batch, heads[0], heads[1], head_dim, seqlen, is_causal, mask)
+            yield Problem(batch, heads[0], heads[1], head_dim, seqlen, is_causal, mask, dropout_p)
