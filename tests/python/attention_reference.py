@@ -40,8 +40,10 @@ def _probabilities(
     alibi_slopes: torch.Tensor | None = None,
     attn_bias: torch.Tensor | None = None,
     s_aux: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(exp(s - max), its sum, log-sum-exp), each over (batch, num_heads, seqlen_q, ...)."""
+    """(exp(s - max), as dropout keeps it, its sum without dropout, log-sum-exp), each over (batch, num_heads, seqlen_q,
+    ...)."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     group_size = q.shape[2] // k.shape[2]
     keys = k.to(dtype).permute(0, 2, 3, 1).repeat_interleave(group_size, 1)
@@ -73,6 +75,8 @@ def _probabilities(
     p = torch.exp(scores - row_max)
     row_sum = p.sum(-1, keepdim=True)
     lse = (row_max + torch.log(torch.where(row_sum == 0, 1.0, row_sum))).squeeze(-1)  # differentiable in all rows
+    if kept is not None:
+        p = p[..., :seqlen_k] * kept.to(dtype)
     return p, row_sum, torch.where(row_sum.squeeze(-1) == 0, float("inf"), lse)
 
 
@@ -92,7 +96,7 @@ def attention(
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, softmax_lse) in float64; q, k, v (batch, seqlen, heads, head_dim). Options: softmax_scale, window_size,
-    softcap, alibi_slopes, attn_bias, s_aux."""
+    softcap, alibi_slopes, attn_bias, s_aux; kept, what dropout multiplies each probability by."""
     p, row_sum, lse = _probabilities(q, k, torch.float64, causal, **options)
     return _times_v(p, row_sum, v), lse
 
@@ -173,6 +177,10 @@ def sequences(
         if bias is not None:
             lengths = starts_q[b + 1] - starts_q[b], starts_k[b + 1] - starts_k[b]
             own["attn_bias"] = _of_sequence(bias, b, *lengths)
+        kept = own.get("kept")
+        if kept is not None:
+            lengths = starts_q[b + 1] - starts_q[b], starts_k[b + 1] - starts_k[b]
+            own["kept"] = _of_sequence(kept, b, *lengths)
         yield slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1]), own
 
 

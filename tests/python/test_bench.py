@@ -118,7 +118,7 @@ def test_predictions_read_the_attn_mask(name, seqlen):
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)["problem"]["dram_seconds"] * 320e9
 
-    difference = dram_bytes(*problem.mask_flags()) - dram_bytes()
+    difference = dram_bytes(*problem.feature_flags()) - dram_bytes()
     unmasked = Problem(2, 4, 2, 64, seqlen, False)
     assert difference == pytest.approx(problem.read_bytes(FORWARD) - unmasked.read_bytes(FORWARD), abs=1e-3)
 
@@ -228,7 +228,7 @@ def test_what_sdpa_gets_of_grouped_heads(name, heads_k, options, on_cpu, monkeyp
     monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
     inputs = SMALL.inputs(0, BOTH)
     gradients = Backend(name, SMALL).both(inputs)
-    assert calls == [(heads_k, heads_k, {"is_causal": True, **options})]
+    assert calls == [(heads_k, heads_k, {"dropout_p": 0.0, "is_causal": True, **options})]
     for got, expected in zip(gradients, Backend(OURS, SMALL).both(inputs)):
         torch.testing.assert_close(got, expected, atol=4e-3, rtol=0)
 
@@ -326,7 +326,11 @@ def test_the_memory_efficient_kernel_gets_heads_that_were_repeated_before(monkey
     call = efficient.call(TOKENS.inputs(0))
     call(), call()
     (first_k, _, options), (second_k, _, _) = calls
-    assert first_k.shape[1] == 4 and first_k.data_ptr() == second_k.data_ptr() and options == {"is_causal": False}
+    assert (
+        first_k.shape[1] == 4
+        and first_k.data_ptr() == second_k.data_ptr()
+        and options == {"dropout_p": 0.0, "is_causal": False}
+    )
 
 
 def without_a_gpu_to_time(monkeypatch, ms):

@@ -184,7 +184,7 @@ def test_compiled_causal_biases():
     "error, words, changes",
     [
         (NotImplementedError, "^attn_mask requires a gradient", {"attn_mask": torch.zeros(8, 8, requires_grad=True)}),
-        (NotImplementedError, "^dropout_p is 0.1", {"dropout_p": 0.1}),
+        (ValueError, "^dropout_p is 1.0.*to below 1.0", {"dropout_p": 1.0}),
         (ValueError, "^attn_mask is .* 5 queries and 6 keys.* 8 and 8", {"attn_mask": causal_upper_left(5, 6)}),
         (ValueError, "^is_causal is True", {"attn_mask": causal_lower_right(8, 8), "is_causal": True}),
         (ValueError, "^scale is a Tensor", {"scale": torch.tensor(1.0)}),
@@ -264,7 +264,7 @@ def nested(tensor):
     "reason, changes",
     [
         ("attn_mask requires a gradient", {"attn_mask": torch.zeros(8, 8, dtype=torch.float16, requires_grad=True)}),
-        ("dropout_p", {"dropout_p": 0.5}),
+        ("dropout_p", {"dropout_p": 1.0}),
         (
             "query has dtype torch.bfloat16. Cast it: query.to(torch.float16)",
             {"query": Q.bfloat16(), "key": K.bfloat16(), "value": V.bfloat16()},

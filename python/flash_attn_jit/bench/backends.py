@@ -71,13 +71,14 @@ class Backend:
 
     def _sdpa(self, inputs: Inputs) -> torch.Tensor:
         q, k, v = (tensor.transpose(1, 2) for tensor in inputs.qkv)
-        mask, p, causal = inputs.attn_mask, self._problem.dropout_p, self._problem.causal
+        mask = inputs.attn_mask
+        given: dict[str, Any] = {"dropout_p": self._problem.dropout_p, "is_causal": self._problem.causal}
         if self._takes_enable_gqa:
-            return F.scaled_dot_product_attention(q, k, v, mask, p, causal, enable_gqa=True).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, k, v, mask, **given, enable_gqa=True).transpose(1, 2)
         # The memory-efficient kernel takes no grouped heads: programs repeat each key head for its group, and so does
         # this call.
         k, v = (x.repeat_interleave(self._group_size, 1) if self._group_size > 1 else x for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, mask, p, causal).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, mask, **given).transpose(1, 2)
 
     def _run_once(self, inputs: Inputs) -> None:
         if inputs.dout is None:
