@@ -487,6 +487,7 @@ class FlashBwd {
     }
     const TileRange columns = column_tiles();
     prologue(columns.end);
+    if (hides_all_keys()) return;
     const int whole_end = Sequence<Traits>::minimum(columns.whole_end, columns.end - 1);
     masked_iterations(Sequence<Traits>::maximum(whole_end, columns.begin));
     unmasked_iterations(Sequence<Traits>::maximum(columns.whole_begin, columns.begin));
@@ -497,6 +498,14 @@ class FlashBwd {
       write_dq();
       block_barrier();
     }
+  }
+
+  // Of the block: nothing is to be added where a mask of keys hides them all, as one of padding does. (A tile of columns
+  // that a mask hides is not left out: that it does is known too late, or would wait in registers that there are not.)
+  __device__ __forceinline__ bool hides_all_keys() const {
+    if constexpr (Variant::kHidesTiles && Variant::kIsOneRow && Side::kColumnsAreQueries && !Side::kMakesDq)
+      return !any_in_block(Variant::shows(fetched_[0]));
+    return false;
   }
 
   // Before a head's first iteration: fetches the last tile.

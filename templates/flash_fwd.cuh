@@ -124,6 +124,7 @@ class FlashFwd {
     query_.template load<MemoryOrder>(queries(), first_row(), block_.sequence.seqlen_q(), params_.sign, lane_,
                                       warp_ * Tile::kStagingWarpBytes, Tile::kQueryBegin + warp_ * Tile::kQWarpBytes);
     block_barrier();  // every warp has its Q out of the slots' memory
+    if constexpr (Variant::kHidesTiles) leave_none_waiting();
     prologue(tiles.end - 1);
     const TileRange of_warp = block_.sequence.key_tiles(first_row(), Tile::kRowsPerWarp);
     masked_iterations(tiles.whole_end > tiles.begin ? tiles.whole_end - 1 : tiles.begin, of_warp);
@@ -135,8 +136,8 @@ class FlashFwd {
       unmasked_iterations(tiles.whole_begin);
       if (Traits::kIsLocal) masked_iterations(tiles.begin, of_warp);
     }
-    if (sees(of_warp, n_block_)) use_exponents();  // the epilogue
-    block_barrier();                               // the slots' memory is free for the output
+    if (is_waiting(of_warp)) use_exponents();  // the epilogue
+    block_barrier();                           // the slots' memory is free for the output
   }
 
   __device__ __forceinline__ bool lacks_maximum() const {
@@ -302,8 +303,8 @@ class FlashFwd {
     while (n_block_ > n_end) {
       InFlight k, v;
       prefetch_bounded(k, v, next_slots());
-      if (sees(of_warp, n_block_)) use_exponents();
-      if (sees(of_warp, n_block_ - 1)) {
+      if (is_waiting(of_warp)) use_exponents();
+      if (sees(of_warp, n_block_ - 1) && is_shown()) {
         load_first_k(slots_.k);
         multiply_keys();
         products_to_scores();
@@ -311,6 +312,9 @@ class FlashFwd {
         float remainder[2 * kMTiles] = {};
         if (softmax_.must_correct(scores_)) softmax_.correct(scores_, acc_o_, remainder);
         softmax_.to_exponents(scores_, remainder, exponents_);
+        is_waiting_ = true;
+      } else if constexpr (Variant::kHidesTiles) {
+        leave_none_waiting();
       }
       fetch_pairs<false>(n_block_ - 2);
       slots_ = next_slots();
@@ -343,14 +347,51 @@ class FlashFwd {
   // iteration stays in.
   __device__ __forceinline__ void unmasked_iterations(int n_end) {
     while (n_block_ > n_end) {
-      bool must_correct;
-      do {
-        iterate();
-        const float largest = softmax_.to_exponents(scores_, exponents_);
-        must_correct = any_in_warp(largest > kMaxRise);
-      } while (n_block_ > n_end && !must_correct);
+      bool must_correct = false;
+      if (!is_shown())
+        pass();
+      else
+        do {
+          iterate();
+          const float largest = softmax_.to_exponents(scores_, exponents_);
+          must_correct = any_in_warp(largest > kMaxRise);
+        } while (n_block_ > n_end && !must_correct && is_shown());
       if (must_correct) softmax_.correct_exponents(exponents_, acc_o_);
     }
+  }
+
+  // ---- tiles that an attn_bias hides from all rows of the warp ----
+
+  // Does some row see some key of the next iteration's tile?
+  __device__ __forceinline__ bool is_shown() const {
+    if constexpr (!Variant::kHidesTiles) return true;
+    bool is_shown = false;
+#pragma unroll
+    for (int r = 0; r < (Variant::kIsOneRow ? 1 : 2 * kMTiles); ++r) is_shown |= Variant::shows(fetched_[r]);
+    return any_in_warp(is_shown);
+  }
+
+  // Whether the exponents of tile n_block_ wait for their V.
+  __device__ __forceinline__ bool is_waiting(const TileRange& of_warp) const {
+    return Variant::kHidesTiles ? is_waiting_ : sees(of_warp, n_block_);
+  }
+  __device__ __forceinline__ void leave_none_waiting() {
+    is_waiting_ = false;
+    for_each(exponents_.t, [](float& t, int, int) { t = -infinity(); });  // an iteration uses some in any case
+  }
+
+  // An iteration that leaves its tile out.
+  __device__ __forceinline__ void pass() {
+    InFlight k, v;
+    const Slots next = next_slots();
+    prefetch(k, v, next);
+    fetch_pairs<true>(n_block_ - 2);
+    if (is_waiting_) use_exponents();
+    leave_none_waiting();
+    commit(k, v, next);
+    load_first_k(next.k);
+    slots_ = next;
+    --n_block_;
   }
 
   // From the exponents of tile n + 1 to the scores of tile n. The barrier stands among the products, so that warps
@@ -374,6 +415,7 @@ class FlashFwd {
     });
     slots_ = next;
     --n_block_;
+    is_waiting_ = true;
   }
 
   // The lane's first row and column of scores_.
@@ -431,6 +473,7 @@ class FlashFwd {
   typename Tile::QueryFragments query_;
   int n_block_;  // the tile of exponents_; the next iteration is that of tile n_block_ - 1
   Slots slots_;  // of the next iteration
+  bool is_waiting_;
   KeyFragment first_k_[kNTiles / 2];
   Scores scores_;
   Exponents exponents_;

@@ -14,7 +14,7 @@
 
 struct HalfBias {
   static constexpr int kBytes = 2;
-  static constexpr bool kIsLarge = false;
+  static constexpr bool kIsLarge = false, kHidesOnly = false;
 
   static __device__ __forceinline__ unsigned load(const char* at) { return load_global_2B(at); }
   static __device__ __forceinline__ float apply(float score, unsigned bits, float unit) {
@@ -24,7 +24,7 @@ struct HalfBias {
 
 struct FloatBias {
   static constexpr int kBytes = 4;
-  static constexpr bool kIsLarge = true;
+  static constexpr bool kIsLarge = true, kHidesOnly = false;
 
   static __device__ __forceinline__ unsigned load(const char* at) {
     return static_cast<unsigned>(load_global_i32(reinterpret_cast<const int*>(at)));
@@ -39,7 +39,7 @@ struct FloatBias {
 
 struct BoolMask {
   static constexpr int kBytes = 1;
-  static constexpr bool kIsLarge = false;
+  static constexpr bool kIsLarge = false, kHidesOnly = true;
 
   static __device__ __forceinline__ unsigned load(const char* at) { return load_global_1B(at); }
   static __device__ __forceinline__ float apply(float score, unsigned sees, float /*unit*/) {
@@ -58,6 +58,7 @@ template <class Format, bool kHasKeyStride, bool kIsForAllQueries>
 class PairBias : public ScoreFeature {
  public:
   static constexpr bool kReadsPairs = true, kIsOneRow = kIsForAllQueries, kIsLarge = Format::kIsLarge;
+  static constexpr bool kHidesTiles = Format::kHidesOnly;
 
   // Several elements in a word where they are read at once.
   template <int kCount, bool kAtOnce>
@@ -104,6 +105,14 @@ class PairBias : public ScoreFeature {
         fetched.word[i] = Format::load(row + static_cast<long long>(at) * key_stride());
       }
     }
+  }
+
+  // Whether some of the bytes that were fetched is not False.
+  template <class AnyFetched>
+  static __device__ __forceinline__ bool shows(const AnyFetched& fetched) {
+    unsigned any = 0;
+    for (const unsigned word : fetched.word) any |= word;
+    return any != 0;
   }
 
   template <class AnyFetched, class Sequence>

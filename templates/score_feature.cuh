@@ -30,8 +30,14 @@ struct ScoreFeature {
   // Whether what it adds may be so large that a score's own digits are gone.
   static constexpr bool kIsLarge = false;
   static constexpr bool kStartsScores = false;
+  // Whether what is fetched may say that a whole tile is hidden, which is then left out: shows().
+  static constexpr bool kHidesTiles = false;
   template <int kCount, bool kAtOnce>
   struct Fetched {};
+  template <class AnyFetched>
+  static __device__ __forceinline__ constexpr bool shows(const AnyFetched&) {
+    return true;
+  }
 
   // Before the first score of a block's query head. A bias of `unit` adds 1 to the exponent, whose base is 2.
   template <class Sequence>
@@ -65,6 +71,7 @@ class ScoreFeatures<First, Rest...> {
   static constexpr bool kIsOneRow = First::kIsOneRow || ScoreFeatures<Rest...>::kIsOneRow;
   static constexpr bool kIsLarge = First::kIsLarge || ScoreFeatures<Rest...>::kIsLarge;
   static constexpr bool kStartsScores = kReadsPairs && !kIsNonlinear;
+  static constexpr bool kHidesTiles = First::kHidesTiles || ScoreFeatures<Rest...>::kHidesTiles;
 
   template <int kCount, bool kAtOnce>
   struct Fetched {
@@ -85,6 +92,10 @@ class ScoreFeatures<First, Rest...> {
                                         int key) const {
     first_.template fetch<Keys, kCount, kQueryExists, kKeysExist>(fetched.first, sequence, query, key);
     rest_.template fetch<Keys, kCount, kQueryExists, kKeysExist>(fetched.rest, sequence, query, key);
+  }
+  template <class AnyFetched>
+  static __device__ __forceinline__ bool shows(const AnyFetched& fetched) {
+    return First::shows(fetched.first) && ScoreFeatures<Rest...>::shows(fetched.rest);
   }
   template <class AnyFetched, class Sequence>
   __device__ __forceinline__ float bias(float score, const AnyFetched& fetched, int element, const Sequence& sequence,
