@@ -28,6 +28,7 @@
 #include "schedule.cuh"
 #include "score_variant.cuh"
 #include "sequence.cuh"
+#include "shown_keys.cuh"
 #include "tile_copy.cuh"
 
 // What makes dQ beside the rows' gradients, or nothing.
@@ -146,6 +147,7 @@ class FlashBwd {
     if (Traits::kIsVarlen && !Side::kMakesDq && row_begin_ >= seqlen_rows()) return;
     for_each(ds_gradient_, [](float& gradient, int, int) { gradient = 0.0f; });
     if (Side::kMakesDv) for_each(p_gradient_, [](float& gradient, int, int) { gradient = 0.0f; });
+    if (!sees_rows()) return write_out();
     const TileRange columns = column_tiles();
     if (columns.begin < columns.end) {
       load_rows();
@@ -172,6 +174,19 @@ class FlashBwd {
     row_begin_ = (Side::kLastRowsFirst ? params_.num_row_blocks - 1 - order : order) * Traits::kBlockM;
     head_ = batch_head % heads;
     sequence_ = Sequence<Traits>(params_, batch_head / heads);
+  }
+
+  // Whether a mask of keys shows some of the block's, where they are its rows.
+  __device__ __forceinline__ bool sees_rows() const {
+    if constexpr (!Variant::kHidesKeys || !Side::kColumnsAreQueries || Side::kMakesDq) return true;
+    bool is_shown = false;
+    for (int i = 0; i < Side::kQueryHeads; ++i) {
+      Variant variant;
+      variant.prepare(params_, sequence_, head_ * Side::kQueryHeads + i, 1.0f);
+      for (int row = reread_thread_in_block(); row < Traits::kBlockM; row += Tile::kThreads)
+        is_shown |= variant.shows_key(sequence_, row_begin_ + row);
+    }
+    return any_in_block(is_shown);
   }
 
   // ---- memory ----
@@ -485,9 +500,12 @@ class FlashBwd {
       Tile::Dq::write_delta(tensors(), head_q, warp_, lane_);
       block_barrier();
     }
-    const TileRange columns = column_tiles();
+    TileRange columns = column_tiles();
+    if constexpr (!Side::kColumnsAreQueries) {
+      columns = shown_tiles<Traits>(columns, variant_, sequence_);
+      if (columns.begin >= columns.end) return;
+    }
     prologue(columns.end);
-    if (hides_all_keys()) return;
     const int whole_end = Sequence<Traits>::minimum(columns.whole_end, columns.end - 1);
     masked_iterations(Sequence<Traits>::maximum(whole_end, columns.begin));
     unmasked_iterations(Sequence<Traits>::maximum(columns.whole_begin, columns.begin));
@@ -498,14 +516,6 @@ class FlashBwd {
       write_dq();
       block_barrier();
     }
-  }
-
-  // Of the block: nothing is to be added where a mask of keys hides them all, as one of padding does. (A tile of columns
-  // that a mask hides is not left out: that it does is known too late, or would wait in registers that there are not.)
-  __device__ __forceinline__ bool hides_all_keys() const {
-    if constexpr (Variant::kHidesTiles && Variant::kIsOneRow && Side::kColumnsAreQueries && !Side::kMakesDq)
-      return !any_in_block(Variant::shows(fetched_[0]));
-    return false;
   }
 
   // Before a head's first iteration: fetches the last tile.

@@ -28,6 +28,7 @@
 #include "row_output.cuh"
 #include "schedule.cuh"
 #include "score_variant.cuh"
+#include "shown_keys.cuh"
 #include "sink.cuh"
 #include "softmax.cuh"
 #include "tile_copy.cuh"
@@ -100,7 +101,8 @@ class FlashFwd {
 
   __device__ __forceinline__ void run() {
     if (!block_.has_rows()) return;
-    const TileRange tiles = block_.sequence.key_tiles(block_.m_begin, Traits::kBlockM);
+    const TileRange tiles =
+        shown_tiles<Traits>(block_.sequence.key_tiles(block_.m_begin, Traits::kBlockM), variant_, block_.sequence);
     if (tiles.begin < tiles.end) attend(tiles);
     write_out();
   }
@@ -126,7 +128,8 @@ class FlashFwd {
     block_barrier();  // every warp has its Q out of the slots' memory
     if constexpr (Variant::kHidesTiles) leave_none_waiting();
     prologue(tiles.end - 1);
-    const TileRange of_warp = block_.sequence.key_tiles(first_row(), Tile::kRowsPerWarp);
+    TileRange of_warp = block_.sequence.key_tiles(first_row(), Tile::kRowsPerWarp);
+    if constexpr (Variant::kHidesKeys) of_warp.end = Sequence<Traits>::minimum(of_warp.end, tiles.end);
     masked_iterations(tiles.whole_end > tiles.begin ? tiles.whole_end - 1 : tiles.begin, of_warp);
     if constexpr (Variant::kReadsPairs)
       while (n_block_ > tiles.begin && lacks_maximum()) masked_iterations(n_block_ - 1, of_warp);

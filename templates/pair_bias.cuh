@@ -58,7 +58,7 @@ template <class Format, bool kHasKeyStride, bool kIsForAllQueries>
 class PairBias : public ScoreFeature {
  public:
   static constexpr bool kReadsPairs = true, kIsOneRow = kIsForAllQueries, kIsLarge = Format::kIsLarge;
-  static constexpr bool kHidesTiles = Format::kHidesOnly;
+  static constexpr bool kHidesTiles = Format::kHidesOnly && !kIsOneRow, kHidesKeys = Format::kHidesOnly && kIsOneRow;
 
   // Several elements in a word where they are read at once.
   template <int kCount, bool kAtOnce>
@@ -105,6 +105,12 @@ class PairBias : public ScoreFeature {
         fetched.word[i] = Format::load(row + static_cast<long long>(at) * key_stride());
       }
     }
+  }
+
+  // Whether a query sees the key, where all do or none. Beyond the last key none does.
+  template <class Sequence>
+  __device__ __forceinline__ bool shows_key(const Sequence& sequence, int key) const {
+    return key < sequence.seqlen_k() && Format::load(first_ + static_cast<long long>(key) * key_stride()) != 0;
   }
 
   // Whether some of the bytes that were fetched is not False.

@@ -30,12 +30,17 @@ struct ScoreFeature {
   // Whether what it adds may be so large that a score's own digits are gone.
   static constexpr bool kIsLarge = false;
   static constexpr bool kStartsScores = false;
-  // Whether what is fetched may say that a whole tile is hidden, which is then left out: shows().
-  static constexpr bool kHidesTiles = false;
+  // Whether what is fetched may say that a whole tile is hidden, which is then left out: shows(). Or whether keys are
+  // hidden from all queries: shows_key().
+  static constexpr bool kHidesTiles = false, kHidesKeys = false;
   template <int kCount, bool kAtOnce>
   struct Fetched {};
   template <class AnyFetched>
   static __device__ __forceinline__ constexpr bool shows(const AnyFetched&) {
+    return true;
+  }
+  template <class Sequence>
+  __device__ __forceinline__ bool shows_key(const Sequence&, int /*key*/) const {
     return true;
   }
 
@@ -72,6 +77,7 @@ class ScoreFeatures<First, Rest...> {
   static constexpr bool kIsLarge = First::kIsLarge || ScoreFeatures<Rest...>::kIsLarge;
   static constexpr bool kStartsScores = kReadsPairs && !kIsNonlinear;
   static constexpr bool kHidesTiles = First::kHidesTiles || ScoreFeatures<Rest...>::kHidesTiles;
+  static constexpr bool kHidesKeys = First::kHidesKeys || ScoreFeatures<Rest...>::kHidesKeys;
 
   template <int kCount, bool kAtOnce>
   struct Fetched {
@@ -96,6 +102,10 @@ class ScoreFeatures<First, Rest...> {
   template <class AnyFetched>
   static __device__ __forceinline__ bool shows(const AnyFetched& fetched) {
     return First::shows(fetched.first) && ScoreFeatures<Rest...>::shows(fetched.rest);
+  }
+  template <class Sequence>
+  __device__ __forceinline__ bool shows_key(const Sequence& sequence, int key) const {
+    return first_.shows_key(sequence, key) && rest_.shows_key(sequence, key);
   }
   template <class AnyFetched, class Sequence>
   __device__ __forceinline__ float bias(float score, const AnyFetched& fetched, int element, const Sequence& sequence,

@@ -107,8 +107,16 @@ constexpr std::array kLargeFullBoolMask = {
     TileRow{128, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 128, .schedule = {7, 8, 8}}},
 };
 
+constexpr std::array kLargeFullKeyMask = {
+    TileRow{48, kElsewhere},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {3, 8, 8}}},
+    TileRow{112, kElsewhere},
+    TileRow{128, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 128, .schedule = {7, 8, 8}}},
+};
+
 TileTable full_feature(const FeatureSet& features) {
-  if (features.has(Feature::kBoolMask)) return kLargeFullBoolMask;
+  if (features.has(Feature::kBoolMask))
+    return features.has(Feature::kOneRow) ? TileTable(kLargeFullKeyMask) : kLargeFullBoolMask;
   if (features.read_pairs()) return kLargeFullBias;
   if (features.only(Feature::kSoftcap)) return kLargeFullSoftcap;
   if (features.only(Feature::kAlibi)) return kLargeFullAlibi;

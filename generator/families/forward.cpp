@@ -93,11 +93,17 @@ constexpr std::array kLargeFullBoolMask = {
     TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {5, 8, 8}}},
 };
 
+constexpr std::array kLargeFullKeyMask = {
+    TileRow{112, kElsewhere},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 48, .schedule = {0, 8, 8}}},
+};
+
 TileTable one_feature(const KernelSpec& spec) {
   const bool full = spec.mask == Mask::kNone;
   if (spec.features.only(Feature::kSoftcap) && spec.mask != Mask::kWindow)
     return full ? TileTable(kLargeFullSoftcap) : kLargeCausalSoftcap;
-  if (full && spec.has(Feature::kBoolMask)) return kLargeFullBoolMask;
+  if (full && spec.has(Feature::kBoolMask))
+    return spec.has(Feature::kOneRow) ? TileTable(kLargeFullKeyMask) : kLargeFullBoolMask;
   if (full && spec.features.read_pairs()) return kLargeFullBias;
   return only_if(full && spec.features.only(Feature::kVarlen), kLargeFullVarlen);
 }

@@ -401,6 +401,34 @@ def test_few_queries_all_of_whose_keys_have_the_least_number():
 # ---- PyTorch's function ----
 
 
+# What is hidden of 1100 keys: the runs are left out, those of padding before they are read.
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "hidden",
+    [[(700, 1100)], [(0, 700)], [(0, 300), (800, 1100)], [(200, 900)], [(0, 1090)], [(1, 1100)], [(0, 1100)]],
+    ids=str,
+)
+def test_keys_that_are_hidden_in_runs(hidden, causal):
+    q, k, v = normal_qkv(2, 300, 1100, 2, 1, 16)
+    mask = torch.ones(2, 1, 1, 1100, dtype=torch.bool)
+    for first, end in hidden:
+        mask[1, ..., first:end] = False
+    check(q, k, v, attn_bias=mask, causal=causal)
+
+
+@pytest.mark.parametrize("head_dim", [16, 128])
+def test_tiles_that_are_hidden(head_dim):
+    """Sequences one behind the other, each of which sees itself; and queries that see none of many keys in between."""
+    q, k, v = normal_qkv(1, 320, 320, 2, 1, head_dim)
+    of_row = torch.arange(320) // 70
+    apart = of_row[:, None] == of_row
+    check(q, k, v, attn_bias=apart)
+    check(q, k, v, attn_bias=apart, causal=True)
+    stripes = (torch.arange(320) // 40 % 2 == 0).expand(320, 320).clone()
+    stripes[100:200] ^= True
+    check(q, k, v, attn_bias=stripes)
+
+
 def heads_first(*shape_q: int, seqlen_k: int, heads_k: int) -> list[torch.Tensor]:
     *batch, _, _, head_dim = shape_q
     shape_k = (*batch, heads_k, seqlen_k, head_dim)
