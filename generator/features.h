@@ -79,6 +79,8 @@ class FeatureSet {
   constexpr bool read_pairs() const {
     return has(Feature::kBias16) || has(Feature::kBias32) || has(Feature::kBoolMask);
   }
+  // Whether that tensor holds numbers, which may need a gradient.
+  constexpr bool read_numbers() const { return has(Feature::kBias16) || has(Feature::kBias32); }
   // Of an element of that tensor; 0 where there is none.
   constexpr int pair_bytes() const {
     return has(Feature::kBias32) ? 4 : has(Feature::kBias16) ? 2 : has(Feature::kBoolMask) ? 1 : 0;

@@ -18,6 +18,7 @@ enum class RowSide { kQueries, kKeys };
 // What a kernel writes.
 struct KernelResults {
   bool out = false, delta = false, dq = false, dkdv = false;  // out: softmax_lse with it
+  bool dbias = false;                                         // attn_bias's gradient
   bool cache = false;                                         // rows of k and v
 };
 

@@ -40,6 +40,7 @@ std::vector<FeatureSet> feature_sets(const KernelSelection& selection) {
 void append_tiles(KernelSpec spec, const ArchLimits& arch, std::vector<KernelSpec>& specs) {
   const KernelResults& results = family_of(spec.kind).results;
   if (spec.features.forward_only() && !results.out && !results.cache) return;
+  if (results.dbias && !spec.features.read_numbers()) return;
   require_head_dim(spec.head_dim);
   spec = normalized(spec);
   for (const TileConfig& tile : default_tiles(spec)) {

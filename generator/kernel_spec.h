@@ -11,8 +11,8 @@
 
 namespace flash_attn_jit {
 
-// The backward pass takes three kernels, one after the other, or one alone where a block can have all keys. A forward
-// pass of few queries takes the decode kernel, and behind it, where the keys are split over blocks, the one that puts
+// The backward pass takes three kernels, one after the other, or one alone where a block can have all keys; and behind
+// them one more where attn_bias needs a gradient. A forward pass of few queries takes the decode kernel, and behind it, where the keys are split over blocks, the one that puts
 // their results together. What a cache of keys and values is to take comes before it.
 enum class KernelKind : std::uint8_t {
   kForward,
@@ -20,14 +20,16 @@ enum class KernelKind : std::uint8_t {
   kBackwardDkDv,
   kBackwardDq,
   kBackwardAllKeys,
+  kBackwardBias,
   kDecode,
   kDecodeCombine,
   kAppend,
 };
 inline constexpr std::array kKernelKinds = {KernelKind::kForward,         KernelKind::kBackwardPreprocess,
                                             KernelKind::kBackwardDkDv,    KernelKind::kBackwardDq,
-                                            KernelKind::kBackwardAllKeys, KernelKind::kDecode,
-                                            KernelKind::kDecodeCombine,   KernelKind::kAppend};
+                                            KernelKind::kBackwardAllKeys, KernelKind::kBackwardBias,
+                                            KernelKind::kDecode,          KernelKind::kDecodeCombine,
+                                            KernelKind::kAppend};
 
 inline constexpr int kMostHeadDim = 256;
 

@@ -18,11 +18,16 @@
 #pragma once
 
 #include "accumulator.cuh"
+<<<<<<< HEAD
 #include "dropout.cuh"
+=======
+#include "column_fragments.cuh"
+>>>>>>> 8371f9a (The gradient of attn_bias as a kernel of its own: bwd_dbias makes S and dP of its tile anew for all that a bias is broadcast over, and sums them in registers)
 #include "flash_bwd_all_keys.cuh"
 #include "flash_bwd_params.cuh"
 #include "flash_bwd_side.cuh"
 #include "primitives.cuh"
+#include "query_statistics.cuh"
 #include "row_fragments.cuh"
 #include "row_output.cuh"
 #include "schedule.cuh"
@@ -66,9 +71,9 @@ struct FlashBwdTile {
   // tile n+1.
   static constexpr int kSlots = 3;
   static constexpr int kTileBytes = Traits::kBlockN * row_pitch(kDims);
-  static constexpr int kStatisticsBytes = Side::kColumnsAreQueries ? Traits::kBlockN * 8 : 0;
+  static constexpr int kColumnBytes = Side::kColumnsAreQueries ? Traits::kBlockN * kStatisticsBytes : 0;
   using Dq = typename DqOf<Side::kMakesDq, Traits, FlashBwdTile>::Type;
-  static constexpr int kDsBegin = 2 * kTileBytes + kStatisticsBytes;  // in a slot
+  static constexpr int kDsBegin = 2 * kTileBytes + kColumnBytes;  // in a slot
   static constexpr int kSlotBytes = kDsBegin + Dq::kDsBytes;
   static constexpr int kStagingWarpBytes =
       Output::kStagingBytes > DpFragments::kStagingBytes ? Output::kStagingBytes : DpFragments::kStagingBytes;
@@ -126,11 +131,6 @@ class FlashBwd {
   using Gradient = Accumulator<kMTiles, kOutputDTiles>;
   using Points = Schedule<Traits, kProducts>;
   using Stream = typename Traits::Copy::template Stream<Traits, Traits::kBlockN, Tile::kDims, Tile::kThreads>;
-
-  // lse x log2(e) and delta x softmax_scale of the two rows or columns that an accumulator's pair of scores belongs to.
-  struct Statistics {
-    float lse[2], delta[2];
-  };
 
   // What a thread has of a tile between prefetch and commit, as it lies in memory: nothing waits for it in between.
   struct InFlight {
@@ -212,7 +212,8 @@ class FlashBwd {
       for (int r = 0; r < 2 * kMTiles; ++r) {
         float lse, delta;
         const int row = lane_row(r);
-        load_statistics(sequence_.statistics_offset(head_, row), row < sequence_.seqlen_q(), lse, delta);
+        load_statistics<Variant>(params_, sequence_.statistics_offset(head_, row), row < sequence_.seqlen_q(), lse,
+                                 delta);
         row_statistics_[r / 2].lse[r % 2] = scaled_lse(lse);
         row_statistics_[r / 2].delta[r % 2] = scaled_delta(delta);
       }
@@ -237,17 +238,7 @@ class FlashBwd {
     }
   }
 
-  // Of a query, or of none: there P and dS come out as 0.
-  __device__ __forceinline__ void load_statistics(long long offset, bool exists, float& lse, float& delta) const {
-    lse = infinity();
-    delta = 0.0f;
-    if (exists) {
-      lse = load_global_f32(params_.softmax_lse + offset);
-      delta = load_global_f32(params_.delta + offset);
-      if (Variant::kIsLarge && lse < kLeastLse) lse = infinity();
-    }
-  }
-
+  // As they are multiplied.
   static __device__ __forceinline__ float scaled_lse(float lse) { return lse * kLog2E; }
   __device__ __forceinline__ float scaled_delta(float delta) const { return delta * params_.softmax_scale; }
 
@@ -270,7 +261,7 @@ class FlashBwd {
     advance();
     s_columns_.prefetch(in.s_columns, slot);
     dp_columns_.prefetch(in.dp_columns, slot + Tile::kTileBytes);
-    if (Side::kColumnsAreQueries) load_statistics(column_offset_, has_column(), in.lse, in.delta);
+    if (Side::kColumnsAreQueries) load_statistics<Variant>(params_, column_offset_, has_column(), in.lse, in.delta);
   }
 
   // The same where it may be the last tile, which need not be whole.
@@ -279,18 +270,14 @@ class FlashBwd {
     s_columns_.prefetch_bounded(in.s_columns, slot, columns);
     dp_columns_.prefetch_bounded(in.dp_columns, slot + Tile::kTileBytes, columns);
     if (Side::kColumnsAreQueries)
-      load_statistics(column_offset_, has_column() && thread_in_block() < columns, in.lse, in.delta);
+      load_statistics<Variant>(params_, column_offset_, has_column() && thread_in_block() < columns, in.lse, in.delta);
   }
 
-  // Two columns' statistics lie together, the lse of both first: one 16-byte read fetches what a lane needs.
   __device__ __forceinline__ void commit(const InFlight& in, SharedAddress slot) const {
     Stream::template commit<Columns>(in.s_columns, slot);
     Stream::template commit<Columns>(in.dp_columns, slot + Tile::kTileBytes);
-    if (Side::kColumnsAreQueries && has_column()) {
-      const SharedAddress at = slot + 2 * Tile::kTileBytes + thread_in_block() / 2 * 16 + thread_in_block() % 2 * 4;
-      store_shared_f32(at, scaled_lse(in.lse));
-      store_shared_f32(at + 8, scaled_delta(in.delta));
-    }
+    if (Side::kColumnsAreQueries && has_column())
+      store_statistics(slot + 2 * Tile::kTileBytes, thread_in_block(), scaled_lse(in.lse), scaled_delta(in.delta));
     block_barrier();
   }
 
@@ -300,28 +287,13 @@ class FlashBwd {
 
   // ---- the products of a step: 8 columns ----
 
-  // B operands of 8 columns x 32 dims: matrix i has dims 8i... For S and dP as they lie, for gradients transposed.
-  __device__ __forceinline__ SharedAddress fragment_address(SharedAddress tile, int step, int d) const {
-    return tile + (lane_ % 8 + 8 * step) * kPitch + (lane_ / 8 + d) * kChunkBytes;
-  }
-
-  __device__ __forceinline__ void load_columns(unsigned (&b)[4], SharedAddress tile, int step, int d) const {
-    if (kDTiles - d >= 4) {
-      ldmatrix_x4(b, fragment_address(tile, step, d));
-    } else {
-      unsigned two[2];
-      ldmatrix_x2(two, fragment_address(tile, step, d));
-      b[0] = two[0];
-      b[1] = two[1];
-    }
-  }
-
+  // For gradients; S and dP take columns as they lie.
   __device__ __forceinline__ void load_columns_transposed(unsigned (&b)[4], SharedAddress tile, int step, int d) const {
     if (kOutputDTiles - d >= 4) {
-      ldmatrix_x4_trans(b, fragment_address(tile, step, d));
+      ldmatrix_x4_trans(b, column_address(tile, kPitch, step, d, lane_));
     } else {
       unsigned two[2];
-      ldmatrix_x2_trans(two, fragment_address(tile, step, d));
+      ldmatrix_x2_trans(two, column_address(tile, kPitch, step, d, lane_));
       b[0] = two[0];
       b[1] = two[1];
     }
@@ -333,8 +305,8 @@ class FlashBwd {
 #pragma unroll
     for (int d = 0; d < kDTiles; d += 4) {
       unsigned s_columns[4], dp_columns[4];
-      load_columns(s_columns, slot, step, d);
-      load_columns(dp_columns, slot + Tile::kTileBytes, step, d);
+      load_columns<Tile::kDims>(s_columns, slot, step, d, lane_);
+      load_columns<Tile::kDims>(dp_columns, slot + Tile::kTileBytes, step, d, lane_);
 #pragma unroll
       for (int i = 0; i < (kDTiles - d < 4 ? kDTiles - d : 4); i += 2) {
         typename Tile::DpFragments::Step s_rows, dp_rows;
@@ -428,12 +400,7 @@ class FlashBwd {
                                                 SharedAddress slot, int step, Operands& p, Operands& ds) {
     keep(n, step);
     Statistics columns;
-    if (Side::kColumnsAreQueries) {
-      Vec16 four;
-      load_shared_16B(four, slot + 2 * Tile::kTileBytes + (step * 4 + lane_ % 4) * 16);
-      columns = {{float_of_bits(four.word[0]), float_of_bits(four.word[1])},
-                 {float_of_bits(four.word[2]), float_of_bits(four.word[3])}};
-    }
+    if (Side::kColumnsAreQueries) columns = load_statistics_pair(slot + 2 * Tile::kTileBytes, step * 4 + lane_ % 4);
 #pragma unroll
     for (int r = 0; r < 2 * kMTiles; ++r) {
       float row_p[2], row_ds[2];

@@ -33,6 +33,8 @@ const KernelFamily& family_of(KernelKind kind) {
       return kBackwardDqFamily;
     case KernelKind::kBackwardAllKeys:
       return kBackwardAllKeysFamily;
+    case KernelKind::kBackwardBias:
+      return kBackwardBiasFamily;
     case KernelKind::kDecode:
       return kDecodeFamily;
     case KernelKind::kDecodeCombine:

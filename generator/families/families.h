@@ -12,6 +12,7 @@ extern const KernelFamily kBackwardPreprocessFamily;
 extern const KernelFamily kBackwardDkDvFamily;
 extern const KernelFamily kBackwardDqFamily;
 extern const KernelFamily kBackwardAllKeysFamily;
+extern const KernelFamily kBackwardBiasFamily;
 extern const KernelFamily kDecodeFamily;
 extern const KernelFamily kDecodeCombineFamily;
 extern const KernelFamily kAppendFamily;

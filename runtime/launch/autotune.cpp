@@ -111,7 +111,8 @@ void Autotuner::meet(Device& device, const BackwardRequest& request, StreamHandl
   for (const bool all_keys : {false, true}) {  // where there are both ways, the times of both decide
     const OneWay tiles(target.tiles, all_keys);
     for (const BackwardLaunch& launch : plan_backward(request, {target.arch, target.multiprocessors, tiles}))
-      if (launch.blocks > 0 && !tile_of(request, launch.spec.kind)) meet(device, launch, sizes, stream);
+      if (family_of(launch.spec.kind).is_tuned && !tile_of(request, launch.spec.kind))
+        meet(device, launch, sizes, stream);
   }
 }
 

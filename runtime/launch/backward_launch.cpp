@@ -36,6 +36,7 @@ std::vector<TensorExtent> extents_of(const BackwardRequest& request, const Backw
     tensors.push_back(fp16_extent("dk", request.dkdv->dk, TensorUse::kWrite));
     tensors.push_back(fp16_extent("dv", request.dkdv->dv, TensorUse::kWrite));
   }
+  if (request.dbias) tensors.push_back(bias_gradient_extent(*request.dbias));
   append_option_extents(request.options, request.q, request.k, tensors);
   return tensors;
 }

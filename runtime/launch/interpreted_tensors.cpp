@@ -26,6 +26,16 @@ TensorExtent row_extent(const char* name, const float* data, const TensorView& q
           .use = use};
 }
 
+TensorExtent bias_gradient_extent(const BiasGradient& dbias) {
+  const auto& [batches, heads, rows, keys] = dbias.shape;
+  return {.name = "dbias",
+          .data = dbias.data,
+          .element_bytes = bytes_of(dbias.type),
+          .shape = {batches, heads, rows, keys},
+          .strides = {heads * rows * keys, rows * keys, keys, 1},
+          .use = TensorUse::kWrite};
+}
+
 void append_option_extents(const AttentionOptions& options, const TensorView& q, const TensorView& k,
                            std::vector<TensorExtent>& tensors) {
   const ProblemShape shape = problem_shape(q, k, options);

@@ -3,6 +3,7 @@
 
 #include "runtime/interpreter/tensor_extent.h"
 #include "runtime/request/attention_options.h"
+#include "runtime/request/backward.h"
 #include "runtime/request/tensor_view.h"
 
 namespace flash_attn_jit {
@@ -14,6 +15,8 @@ TensorExtent fp16_extent(const char* name, const TensorView& view, TensorUse use
 
 // (batch, num_heads, seqlen_q) float32, contiguous, for the queries `q`.
 TensorExtent row_extent(const char* name, const float* data, const TensorView& q, TensorUse use);
+
+TensorExtent bias_gradient_extent(const BiasGradient& dbias);
 
 // What an option reads, where it is on.
 void append_option_extents(const AttentionOptions& options, const TensorView& q, const TensorView& k,

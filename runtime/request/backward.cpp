@@ -1,7 +1,10 @@
 #include "runtime/request/backward.h"
 
+#include <algorithm>
+
 #include "generator/errors.h"
 #include "generator/families/families.h"
+#include "generator/integers.h"
 #include "generator/legality.h"
 
 namespace flash_attn_jit {
@@ -19,6 +22,30 @@ void require_gradients(const BackwardRequest& request) {
   }
 }
 
+// Sums over sequences or heads are shared out only where attn_bias is the same for all.
+bool may_share_out(std::int64_t parts, std::int64_t of_bias, std::int64_t all) {
+  return of_bias == 1 ? parts >= 1 && parts <= std::max<std::int64_t>(all, 1) : parts == of_bias;
+}
+
+// Behind require_options(), which has seen attn_bias.
+void require_bias_gradient(const BackwardRequest& request, const ProblemShape& shape) {
+  if (!request.dbias) return;
+  const BiasGradient& dbias = *request.dbias;
+  const std::optional<PairTensor>& bias = request.options.bias;
+  if (!bias || bias->type == PairType::kBool || dbias.type == PairType::kBool)
+    throw ArgumentError({"dbias", "is given without an attn_bias that has a gradient",
+                         "float16 or float32, with an attn_bias of float16 or float32"});
+  const std::int64_t keys = request.options.varlen ? request.options.varlen->max_seqlen_k : shape.seqlen_k;
+  const bool fits = may_share_out(dbias.shape[0], bias->shape[0], shape.batch) &&
+                    may_share_out(dbias.shape[1], bias->shape[1], request.q.shape[kHeads]) &&
+                    dbias.shape[2] == bias->shape[2] && dbias.shape[3] == keys;
+  if (!fits)
+    throw ArgumentError({"dbias", "has shape " + numbers_text(dbias.shape),
+                         "attn_bias's, " + numbers_text(bias->shape) + ", with " + std::to_string(keys) +
+                             " keys, and with more sequences or heads only where that has 1"});
+  require_memory("dbias", dbias.data, std::ranges::all_of(dbias.shape, [](std::int64_t size) { return size > 0; }));
+}
+
 void require_arguments(const BackwardRequest& request) {
   const TensorView &q = request.q, &k = request.k;
   require_inputs(q, k, request.v, request.out);
@@ -27,7 +54,9 @@ void require_arguments(const BackwardRequest& request) {
   require_gradients(request);
   require_row_memory("softmax_lse", request.softmax_lse, q);
   require_row_memory("delta", request.delta, q);
-  require_options(request.options, problem_shape(q, k, request.options), q.shape[kHeads]);
+  const ProblemShape shape = problem_shape(q, k, request.options);
+  require_options(request.options, shape, q.shape[kHeads]);
+  require_bias_gradient(request, shape);
 }
 
 GlobalAccess access_of(const BackwardRequest& request) {
@@ -68,7 +97,20 @@ FlashBwdParams params_of(const BackwardRequest& request) {
   }
   params.softmax_scale = static_cast<float>(request.options.softmax_scale);
   params.dlse = request.dlse;
+<<<<<<< HEAD
   params.dropout = dropout_params(request.options);
+=======
+  if (request.dbias) {
+    const auto& [batches, heads, rows, keys] = request.dbias->shape;
+    params.dbias = {request.dbias->data,
+                    request.dbias->type == PairType::kFloat32,
+                    static_cast<int>(problem_shape(request.q, request.k, request.options).batch),
+                    static_cast<int>(batches),
+                    static_cast<int>(heads),
+                    static_cast<int>(rows),
+                    static_cast<int>(keys)};
+  }
+>>>>>>> 8371f9a (The gradient of attn_bias as a kernel of its own: bwd_dbias makes S and dP of its tile anew for all that a bias is broadcast over, and sums them in registers)
   return params;
 }
 
@@ -96,6 +138,20 @@ BackwardLaunch lay_out(KernelSpec spec, KernelKind kind, const std::optional<Til
   return launch;
 }
 
+// The kernel of attn_bias's gradient, whose blocks own keys and rows of that. They tell apart one row for all queries and
+// one that is read for each: an attn_bias that is expanded has a gradient for each.
+BackwardLaunch lay_out_bias(KernelSpec spec, const BackwardRequest& request, const FlashBwdParams& params,
+                            const PlanTarget& target, const Problem& problem) {
+  const auto& [batches, heads, rows, keys] = request.dbias->shape;
+  spec.features.set(Feature::kOneRow, rows == 1);
+  const TensorView parts{nullptr, {batches, rows, heads, 1}, {}};
+  BackwardLaunch launch = lay_out(spec, KernelKind::kBackwardBias, request.dbias_tile, {{"attn_bias", parts}, 0, keys},
+                                  params, target, problem);
+  const std::int64_t row_tiles = ceil_div(rows, launch.spec.tile.block_n);
+  launch.blocks = grid_blocks({"attn_bias", parts}, batches, launch.params.num_row_blocks * row_tiles);
+  return launch;
+}
+
 // Whether one kernel makes all gradients.
 bool takes_all_keys(const BackwardRequest& request, const KernelSpec& spec, const Problem& problem,
                     const TileChooser& tiles) {
@@ -109,6 +165,7 @@ bool takes_all_keys(const BackwardRequest& request, const KernelSpec& spec, cons
 
 std::optional<TileConfig>& tile_of(BackwardRequest& request, KernelKind kind) {
   const KernelResults& made = family_of(kind).results;
+  if (made.dbias) return request.dbias_tile;
   if (made.dq && made.dkdv) return request.all_keys_tile;
   return made.dq ? request.dq_tile : made.dkdv ? request.dkdv_tile : request.preprocess_tile;
 }
@@ -130,11 +187,13 @@ BackwardPlan plan_backward(const BackwardRequest& request, const PlanTarget& tar
       keys{k, shape.batch, shape.seqlen_k};
   const Problem problem = problem_of(request.q, request.k, request.options, target.multiprocessors);
   BackwardPlan plan{};
+  if (request.dbias) plan[4] = lay_out_bias(spec, request, params, target, problem);
   if (takes_all_keys(request, spec, problem, target.tiles)) {
     plan[3] = lay_out(spec, KernelKind::kBackwardAllKeys, request.all_keys_tile, keys, params, target, problem);
     return plan;
   }
-  if (request.dkdv || request.dq || request.options.sinks != nullptr)  // a sink's gradient is made of delta
+  // A sink's gradient is made of delta, and attn_bias's too.
+  if (request.dkdv || request.dq || request.dbias || request.options.sinks != nullptr)
     plan[0] = lay_out(spec, KernelKind::kBackwardPreprocess, request.preprocess_tile, rows, all_rows, target, problem);
   if (request.dkdv)
     plan[1] = lay_out(spec, KernelKind::kBackwardDkDv, request.dkdv_tile, keys, params, target, problem);

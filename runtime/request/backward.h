@@ -17,19 +17,31 @@ struct KeyGradients {
   TensorView dk, dv;  // like k and v
 };
 
+// What attn_bias's gradient is written into: (batches, heads, rows, keys), contiguous, float16 or float32. Rows are
+// attn_bias's, 1 where it is the same for all queries, and keys the problem's. Where attn_bias has 1 of its first two
+// dimensions, an element is the sum over all sequences, or heads, or these are shared out: dbias may have more, whose sum
+// the caller makes.
+struct BiasGradient {
+  void* data = nullptr;
+  PairType type = PairType::kFloat32;
+  std::array<std::int64_t, 4> shape{};
+};
+
 // Checked by the caller's language layer for rank, dtype and device; backward() checks shapes against each other.
 struct BackwardRequest {
   TensorView q, out, dout;             // (batch, seqlen_q, num_heads, head_dim); any stride in dout's last dimension
   TensorView k, v;                     // (batch, seqlen_k, num_heads_k, head_dim)
   std::optional<TensorView> dq;        // like q; none: not wanted
   std::optional<KeyGradients> dkdv;    // none: not wanted
+  std::optional<BiasGradient> dbias;   // none: not wanted
   const float* softmax_lse = nullptr;  // forward's
   const float* dlse = nullptr;         // like softmax_lse: its gradient; null: it has none
   float* delta = nullptr;              // like softmax_lse: room for what one kernel leaves to the next
   AttentionOptions options;
-  // Force these tiles; none: the target's chooser decides. With the last one its kernel is taken, without it but with
+  // Force these tiles; none: the target's chooser decides. With the last of the first four its kernel is taken, without it but with
   // one of the others the other three.
   std::optional<TileConfig> preprocess_tile, dkdv_tile, dq_tile, all_keys_tile;
+  std::optional<TileConfig> dbias_tile;  // as well, whatever the others are
 };
 
 // Of them, the one of a kind.
@@ -39,8 +51,9 @@ const std::optional<TileConfig>& tile_of(const BackwardRequest& request, KernelK
 using BackwardLaunch = KernelLaunch<FlashBwdParams>;
 
 // The preprocess kernel, then the one of dK and dV, then that of dQ; or, where a block can have all keys and everything
-// is wanted, one kernel for all. Those that are not taken have no blocks.
-using BackwardPlan = std::array<BackwardLaunch, 4>;
+// is wanted, one kernel for all. Last that of attn_bias's gradient, for which these have made delta. Those that are not
+// taken have no blocks.
+using BackwardPlan = std::array<BackwardLaunch, 5>;
 
 // As plan_forward().
 BackwardPlan plan_backward(const BackwardRequest& request, const PlanTarget& target);

@@ -38,6 +38,7 @@ Number dot(const double* x, const double* y, std::int64_t n, std::int64_t step) 
 
 struct Gradients {
   std::vector<double> dq, dk, dv;  // like q, k, v, contiguous
+  std::vector<double> dbias;       // like attn_bias, where that has numbers
 };
 
 // In float64, from q, k, v and dout alone.
@@ -46,6 +47,21 @@ struct Exact {
   static double fp16(double x) { return x; }
   static double gradient(double x) { return x; }
 };
+
+bool has_bias_gradient(const AttentionOptions& options) {
+  return options.bias && options.bias->type != PairType::kBool;
+}
+
+std::int64_t elements_of(const std::array<std::int64_t, 4>& shape) { return shape[0] * shape[1] * shape[2] * shape[3]; }
+
+// Where the element of attn_bias lies that a pair's score takes, if it were contiguous.
+std::int64_t bias_element(const PairTensor& bias, const SequenceRows& sequence, std::int64_t h, std::int64_t i,
+                          std::int64_t j) {
+  const std::array<std::int64_t, 4> at = {sequence.index, h, i, j};
+  std::int64_t element = 0;
+  for (int d = 0; d < 4; ++d) element = element * bias.shape[d] + (bias.shape[d] > 1 ? at[d] : 0);
+  return element;
+}
 
 // In float32 from the tensors' own out and softmax_lse, with P, dS and the gradients rounded to fp16: the error that
 // any kernel with fp16 operands has to make.
@@ -80,6 +96,7 @@ class Backward {
     result.dq.resize(shape_[0] * shape_[1] * shape_[2] * dim);
     result.dk.resize(shape_[0] * rows_k_ * heads_k * dim);
     result.dv.resize(result.dk.size());
+    if (has_bias_gradient(problem_.options)) dbias_.assign(elements_of(problem_.options.bias->shape), 0);
     for (const SequenceRows& sequence : sequences_of(problem_))
       for (std::int64_t hk = 0; hk < heads_k; ++hk) {
         k_ = matrix(t_.forward.k, sequence.b, hk);
@@ -93,6 +110,8 @@ class Backward {
         place(dk_, result.dk, sequence.b * rows_k_ + sequence.k_begin, hk, heads_k);
         place(dv_, result.dv, sequence.b * rows_k_ + sequence.k_begin, hk, heads_k);
       }
+    for (const Number sum : dbias_)
+      result.dbias.push_back(problem_.options.bias->type == PairType::kFloat16 ? Rounding::gradient(sum) : sum);
     return result;
   }
 
@@ -161,6 +180,7 @@ class Backward {
       const Number p = std::exp(s[n].value - lse);
       const Number ds = Rounding::fp16(p * (dp[n] - delta) * scale * s[n].derivative), rounded_p = Rounding::fp16(p);
       const std::int64_t j = keys[n];
+      if (!dbias_.empty()) dbias_[bias_element(*problem_.options.bias, sequence, h, i, j)] += p * (dp[n] - delta);
       for (std::int64_t d = 0; d < dim; ++d) {
         dq_[i * dim + d] += ds * static_cast<Number>(k_[(sequence.k_begin + j) * dim + d]);
         dk_[j * dim + d] += ds * static_cast<Number>(query.q[d]);
@@ -176,7 +196,7 @@ class Backward {
   std::array<std::int64_t, 4> shape_;
   std::int64_t rows_k_;
   std::vector<double> k_, v_;
-  std::vector<Number> dq_, dk_, dv_;
+  std::vector<Number> dq_, dk_, dv_, dbias_;
 };
 
 void fill_dout(const BackwardCase& c, WatchedTensor& dout) {
@@ -204,12 +224,12 @@ void fill_dlse(const BackwardCase& c, const std::vector<float>& lse, std::vector
 constexpr std::int64_t kFewSumSteps[] = {1, 2, 8}, kMoreSumSteps[] = {1, 3, 4, 5, 7, 11, 16, 32};
 constexpr float kDeltaFactors[] = {1 - 0x1p-22f, 1, 1 + 0x1p-22f};
 
-std::string compare(const char* name, WatchedTensor& got, std::vector<double> Gradients::* gradient,
+std::string compare(const char* name, const std::vector<double>& got, std::vector<double> Gradients::* gradient,
                     const std::vector<Gradients>& emulated, const Gradients& exact) {
   double emulated_error = 0;
   for (const Gradients& each : emulated)
     emulated_error = std::max(emulated_error, max_error(each.*gradient, exact.*gradient));
-  const double error = max_error(values_of(got), exact.*gradient), bound = 2 * emulated_error + 1e-5;
+  const double error = max_error(got, exact.*gradient), bound = 2 * emulated_error + 1e-5;
   if (std::isfinite(bound) && error <= bound) return "";
   return std::string(name) + " is off by " + std::to_string(error) + ", bound " + std::to_string(bound) + "; ";
 }
@@ -222,6 +242,8 @@ std::string BackwardCase::text() const {
   if (dkdv_tile) text += " dkdv:" + dkdv_tile->text();
   if (dq_tile) text += " dq:" + dq_tile->text();
   if (all_keys_tile) text += " allkeys:" + all_keys_tile->text();
+  if (dbias_tile) text += " dbias:" + dbias_tile->text();
+  if (shares_out) text += " sharesout";
   if (dout_layout == DoutLayout::kApart) text += " doutapart";
   if (dout_layout == DoutLayout::kExpanded) text += " doutexpanded";
   if (has_dlse) text += " dlse";
@@ -242,6 +264,10 @@ BackwardCase BackwardCase::parse(std::string_view text) {
       c.dq_tile = TileConfig::parse(word.substr(3));
     else if (word.starts_with("allkeys:"))
       c.all_keys_tile = TileConfig::parse(word.substr(8));
+    else if (word.starts_with("dbias:"))
+      c.dbias_tile = TileConfig::parse(word.substr(6));
+    else if (word == "sharesout")
+      c.shares_out = true;
     else if (word == "doutapart" || word == "doutexpanded")
       c.dout_layout = word == "doutapart" ? DoutLayout::kApart : DoutLayout::kExpanded;
     else if (word == "dlse")
@@ -265,11 +291,44 @@ BackwardTensors::BackwardTensors(const BackwardCase& c)
       preprocess_tile(c.preprocess_tile),
       dkdv_tile(c.dkdv_tile),
       dq_tile(c.dq_tile),
-      all_keys_tile(c.all_keys_tile) {
+      all_keys_tile(c.all_keys_tile),
+      dbias_tile(c.dbias_tile) {
+  make_room_for_dbias(c.shares_out);
   fill_dout(c, dout);
   lay_out_dout(c.dout_layout);
   forward_in_interpreter(forward.request());
   if (c.has_dlse) fill_dlse(c, forward.lse, dlse);
+}
+
+// float16 where attn_bias is and nothing is shared out.
+void BackwardTensors::make_room_for_dbias(bool shares_out) {
+  if (!has_bias_gradient(forward.options)) return;
+  const PairTensor& bias = *forward.options.bias;
+  dbias = BiasGradient{nullptr, shares_out ? PairType::kFloat32 : bias.type, bias.shape};
+  const std::int64_t sequences = forward.options.varlen ? forward.options.varlen->batch : forward.q.shape()[0];
+  const std::array<std::int64_t, 2> all = {sequences, forward.q.shape()[2]};
+  for (int d = 0; shares_out && d < 2; ++d)
+    if (bias.shape[d] == 1) dbias->shape[d] = std::max<std::int64_t>((all[d] + 1) / 2, 1);
+  dbias_bytes_.assign(elements_of(dbias->shape) * bytes_of(dbias->type), 0xff);  // NaN
+  dbias->data = dbias_bytes_.data();
+}
+
+std::vector<double> BackwardTensors::dbias_values() const {
+  if (!dbias) return {};
+  const auto value = [&](std::int64_t i) -> double {
+    if (dbias->type == PairType::kFloat32) return static_cast<const float*>(dbias->data)[i];
+    return from_fp16(static_cast<const std::uint16_t*>(dbias->data)[i]);
+  };
+  const auto& of_bias = forward.options.bias->shape;
+  const std::int64_t pairs = of_bias[2] * of_bias[3];
+  std::vector<double> values(elements_of(of_bias), 0.0);
+  for (std::int64_t b = 0; b < dbias->shape[0]; ++b)
+    for (std::int64_t h = 0; h < dbias->shape[1]; ++h)
+      for (std::int64_t i = 0; i < pairs; ++i) {
+        const std::int64_t part = (of_bias[0] > 1 ? b : 0) * of_bias[1] + (of_bias[1] > 1 ? h : 0);
+        values[part * pairs + i] += value((b * dbias->shape[1] + h) * pairs + i);
+      }
+  return values;
 }
 
 void BackwardTensors::lay_out_dout(DoutLayout layout) {
@@ -304,6 +363,7 @@ BackwardRequest BackwardTensors::request() {
           .v = forward.v.view(),
           .dq = dq.view(),
           .dkdv = KeyGradients{dk.view(), dv.view()},
+          .dbias = dbias,
           .softmax_lse = forward.lse.data(),
           .dlse = dlse.empty() ? nullptr : dlse.data(),
           .delta = delta.data(),
@@ -311,7 +371,8 @@ BackwardRequest BackwardTensors::request() {
           .preprocess_tile = preprocess_tile,
           .dkdv_tile = dkdv_tile,
           .dq_tile = dq_tile,
-          .all_keys_tile = all_keys_tile};
+          .all_keys_tile = all_keys_tile,
+          .dbias_tile = dbias_tile};
 }
 
 std::string run_backward_case(const BackwardCase& c) {
@@ -322,9 +383,10 @@ std::string run_backward_case(const BackwardCase& c) {
     const Gradients exact = Backward<Exact>(t).run();
     std::vector<Gradients> emulated;
     const auto beyond_bound = [&] {
-      return compare("dq", t.dq, &Gradients::dq, emulated, exact) +
-             compare("dk", t.dk, &Gradients::dk, emulated, exact) +
-             compare("dv", t.dv, &Gradients::dv, emulated, exact);
+      return compare("dq", values_of(t.dq), &Gradients::dq, emulated, exact) +
+             compare("dk", values_of(t.dk), &Gradients::dk, emulated, exact) +
+             compare("dv", values_of(t.dv), &Gradients::dv, emulated, exact) +
+             compare("dbias", t.dbias_values(), &Gradients::dbias, emulated, exact);
     };
     for (const std::int64_t step : kFewSumSteps) emulated.push_back(Backward<Emulated>(t, step).run());
     fault = beyond_bound();

@@ -118,7 +118,10 @@ std::vector<BackwardCase> pairwise_backward_cases() {
           cases.push_back({.forward = make_case(choices.next(fixed)), .dkdv_tile = c.dkdv_tile, .dq_tile = c.dq_tile});
   for (std::size_t i = 0; !choices.all_covered(); ++i)
     cases.push_back(with_tiles(make_case(choices.next(only(-1))), 7 * i));
-  for (std::size_t i = 0; i < cases.size(); ++i) cases[i].dout_layout = kDoutLayouts[i / 4 % kDoutLayouts.size()];
+  for (std::size_t i = 0; i < cases.size(); ++i) {
+    cases[i].dout_layout = kDoutLayouts[i / 4 % kDoutLayouts.size()];
+    cases[i].shares_out = i / 2 % 2 == 0;
+  }
   return cases;
 }
 
@@ -228,12 +231,28 @@ TEST_CASE("backward: softmax_lse has a gradient") {
     CHECK(run_backward_case(BackwardCase::parse(text)) == "");
 }
 
+// Behind one kernel that has all keys, or three. The grids have more.
+TEST_CASE("backward: attn_bias has a gradient") {
+  for (const char* const text : {
+           "hdim64 full gqa2 batch2 sq70 sk60 bias16unpaired",
+           "hdim64 causal gqa2 batch3 sq170 sk230 bias16unpaired sharesout",
+           "hdim33 causal varlen4 gqa2 sq90 sk200 bias32keys dlse",
+           "hdim128 window9,30 softcap5 headsk2 alibi sq170 sk160 bias32keys sharesout",
+           "hdim64 causal varlen5 gqa3 sq90 sk72 bias16 sink1",
+           "hdim192 headsk2 sq80 sk100 bias32unpaired scale-0.3 misaligned",
+           "hdim256 window20,-1 gqa3 sq33 sk64 bias16",
+           "hdim32 full gqa2 sq70 sk90 bias32unpaired dbias:m64n24w2q16l0b0k0",
+       })
+    CHECK(run_backward_case(BackwardCase::parse(text)) == "");
+}
+
 TEST_CASE("backward: a case's text parses back") {
   for (const BackwardCase& c : pairwise_backward_cases()) REQUIRE(BackwardCase::parse(c.text()).text() == c.text());
 }
 
 TEST_CASE("backward: no queries or no keys leave gradients of zero") {
-  for (const char* text : {"hdim64 full sq0 sk64", "hdim64 full sq64 sk0", "hdim64 causal sq0 sk0"}) {
+  for (const char* text : {"hdim64 full sq0 sk64", "hdim64 full sq64 sk0", "hdim64 causal sq0 sk0",
+                           "hdim64 full sq0 sk64 bias32keys", "hdim64 full sq64 sk0 bias16"}) {
     CAPTURE(text);
     CHECK(run_backward_case(BackwardCase::parse(text)) == "");
   }

@@ -12,7 +12,7 @@ using flash_attn_jit::testing::Containing;
 
 namespace {
 
-enum Kernel { kPreprocess, kDkDv, kDq, kAllKeys };
+enum Kernel { kPreprocess, kDkDv, kDq, kAllKeys, kBias };
 
 TensorView contiguous(std::uintptr_t at, std::int64_t b, std::int64_t s, std::int64_t h, std::int64_t d) {
   return {reinterpret_cast<void*>(at), {b, s, h, d}, {s * h * d, h * d, d, 1}};
@@ -194,6 +194,69 @@ TEST_CASE("backward plan: every feature has an option that turns it on") {
     CAPTURE(info.word);
     CHECK(on.has(info.feature) == !(info.forward_only || info.finishes_rows));
   }
+}
+
+TEST_CASE("backward plan: the gradient of attn_bias comes last, where it is wanted") {
+  const float numbers[1] = {};
+  BackwardRequest r = request(2, 130, 300, 8, 2, 64);
+  r.options.bias = PairTensor{numbers, PairType::kFloat16, {1, 8, 130, 300}, {0, 130 * 300, 300, 1}};
+  CHECK(plan(r)[kBias].blocks == 0);
+  float gradient[1];
+  r.dbias = BiasGradient{gradient, PairType::kFloat16, {1, 8, 130, 300}};
+  BackwardPlan p = plan(r);
+  CHECK(p[kBias].spec.kind == KernelKind::kBackwardBias);
+  CHECK(!p[kBias].spec.has(Feature::kOneRow));
+  const TileConfig& tile = p[kBias].spec.tile;
+  CHECK(p[kBias].blocks == 8 * row_blocks(p[kBias], 300) * ((130 + tile.block_n - 1) / tile.block_n));
+  CHECK(p[kBias].params.dbias.sequences == 2);
+  CHECK(!p[kBias].params.dbias.is_float32);
+  // It needs delta.
+  r.dq.reset();
+  r.dkdv.reset();
+  p = plan(r);
+  CHECK(p[kPreprocess].blocks > 0);
+  CHECK(p[kBias].blocks > 0);
+  for (const Kernel other : {kDkDv, kDq, kAllKeys}) CHECK(p[other].blocks == 0);
+  r.dbias->type = PairType::kFloat32;
+  r.dbias->shape = {2, 8, 130, 300};  // sums that the caller adds
+  CHECK(plan(r)[kBias].blocks == 2 * p[kBias].blocks);
+  // One row for all queries, and one that is expanded and has a gradient for each.
+  r.options.bias->shape[2] = r.dbias->shape[2] = 1;
+  CHECK(plan(r)[kBias].spec.has(Feature::kOneRow));
+  CHECK(plan(r)[kBias].blocks == 2 * 8 * row_blocks(p[kBias], 300));
+  r.options.bias->shape[2] = r.dbias->shape[2] = 130;
+  r.options.bias->strides[2] = 0;
+  r.dq = contiguous(0x6000, 2, 130, 8, 64);
+  CHECK(!plan(r)[kBias].spec.has(Feature::kOneRow));
+  CHECK(plan(r)[kDq].spec.has(Feature::kOneRow));
+  // Where one kernel makes all else.
+  r = request(16, 300, 100, 8, 2, 64);
+  r.options.bias = PairTensor{numbers, PairType::kFloat32, {1, 1, 300, 100}, {0, 0, 100, 1}};
+  r.dbias = BiasGradient{gradient, PairType::kFloat32, {1, 1, 300, 100}};
+  CHECK(plan(r)[kAllKeys].blocks > 0);
+  CHECK(plan(r)[kBias].blocks > 0);
+}
+
+TEST_CASE("backward plan: a gradient that attn_bias has not is named") {
+  const float numbers[1] = {};
+  float gradient[1];
+  BackwardRequest r = request(2, 130, 300, 8, 2, 64);
+  r.dbias = BiasGradient{gradient, PairType::kFloat16, {1, 8, 130, 300}};
+  CHECK(refusal<ArgumentError>(r) == Containing{"dbias is given without an attn_bias that has a gradient"});
+  r.options.bias = PairTensor{numbers, PairType::kBool, {1, 8, 130, 300}, {0, 130 * 300, 300, 1}};
+  CHECK(refusal<ArgumentError>(r) == Containing{"dbias is given without"});
+  r.options.bias->type = PairType::kFloat16;
+  CHECK(plan(r)[kBias].blocks > 0);
+  for (const std::array<std::int64_t, 4> shape : {std::array<std::int64_t, 4>{3, 8, 130, 300},
+                                                  {0, 8, 130, 300},
+                                                  {1, 1, 130, 300},
+                                                  {1, 8, 1, 300},
+                                                  {1, 8, 130, 301}}) {
+    r.dbias->shape = shape;
+    CHECK(refusal<ArgumentError>(r) == Containing{"; accepted: attn_bias's, (1, 8, 130, 300), with 300 keys"});
+  }
+  r.dbias = BiasGradient{nullptr, PairType::kFloat16, {1, 8, 130, 300}};
+  CHECK(refusal<ArgumentError>(r) == Containing{"dbias has elements but no memory"});
 }
 
 TEST_CASE("backward plan: gradients of another shape are named") {

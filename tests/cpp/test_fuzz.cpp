@@ -63,6 +63,7 @@ BackwardCase random_problem(Dice& dice) {
     f.rise = dice.between(1, 20);
   }
   if (dice.once_in(4)) f.softmax_scale = dice.one_of({0.25f, 0.0f, -0.125f, 1.0f});
+  c.shares_out = dice.once_in(2);
   c.dout_layout = dice.one_of({DoutLayout::kLikeQ, DoutLayout::kLikeQ, DoutLayout::kApart, DoutLayout::kExpanded});
   f.seed = static_cast<unsigned>(dice.between(2, 1 << 20));
   return c;

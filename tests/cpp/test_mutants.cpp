@@ -52,7 +52,7 @@ std::string backward_error(const TemplateSet& templates, const BackwardCase& c) 
   BackwardTensors t(c);
   const BackwardRequest request = t.request();
   backward_in_interpreter(request);  // for delta
-  const TensorExtent tensors[] = {
+  std::vector<TensorExtent> tensors = {
       fp16_extent("q", request.q, TensorUse::kRead),
       fp16_extent("k", request.k, TensorUse::kRead),
       fp16_extent("v", request.v, TensorUse::kRead),
@@ -63,6 +63,8 @@ std::string backward_error(const TemplateSet& templates, const BackwardCase& c) 
       row_extent("softmax_lse", request.softmax_lse, request.q, TensorUse::kRead),
       fp16_extent("out", request.out, TensorUse::kRead),
       row_extent("delta", request.delta, request.q, c.all_keys_tile ? TensorUse::kPassOn : TensorUse::kRead)};
+  append_option_extents(request.options, request.q, request.k, tensors);
+  if (request.dbias) tensors.push_back(bias_gradient_extent(*request.dbias));
   std::string error;
   for (const BackwardLaunch& launch : plan_backward(request, {arch_limits(75), 40, default_tile_chooser()}))
     if (launch.blocks > 0 && launch.spec.kind != KernelKind::kBackwardPreprocess && error.empty())
@@ -90,7 +92,8 @@ std::vector<BackwardCase> backward_cases() {
           BackwardCase::parse("hdim64 full rowgaps sq70 sk150"),
           BackwardCase::parse("hdim64 causal gqa2 sq96 sk100 allkeys:m128n16w8q64l0b4k8"),
           BackwardCase::parse("hdim96 full sq40 sk60 allkeys:m64n16w4q96l0b8k8"),
-          BackwardCase::parse("hdim96 full sq56 sk60 allkeys:m64n16w4q96l0b8k8")};
+          BackwardCase::parse("hdim96 full sq56 sk60 allkeys:m64n16w4q96l0b8k8"),
+          BackwardCase::parse("hdim32 full headsk2 sq20 sk40 bias32keys dbias:m64n16w4q16l0b0k0")};
 }
 
 // Takes out each barrier of the templates that `of_family` accepts; `error` says what is found without it.
