@@ -57,6 +57,8 @@ void check_dtype(const Argument& argument) {
   throw NotBuiltError(refusal);
 }
 
+}  // namespace
+
 bool is_contiguous(const TensorInfo& tensor) {
   std::int64_t expected = 1;
   for (int i = tensor.rank - 1; i >= 0; --i) {
@@ -65,8 +67,6 @@ bool is_contiguous(const TensorInfo& tensor) {
   }
   return true;
 }
-
-}  // namespace
 
 void check_same_device(const Argument& argument, const Argument& q) {
   if (argument.info.device == q.info.device) return;

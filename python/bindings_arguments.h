@@ -29,6 +29,8 @@ void check_input(const Argument& argument, const Argument& q, Layout layout);
 // What check_input() says of a tensor's number of dimensions.
 [[noreturn]] void refuse_rank(const char* name, pybind11::handle tensor, Layout layout);
 
+bool is_contiguous(const TensorInfo& tensor);
+
 // One of the package's own allocations, so this names a bug rather than a user's mistake: contiguous, float32, for q's
 // rows.
 void check_rows(const Argument& argument, const Argument& q);

@@ -20,13 +20,25 @@ TensorView gradient(const char* name, py::handle object, const Argument& q, Layo
   return view(argument);
 }
 
+// Its shape is checked where the launch is planned.
+BiasGradient bias_gradient(py::handle object, const Argument& q) {
+  const Argument argument("dbias", object);
+  check_same_device(argument, q);
+  const TensorInfo& info = argument.info;
+  const bool is_float32 = info.dtype == ElementType::kFloat32;
+  if (info.rank == 4 && (is_float32 || info.dtype == ElementType::kFloat16) && is_contiguous(info))
+    return {info.data, is_float32 ? PairType::kFloat32 : PairType::kFloat16, info.shape};
+  throw ArgumentError({argument.name, "has shape " + shape_text(object) + " and dtype " + dtype_text(object),
+                       "None, or (batches, heads, rows, keys), torch.float16 or torch.float32, contiguous"});
+}
+
 }  // namespace
 
 void backward(py::handle dout_object, py::handle q_object, py::handle k_object, py::handle v_object,
               py::handle out_object, py::handle lse_object, py::handle dlse_object, py::handle dq_object,
-              py::handle dk_object, py::handle dv_object, py::handle delta_object, py::handle options,
-              const std::optional<std::string>& dkdv_tile, const std::optional<std::string>& dq_tile,
-              const std::optional<std::string>& all_keys_tile) {
+              py::handle dk_object, py::handle dv_object, py::handle dbias_object, py::handle delta_object,
+              py::handle options, const std::optional<std::string>& dkdv_tile,
+              const std::optional<std::string>& dq_tile, const std::optional<std::string>& all_keys_tile) {
   const Layout layout = layout_of(options);
   const Argument q("q", q_object), k("k", k_object), v("v", v_object), out("out", out_object),
       dout("dout", dout_object);
@@ -58,6 +70,7 @@ void backward(py::handle dout_object, py::handle q_object, py::handle k_object, 
                          "both, or neither: one kernel makes both"});
   if (!dk_object.is_none())
     request.dkdv = KeyGradients{gradient("dk", dk_object, q, layout), gradient("dv", dv_object, q, layout)};
+  if (!dbias_object.is_none()) request.dbias = bias_gradient(dbias_object, q);
 
   if (q.info.device.kind == DeviceKind::kCpu) {
     const py::gil_scoped_release without_gil;

@@ -18,11 +18,8 @@
 #pragma once
 
 #include "accumulator.cuh"
-<<<<<<< HEAD
-#include "dropout.cuh"
-=======
 #include "column_fragments.cuh"
->>>>>>> 8371f9a (The gradient of attn_bias as a kernel of its own: bwd_dbias makes S and dP of its tile anew for all that a bias is broadcast over, and sums them in registers)
+#include "dropout.cuh"
 #include "flash_bwd_all_keys.cuh"
 #include "flash_bwd_params.cuh"
 #include "flash_bwd_side.cuh"

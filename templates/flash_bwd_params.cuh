@@ -31,13 +31,8 @@ struct FlashBwdParams : AttentionParams {
   int num_row_blocks;   // blocks along the side whose gradient a kernel makes; the grid is flat
   float softmax_scale;  // what a score's gradient is multiplied by
 
-<<<<<<< HEAD
   // Last, so that kernels without them are the same.
   const float* dlse;  // softmax_lse's gradient, like it; null: it has none
-  DropoutParams dropout;
-=======
-  // Last, so that the main loops are the same.
-  const float* dlse;  // softmax_lse's gradient, like it; null: it has none
   BiasGradientParams dbias;
->>>>>>> 8371f9a (The gradient of attn_bias as a kernel of its own: bwd_dbias makes S and dP of its tile anew for all that a bias is broadcast over, and sums them in registers)
+  DropoutParams dropout;
 };

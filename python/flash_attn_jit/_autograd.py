@@ -20,6 +20,7 @@ from ._arguments import (
 from ._options import (
     NO_TENSORS,
     TENSOR_FIELDS,
+    WITH_GRADIENT,
     Options,
     are_none,
     before_backward,
@@ -42,7 +43,8 @@ _float32, _is_grad_enabled = torch.float32, torch.is_grad_enabled
 # out, softmax_lse; softmax_lse may be None where the call did not want it
 Result = tuple[torch.Tensor, Any]
 _Gradient = torch.Tensor | None
-_SINKS = Options._fields.index("s_aux")
+# Places of the options that may have a gradient.
+_WITH_GRADIENT = [Options._fields.index(name) for name in WITH_GRADIENT]
 # All that is no input: the options, whether softmax_lse is wanted.
 _Call = tuple[Options, bool]
 
@@ -70,10 +72,10 @@ def _forward_operator(form: Form) -> Callable[..., tuple[torch.Tensor, torch.Ten
 
 
 def _gradients(ctx: Any, form: Form, dout: _Gradient, dlse: _Gradient, was_plain: bool) -> tuple[_Gradient, ...]:
-    """Of the inputs, and last of s_aux; None for those that need none."""
+    """Of the inputs, and then of attn_bias and s_aux; None for those that need none."""
     count = len(form.names)
     if dout is None and dlse is None:
-        return (None,) * (count + 1)
+        return (None,) * (count + len(_WITH_GRADIENT))
     # torch.func.grad() always comes with grad mode on; it is refused where it is differentiated again.
     if torch.is_grad_enabled() and not (torch.compiler.is_compiling() or _is_transformed()):
         _refuse_second_derivative()
@@ -84,8 +86,9 @@ def _gradients(ctx: Any, form: Form, dout: _Gradient, dlse: _Gradient, was_plain
         dout = torch.zeros_like(out, memory_format=torch.contiguous_format)
     if tensors:
         options = with_tensors(options, tensors)
-    # A plain call has no s_aux.
-    wanted = (*ctx.needs_input_grad[:count], not was_plain and ctx.needs_input_grad[count + _SINKS])
+    # A plain call knows of no options that have one.
+    of_options = (not was_plain and ctx.needs_input_grad[count + i] for i in _WITH_GRADIENT)
+    wanted = (*ctx.needs_input_grad[:count], *of_options)
     if was_plain and is_plain(dout, inputs[0], inputs[-1]) and are_plain((*inputs[1:-1], dlse, *tensors)):
         try:
             return ops.compute_gradients(form, dout, inputs, out, softmax_lse, dlse, wanted, options)
@@ -120,8 +123,7 @@ def _for_transforms(operator: Any, setup_context: Callable[..., None], backward:
 
 def _register_derivative(form: Form) -> None:
     count = len(form.names)
-    before_sinks, behind_sinks = (None,) * _SINKS, (None,) * (len(Options._fields) - _SINKS - 1)
-    without_gradient = [(count + i, name) for i, name in TENSOR_FIELDS if i != _SINKS]
+    without_gradient = [(count + i, name) for i, name in TENSOR_FIELDS if i not in _WITH_GRADIENT]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         _save(ctx, Options._make(inputs[count:]), *inputs[:count], *output)
@@ -131,8 +133,11 @@ def _register_derivative(form: Form) -> None:
         for i, name in without_gradient:
             if ctx.needs_input_grad[i]:
                 refuse_gradient(name)
-        *gradients, of_sinks = _gradients(ctx, form, dout, dlse, False)
-        return (*gradients, *before_sinks, of_sinks, *behind_sinks)
+        gradients = _gradients(ctx, form, dout, dlse, False)
+        of_options: list[_Gradient] = [None] * len(Options._fields)
+        for place, gradient in zip(_WITH_GRADIENT, gradients[count:]):
+            of_options[place] = gradient
+        return (*gradients[:count], *of_options)
 
     def save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
         pass
@@ -173,8 +178,7 @@ class _Attention(Function):
 
     @staticmethod
     def backward(ctx: Any, dout: _Gradient, dlse: _Gradient = None) -> tuple[_Gradient, ...]:
-        *gradients, _ = _gradients(ctx, SEPARATE, dout, dlse, True)
-        return (*gradients, None)
+        return (*_gradients(ctx, SEPARATE, dout, dlse, True)[:3], None)
 
 
 def _heads_second(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -195,7 +199,7 @@ class _HeadsFirstAttention(Function):
     @staticmethod
     def backward(ctx: Any, dout: _Gradient) -> tuple[_Gradient, ...]:
         dout = None if dout is None else dout.transpose(1, 2)
-        *gradients, _ = _gradients(ctx, SEPARATE, dout, None, True)
+        gradients = _gradients(ctx, SEPARATE, dout, None, True)[:3]
         return (*(None if gradient is None else gradient.transpose(1, 2) for gradient in gradients), None)
 
 
@@ -210,8 +214,7 @@ class _KvpackedAttention(Function):
 
     @staticmethod
     def backward(ctx: Any, dout: _Gradient, dlse: _Gradient = None) -> tuple[_Gradient, ...]:
-        *gradients, _ = _gradients(ctx, KVPACKED, dout, dlse, True)
-        return (*gradients, None)
+        return (*_gradients(ctx, KVPACKED, dout, dlse, True)[:2], None)
 
 
 class _QkvpackedAttention(Function):
@@ -225,8 +228,7 @@ class _QkvpackedAttention(Function):
 
     @staticmethod
     def backward(ctx: Any, dout: _Gradient, dlse: _Gradient = None) -> tuple[_Gradient, ...]:
-        *gradients, _ = _gradients(ctx, QKVPACKED, dout, dlse, True)
-        return (*gradients, None)
+        return (*_gradients(ctx, QKVPACKED, dout, dlse, True)[:1], None)
 
 
 # What Function.apply calls when it has done its Python part.
@@ -246,23 +248,30 @@ def _is_recorded() -> bool:
     return bool(jit_trace_is_on() or dispatch_modes_are_on())
 
 
-def _with_sinks(options: Options, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """All that may have a gradient."""
-    return inputs if options.s_aux is None else (*inputs, options.s_aux)
+def _needs_gradient(options: Options, inputs: Sequence[torch.Tensor]) -> bool:
+    """Whether any tensor of a call does that may have one."""
+    if not _is_grad_enabled():
+        return False
+    tensors = (*inputs, options.attn_bias, options.s_aux)
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _for_operator(options: Options, *inputs: torch.Tensor) -> Options:
     """What a transform of torch.func differentiates says nothing of it."""
     if has_cache(options):  # without gradients
         return options
-    wants_gradient = _is_grad_enabled() and any(tensor.requires_grad for tensor in _with_sinks(options, inputs))
-    return before_backward(options) if wants_gradient or _is_transformed() or _is_recorded() else options
+    return (
+        before_backward(options) if _needs_gradient(options, inputs) or _is_transformed() or _is_recorded() else options
+    )
 
 
 def _are_plain(options: Options, *inputs: torch.Tensor) -> bool:
-    """Whether the options let a call of the inputs be a plain one. One that has a gradient to give to s_aux is the
-    operator's, which knows it as an input."""
-    if options.s_aux is not None and _is_grad_enabled() and any(x.requires_grad for x in _with_sinks(options, inputs)):
+    """Whether the options let a call of the inputs be a plain one. One that has a gradient to give to attn_bias or to
+    s_aux is the operator's, which knows them as inputs."""
+    bias = options.attn_bias
+    if bias is not None and bias.requires_grad and _is_grad_enabled():
+        return False
+    if options.s_aux is not None and _needs_gradient(options, inputs):
         return False
     return are_plain(tensors_of(options))
 
@@ -282,8 +291,9 @@ def cast_for_autocast(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _reject_tangents(options: Options, **inputs: torch.Tensor) -> None:
-    if options.s_aux is not None:
-        inputs["s_aux"] = options.s_aux
+    for name in WITH_GRADIENT:
+        if getattr(options, name) is not None:
+            inputs[name] = getattr(options, name)
     for name, tensor in inputs.items():
         if forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
@@ -296,7 +306,7 @@ _WITHOUT_GRADIENT = ("seqused_k", "leftpad_k", "block_table")
 
 
 def _refuse_gradients(options: Options, out: torch.Tensor | None, *inputs: torch.Tensor) -> None:
-    if not (_is_grad_enabled() and any(tensor.requires_grad for tensor in _with_sinks(options, inputs))):
+    if not _needs_gradient(options, inputs):
         return
     given = ["out"] if out is not None else []
     given += [name for name in _WITHOUT_GRADIENT if getattr(options, name) is not None]

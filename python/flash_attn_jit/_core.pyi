@@ -83,6 +83,7 @@ def backward(
     dq: torch.Tensor | None,
     dk: torch.Tensor | None,
     dv: torch.Tensor | None,
+    dbias: torch.Tensor | None,
     delta: torch.Tensor,
     options: Options,
     dkdv_tile: str | None = None,

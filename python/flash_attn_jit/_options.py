@@ -20,7 +20,7 @@ class Options(NamedTuple):
     attn_bias: torch.Tensor | None = None
     dropout_p: float = 0.0
     dropout_seed: torch.Tensor | None = None  # (2), int32; with dropout_p
-    s_aux: torch.Tensor | None = None  # the one tensor of these that has a gradient
+    s_aux: torch.Tensor | None = None
     cu_seqlens_q: torch.Tensor | None = None  # both or neither
     cu_seqlens_k: torch.Tensor | None = None
     max_seqlen_q: int = 0  # read with cu_seqlens only
@@ -50,6 +50,9 @@ SCHEMA = ", ".join(f"{_IN_SCHEMA[_TYPES[name]]} {name}" for name in Options._fie
 
 # The fields that may be tensors, with their places.
 TENSOR_FIELDS = [(i, name) for i, name in enumerate(Options._fields) if _TYPES[name] == (torch.Tensor | None)]
+
+# Of them, those that may have a gradient, in their order.
+WITH_GRADIENT = ("attn_bias", "s_aux")
 
 _TENSORS = [i for i, _ in TENSOR_FIELDS]
 _NUMBERS = [i for i in range(len(Options._fields)) if i not in _TENSORS]

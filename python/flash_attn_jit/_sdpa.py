@@ -134,9 +134,6 @@ def _mask_refusal(query: torch.Tensor, key: torch.Tensor, mask: Any, is_causal: 
     if mask.layout is not torch.strided or mask.is_nested or mask.dtype not in _MASK_TYPES:
         came = "is a nested tensor" if mask.is_nested else f"has dtype {mask.dtype} and layout {mask.layout}"
         return Refusal("attn_mask", came, "a strided tensor of torch.bool, torch.float16 or torch.float32")
-    if mask.requires_grad and torch.is_grad_enabled():
-        came = "requires a gradient, which is not built yet"
-        return Refusal("attn_mask", came, "attn_mask.detach()", error=NotImplementedError)
     whole = (*query.shape[:-1], key.shape[-2])
     fits = 1 <= mask.dim() <= len(whole) and all(n in (1, size) for n, size in zip(mask.shape[::-1], whole[::-1]))
     # Dimensions before the heads are one for kernels: a mask has all of them or none.

@@ -128,6 +128,7 @@ class _Problem:
             dq,
             dk,
             dv,
+            None,
             torch.empty_like(softmax_lse),
             options,
             **backward_tiles,

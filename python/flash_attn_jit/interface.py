@@ -143,7 +143,7 @@ def read_options(
     if alibi_slopes is not None:
         check_tensor("alibi_slopes", alibi_slopes)
     if attn_bias is not None:
-        check_tensor("attn_bias", attn_bias)
+        check_tensor("attn_bias", attn_bias, has_gradient=True)
     if s_aux is not None:
         check_tensor("s_aux", s_aux, has_gradient=True)
         if s_aux.dtype is torch.float16:

@@ -29,7 +29,7 @@ _ROW_OF_TABLE = re.compile(r"block_table(\[\d+\])\[0\] is (-?\d+).*")
 
 _MOST_ROWS = 2**31 - 1
 
-_WITHOUT_GRADIENT = ("q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "s_aux")
+_WITHOUT_GRADIENT = ("q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "attn_bias", "s_aux")
 
 
 def _of_cache(error: ValueError) -> ValueError:
@@ -178,7 +178,8 @@ def flash_attn_with_kvcache(
         reject_what_is_no_tensor(q=q, k_cache=k_cache, v_cache=v_cache)
     _check_new(k, v, rotary_cos, rotary_sin, cache_seqlens)
     if torch.is_grad_enabled():
-        for name, tensor in zip(_WITHOUT_GRADIENT, (q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, s_aux)):
+        given = (q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, attn_bias, s_aux)
+        for name, tensor in zip(_WITHOUT_GRADIENT, given):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 refuse_gradient(name)
     if q.dim() != 4:

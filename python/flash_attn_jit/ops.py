@@ -14,7 +14,8 @@ import torch
 
 from . import _core
 from ._arguments import KV_LAYOUTS, QKV_LAYOUTS, check_packed, device_refusal, layout_refusal, reject_nested
-from ._options import SCHEMA, Options
+from ._bias_gradient import gradient_of, gradient_of_one_key, has_one_key, room_for_sums
+from ._options import SCHEMA, WITH_GRADIENT, Options
 from ._torch_internals import (
     dispatch_modes_are_on,
     function_modes_are_on,
@@ -83,35 +84,50 @@ def compute_gradients(
     wanted: Sequence[bool],
     options: Options,
 ) -> _Gradients:
-    """The gradients of `inputs` and of s_aux, past the operator, where out has the gradient `dout` and softmax_lse has
-    `dlse`; None for those that are not wanted."""
+    """The gradients of `inputs`, of attn_bias and of s_aux, past the operator, where out has the gradient `dout` and
+    softmax_lse has `dlse`; None for those that are not wanted."""
     gradients, (dq, dk, dv) = form.room(wanted, *inputs)
-    wants_sinks = wants_gradient_of_sinks(wanted, len(inputs), options)
+    bias, sinks = wanted_of_options(wanted, len(inputs), options)
+    q, k, v = form.split(*inputs)
+    sums = None if bias is None or has_one_key(bias) else room_for_sums(bias, q, k, options)
     delta = torch.empty_like(softmax_lse)
-    if wants_sinks:  # no kernel need come by rows that see no key, whose out is 0
+    if options.s_aux is not None:  # no kernel need come by rows that see no key, whose out is 0
         delta = torch.zeros_like(softmax_lse) if dlse is None else -dlse
     if dlse is not None:
         dlse = dlse.contiguous()
-    _core.backward(dout, *form.split(*inputs), out, softmax_lse, dlse, dq, dk, dv, delta, options)
+    _core.backward(dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv, sums, delta, options)
     if options.cu_seqlens_q is not None:  # see compute()
         if dq is not None and not options.max_seqlen_q:
             dq.zero_()
         if dk is not None and dv is not None and not options.max_seqlen_k:
             dk.zero_()
             dv.zero_()
-    return (*gradients, _gradient_of_sinks(softmax_lse, delta, options) if wants_sinks else None)
+    share = None if options.s_aux is None else _share_of_sinks(softmax_lse, options.s_aux)
+    of_bias = None if bias is None or sums is None else gradient_of(bias, sums)
+    if bias is not None and sums is None:
+        of_bias = gradient_of_one_key(bias, softmax_lse, delta, dlse, share, options)
+    return (*gradients, of_bias, None if sinks is None or share is None else _gradient_of_sinks(share, delta, options))
 
 
-def wants_gradient_of_sinks(wanted: Sequence[bool], inputs: int, options: Options) -> bool:
-    """`wanted` says it behind the inputs', of which there are `inputs`, or leaves it out."""
-    return options.s_aux is not None and any(wanted[inputs:])
+def wanted_of_options(
+    wanted: Sequence[bool], inputs: int, options: Options
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """attn_bias and s_aux, where their gradients are wanted. `wanted` says it behind the inputs', of which there are
+    `inputs`, or leaves it out."""
+    wants_bias, wants_sinks = (*wanted[inputs:], False, False)[:2]
+    bias = options.attn_bias
+    if bias is not None and not bias.is_floating_point():
+        bias = None
+    return bias if wants_bias else None, options.s_aux if wants_sinks else None
 
 
-def _gradient_of_sinks(softmax_lse: torch.Tensor, delta: torch.Tensor, options: Options) -> torch.Tensor:
+def _share_of_sinks(softmax_lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
     """A sink takes exp(sink - lse) of a row as a key does, with a v of 0."""
-    assert options.s_aux is not None
     # The lse of a row that the sink has to itself is rounded down: see log_sum_exp() in templates/softmax.cuh.
-    share = (options.s_aux[:, None] - softmax_lse).exp().clamp(max=1)
+    return (sinks[:, None] - softmax_lse).exp().clamp(max=1)
+
+
+def _gradient_of_sinks(share: torch.Tensor, delta: torch.Tensor, options: Options) -> torch.Tensor:
     of_rows = -share * delta
     if options.cu_seqlens_q is None:
         return of_rows.sum((0, 2))
@@ -167,8 +183,8 @@ def _room_qkvpacked(wanted: Sequence[bool], qkv: torch.Tensor) -> _Room:
 class Form:
     """One way to give q, k and v. Gradients lie in the tensors' gradients alike: what is packed is never copied."""
 
-    # The operators. A gradient that is not wanted comes from the operator as a tensor without elements; the last is
-    # s_aux's.
+    # The operators. A gradient that is not wanted comes from the operator as a tensor without elements; the last
+    # two are attn_bias's and s_aux's.
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     backward: Callable[..., tuple[torch.Tensor, ...]]
     # The same inside the transforms of torch.func.
@@ -246,11 +262,11 @@ def _define_backward(form: Form, name: str) -> None:
         _check_devices(names, (dout, *arguments))
         wanted, options = arguments[count + 3], Options._make(arguments[count + 4 :])
         gradients, _ = form.room(wanted, *arguments[:count])
-        sinks = options.s_aux if wants_gradient_of_sinks(wanted, count, options) else None
-        return returned(dout, (*gradients, None if sinks is None else torch.empty_like(sinks)))
+        of_options = wanted_of_options(wanted, count, options)
+        return returned(dout, (*gradients, *(None if x is None else _empty_like(x) for x in of_options)))
 
     tensors = ", ".join(f"Tensor {name}" for name in ("dout", *form.names, "out", "softmax_lse"))
-    gradients = ", ".join(f"Tensor d{name}" for name in (*form.names, "s_aux"))
+    gradients = ", ".join(f"Tensor d{name}" for name in (*form.names, *WITH_GRADIENT))
     form.backward = _define(
         name, f"({tensors}, Tensor? dlse, bool[] wanted, {SCHEMA}) -> ({gradients})", backward, fake
     )

@@ -97,9 +97,7 @@ FlashBwdParams params_of(const BackwardRequest& request) {
   }
   params.softmax_scale = static_cast<float>(request.options.softmax_scale);
   params.dlse = request.dlse;
-<<<<<<< HEAD
   params.dropout = dropout_params(request.options);
-=======
   if (request.dbias) {
     const auto& [batches, heads, rows, keys] = request.dbias->shape;
     params.dbias = {request.dbias->data,
@@ -110,7 +108,6 @@ FlashBwdParams params_of(const BackwardRequest& request) {
                     static_cast<int>(rows),
                     static_cast<int>(keys)};
   }
->>>>>>> 8371f9a (The gradient of attn_bias as a kernel of its own: bwd_dbias makes S and dP of its tile anew for all that a bias is broadcast over, and sums them in registers)
   return params;
 }
 

@@ -309,7 +309,7 @@ def test_opcheck():
     q, k, v, sinks = (x.detach() for x in (q, k, v, sinks))
     options = options._replace(s_aux=sinks)
     dout = normal(*out.shape, seed=9)
-    for wanted in ([True] * 4, [True] * 3, [False, False, False, True]):
+    for wanted in ([True] * 5, [True] * 3, [False] * 4 + [True]):
         torch.library.opcheck(BACKWARD, (dout, q, k, v, out, lse, None, wanted, *options))
 
 
