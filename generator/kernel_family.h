@@ -56,6 +56,8 @@ struct KernelFamily {
   int (*registers)(const KernelSpec&);  // a thread's, at the least
 
   bool is_tuned = true;  // whether the tuner has problems for it
+  // Whether its default tiles are chosen by what they cost: see tile_costs.h.
+  constexpr bool has_tile_costs() const { return is_tuned && products > 0; }
 
   // Which tiles there are.
   std::optional<std::string> (*check_tile)(const KernelSpec&);  // nothing, or why it is not one of this family's

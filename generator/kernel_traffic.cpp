@@ -22,7 +22,8 @@ double kernel_traffic(const KernelSpec& spec, double queries, double keys, doubl
   const RowTraffic rows = row_traffic(spec.kind);
   const double row_bytes = spec.head_dim * kElementBytes;
   return queries * (rows.query_rows * row_bytes + rows.query_numbers * kNumberBytes) +
-         keys * rows.key_rows * row_bytes + pairs * spec.features.pair_bytes();
+         keys * rows.key_rows * row_bytes +
+         pairs * spec.features.pair_bytes() * (family_of(spec.kind).results.dbias ? 2 : 1);  // read, and written
 }
 
 }  // namespace flash_attn_jit

@@ -186,7 +186,7 @@ bool has_default_tile(const KernelSpec& spec, std::int64_t seqlen_k) {
 }
 
 double expected_cycles(const KernelSpec& spec, const TileConfig& tile, const Problem& problem) {
-  if (family_of(spec.kind).products == 0) return 0;  // no main loop, one tile
+  if (!family_of(spec.kind).has_tile_costs()) return 0;  // one tile
   const TileCost cost = tile_cost(spec, tile);
   if (family_of(spec.kind).warps_share_rows) {
     KernelSpec with_tile = spec;

@@ -19,12 +19,12 @@ constexpr TileCosts kCosts[] = {
 #include "generator/tile_costs.inc"
 };
 
-// Where the data of a kind begin: they stand in the order of the kinds, without those that have no main loop.
+// Where the data of a kind begin: they stand in the order of the kinds, without those that have none.
 std::size_t first_of(KernelKind kind) {
   std::size_t before = 0;
   for (const KernelKind other : kKernelKinds) {
     if (other == kind) break;
-    before += family_of(other).products > 0;
+    before += family_of(other).has_tile_costs();
   }
   return before * kAllMasks.size() * kDimSteps;
 }
@@ -50,8 +50,7 @@ TileCost scaled_to(const TileConfig& tile, const TileCost& known) {
 }  // namespace
 
 const TileCost& nearest_cost(const KernelSpec& spec, const TileConfig& tile) {
-  if (family_of(spec.kind).products == 0)
-    throw Error("there are no costs for a kernel without a main loop: " + spec.text());
+  if (!family_of(spec.kind).has_tile_costs()) throw Error("there are no costs for such a kernel: " + spec.text());
   const auto mask = static_cast<std::size_t>(std::ranges::find(kAllMasks, spec.mask) - kAllMasks.begin());
   const std::size_t place =
       first_of(spec.kind) + mask * kDimSteps + static_cast<std::size_t>(spec.padded_head_dim() / 16 - 1);

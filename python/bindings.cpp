@@ -102,13 +102,15 @@ std::vector<std::string> select_kernel_texts(const std::vector<std::string>& kin
 struct FamilyFacts {
   std::string word;
   int products;
+  bool has_tile_costs;
   RowTraffic traffic;
 };
 
 std::vector<FamilyFacts> kernel_families() {
   std::vector<FamilyFacts> families;
   for (const KernelKind kind : kKernelKinds)
-    families.push_back({std::string(to_text(kind)), family_of(kind).products, row_traffic(kind)});
+    families.push_back(
+        {std::string(to_text(kind)), family_of(kind).products, family_of(kind).has_tile_costs(), row_traffic(kind)});
   return families;
 }
 
@@ -167,6 +169,7 @@ void bind_kernel_families(py::module_& module) {
   py::class_<FamilyFacts>(module, "KernelFamily", "A kind of kernel: what it multiplies and moves.")
       .def_readonly("word", &FamilyFacts::word)
       .def_readonly("products", &FamilyFacts::products)
+      .def_readonly("has_tile_costs", &FamilyFacts::has_tile_costs)
       .def_property_readonly("query_rows", [](const FamilyFacts& facts) { return facts.traffic.query_rows; })
       .def_property_readonly("key_rows", [](const FamilyFacts& facts) { return facts.traffic.key_rows; })
       .def_property_readonly("query_numbers", [](const FamilyFacts& facts) { return facts.traffic.query_numbers; });

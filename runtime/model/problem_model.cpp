@@ -230,9 +230,9 @@ ProblemPrediction predict(const KernelSpec& spec, const ProblemSize& size, const
   // What a block reads and writes once comes at its share of DRAM's bandwidth, where the cost of a block has it at the
   // load/store unit's: with equal blocks all multiprocessors do this at the same time.
   const double of_block = static_cast<double>(spec.tile.block_m) * spec.head_dim * kElementBytes *
-                          (owns_keys              ? 4
-                           : family.products == 3 ? 3
-                                                  : 2);
+                          (family.results.dkdv ? 4
+                           : family.results.dq ? 3
+                                               : 2);
   const double bytes_per_cycle = card.dram_bytes_per_second / card.sustained_mhz / 1e6 / card.multiprocessors;
   const double extra =
       std::max(0.0, of_block / bytes_per_cycle - of_block / MultiprocessorModel().shared_bytes_per_cycle);
