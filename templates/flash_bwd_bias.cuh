@@ -1,12 +1,12 @@
-// Backward: the gradient of attn_bias. It is that of the scores that the bias was added to, summed over what the bias was
-// broadcast over:
+// Backward: the gradient of attn_bias. It is that of the scores that the bias was added to, summed over what the bias
+// was broadcast over:
 //
 //   S = scale Q K^T, then score features     P = exp(S - lse)     dP = dO V^T     dbias = sum of P (dP - delta)
 //
 // A block owns kBlockM keys of a part of the gradient, and of its rows kBlockN or the only one. It makes S and dP anew
-// for every sequence and head that it adds up, one after the other, and adds in registers: the order is the same at every
-// call. As where dK is made, rows of the products are keys: K and V stay with the warps while the queries of one head, or
-// those of a group's heads, go by.
+// for every sequence and head that it adds up, one after the other, and adds in registers: the order is the same at
+// every call. As where dK is made, rows of the products are keys: K and V stay with the warps while the queries of one
+// head, or those of a group's heads, go by.
 #pragma once
 
 #include "accumulator.cuh"
@@ -27,8 +27,8 @@ struct FlashBwdBiasTile {
   static constexpr int kThreads = Traits::kNWarps * 32;
   using Fragments = RowFragments<Traits, kRowsPerWarp, kDims, Traits::kRegisterDims>;
 
-  // Shared memory: a tile of Q, one of dO and their statistics, then for each warp its rows of K and of V beyond the dims
-  // in registers, and where these come in.
+  // Shared memory: a tile of Q, one of dO and their statistics, then for each warp its rows of K and of V beyond the
+  // dims in registers, and where these come in.
   static constexpr int kTileBytes = Traits::kBlockN * row_pitch(kDims);
   static constexpr int kStatisticsBegin = 2 * kTileBytes;
   static constexpr int kWarpsBegin = kStatisticsBegin + Traits::kBlockN * kStatisticsBytes;

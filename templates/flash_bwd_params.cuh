@@ -4,8 +4,8 @@
 #include "attention_params.cuh"
 
 // What the gradient of attn_bias goes into: (batches, heads, rows, keys), contiguous. An element is the sum over
-// ceil(sequences / batches) sequences and ceil(num_heads / heads) query heads, neighbours each, and with one row over all
-// queries.
+// ceil(sequences / batches) sequences and ceil(num_heads / heads) query heads, neighbours each, and with one row over
+// all queries.
 struct BiasGradientParams {
   void* data;
   bool is_float32;  // or float16

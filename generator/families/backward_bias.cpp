@@ -1,5 +1,5 @@
-// Backward: the gradient of an attn_bias of numbers; S = K Q^T, dP = V dO^T, of every sequence and head that the bias is
-// broadcast over.
+// Backward: the gradient of an attn_bias of numbers; S = K Q^T, dP = V dO^T, of every sequence and head that the bias
+// is broadcast over.
 #include <array>
 
 #include "generator/families/families.h"
@@ -11,8 +11,8 @@ namespace {
 
 constexpr LoopSchedule kNoSchedule = {0, 0, 0};
 
-// By what the model says of a T4: to head dim 64 two blocks stand on a multiprocessor, and one hides what the other waits
-// for where it begins with new keys. Above, more queries a block, which would read keys less often, spill.
+// By what the model says of a T4: to head dim 64 two blocks stand on a multiprocessor, and one works while the other
+// waits for new keys. Above, more queries a block, which would read keys less often, spill.
 constexpr std::array kRows = {
     TileRow{64, {.block_m = 64, .block_n = 64, .warps = 4, .register_dims = 64, .schedule = kNoSchedule}},
     TileRow{128, {.block_m = 128, .block_n = 48, .warps = 8, .register_dims = 128, .schedule = kNoSchedule}},

@@ -108,12 +108,11 @@ def route_sdpa() -> SdpaRouter:
     not counted. A program that torch.export traces has PyTorch's operator: it may run where this library is not. In
     that thread every function of torch costs the host a detour through Python, about 1 us.
 
-    Falls back, with the reason counted: a dropout_p of 1, an attn_mask that needs a gradient, a
-    dtype other than float16 (after autocast), CPU tensors without the interpreter, GPUs older than sm_75, nested,
-    sparse and subclassed tensors, shapes that would be broadcast, value head dims other than query's, head dims over
-    256, a last dimension that is not contiguous, forward-mode differentiation and ``torch.func.grad``. Also left to
-    PyTorch, but not counted: calls under ``torch.vmap``, of jagged nested tensors, on the meta device and on devices
-    that are neither the CPU nor CUDA.
+    Falls back, with the reason counted: a dropout_p of 1, a dtype other than float16 (after autocast), CPU tensors
+    without the interpreter, GPUs older than sm_75, nested, sparse and subclassed tensors, shapes that would be
+    broadcast, value head dims other than query's, head dims over 256, a last dimension that is not contiguous,
+    forward-mode differentiation and ``torch.func.grad``. Also left to PyTorch, but not counted: calls under
+    ``torch.vmap``, of jagged nested tensors, on the meta device and on devices that are neither the CPU nor CUDA.
 
     What differs from PyTorch's own: a routed call has no second derivative (create_graph=True is an error there), its
     output may not be changed in place, and ``torch.nn.attention.sdpa_kernel`` chooses among PyTorch's backends alone:

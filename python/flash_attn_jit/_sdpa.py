@@ -44,7 +44,7 @@ def sdpa(
             ``torch.nn.attention.bias``: ``causal_upper_left(seqlen_q, seqlen_k)``, which is what is_causal does, or
             ``causal_lower_right(seqlen_q, seqlen_k)``: query i sees key j where j <= i + seqlen_k - seqlen_q. A query
             that sees no key gives 0. Masks are read through their strides and not copied, but for one of more than 4
-            dimensions that is expanded over some of those before the heads. They have no gradient yet.
+            dimensions that is expanded over some of those before the heads. One of numbers has a gradient.
         dropout_p: the share of the probabilities that become 0: see ``flash_attn_func``. From 0.0 to below 1.0.
         is_causal: query i sees key j where j <= i.
         scale: a factor for the scores before the softmax; 1/sqrt(head_dim) where None.
@@ -57,7 +57,7 @@ def sdpa(
     Raises:
         ValueError: an argument that does not fit; names it, what came and what is accepted.
         UnsupportedError: a ValueError for bfloat16, a head dim or a GPU that these kernels do not have.
-        NotImplementedError: an attn_mask that needs a gradient; a backward pass with create_graph=True.
+        NotImplementedError: a backward pass with create_graph=True.
     """
     if not (isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)):
         reject_what_is_no_tensor(query=query, key=key, value=value)

@@ -56,7 +56,8 @@ _SHARED: dict[str, str] = {
         attn_bias: bool, float16 or float32, of a shape that broadcasts to (batch, num_heads, seqlen_q, seqlen_k)
             (varlen: the longest sequences'), read through its strides. False hides a key from a query; a number is
             added to the score, after the softcap, and -inf hides; below -1e15 it counts as that. A query that sees no
-            key has out 0 and softmax_lse +inf, one all of whose numbers are below -1e6 no gradients.
+            key has out 0 and softmax_lse +inf, one all of whose numbers are below -1e6 no gradients. Numbers have a
+            gradient where q may have one, of attn_bias's shape and dtype, summed in float32.
 """,
     "sinks": """
         s_aux: (num_heads), float32 or float16: a logit of each head, a sink, that takes part in the softmax of its rows
@@ -207,7 +208,7 @@ def flash_attn_func(
     num_splits: int = 0,
 ) -> Output:
     """Attention: softmax(q k^T * softmax_scale + mask) v, head by head, in fp16 with fp32 accumulation. Differentiable
-    in q, k, v and s_aux; the gradients are the same bits every time.
+    in q, k, v, attn_bias and s_aux; the gradients are the same bits every time.
 
     {running}
 
@@ -391,7 +392,7 @@ def flash_attn_varlen_func(
     num_splits: int = 0,
 ) -> Output:
     """``flash_attn_func`` for sequences of different lengths, one after the other without padding. Differentiable in q,
-    k, v and s_aux; the gradients are the same bits every time.
+    k, v, attn_bias and s_aux; the gradients are the same bits every time.
 
     {running}
 

@@ -18,9 +18,8 @@ struct KeyGradients {
 };
 
 // What attn_bias's gradient is written into: (batches, heads, rows, keys), contiguous, float16 or float32. Rows are
-// attn_bias's, 1 where it is the same for all queries, and keys the problem's. Where attn_bias has 1 of its first two
-// dimensions, an element is the sum over all sequences, or heads, or these are shared out: dbias may have more, whose sum
-// the caller makes.
+// attn_bias's, 1 where it is the same for all queries, and keys the problem's. Where attn_bias is the same for all
+// sequences, or heads, there is 1 for the sum over them, or more, among which they are shared out: the caller adds these.
 struct BiasGradient {
   void* data = nullptr;
   PairType type = PairType::kFloat32;
@@ -38,10 +37,10 @@ struct BackwardRequest {
   const float* dlse = nullptr;         // like softmax_lse: its gradient; null: it has none
   float* delta = nullptr;              // like softmax_lse: room for what one kernel leaves to the next
   AttentionOptions options;
-  // Force these tiles; none: the target's chooser decides. With the last of the first four its kernel is taken, without it but with
-  // one of the others the other three.
+  // Force these tiles; none: the target's chooser decides. With the last of these its kernel is taken, without it but
+  // with one of the others the other three.
   std::optional<TileConfig> preprocess_tile, dkdv_tile, dq_tile, all_keys_tile;
-  std::optional<TileConfig> dbias_tile;  // as well, whatever the others are
+  std::optional<TileConfig> dbias_tile;  // of its kernel, whichever the others are
 };
 
 // Of them, the one of a kind.

@@ -53,8 +53,9 @@ def check(q, k, v, bias, with_lse=False, with_others=False, s_aux=None, **option
     """The gradient of attn_bias, and those of q, k and v where they are asked for too."""
     inputs = [*(leaves(q, k, v) if with_others else (q, k, v)), *leaves(bias)]
     out, lse, _ = flash_attn_func(*inputs[:3], attn_bias=inputs[3], s_aux=s_aux, return_attn_probs=True, **options)
-    dout = normal(*out.shape, seed=9)
-    dlse = torch.where(lse.detach() == INF, math.nan, normal(*lse.shape, seed=7).float()) if with_lse else None
+    dout, dlse = normal(*out.shape, seed=9, device=str(q.device)), None
+    if with_lse:
+        dlse = torch.where(lse.detach() == INF, math.nan, normal(*lse.shape, seed=7, device=str(q.device)).float())
     outputs, given = ((out, lse), (dout, dlse)) if with_lse else ((out,), (dout,))
     *got, of_bias = torch.autograd.grad(outputs, inputs if with_others else inputs[3:], given)
     *expected, exact_of_bias = exact_gradients(

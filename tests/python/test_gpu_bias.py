@@ -29,6 +29,7 @@ from test_bias import (
     values_of,
     whole_of,
 )
+from test_bias_gradient import check as check_with_its_gradient
 
 from flash_attn_jit import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, route_sdpa, sdpa
 
@@ -185,6 +186,31 @@ def test_one_graph_serves_every_content_of_a_mask(dtype):
         check_attention(replayed[0].detach(), None, q.detach(), k.detach(), v.detach(), attn_bias=mask)
 
 
+FLOATS = [torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("number", "ones"), list(enumerate(BROADCASTS)), ids=str)
+def test_its_gradient(number, ones, dtype):
+    seqlen_q, seqlen_k = SEQLENS[number % 3]
+    layout = LAYOUTS[number % len(LAYOUTS)]
+    head_dim = (*HEAD_DIMS, 256)[number // 3 % 4]
+    q, k, v = normal_qkv(2, seqlen_q, seqlen_k - (layout == "odd width"), 4, 2, head_dim, device="cuda")
+    bias = bias_of(whole_of(q, k), dtype, layout, ones, device="cuda")
+    check_with_its_gradient(q, k, v, bias, with_lse=bool(number % 2), with_others=True, causal=number % 3 == 1)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("ones", [(True, True, False, False), (True, False, False, False), (False, True, True, False)])
+def test_its_gradient_has_the_same_bits_every_time(ones, dtype):
+    q, k, v = normal_qkv(4, 520, 1096, 4, 2, 64, device="cuda")
+    bias = bias_of(whole_of(q, k), dtype, ones=ones, device="cuda").requires_grad_()
+    dout = normal(*q.shape, seed=9, device="cuda")
+    first = torch.autograd.grad(flash_attn_func(q, k, v, attn_bias=bias), bias, dout)[0]
+    for _ in range(20):
+        assert torch.equal(torch.autograd.grad(flash_attn_func(q, k, v, attn_bias=bias), bias, dout)[0], first)
+
+
 def peak(function: Any) -> int:
     """Bytes above what is allocated before."""
     function()
@@ -207,6 +233,17 @@ def test_nothing_is_copied(dtype, shape):
 
     plain = peak(step)
     assert peak(lambda: step(attn_bias=bias)) <= plain + 2**20 < plain + 4096 * 4096
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 4096), (1, 4, 4096, 4096), (1, 1, 4096, 4096), (4, 4096, 1)], ids=str)
+def test_what_its_gradient_takes(shape):
+    q, k, v = (t.requires_grad_() for t in normal_qkv(2, 4096, 4096, 4, 4, 64, device="cuda"))
+    bias = values_of(shape, torch.float16, device="cuda").requires_grad_()
+
+    def step(*wanted):
+        torch.autograd.grad(flash_attn_func(q, k, v, attn_bias=bias).sum(), (q, k, v, *wanted))
+
+    assert peak(lambda: step(bias)) <= peak(step) + bias.numel() * 2 + 2**20
 
 
 def test_sdpa_and_the_router():
