@@ -81,7 +81,8 @@ _SAFETY = 2.0  # several roundings come together
 def exact_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, scores: Scores
 ) -> dict[str, Exact]:
-    """out, dq, dk and dv of one sequence, (seqlen, heads, head_dim) each. A query that sees no key has out 0.
+    """out, dq, dk and dv of one sequence, (seqlen, heads, head_dim) each, and "dbias", (num_heads, seqlen_q, seqlen_k),
+    of which summed_bias() makes a bias's gradient. A query that sees no key has out 0.
 
     What is allowed follows the roundings that the kernels cannot avoid: P, dS and the results become float16, out does
     before it is multiplied with dout.
@@ -108,22 +109,37 @@ def exact_attention(
     out, dv = p @ v, p.transpose(1, 2) @ dout
     dp = dout @ v.transpose(1, 2)
     delta = (dout * out).sum(-1, keepdim=True)
-    ds = p * (dp - delta) * slope
+    dbias = p * (dp - delta)
+    ds = dbias * slope
     dq, dk = ds @ k * scale, ds.transpose(1, 2) @ q * scale
 
     p_error = (_HALF + _SCORE) * p + _LEAST_HALF * seen
     delta_error = _HALF * (dout.abs() * out.abs()).sum(-1, keepdim=True)
-    ds_error = _HALF * ds.abs() + p * slope * (delta_error + _SCORE * (dp.abs() + delta.abs())) + _LEAST_HALF * seen
+    dbias_error = p * (delta_error + _SCORE * (dp.abs() + delta.abs()))
+    ds_error = _HALF * ds.abs() + slope * dbias_error + _LEAST_HALF * seen
     errors = {
         "out": (out, p_error @ v.abs()),
         "dq": (dq, ds_error @ k.abs() * scale),
         "dk": (dk, ds_error.transpose(1, 2) @ q.abs() * scale),
         "dv": (dv, p_error.transpose(1, 2) @ dout.abs()),
     }
-    return {
+    found = {
         name: _summed(value, error, group_size if name in ("dk", "dv") else 1)
         for name, (value, error) in errors.items()
     }
+    return {**found, "dbias": Exact(dbias, dbias_error)}
+
+
+def summed_bias(sequences: list[Exact], bias: torch.Tensor) -> Exact:
+    """The gradient of a bias of 4 dimensions, out of each sequence's dbias."""
+    ones = [d for d, size in enumerate(bias.shape) if size == 1]
+
+    def summed(parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(parts).sum(ones, keepdim=True) if ones else torch.stack(parts)
+
+    value = summed([each.value for each in sequences])
+    error = summed([each.allowed for each in sequences])
+    return Exact(value, _SAFETY * (error + _HALF * value.abs() + _LEAST_HALF))
 
 
 def allowed_of_out(out: torch.Tensor, weighed: torch.Tensor) -> torch.Tensor:

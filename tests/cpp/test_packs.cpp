@@ -441,12 +441,28 @@ TEST_CASE("numbers of a kernel file that no int holds are a fault") {
   }
 }
 
+TEST_CASE("kernels of attn_bias's gradient come with the kernels of an attn_bias of numbers") {
+  KernelSelection selection;
+  selection.kinds = {KernelKind::kBackwardBias};
+  selection.head_dims = {64};
+  selection.masks = {Mask::kNone};
+  selection.group_sizes = {1};
+  CHECK(select_kernels(selection, arch_limits(75)).empty());
+  for (const auto& [feature, count] :
+       {std::pair{Feature::kBias16, 2}, {Feature::kBias32, 2}, {Feature::kBoolMask, 0}}) {
+    selection.features = {};
+    selection.features[static_cast<std::size_t>(feature)].on = true;
+    CHECK(select_kernels(selection, arch_limits(75)).size() == count);  // with either access
+  }
+}
+
 TEST_CASE("the default pack: kinds, head dims, masks and groups, all legal on a T4") {
   const std::vector<KernelSpec> specs = select_kernels(default_pack(), arch_limits(75));
   CHECK(specs.size() > 150);
   CHECK(specs.size() < 400);  // a wheel that is small enough for a notebook
   for (const KernelKind kind : kKernelKinds)
     for (const int head_dim : {64, 128})
-      CHECK(family_of(kind).results.dbias != std::any_of(specs.begin(), specs.end(),
-                        [&](const KernelSpec& spec) { return spec.kind == kind && spec.head_dim == head_dim; }));
+      CHECK(family_of(kind).results.dbias != std::any_of(specs.begin(), specs.end(), [&](const KernelSpec& spec) {
+              return spec.kind == kind && spec.head_dim == head_dim;
+            }));
 }

@@ -11,7 +11,7 @@ from attention_reference import attention, exact_gradients, normal
 from conftest import run_module
 
 import flash_attn_jit
-from flash_attn_jit._reference import Scores, exact_attention
+from flash_attn_jit._reference import Scores, exact_attention, summed_bias
 from flash_attn_jit.bench import prediction
 from flash_attn_jit.bench.problem import BACKWARD, FORWARD, Problem
 from flash_attn_jit.check import __main__ as check, cache, card, cases, speed
@@ -45,6 +45,20 @@ def test_the_reference_is_that_of_the_tests(scores, options):
         assert found[name].allowed.shape == exact[0].shape and (found[name].allowed > 0).all()
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 19, 23), (1, 4, 19, 23), (2, 1, 1, 23)], ids=str)
+def test_the_reference_of_a_bias_is_that_of_the_tests(shape):
+    q, dout = (normal(2, 19, 4, 24, seed=seed) for seed in (1, 4))
+    k, v = (normal(2, 23, 2, 24, seed=seed) for seed in (2, 3))
+    bias = normal(*shape, seed=5).double().requires_grad_()
+    out = attention(q, k, v, causal=True, softcap=3.0, attn_bias=bias)[0]
+    (expected,) = torch.autograd.grad(out, bias, dout.double())
+    scores = [Scores(causal=True, softcap=3.0, bias=bias.detach()[b % shape[0]]) for b in range(2)]
+    sequences = [exact_attention(q[b], k[b], v[b], dout[b], scores[b])["dbias"] for b in range(2)]
+    found = summed_bias(sequences, bias)
+    torch.testing.assert_close(found.value, expected, atol=1e-10, rtol=1e-10)
+    assert found.allowed.shape == shape and (found.allowed > 0).all()
+
+
 def test_a_query_without_keys_has_no_output():
     q, dout = (normal(5, 1, 8, seed=seed) for seed in (1, 4))
     k, v = (normal(2, 1, 8, seed=seed) for seed in (2, 3))
@@ -66,6 +80,7 @@ def exact_results(case):
     inputs = cases._inputs(case, "cpu")
     q, k, v, dout = (inputs[name][0] for name in ("q", "k", "v", "dout"))
     exact = exact_attention(q, k, v, dout, Scores(case.causal))
+    del exact["dbias"]
     return inputs, {name: each.value[None].half() for name, each in exact.items()}, exact
 
 
@@ -83,6 +98,16 @@ def test_one_wrong_element_is_found(name, change):
     compared = cases.compare(CASE, {**results, name: wrong}, inputs)
     assert not compared["right"]
     assert [each for each, found in compared["tensors"].items() if not found["share_of_allowed"] <= 1] == [name]
+
+
+def test_one_wrong_element_of_a_biass_gradient_is_found():
+    case = next(case for case in cases.small_cases() if case.name == "float16 bias, softcap")
+    inputs = cases._inputs(case, "cpu")
+    results = cases._run(case, inputs, "cpu")
+    assert cases.compare(case, results, inputs)["right"]
+    results["dbias"][0, 1, 5, 7] += 0.02
+    compared = cases.compare(case, results, inputs)["tensors"]
+    assert [name for name, found in compared.items() if not found["share_of_allowed"] <= 1] == ["dbias"]
 
 
 CACHE = CacheCase("cache", head_dim=32, heads_k=2, queries=3, page_size=5, used=(41, 0, 7))

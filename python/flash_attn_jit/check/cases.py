@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import flash_attn_func, flash_attn_varlen_func
-from .._reference import Exact, Scores, exact_attention
+from .._reference import Exact, Scores, exact_attention, summed_bias
 from . import cache
 from .cache import CacheCase
 
@@ -148,12 +148,16 @@ def _sinks(case: Case, device: str) -> torch.Tensor | None:
 
 def _run(case: Case, inputs: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
     q, k, v = (inputs[name].detach().requires_grad_() for name in "qkv")
+    bias = _mask(case, device)
+    wanted = {"dq": q, "dk": k, "dv": v}
+    if bias is not None and bias.is_floating_point():
+        wanted["dbias"] = bias.requires_grad_()
     options: dict[str, Any] = {
         "causal": case.causal,
         "window_size": case.window,
         "softcap": case.softcap,
         "alibi_slopes": _slopes(case, device),
-        "attn_bias": _mask(case, device),
+        "attn_bias": bias,
         "s_aux": _sinks(case, device),
     }
     if case.is_varlen:
@@ -162,8 +166,8 @@ def _run(case: Case, inputs: dict[str, torch.Tensor], device: str) -> dict[str, 
     else:
         out = flash_attn_func(q, k, v, **options)
     assert isinstance(out, torch.Tensor)
-    dq, dk, dv = torch.autograd.grad(out, (q, k, v), inputs["dout"])
-    return {"out": out.detach(), "dq": dq, "dk": dk, "dv": dv}
+    gradients = torch.autograd.grad(out, tuple(wanted.values()), inputs["dout"])
+    return {"out": out.detach(), **dict(zip(wanted, gradients))}
 
 
 def _sequences(case: Case) -> Iterator[tuple[Any, Any]]:
@@ -192,11 +196,16 @@ def compare(case: Case, results: dict[str, torch.Tensor], inputs: dict[str, torc
     plain = Scores(case.causal, case.window, case.softcap, _slopes(case, device), s_aux=_sinks(case, device))
     mask = _mask(case, device)
     worst = {name: [(0.0, 0.0)] for name in results}
+    of_bias = []
     for b, (rows_q, rows_k) in enumerate(_sequences(case)):
         scores = plain if mask is None else replace(plain, bias=mask[min(b, len(mask) - 1)])
         q, dout, k, v = inputs["q"][rows_q], inputs["dout"][rows_q], inputs["k"][rows_k], inputs["v"][rows_k]
-        for name, exact in exact_attention(q, k, v, dout, scores).items():
-            worst[name].append(_worst(results[name][rows_k if name in ("dk", "dv") else rows_q], exact))
+        exact = exact_attention(q, k, v, dout, scores)
+        of_bias.append(exact.pop("dbias"))
+        for name, each in exact.items():
+            worst[name].append(_worst(results[name][rows_k if name in ("dk", "dv") else rows_q], each))
+    if mask is not None and "dbias" in results:
+        worst["dbias"].append(_worst(results["dbias"], summed_bias(of_bias, mask)))
     return _judged(worst)
 
 
