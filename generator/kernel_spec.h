@@ -25,11 +25,10 @@ enum class KernelKind : std::uint8_t {
   kDecodeCombine,
   kAppend,
 };
-inline constexpr std::array kKernelKinds = {KernelKind::kForward,         KernelKind::kBackwardPreprocess,
-                                            KernelKind::kBackwardDkDv,    KernelKind::kBackwardDq,
-                                            KernelKind::kBackwardAllKeys, KernelKind::kBackwardBias,
-                                            KernelKind::kDecode,          KernelKind::kDecodeCombine,
-                                            KernelKind::kAppend};
+inline constexpr std::array kKernelKinds = {
+    KernelKind::kForward,    KernelKind::kBackwardPreprocess, KernelKind::kBackwardDkDv,
+    KernelKind::kBackwardDq, KernelKind::kBackwardAllKeys,    KernelKind::kBackwardBias,
+    KernelKind::kDecode,     KernelKind::kDecodeCombine,      KernelKind::kAppend};
 
 inline constexpr int kMostHeadDim = 256;
 
