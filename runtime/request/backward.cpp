@@ -135,8 +135,8 @@ BackwardLaunch lay_out(KernelSpec spec, KernelKind kind, const std::optional<Til
   return launch;
 }
 
-// The kernel of attn_bias's gradient, whose blocks own keys and rows of that. One row there is the sum over all queries;
-// an attn_bias that is expanded, and so read as if it had one, has a gradient for each of them.
+// The kernel of attn_bias's gradient, whose blocks own keys and rows of that. One row is the sum over all queries; an
+// attn_bias that is expanded, and so read as if it had one, has a gradient for each of them.
 BackwardLaunch lay_out_bias(KernelSpec spec, const BackwardRequest& request, const FlashBwdParams& params,
                             const PlanTarget& target, const Problem& problem) {
   const auto& [batches, heads, rows, keys] = request.dbias->shape;
