@@ -18,6 +18,8 @@ _folder = tempfile.TemporaryDirectory(prefix="flash-attn-jit-tests-")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of the process that starts them
     os.environ["FLASH_ATTN_JIT_CACHE_DIR"] = str(Path(_folder.name) / "cache")
 os.environ["FLASH_ATTN_JIT_INTERPRET"] = "1"
+# What tests compute is small and workers share the cores: torch's other threads would wait for each other, busily.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 for _variable in ("FLASH_ATTN_JIT_PREBUILT", "FLASH_ATTN_JIT_TEMPLATES", "FLASH_ATTN_JIT_OFFLINE"):
     os.environ.pop(_variable, None)
 
