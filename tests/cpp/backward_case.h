@@ -33,7 +33,8 @@ struct BackwardCase {
 
 inline const ForwardCase& problem_of(const BackwardCase& c) { return c.forward; }
 
-// The tensors of a case: inputs freshly drawn, out and softmax_lse as the forward kernel makes them.
+// The tensors of a case: inputs freshly drawn, out and softmax_lse as float64 has them, rounded: a forward kernel would
+// take as long to compile as a backward one, and has tests of its own.
 struct BackwardTensors {
   explicit BackwardTensors(const BackwardCase& c);
 
@@ -54,6 +55,7 @@ struct BackwardTensors {
 
  private:
   void make_room_for_dbias(bool shares_out);
+  void fill_results();
   void lay_out_dout(DoutLayout layout);
 
   std::vector<std::uint8_t> dbias_bytes_;

@@ -95,6 +95,14 @@ std::vector<Case> pick(const std::vector<Case>& cases, Share share) {
   return kept;
 }
 
+// This program's share of the cases of these texts.
+template <class Case>
+std::vector<Case> listed(const std::vector<std::string>& texts) {
+  std::vector<Case> cases;
+  for (const std::string& text : texts) cases.push_back(Case::parse(text));
+  return pick(cases, share_of_few());
+}
+
 // The values that a case's choices have, as words of its text.
 std::set<std::string> values_of(const ForwardCase& c);
 

@@ -65,12 +65,6 @@ const std::vector<std::string> kEdges = {
     "hdim33 full varlen3 sq40 sk50 doutapart",
 };
 
-std::vector<BackwardCase> edge_cases() {
-  std::vector<BackwardCase> cases;
-  for (const std::string& text : kEdges) cases.push_back(BackwardCase::parse(text));
-  return cases;
-}
-
 std::vector<TileConfig> backward_tiles(KernelKind kind, const ForwardCase& c) {
   KernelSpec spec;
   spec.kind = kind;
@@ -180,7 +174,7 @@ void check_all_backward(const std::vector<BackwardCase>& cases) {
 }  // namespace
 
 TEST_CASE("backward: edges of tiles, masks, groups, layouts and scales (FLASH_ATTN_JIT_TEST_ALL=1)") {
-  if (tests_all()) check_all_backward(edge_cases());
+  if (tests_all()) check_all_backward(listed<BackwardCase>(kEdges));
 }
 
 TEST_CASE("backward: every head dim, length, mask, layout and input, pair by pair") {
@@ -204,31 +198,29 @@ TEST_CASE("backward: every head dim and mask with every length (FLASH_ATTN_JIT_T
 
 // To the kernels they are softmax_lse alone.
 TEST_CASE("backward: a sink of each head") {
-  for (const char* const text : {
-           "hdim64 full gqa2 sq70 sk60 sink0.5",
-           "hdim64 causal gqa2 batch2 sq170 sk230 sink2",
-           "hdim64 causal headsk2 sq230 sk60 sink1 dlse",
-           "hdim128 causal headsk2 sq150 sk140 sink60",
-           "hdim33 causal varlen4 gqa2 sq90 sk60 sink-1 dlse",
-           "hdim32 window9,3 softcap5 headsk2 sq170 sk60 sink-inf",
-           "hdim64 full headsk2 sq70 sk60 sink990 thousand",
-       })
-    CHECK(run_backward_case(BackwardCase::parse(text)) == "");
+  check_all_backward(listed<BackwardCase>({
+      "hdim64 full gqa2 sq70 sk60 sink0.5",
+      "hdim64 causal gqa2 batch2 sq170 sk230 sink2",
+      "hdim64 causal headsk2 sq230 sk60 sink1 dlse",
+      "hdim128 causal headsk2 sq150 sk140 sink60",
+      "hdim33 causal varlen4 gqa2 sq90 sk60 sink-1 dlse",
+      "hdim32 window9,3 softcap5 headsk2 sq170 sk60 sink-inf",
+      "hdim64 full headsk2 sq70 sk60 sink990 thousand",
+  }));
 }
 
 // Some in one kernel, which has all keys, some in three.
 TEST_CASE("backward: softmax_lse has a gradient") {
-  for (const char* const text : {
-           "hdim64 full sq70 sk60 dlse",
-           "hdim64 causal gqa2 batch2 sq170 sk230 dlse",
-           "hdim128 causal headsk2 sq150 sk140 dlse",
-           "hdim64 causal gqa2 sq170 sk60 rowgaps dlse dout64",
-           "hdim33 causal varlen4 gqa2 sq90 sk60 dlse",
-           "hdim32 window9,3 softcap5 sq170 sk60 dlse doutexpanded",
-           "hdim96 causal varlen5 alibi sq140 sk230 dlse",
-           "hdim256 full sq33 sk65 dlse",
-       })
-    CHECK(run_backward_case(BackwardCase::parse(text)) == "");
+  check_all_backward(listed<BackwardCase>({
+      "hdim64 full sq70 sk60 dlse",
+      "hdim64 causal gqa2 batch2 sq170 sk230 dlse",
+      "hdim128 causal headsk2 sq150 sk140 dlse",
+      "hdim64 causal gqa2 sq170 sk60 rowgaps dlse dout64",
+      "hdim33 causal varlen4 gqa2 sq90 sk60 dlse",
+      "hdim32 window9,3 softcap5 sq170 sk60 dlse doutexpanded",
+      "hdim96 causal varlen5 alibi sq140 sk230 dlse",
+      "hdim256 full sq33 sk65 dlse",
+  }));
 }
 
 // Behind one kernel that has all keys, or three. The grids have more.
