@@ -11,8 +11,8 @@ namespace {
 
 using Json = nlohmann::json;
 
-constexpr const char* kFormat = "flash-attn-jit tuning database";
-constexpr int kVersion = 1;
+constexpr const char* kDatabaseFormat = "flash-attn-jit tuning database";
+constexpr int kDatabaseVersion = 1;
 constexpr std::size_t kMostRecords = 1'000'000;
 
 // An element of "records" lies within the database and that array.
@@ -56,8 +56,8 @@ class Collector {
 }  // namespace
 
 std::string database_text(const std::vector<TuningRecord>& records) {
-  std::string text =
-      "{\"format\": " + Json(kFormat).dump() + ", \"version\": " + std::to_string(kVersion) + ", \"records\": [";
+  std::string text = "{\"format\": " + Json(kDatabaseFormat).dump() +
+                     ", \"version\": " + std::to_string(kDatabaseVersion) + ", \"records\": [";
   const char* before = "\n";
   for (const TuningRecord& record : records) {
     text += before + record_json(record).dump();
@@ -70,8 +70,8 @@ Database parse_database(std::string_view text) {
   Collector collector;
   const Json rest = parse_guarded(text, kBounds, [&](int depth, Json& json) { return collector.take(depth, json); });
   JsonObject object(rest, "");
-  if (object.text("format", 256) != kFormat) object.refuse("format", "'" + std::string(kFormat) + "'");
-  object.integer("version", kVersion, kVersion);
+  if (object.text("format", 256) != kDatabaseFormat) object.refuse("format", "'" + std::string(kDatabaseFormat) + "'");
+  object.integer("version", kDatabaseVersion, kDatabaseVersion);
   if (!object.array("records", kMostRecords).empty()) throw RecordError("records has elements that are no objects");
   object.end();
   return std::move(collector).database();

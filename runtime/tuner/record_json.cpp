@@ -14,7 +14,7 @@ namespace {
 using Json = nlohmann::json;
 using OrderedJson = nlohmann::ordered_json;
 
-constexpr const char* kFormat = "flash-attn-jit tuning record";
+constexpr const char* kRecordFormat = "flash-attn-jit tuning record";
 
 // Bounds of what a reader takes. Numbers are below 2^53, so that they are the same whether they are written with a
 // fraction or without.
@@ -302,7 +302,7 @@ OrderedJson record_json(const TuningRecord& record) {
   for (const Candidate& candidate : record.candidates) candidates.push_back(candidate_json(candidate));
   OrderedJson others = OrderedJson::object();
   for (const auto& [name, seconds] : record.others) others[made_plain(name, kMostWord)] = number_json(seconds);
-  return {{"format", kFormat},
+  return {{"format", kRecordFormat},
           {"version", kRecordVersion},
           {"key", key_json(record.key)},
           {"environment", environment_json(record.environment)},
@@ -338,7 +338,8 @@ std::string record_text(const TuningRecord& record) {
 
 TuningRecord record_of(const Json& json) {
   JsonObject object(json, "");
-  if (object.text("format", kMostWord) != kFormat) object.refuse("format", "'" + std::string(kFormat) + "'");
+  if (object.text("format", kMostWord) != kRecordFormat)
+    object.refuse("format", "'" + std::string(kRecordFormat) + "'");
   object.integer("version", kRecordVersion, kRecordVersion);
   TuningRecord record;
   record.key = read_key(object.object("key"));
