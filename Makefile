@@ -3,7 +3,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-MAKEFLAGS += --no-builtin-rules
+# Two targets at a time: while pip downloads, the sanitized C++ tests compile.
+MAKEFLAGS += --no-builtin-rules -j2
 
 PYTHON3 ?= python3
 PYTHON3_OLDEST ?= $(PYTHON3)
@@ -60,8 +61,9 @@ $(stamps)/lint: $(stamps)/torch pyproject.toml
 	@$(python) -m pip install -q --group lint
 	@touch $@
 
-# The wheel's build folder is kept, so that only what changed is compiled again; it holds the C++ tests too.
-$(stamps)/package: $(stamps)/torch $(sources) $(cpp_tests)
+# The wheel's build folder is kept, so that only what changed is compiled again; it holds the C++ tests too. Where lint's
+# tools are wanted as well they come first: an environment has one pip at a time.
+$(stamps)/package: $(stamps)/torch $(sources) $(cpp_tests) | $(if $(filter setup test test-all,$(MAKECMDGOALS)),$(stamps)/lint)
 	@echo '== build and install flash-attn-jit into $(venv) (log: $(build)/install.log)'
 	@mkdir -p $(build)
 	@PATH="$(abspath $(venv))/bin:$$PATH" CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(python) -m pip install -v \
@@ -72,11 +74,11 @@ $(stamps)/package: $(stamps)/torch $(sources) $(cpp_tests)
 	  || { tail -n 60 $(build)/install.log; exit 1; }
 	@touch $@
 
-$(stamps)/sanitized: $(stamps)/package $(cpp_tests)
+$(stamps)/sanitized: $(stamps)/venv $(sources) $(cpp_tests)
 	@echo '== build the C++ tests under AddressSanitizer and UBSan'
 	@PATH="$(abspath $(venv))/bin:$$PATH" cmake -S . -B $(build_sanitized) -G Ninja --log-level=WARNING \
-	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_UNITY_BUILD=ON -DFLASH_ATTN_JIT_SANITIZE=ON \
-	  -DFLASH_ATTN_JIT_WERROR=$(WERROR)
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_UNITY_BUILD=ON -DCMAKE_UNITY_BUILD_BATCH_SIZE=20 \
+	  -DFLASH_ATTN_JIT_SANITIZE=ON -DFLASH_ATTN_JIT_WERROR=$(WERROR)
 	@PATH="$(abspath $(venv))/bin:$$PATH" cmake --build $(build_sanitized) -j $(JOBS)
 	@touch $@
 
@@ -91,13 +93,17 @@ $(stamps)/threads: $(stamps)/package $(cpp_tests)
 	@PATH="$(abspath $(venv))/bin:$$PATH" cmake --build $(build_threads) -j $(JOBS) --target flash_attn_jit_tests
 	@touch $@
 
+define test_threads
+@echo '== C++ tests under ThreadSanitizer'
+@for test in kernel_cache cache_processes kernel_library devices host_compiler interrupt side_by_side \
+  recorded_tiles autotune; do \
+    TSAN_OPTIONS=suppressions=tests/setup/thread_sanitizer.txt $(build_threads)/flash_attn_jit_tests \
+      --source-file="*/test_$$test.cpp" --test-case-exclude='*file-size limit*'; \
+  done
+endef
+
 test-threads: $(stamps)/threads
-	@echo '== C++ tests under ThreadSanitizer'
-	@for test in kernel_cache cache_processes kernel_library devices host_compiler interrupt side_by_side \
-	  recorded_tiles autotune; do \
-	  TSAN_OPTIONS=suppressions=tests/setup/thread_sanitizer.txt $(build_threads)/flash_attn_jit_tests \
-	    --source-file="*/test_$$test.cpp" --test-case-exclude='*file-size limit*'; \
-	done
+	$(test_threads)
 
 $(stamps_oldest)/venv: $(stamps)/venv
 	@echo '== $(venv_oldest)'
@@ -148,11 +154,12 @@ lint: $(stamps)/lint
 	@$(venv)/bin/mypy --python-executable $(python)
 
 test-all: export FLASH_ATTN_JIT_TEST_ALL = 1
-test-all: $(stamps_oldest)/package test-threads
+test-all: $(stamps_oldest)/package $(stamps)/threads
 # Where the C++ tests find both NVRTCs.
 test test-all: export FLASH_ATTN_JIT_TEST_SITE_PACKAGES = $(shell $(python) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' 2>/dev/null)
 
-test test-all: lint $(stamps)/package $(stamps)/sanitized
+test test-all: $(stamps)/sanitized lint $(stamps)/package
+	$(if $(filter test-all,$@),$(test_threads))
 	@echo '== C++ tests'
 	@ctest --test-dir $(build) --output-on-failure -j $(JOBS)
 	@echo '== C++ tests under AddressSanitizer and UBSan'
