@@ -1,6 +1,6 @@
-// delta of a query row: the sum over the head dims of dout * out, less dlse, the gradient of the row's log-sum-exp. It is
-// the part of dS that a row's own softmax takes back; and as lse changes by P of what its scores change by, dlse goes
-// into dS = P (dP - delta) with it.
+// delta of a query row: the sum over the head dims of dout * out, less dlse, the gradient of the row's log-sum-exp. It
+// is the part of dS that a row's own softmax takes back; and as lse changes by P of what its scores change by, dlse
+// goes into dS = P (dP - delta) with it.
 //
 // Some lanes of a warp share a row, a chunk of 8 dims each. All chunks of some rows are on their way at once.
 #pragma once
