@@ -141,7 +141,10 @@ class FlashBwd {
   }
 
   __device__ __forceinline__ void run() {
-    if (Traits::kIsVarlen && !Side::kMakesDq && row_begin_ >= seqlen_rows()) return;
+    if (Traits::kIsVarlen && row_begin_ >= seqlen_rows()) {
+      if constexpr (Side::kMakesDq) write_without_keys();
+      return;
+    }
     for_each(ds_gradient_, [](float& gradient, int, int) { gradient = 0.0f; });
     if (Side::kMakesDv) for_each(p_gradient_, [](float& gradient, int, int) { gradient = 0.0f; });
     if (!sees_rows()) return write_out();
@@ -636,6 +639,15 @@ class FlashBwd {
   __device__ __forceinline__ void write_dq() const {
     dq_.write_tile(slot_ + Tile::kDsBegin, sequence_, tensors().dq(head_q_), n_block_ * Traits::kBlockN,
                    params_.sign == 0 ? 1.0f : -1.0f, warp_, lane_);
+  }
+
+  // What is made of a sequence's queries where it has no keys: there are none to read a tensor of pairs at.
+  __device__ __forceinline__ void write_without_keys() const {
+    for (int i = 0; i < Side::kQueryHeads; ++i) {
+      const int head = head_ * Side::kQueryHeads + i;
+      Tile::Dq::write_delta(tensors(), head, warp_, lane_);
+      Tile::Dq::write_zeros(tensors().dq(head), 0, seqlen_columns());
+    }
   }
 
   // The queries that are in no tile.
