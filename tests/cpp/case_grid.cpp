@@ -1,6 +1,7 @@
 #include "case_grid.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <iterator>
 #include <set>
@@ -90,6 +91,8 @@ const std::vector<AdjustmentChoice> kAdjustmentChoices = {
     {0, AlibiCase::kOff, BiasCase::kHalf, 0.3},
     {0, AlibiCase::kOff, BiasCase::kBoolKeys, 0.1},
 };
+// Among the scores, where it takes nearly all of a row, and where it takes no part.
+const std::vector<std::optional<double>> kSinks = {std::nullopt, 0.5, 20, -INFINITY};
 const std::vector<std::int64_t> kSequenceChoices = {0, 5};
 const std::vector<int> kGroupSizes = {1, 2, 4, 7};
 const std::vector<int> kLengths = {0, 1, 63, 64, 65, 127, 129, 257};
@@ -141,8 +144,9 @@ const std::vector<int>& head_dims() {
 
 Choice sizes() {
   const auto size = [](const auto& list) { return static_cast<int>(list.size()); };
-  return {size(head_dims()), size(kVisibleChoices), size(kAdjustmentChoices), size(kSequenceChoices), size(kGroupSizes),
-          size(kLengths),    size(kLengths),        size(kLayouts),           size(kInputChoices),    size(kScales)};
+  return {size(head_dims()), size(kVisibleChoices), size(kAdjustmentChoices), size(kSinks),   size(kSequenceChoices),
+          size(kGroupSizes), size(kLengths),        size(kLengths),           size(kLayouts), size(kInputChoices),
+          size(kScales)};
 }
 
 ForwardCase make_case(const Choice& choice) {
@@ -154,6 +158,7 @@ ForwardCase make_case(const Choice& choice) {
   c.alibi = kAdjustmentChoices[choice[kAdjustment]].alibi;
   c.bias = kAdjustmentChoices[choice[kAdjustment]].bias;
   c.dropout = kAdjustmentChoices[choice[kAdjustment]].dropout;
+  c.sink = kSinks[choice[kSink]];
   c.sequences = kSequenceChoices[choice[kSequences]];
   c.group_size = kGroupSizes[choice[kGroup]];
   c.seqlen_q = kLengths[choice[kSeqlenQ]];
@@ -186,6 +191,7 @@ std::vector<Choice> lengths_and_masks() {
       const bool is_aligned = digit(2) == 0;
       choice[kSequences] = digit(size[kSequences]);
       choice[kGroup] = digit(size[kGroup]);
+      choice[kSink] = static_cast<int>(random() % size[kSink]);
       for (int q = 0; q < size[kSeqlenQ]; ++q)
         for (int k = 0; k < size[kSeqlenK]; ++k) {
           if ((q + k + d) % 4 != 0) continue;

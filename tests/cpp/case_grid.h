@@ -27,7 +27,8 @@ enum Factor {
   kDimChoice,
   kVisible,     // the mask, a window's widths with it
   kAdjustment,  // softcap, ALiBi, attn_bias, dropout
-  kSequences,   // one length for all, or cu_seqlens
+  kSink,
+  kSequences,  // one length for all, or cu_seqlens
   kGroup,
   kSeqlenQ,
   kSeqlenK,

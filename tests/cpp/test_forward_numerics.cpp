@@ -85,22 +85,13 @@ TEST_CASE("forward: every tile, head dim, length, layout and input, pair by pair
   check_all_forward(pick_of_grid(pairwise_forward_cases()));
 }
 
-TEST_CASE("forward: a sink of each head, among the scores, far above them, far below and none") {
+TEST_CASE("forward: sinks far above the scores and far below them, and among scores of a thousand") {
   check_all_forward(listed<ForwardCase>({
-      "hdim64 gqa2 batch2 sq70 sk130 sink0.5",
-      "hdim64 causal gqa4 sq130 sk65 sink-1",  // rows that see no key
-      "hdim128 causal headsk2 sq129 sk257 sink3 oddstrides",
-      "hdim64 window20,0 headsk2 sq300 sk300 sink2",
-      "hdim33 varlen5 gqa2 sq90 sk70 sink1",
-      "hdim96 causal softcap5 alibi headsk2 sq100 sk100 sink0",
-      "hdim256 headsk2 sq40 sk70 sink0 rising9",
       "hdim64 headsk2 sq64 sk64 sink990 thousand",
-      "hdim32 causal headsk2 sq70 sk50 sink60",
-      "hdim32 headsk2 sq70 sk0 sink2",
       "hdim64 causal headsk2 sq70 sk50 sink-200",
-      "hdim64 causal headsk2 sq70 sk50 sink-inf",
       "hdim64 causal headsk2 sq70 sk50 sink1e30",
       "hdim64 causal headsk2 sq70 sk50 sink-1e30",
+      "hdim32 headsk2 sq70 sk0 sink60",
   }));
 }
 

@@ -56,6 +56,7 @@ BackwardCase random_problem(Dice& dice) {
   if (dice.once_in(3))
     f.bias = dice.one_of({BiasCase::kHalf, BiasCase::kHalfUnpaired, BiasCase::kFloatUnpaired, BiasCase::kFloatKeys,
                           BiasCase::kBool, BiasCase::kBoolUnpaired, BiasCase::kBoolKeys});
+  if (dice.once_in(3)) f.sink = dice.between(-3, 12);
   f.layout = dice.one_of(
       {Layout::kContiguous, Layout::kTransposed, Layout::kRowGaps, Layout::kOddStrides, Layout::kMisaligned});
   if (dice.once_in(3)) {
@@ -121,6 +122,7 @@ BackwardCase random_tiles(Dice& dice) {
     f.tile = random_tile(dice, spec_of(KernelKind::kForward, f));
     if (dice.once_in(3)) f.dropout = 0.3;
   }
+  if (dice.once_in(2)) f.sink = dice.between(-3, 12);
   c.preprocess_tile = random_tile(dice, spec_of(KernelKind::kBackwardPreprocess, f));
   c.dkdv_tile = random_tile(dice, spec_of(KernelKind::kBackwardDkDv, f));
   c.dq_tile = random_tile(dice, spec_of(KernelKind::kBackwardDq, f));
