@@ -81,8 +81,9 @@ _SAFETY = 2.0  # several roundings come together
 def exact_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, scores: Scores
 ) -> dict[str, Exact]:
-    """out, dq, dk and dv of one sequence, (seqlen, heads, head_dim) each, and "dbias", (num_heads, seqlen_q, seqlen_k),
-    of which summed_bias() makes a bias's gradient. A query that sees no key has out 0.
+    """out, dq, dk and dv of one sequence, (seqlen, heads, head_dim) each; "dbias", (num_heads, seqlen_q, seqlen_k), of
+    which summed_bias() makes a bias's gradient; and ds_aux (heads) where there is s_aux. A query that sees no key has
+    out 0.
 
     What is allowed follows the roundings that the kernels cannot avoid: P, dS and the results become float16, out does
     before it is multiplied with dout.
@@ -103,7 +104,7 @@ def exact_attention(
     s = s.masked_fill(scores.hidden(distance), float("-inf"))
     if scores.s_aux is not None:  # one key more, whose v is 0
         s = torch.cat([s, scores.s_aux.double()[:, None, None].expand(-1, queries, 1)], -1)
-    p = torch.softmax(s, -1)[..., :keys].nan_to_num(0.0)  # a row without keys
+    p, p_sink = torch.softmax(s, -1).nan_to_num(0.0).tensor_split([keys], -1)  # NaN: a row without keys
     seen = (p > 0).double()
 
     out, dv = p @ v, p.transpose(1, 2) @ dout
@@ -127,7 +128,19 @@ def exact_attention(
         name: _summed(value, error, group_size if name in ("dk", "dv") else 1)
         for name, (value, error) in errors.items()
     }
-    return {**found, "dbias": Exact(dbias, dbias_error)}
+    found["dbias"] = Exact(dbias, dbias_error)
+    if scores.s_aux is not None:
+        found["ds_aux"] = _of_sinks(p_sink.squeeze(-1), dout * out, p * dp)
+    return found
+
+
+def _of_sinks(p_sink: torch.Tensor, dout_out: torch.Tensor, p_dp: torch.Tensor) -> Exact:
+    """The gradient of each head's sink, of what makes a row's delta: products over dims, or over keys. The roundings of
+    out and of P in all rows are many, and make up for each other: independent ones add up to their root sum square."""
+    delta = dout_out.sum(-1)
+    spread = _HALF * (p_sink.square() * (dout_out.square().sum(-1) + p_dp.square().sum(-1))).sum(-1).sqrt()
+    allowed = _SAFETY * (4 * spread + _SCORE * (p_sink * delta.abs()).sum(-1) + _LEAST_HALF)
+    return Exact(-(p_sink * delta).sum(-1), allowed)
 
 
 def summed_bias(sequences: list[Exact], bias: torch.Tensor) -> Exact:

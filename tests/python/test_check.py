@@ -35,14 +35,21 @@ def test_the_reference_is_that_of_the_tests(scores, options):
     if scores.alibi_slopes is not None:
         options = {**options, "alibi_slopes": scores.alibi_slopes[None]}
     if scores.s_aux is not None:
-        options = {**options, "s_aux": scores.s_aux}
+        options = {**options, "s_aux": scores.s_aux.double().requires_grad_()}
     q, dout = (normal(1, 19, 4, 24, seed=seed) for seed in (1, 4))
     k, v = (normal(1, 23, 2, 24, seed=seed) for seed in (2, 3))
     found = exact_attention(q[0], k[0], v[0], dout[0], scores)
-    expected = attention(q, k, v, **options)[0], *exact_gradients(q, k, v, dout, **options)
-    for name, exact in zip(("out", "dq", "dk", "dv"), expected):
-        torch.testing.assert_close(found[name].value, exact[0].detach(), atol=1e-10, rtol=1e-10)
-        assert found[name].allowed.shape == exact[0].shape and (found[name].allowed > 0).all()
+    found.pop("dbias")  # below
+    out = attention(q, k, v, **options)[0]
+    expected = {"out": out[0]}
+    for name, gradient in zip(("dq", "dk", "dv"), exact_gradients(q, k, v, dout, **options)):
+        expected[name] = gradient[0]
+    if scores.s_aux is not None:
+        (expected["ds_aux"],) = torch.autograd.grad(out, options["s_aux"], dout.double())
+    assert found.keys() == expected.keys()
+    for name, exact in expected.items():
+        torch.testing.assert_close(found[name].value, exact.detach().double(), atol=1e-10, rtol=1e-10)
+        assert found[name].allowed.shape == exact.shape and (found[name].allowed > 0).all()
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 19, 23), (1, 4, 19, 23), (2, 1, 1, 23)], ids=str)
@@ -108,6 +115,19 @@ def test_one_wrong_element_of_a_biass_gradient_is_found():
     results["dbias"][0, 1, 5, 7] += 0.02
     compared = cases.compare(case, results, inputs)["tensors"]
     assert [name for name, found in compared.items() if not found["share_of_allowed"] <= 1] == ["dbias"]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("factor", [0.95, 1.05, math.nan])
+def test_a_wrong_gradient_of_sinks_is_found(batch, factor):
+    case = replace(next(case for case in cases.small_cases() if getattr(case, "sinks", False)), batch=batch)
+    inputs = cases._inputs(case, "cpu")
+    results = cases._run(case, inputs, "cpu")
+    compared = cases.compare(case, results, inputs)
+    assert compared["right"] and list(compared["tensors"]) == ["out", "dq", "dk", "dv", "ds_aux"]
+    results["ds_aux"] *= factor
+    compared = cases.compare(case, results, inputs)
+    assert [name for name, found in compared["tensors"].items() if not found["share_of_allowed"] <= 1] == ["ds_aux"]
 
 
 CACHE = CacheCase("cache", head_dim=32, heads_k=2, queries=3, page_size=5, used=(41, 0, 7))

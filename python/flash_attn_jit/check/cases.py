@@ -152,13 +152,16 @@ def _run(case: Case, inputs: dict[str, torch.Tensor], device: str) -> dict[str, 
     wanted = {"dq": q, "dk": k, "dv": v}
     if bias is not None and bias.is_floating_point():
         wanted["dbias"] = bias.requires_grad_()
+    sinks = _sinks(case, device)
+    if sinks is not None:
+        wanted["ds_aux"] = sinks.requires_grad_()
     options: dict[str, Any] = {
         "causal": case.causal,
         "window_size": case.window,
         "softcap": case.softcap,
         "alibi_slopes": _slopes(case, device),
         "attn_bias": bias,
-        "s_aux": _sinks(case, device),
+        "s_aux": sinks,
     }
     if case.is_varlen:
         starts = _cumulative(case.seqlens_q, device), _cumulative(case.seqlens_k, device)
@@ -196,16 +199,21 @@ def compare(case: Case, results: dict[str, torch.Tensor], inputs: dict[str, torc
     plain = Scores(case.causal, case.window, case.softcap, _slopes(case, device), s_aux=_sinks(case, device))
     mask = _mask(case, device)
     worst = {name: [(0.0, 0.0)] for name in results}
-    of_bias = []
+    of_bias: list[Exact] = []  # by sequence
+    of_sinks: list[Exact] = []
     for b, (rows_q, rows_k) in enumerate(_sequences(case)):
         scores = plain if mask is None else replace(plain, bias=mask[min(b, len(mask) - 1)])
         q, dout, k, v = inputs["q"][rows_q], inputs["dout"][rows_q], inputs["k"][rows_k], inputs["v"][rows_k]
         exact = exact_attention(q, k, v, dout, scores)
         of_bias.append(exact.pop("dbias"))
+        if case.sinks:
+            of_sinks.append(exact.pop("ds_aux"))
         for name, each in exact.items():
             worst[name].append(_worst(results[name][rows_k if name in ("dk", "dv") else rows_q], each))
     if mask is not None and "dbias" in results:
         worst["dbias"].append(_worst(results["dbias"], summed_bias(of_bias, mask)))
+    if of_sinks:
+        worst["ds_aux"].append(_worst(results["ds_aux"], Exact(*(torch.stack(each).sum(0) for each in zip(*of_sinks)))))
     return _judged(worst)
 
 
