@@ -40,11 +40,14 @@ def sdpa(
         key: (..., num_heads_k, seqlen_k, head_dim), float16, with query's number of dimensions. Nothing is broadcast.
         value: like key: its head_dim too.
         attn_mask: None; or bool, float16 or float32 of a shape that broadcasts to (..., num_heads, seqlen_q, seqlen_k):
-            False hides a key from a query, a number is added to the score; or a causal mask of
+            False hides a key from a query, a number is added to the score (beside a query of 4 dimensions at least 2,
+            as in PyTorch); or a causal mask of
             ``torch.nn.attention.bias``: ``causal_upper_left(seqlen_q, seqlen_k)``, which is what is_causal does, or
             ``causal_lower_right(seqlen_q, seqlen_k)``: query i sees key j where j <= i + seqlen_k - seqlen_q. A query
             that sees no key gives 0. Masks are read through their strides and not copied, but for one of more than 4
-            dimensions that is expanded over some of those before the heads. One of numbers has a gradient.
+            dimensions that is expanded over some of those before the heads. Of those dimensions it has all or none; or
+            from some one on, with the heads, where query, key and value can be read as if these were one dimension.
+            One of numbers has a gradient.
         dropout_p: the share of the probabilities that become 0: see ``flash_attn_func``. From 0.0 to below 1.0.
         is_causal: query i sees key j where j <= i.
         scale: a factor for the scores before the softmax; 1/sqrt(head_dim) where None.
@@ -56,6 +59,7 @@ def sdpa(
 
     Raises:
         ValueError: an argument that does not fit; names it, what came and what is accepted.
+        IndexError: an attn_mask of less than 2 dimensions beside a query of 4.
         UnsupportedError: a ValueError for bfloat16, a head dim or a GPU that these kernels do not have.
         NotImplementedError: a backward pass with create_graph=True.
     """
@@ -105,7 +109,7 @@ def find_refusal(
         or _tensor_refusal("key", key, query.dim(), device, cast)
         or _tensor_refusal("value", value, query.dim(), device, cast)
         or _shape_refusal(query, key, value, enable_gqa)
-        or (_mask_refusal(query, key, attn_mask, is_causal) if attn_mask is not None else None)
+        or (_mask_refusal(query, key, value, attn_mask, is_causal) if attn_mask is not None else None)
     )
 
 
@@ -122,7 +126,9 @@ def refusal_of(error: ValueError) -> Refusal | None:
 _MASK_TYPES = (torch.bool, torch.float16, torch.float32)
 
 
-def _mask_refusal(query: torch.Tensor, key: torch.Tensor, mask: Any, is_causal: bool) -> Refusal | None:
+def _mask_refusal(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, is_causal: bool
+) -> Refusal | None:
     if is_causal:
         return Refusal("is_causal", "is True and attn_mask is given", "one of the two")
     if is_causal_bias(mask):
@@ -135,12 +141,43 @@ def _mask_refusal(query: torch.Tensor, key: torch.Tensor, mask: Any, is_causal: 
         came = "is a nested tensor" if mask.is_nested else f"has dtype {mask.dtype} and layout {mask.layout}"
         return Refusal("attn_mask", came, "a strided tensor of torch.bool, torch.float16 or torch.float32")
     whole = (*query.shape[:-1], key.shape[-2])
-    fits = 1 <= mask.dim() <= len(whole) and all(n in (1, size) for n, size in zip(mask.shape[::-1], whole[::-1]))
-    # Dimensions before the heads are one for kernels: a mask has all of them or none.
-    if fits and (len(whole) <= 4 or set(mask.shape[:-3]) <= {1} or mask.shape[:-3] == whole[:-3]):
+    if mask.dim() < 2 and len(whole) == 4:  # where PyTorch raises it, but for its math backend
+        advice = "Use attn_mask[None]" if mask.dim() else ""
+        return Refusal("attn_mask", f"has {mask.dim()} dimensions and query 4", "2 to 4", advice, IndexError)
+    if not (1 <= mask.dim() <= len(whole) and all(n in (1, size) for n, size in zip(mask.shape[::-1], whole[::-1]))):
+        return Refusal("attn_mask", f"has shape {tuple(mask.shape)}", f"a shape that broadcasts to {whole}")
+    batch_dims = _batch_dims(query, mask)
+    if batch_dims == query.dim() - 3 or len(whole) <= 4:
         return None
-    batch = "" if len(whole) <= 4 else ", all dimensions before the heads or none"
-    return Refusal("attn_mask", f"has shape {tuple(mask.shape)}", f"a shape that broadcasts to {whole}{batch}")
+    if batch_dims is None or not all(_are_one(tensor, batch_dims) for tensor in (query, key, value)):
+        return Refusal(
+            "attn_mask",
+            f"has shape {tuple(mask.shape)}, of which no one stride leads from head to head of all batches",
+            "all dimensions before the heads, or none",
+            f"Use attn_mask.expand{(*whole[:-3], -1, -1, -1)}, which is copied",
+        )
+    return None
+
+
+def _batch_dims(query: torch.Tensor, mask: torch.Tensor | None) -> int | None:
+    """How many of query's first dimensions are the kernels' batch; the others before the sequence are their heads. All
+    but one, unless a mask is broadcast over some of them alone. None where no number leaves it one stride for each."""
+    outer = query.shape[:-2]
+    most = max(len(outer) - 1, 0)
+    if mask is None or len(outer) <= 2:
+        return most
+    of_mask = (*(1 for _ in range(query.dim() - mask.dim())), *mask.shape[:-2])
+    for batch_dims in range(most, -1, -1):
+        parts = slice(batch_dims), slice(batch_dims, None)
+        if all(set(of_mask[part]) <= {1} or of_mask[part] == outer[part] for part in parts):
+            return batch_dims
+    return None
+
+
+def _are_one(tensor: torch.Tensor, first: int) -> bool:
+    """Whether its dimensions from there to the heads are one, as they lie in memory."""
+    shape, strides = tensor.shape, tensor.stride()
+    return all(strides[d] == shape[d + 1] * strides[d + 1] for d in range(first, tensor.dim() - 3))
 
 
 def _bias_refusal(query: torch.Tensor, key: torch.Tensor, bias: Any) -> Refusal | None:
@@ -276,12 +313,13 @@ def attention(
     """What find_refusal() let through."""
     if query.dtype is not torch.float16 or key.dtype is not torch.float16 or value.dtype is not torch.float16:
         query, key, value = (x.to(torch.float16) for x in (query, key, value))  # autocast's dtype, then
-    right, bias = -1, None
+    right, bias, batch_dims = -1, None, max(query.dim() - 3, 0)
     if attn_mask is not None:
         if is_causal_bias(attn_mask):
             is_causal = True
         else:
-            bias, attn_mask = _bias_of(attn_mask, query.dim()), None
+            batch_dims = _batch_dims(query, attn_mask) or 0
+            bias, attn_mask = _bias_of(attn_mask, query.dim(), batch_dims), None
     if is_causal and (attn_mask is None or attn_mask.variant.name != "LOWER_RIGHT"):
         seqlen_q, seqlen_k = query.shape[-2], key.shape[-2]
         if seqlen_q > seqlen_k:
@@ -293,16 +331,21 @@ def attention(
     options = Options(softmax_scale=scale, causal=is_causal, window_right=right, attn_bias=bias, dropout_p=dropout_p)
     if query.dim() == 4:
         return attention_heads_first(query, key, value, options)
-    out = attention_heads_first(_of_rank_4(query), _of_rank_4(key), _of_rank_4(value), options)
+    query_4, key_4, value_4 = (_of_rank_4(tensor, batch_dims) for tensor in (query, key, value))
+    out = attention_heads_first(query_4, key_4, value_4, options)
     return out.reshape(query.shape)
 
 
-def _bias_of(mask: torch.Tensor, rank: int) -> torch.Tensor:
+def _bias_of(mask: torch.Tensor, rank: int, batch_dims: int) -> torch.Tensor:
     """As the kernels of a query of that rank take it."""
-    return mask.flatten(0, -4) if rank > 4 and mask.dim() > 3 else mask
+    if rank <= 4 or mask.dim() <= 3:
+        return mask
+    return _of_rank_4(mask[(None,) * (rank - mask.dim())], batch_dims)
 
 
-def _of_rank_4(tensor: torch.Tensor) -> torch.Tensor:
-    while tensor.dim() < 4:
-        tensor = tensor.unsqueeze(0)
-    return tensor.flatten(0, -4)
+def _of_rank_4(tensor: torch.Tensor, batch_dims: int) -> torch.Tensor:
+    """(batch, heads, ..., ...): the first dimensions make the batch, the others before the last two the heads."""
+    if tensor.dim() == 2:
+        return tensor[None, None]
+    tensor = tensor.flatten(batch_dims, -3)
+    return tensor.flatten(0, -4) if batch_dims else tensor[None]

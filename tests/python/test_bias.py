@@ -20,6 +20,7 @@ from attention_reference import (
 from torch.utils.checkpoint import checkpoint
 
 from flash_attn_jit import (
+    _sdpa,
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -451,7 +452,7 @@ def check_sdpa(tensors: list[torch.Tensor], mask: torch.Tensor, function: Any = 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 4, 45, 72), (2, 1, 1, 72), (45, 72), (72,), (4, 1, 72)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4, 45, 72), (2, 1, 1, 72), (45, 72), (4, 1, 72)], ids=str)
 def test_sdpa(shape, dtype):
     check_sdpa(heads_first(2, 4, 45, 32, seqlen_k=72, heads_k=2), values_of(shape, dtype), enable_gqa=True)
 
@@ -459,8 +460,49 @@ def test_sdpa(shape, dtype):
 @pytest.mark.parametrize("batch", [(), (2, 3), (1, 2, 2)], ids=str)
 def test_sdpa_of_other_ranks(batch):
     tensors = heads_first(*batch, 2, 45, 32, seqlen_k=72, heads_k=1)
-    for shape in ((*batch, 2, 45, 72), (*(1 for _ in batch), 2, 45, 72), (45, 72)):
+    for shape in ((*batch, 2, 45, 72), (*(1 for _ in batch), 2, 45, 72), (45, 72), (72,)):
         check_sdpa(tensors, values_of(shape, torch.float16), enable_gqa=True)
+
+
+@pytest.mark.parametrize("shape", [(72,), ()], ids=str)
+def test_less_than_two_dimensions_beside_a_query_of_four(shape):
+    """Are an IndexError in PyTorch, but for its math backend, and so they are here; the router leaves both to it."""
+    tensors, mask = heads_first(2, 4, 45, 32, seqlen_k=72, heads_k=4), torch.ones(shape, dtype=torch.bool)
+    with pytest.raises(IndexError, match=r"^attn_mask has [01] dimensions and query 4; accepted: 2 to 4"):
+        sdpa(*tensors, mask)
+    with route_sdpa() as router:
+        with pytest.raises(IndexError):
+            torch.nn.functional.scaled_dot_product_attention(*tensors, mask)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            torch.nn.functional.scaled_dot_product_attention(*tensors, mask)
+    assert router.counts == {"flash_attn_jit": 0, "torch": 2} and "attn_mask has" in str(router)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 45, 72), (1, 3, 4, 1, 72), (2, 3, 4, 45, 72), (2, 3, 1, 1, 72)], ids=str)
+def test_a_mask_broadcast_over_some_of_the_batch(shape):
+    tensors, mask = heads_first(2, 3, 4, 45, 32, seqlen_k=72, heads_k=2), values_of(shape, torch.float16)
+    check_sdpa(tensors, mask, enable_gqa=True)
+    batch_dims = _sdpa._batch_dims(tensors[0], mask)
+    read = [_sdpa._of_rank_4(tensor, batch_dims) for tensor in tensors] + [_sdpa._bias_of(mask, 5, batch_dims)]
+    assert [x.data_ptr() for x in read] == [x.data_ptr() for x in (*tensors, mask)]
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 45, 72), (1, 3, 1, 45, 72)], ids=str)
+def test_a_mask_that_no_stride_broadcasts_is_refused(shape):
+    tensors, mask = heads_first(2, 3, 4, 45, 32, seqlen_k=72, heads_k=2), values_of(shape, torch.float16)
+    with pytest.raises(ValueError, match=r"of which no one stride .* Use attn_mask.expand\(2, 3, -1, -1, -1\)"):
+        sdpa(*tensors, mask, enable_gqa=True)
+    check_sdpa(tensors, mask.expand((2, 3, -1, -1, -1)), enable_gqa=True)
+
+
+def test_a_mask_broadcast_over_heads_that_lie_apart_is_refused():
+    tensors = [
+        t.transpose(-2, -3).contiguous().transpose(-2, -3) for t in heads_first(2, 3, 4, 45, 32, seqlen_k=72, heads_k=4)
+    ]
+    mask = values_of((2, 1, 1, 45, 72), torch.float16)
+    with pytest.raises(ValueError, match=r"^attn_mask has shape \(2, 1, 1, 45, 72\), of which no one stride"):
+        sdpa(*tensors, mask)
+    check_sdpa(tensors, mask.expand(2, 3, -1, -1, -1))
 
 
 def test_the_router_takes_masks():
