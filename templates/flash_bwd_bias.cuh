@@ -11,6 +11,7 @@
 
 #include "accumulator.cuh"
 #include "column_fragments.cuh"
+#include "dropout.cuh"
 #include "flash_bwd_params.cuh"
 #include "flash_bwd_side.cuh"
 #include "primitives.cuh"
@@ -128,6 +129,8 @@ class FlashBwdBias {
   using Rows = RowOrder<kReadsNeighbours<Traits>, kMTiles>;
   using Fetched = typename Variant::template Fetched<2 * kMTiles, Rows::Keys::kAtOnce>[Traits::kIsOneRow ? 1 : 2];
 
+  using Dropout = DropoutOf<Traits, true, kMTiles, kSteps, kReadsNeighbours<Traits>>;
+
   using Products = Accumulator<kMTiles, 1>;  // S or dP of a step of 8 queries
   using Sums = Accumulator<kMTiles, Traits::kIsOneRow ? 1 : kSteps>;
 
@@ -228,6 +231,10 @@ class FlashBwdBias {
 
   __device__ __forceinline__ void add(const PairTile<Traits>& tile) {
     variant_.prepare(params_, tile.sequence, tile.head, 1.0f);
+    if constexpr (Traits::kHasDropout) {
+      dropout_.prepare(params_.dropout, tile.batch * params_.num_heads + tile.head);
+      dropout_.make(first_row(), tile.query, lane_);
+    }
     Fetched fetched;
     fetch(fetched, tile, 0);
 #pragma unroll
@@ -289,6 +296,8 @@ class FlashBwdBias {
   __device__ __forceinline__ void differentiate(const Products& s, const Products& dp, const Fetched& fetched,
                                                 const PairTile<Traits>& tile, int step) {
     const Statistics of = load_statistics_pair(Tile::kStatisticsBegin, step * 4 + lane_ % 4);
+    if constexpr (Traits::kHasDropout)
+      if (Dropout::begins_group(step)) kept_ = dropout_.get(Dropout::group(step), lane_);
 #pragma unroll
     for (int r = 0; r < 2 * kMTiles; ++r)
 #pragma unroll
@@ -299,8 +308,14 @@ class FlashBwdBias {
                                              lane_query(tile, step) + c, lane_key(r));
         const float p = saturate(exp2_approx(exponent));  // see log_sum_exp()
         float& sum = sums_[r / 2][Traits::kIsOneRow ? 0 : step][at];
-        sum = fma_rounded(p, dp[r / 2][0][at] - of.delta[c], sum);
+        sum = fma_rounded(p, kept(dp[r / 2][0][at], r, step, c) - of.delta[c], sum);
       }
+  }
+
+  // What dropout leaves of dP.
+  __device__ __forceinline__ float kept(float dp, int r, int step, int c) const {
+    if constexpr (Traits::kHasDropout) return Dropout::keeps(kept_, r, step, c) ? dp * params_.dropout.scale : 0.0f;
+    return dp;
   }
 
   // ---- the output ----
@@ -332,6 +347,8 @@ class FlashBwdBias {
   SummedTiles<Traits> tiles_;
   const int lane_, warp_;
   Variant variant_;
+  Dropout dropout_;
+  typename Dropout::Kept kept_;
   typename Tile::Fragments k_, v_;
   int loaded_batch_ = -1, loaded_head_ = -1;  // whose rows these are
   Sums sums_;

@@ -95,7 +95,7 @@ constexpr std::array kLargeFullBoolMask = {
 
 constexpr std::array kLargeFullKeyMask = {
     TileRow{112, kElsewhere},
-    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 48, .schedule = {0, 8, 8}}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 4, 7}}},
 };
 
 TileTable one_feature(const KernelSpec& spec) {

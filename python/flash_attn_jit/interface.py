@@ -20,7 +20,8 @@ from ._arguments import (
     window as read_window,
 )
 from ._autograd import Result, attention, attention_kvpacked, attention_qkvpacked
-from ._options import Options
+from ._dropped import signed_probabilities
+from ._options import Options, with_seed
 from .errors import Refusal
 
 _is_compiling = torch.compiler.is_compiling
@@ -90,7 +91,9 @@ _SHARED: dict[str, str] = {
         CompileError, MissingKernelError, DriverError, InterpreterError, ConfigError: RuntimeErrors, see
             ``flash_attn_jit.errors``.
 """,
-    "returned": """a query that sees no key has out 0 and softmax_lse +inf; S_dmask is an empty tensor.""",
+    "returned": """a query that sees no key has out 0 and softmax_lse +inf; S_dmask is an empty tensor, or with dropout
+        the probabilities before it, (batch, num_heads, seqlen_q, seqlen_k), float16, negative where they were dropped:
+        for tests, as it takes memory for every pair.""",
 }
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -179,11 +182,18 @@ def read_options(
     )
 
 
-def _output(result: Result, return_attn_probs: bool) -> Output:
+def _output(result: Result, return_attn_probs: bool, options: Options, q: torch.Tensor, k: torch.Tensor) -> Output:
     out, softmax_lse = result
     if not return_attn_probs:
         return out
-    return out, softmax_lse, torch.empty(0, dtype=out.dtype, device=out.device)
+    if options.dropout_p == 0.0:
+        return out, softmax_lse, torch.empty(0, dtype=out.dtype, device=out.device)
+    return out, softmax_lse, signed_probabilities(q, k, softmax_lse, options)
+
+
+def _seeded(options: Options, q: Any, return_attn_probs: bool) -> Options:
+    """With the seed that S_dmask is to be made with as well."""
+    return with_seed(options, q) if return_attn_probs and isinstance(q, torch.Tensor) else options
 
 
 @documented
@@ -245,7 +255,8 @@ def flash_attn_func(
         leftpad_k=leftpad_k,
         num_splits=num_splits,
     )
-    return _output(attention(q, k, v, options, return_attn_probs, out), return_attn_probs)
+    options = _seeded(options, q, return_attn_probs)
+    return _output(attention(q, k, v, options, return_attn_probs, out), return_attn_probs, options, q, k)
 
 
 @documented
@@ -302,7 +313,9 @@ def flash_attn_kvpacked_func(
         leftpad_k=leftpad_k,
         num_splits=num_splits,
     )
-    return _output(attention_kvpacked(q, kv, options, return_attn_probs, out), return_attn_probs)
+    options = _seeded(options, q, return_attn_probs)
+    result = attention_kvpacked(q, kv, options, return_attn_probs, out)
+    return _output(result, return_attn_probs, options, q, kv.select(-3, 0))
 
 
 @documented
@@ -350,7 +363,9 @@ def flash_attn_qkvpacked_func(
         attn_bias=attn_bias,
         s_aux=s_aux,
     )
-    return _output(attention_qkvpacked(qkv, options, return_attn_probs), return_attn_probs)
+    options = _seeded(options, qkv, return_attn_probs)
+    result = attention_qkvpacked(qkv, options, return_attn_probs)
+    return _output(result, return_attn_probs, options, qkv.select(-3, 0), qkv.select(-3, 1))
 
 
 def _lengths(
@@ -451,7 +466,8 @@ def flash_attn_varlen_func(
         block_table=block_table,
         num_splits=num_splits,
     )
-    return _output(attention(q, k, v, options, return_attn_probs, out), return_attn_probs)
+    options = _seeded(options, q, return_attn_probs)
+    return _output(attention(q, k, v, options, return_attn_probs, out), return_attn_probs, options, q, k)
 
 
 @documented
@@ -520,7 +536,9 @@ def flash_attn_varlen_kvpacked_func(
         leftpad_k=leftpad_k,
         num_splits=num_splits,
     )
-    return _output(attention_kvpacked(q, kv, options, return_attn_probs, out), return_attn_probs)
+    options = _seeded(options, q, return_attn_probs)
+    result = attention_kvpacked(q, kv, options, return_attn_probs, out)
+    return _output(result, return_attn_probs, options, q, kv.select(-3, 0))
 
 
 @documented
@@ -578,7 +596,9 @@ def flash_attn_varlen_qkvpacked_func(
         attn_bias=attn_bias,
         s_aux=s_aux,
     )
-    return _output(attention_qkvpacked(qkv, options, return_attn_probs), return_attn_probs)
+    options = _seeded(options, qkv, return_attn_probs)
+    result = attention_qkvpacked(qkv, options, return_attn_probs)
+    return _output(result, return_attn_probs, options, qkv.select(-3, 0), qkv.select(-3, 1))
 
 
 def interpreter_report() -> _core.InterpreterReport | None:

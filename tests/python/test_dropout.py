@@ -6,7 +6,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_reference import attention, check_attention, check_gradients, error_bound, normal, normal_qkv
+from attention_reference import (
+    _probabilities,
+    attention,
+    check_attention,
+    check_gradients,
+    error_bound,
+    normal,
+    normal_qkv,
+)
 from torch.utils.checkpoint import checkpoint
 
 from flash_attn_jit import (
@@ -242,3 +250,58 @@ def test_vmap_asks_which_randomness():
         for how in ("same", "different")
     ]
     assert torch.equal(kept[0][0], kept[0][1]) and not torch.equal(kept[1][0], kept[1][1])
+
+
+@pytest.mark.parametrize(
+    "shape, options",
+    [
+        ((2, 30, 40, 4, 2, 64), {}),
+        ((1, 70, 50, 4, 4, 32), {"causal": True}),
+        ((1, 30, 40, 4, 2, 32), {"window_size": (5, 3), "softcap": 4.0}),
+        ((1, 30, 40, 4, 2, 32), {"alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4]), "s_aux": torch.arange(4.0)}),
+        ((2, 30, 40, 4, 2, 32), {"attn_bias": normal(1, 4, 1, 40, seed=3)}),
+        ((2, 30, 40, 4, 2, 32), {"attn_bias": normal(30, 40, seed=3) > 0}),
+        ((2, 30, 1, 4, 2, 32), {"alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4]), "s_aux": torch.arange(4.0)}),
+        ((1, 3, 0, 2, 2, 32), {}),
+    ],
+    ids=str,
+)
+def test_s_dmask(shape, options):
+    q, k, v = normal_qkv(*shape)
+    kept = kept_pairs(q, k, 0.4) > 0 if k.shape[1] else torch.zeros(1, 2, 3, 0, dtype=torch.bool)
+    torch.manual_seed(0)
+    s_dmask = flash_attn_func(q, k, v, 0.4, return_attn_probs=True, **options)[2]
+    p, row_sum, _ = _probabilities(q, k, torch.float64, **options)
+    p = (p / torch.where(row_sum == 0, 1.0, row_sum))[..., : k.shape[1]]
+    assert s_dmask.shape == p.shape and s_dmask.dtype == torch.float16
+    torch.testing.assert_close(s_dmask.abs().double(), p, atol=1e-4, rtol=2e-3)
+    assert torch.equal((s_dmask < 0), ~kept & (p > 0))
+
+
+def test_s_dmask_of_sequences():
+    qkv = normal(75, 3, 2, 64, seed=1)
+    torch.manual_seed(0)
+    _, _, s_dmask = flash_attn_varlen_qkvpacked_func(qkv, STARTS, 45, 0.3, causal=True, return_attn_probs=True)
+    padded = torch.zeros(3, 45, 3, 2, 64, dtype=torch.float16)
+    padded[0, :30], padded[2, :45] = qkv[:30], qkv[30:]
+    torch.manual_seed(0)
+    _, _, expected = flash_attn_qkvpacked_func(padded, 0.3, causal=True, return_attn_probs=True)
+    torch.manual_seed(0)
+    _, _, of_kv = flash_attn_kvpacked_func(padded[:, :, 0], padded[:, :, 1:], 0.3, causal=True, return_attn_probs=True)
+    assert torch.equal(expected, of_kv)
+    assert torch.equal(s_dmask[0, :, :30, :30], expected[0, :, :30, :30]) and torch.equal(s_dmask[2], expected[2])
+    assert not s_dmask[1].any() and not s_dmask[0, :, 30:].any() and not s_dmask[0, ..., 30:].any()
+
+
+def test_a_bias_has_its_gradient():
+    q, k, v = normal_qkv(1, 60, 72, 4, 2, 64)
+    kept = kept_pairs(q, k, 0.2)
+    for shape in ((1, 4, 60, 72), (4, 1, 72), (1, 1, 60, 1)):
+        bias = normal(*shape, seed=5).float().requires_grad_()
+        torch.manual_seed(0)
+        out = flash_attn_func(q, k, v, 0.2, attn_bias=bias)
+        dout = normal(*out.shape, seed=9)
+        (got,) = torch.autograd.grad(out, bias, dout)
+        exact = bias.detach().double().requires_grad_()
+        (expected,) = torch.autograd.grad(attention(q, k, v, attn_bias=exact, kept=kept)[0], exact, dout.double())
+        assert (got.double() - expected).abs().max() <= 4e-3 * expected.abs().max() + 1e-3
