@@ -27,7 +27,7 @@ struct PairTensorParams {
 
 // See FloatBias: in units of the least scale still finite. A row whose lse is below kLeastLse sees nothing but what a
 // mask put out of the way with such a number: float32 has no digits left for its scores, and it has no gradients.
-constexpr float kLeastBias = -1e15f, kLeastLse = -1e6f;
+constexpr float kMostBias = 1e15f, kLeastLse = -1e6f;
 
 // See dropout.cuh.
 constexpr int kDropoutDigits = 16;

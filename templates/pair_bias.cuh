@@ -29,11 +29,13 @@ struct FloatBias {
   static __device__ __forceinline__ unsigned load(const char* at) {
     return static_cast<unsigned>(load_global_i32(reinterpret_cast<const int*>(at)));
   }
-  // Numbers below kLeastBias count as that: in units of the smallest scale they stay finite, as nothing but -inf hides.
+  // Finite numbers beyond kMostBias, of either sign, count as that: in units of the smallest scale they stay finite, as
+  // nothing but -inf hides.
   static __device__ __forceinline__ float apply(float score, unsigned bits, float unit) {
-    const float number = float_of_bits(bits);
-    const bool is_below = number < kLeastBias && number > -infinity();
-    return fma_rounded(is_below ? kLeastBias : number, unit, score);
+    constexpr unsigned kSign = 0x80000000u;
+    const float magnitude = float_of_bits(bits & ~kSign);
+    const bool is_beyond = magnitude > kMostBias && magnitude < infinity();
+    return fma_rounded(float_of_bits(is_beyond ? (bits & kSign) | bits_of_float(kMostBias) : bits), unit, score);
   }
 };
 

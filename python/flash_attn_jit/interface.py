@@ -56,9 +56,9 @@ _SHARED: dict[str, str] = {
     "bias": """
         attn_bias: bool, float16 or float32, of a shape that broadcasts to (batch, num_heads, seqlen_q, seqlen_k)
             (varlen: the longest sequences'), read through its strides. False hides a key from a query; a number is
-            added to the score, after the softcap, and -inf hides; below -1e15 it counts as that. A query that sees no
-            key has out 0 and softmax_lse +inf, one all of whose numbers are below -1e6 no gradients. Numbers have a
-            gradient where q may have one, of attn_bias's shape and dtype, summed in float32.
+            added to the score, after the softcap, and -inf hides; beyond -1e15 or 1e15 it counts as that. A query that
+            sees no key has out 0 and softmax_lse +inf, one all of whose numbers are below -1e6 no gradients. Numbers
+            have a gradient where q may have one, of attn_bias's shape and dtype, summed in float32.
 """,
     "sinks": """
         s_aux: (num_heads), float32 or float16: a logit of each head, a sink, that takes part in the softmax of its rows

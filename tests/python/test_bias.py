@@ -373,6 +373,40 @@ def test_the_least_number_instead_of_minus_infinity(least, layout):
             assert (got - exact).abs().max() <= 2e-2 * exact.abs().max()
 
 
+@pytest.mark.parametrize("greatest", [1e6, 1e15, 1e16, torch.finfo(torch.float32).max])
+@pytest.mark.parametrize("queries", [3, 45])
+@pytest.mark.parametrize("softmax_scale", [None, 2.0**-20, 100.0], ids=str)
+def test_a_key_of_each_query_with_a_great_number(greatest, queries, softmax_scale):
+    """It has the row to itself, however many digits of float32 its number leaves."""
+    q, k, v = (t.requires_grad_() for t in normal_qkv(2, queries, 72, 4, 2, 32))
+    bias = values_of((2, 4, queries, 72), torch.float32)
+    rows = torch.arange(queries)
+    bias[:, :, rows, 7 * rows % 72] = greatest
+    options = {"attn_bias": bias, "softmax_scale": softmax_scale}
+    out, lse, _ = flash_attn_func(q, k, v, **options, return_attn_probs=True)
+    dout = normal(*out.shape, seed=9)
+    gradients = torch.autograd.grad(out, (q, k, v), dout)
+    assert lse.isfinite().all()
+    check_attention(out.detach(), None, q.detach(), k.detach(), v.detach(), **options)
+    if softmax_scale == 100.0:  # which dS, all but 0 here, is multiplied by
+        assert all(gradient.abs().max() < 2e-3 for gradient in gradients[:2])
+        gradients = (torch.zeros_like(q), torch.zeros_like(k), gradients[2])
+    check_gradients(gradients, exact_gradients(q, k, v, dout, **options))
+
+
+def test_numbers_that_count_as_the_same():
+    """Beyond 1e15 those of one sign do; 1e15 and what float32 tells from it do not."""
+    q, k, v = normal_qkv(1, 45, 2, 2, 2, 32)
+    for numbers, expected in (
+        ([1e16, 2e16], v.float().mean(1)),
+        ([-1e16, -2e16], v.float().mean(1)),
+        ([-1e16, 2e16], v[:, 1].float()),
+        ([9e14, 1e15], v[:, 1].float()),
+    ):
+        out = flash_attn_func(q, k, v, attn_bias=torch.tensor(numbers))
+        torch.testing.assert_close(out.float(), expected[:, None].expand(out.shape), atol=2e-3, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_scores_that_are_low_themselves_have_gradients(dtype):
     """Below -1e6, where no number of a mask put them; of each query the mask leaves one key."""
