@@ -7,8 +7,15 @@ from typing import NamedTuple
 import torch
 
 
-def _probabilities(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
-    scores = q.double() @ k.double().transpose(-1, -2) / sqrt(q.shape[-1])
+def _biased(scores: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """With a bias that broadcasts to them, numbers or what is seen; -inf where it hides."""
+    if bias is None:
+        return scores
+    return scores.masked_fill(~bias, float("-inf")) if bias.dtype is torch.bool else scores + bias.double()
+
+
+def _probabilities(q: torch.Tensor, k: torch.Tensor, causal: bool, bias: torch.Tensor | None) -> torch.Tensor:
+    scores = _biased(q.double() @ k.double().transpose(-1, -2) / sqrt(q.shape[-1]), bias)
     if causal:
         seqlen_q, seqlen_k = scores.shape[-2:]
         hidden = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device).triu(1 + seqlen_k - seqlen_q)
@@ -16,20 +23,28 @@ def _probabilities(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tens
     return torch.softmax(scores, -1)
 
 
-def reference_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-    """q, k, v (heads, seqlen, head_dim) with as many key heads as query heads; the result is float64.
+def reference_heads(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """q, k, v (heads, seqlen, head_dim) with as many key heads as query heads; a bias, numbers or what is seen, that
+    broadcasts to (heads, seqlen_q, seqlen_k); the result is float64.
 
     Causal is aligned bottom-right; every query must see a key.
     """
-    return _probabilities(q, k, causal) @ v.double()
+    return _probabilities(q, k, causal, bias) @ v.double()
 
 
 def reference_gradients(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, causal: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    causal: bool,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) of reference_heads() for the output's gradient `dout`, head by head."""
     q, k, v, dout = (tensor.double() for tensor in (q, k, v, dout))
-    p = _probabilities(q, k, causal)
+    p = _probabilities(q, k, causal, bias)
     dv = p.transpose(-1, -2) @ dout
     dp = dout @ v.transpose(-1, -2)
     ds = p * (dp - (p * dp).sum(-1, keepdim=True)) / sqrt(q.shape[-1])
@@ -54,12 +69,6 @@ class Scores:
     alibi_slopes: torch.Tensor | None = None  # (num_heads)
     bias: torch.Tensor | None = None  # broadcasts to (num_heads, seqlen_q, seqlen_k): numbers, or what is seen
     s_aux: torch.Tensor | None = None  # (num_heads)
-
-    def biased(self, s: torch.Tensor) -> torch.Tensor:
-        """The scores (num_heads, seqlen_q, seqlen_k) with the bias; -inf where it hides."""
-        if self.bias is None:
-            return s
-        return s.masked_fill(~self.bias, float("-inf")) if self.bias.dtype is torch.bool else s + self.bias.double()
 
     def hidden(self, distance: torch.Tensor) -> torch.Tensor:
         """Of a query and a key that are so far apart (the key behind, where it is positive)."""
@@ -100,7 +109,7 @@ def exact_attention(
     distance = (torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)).to(q.device)
     if scores.alibi_slopes is not None:
         s = s - scores.alibi_slopes.double()[:, None, None] * distance.abs()
-    s = scores.biased(s)
+    s = _biased(s, scores.bias)
     s = s.masked_fill(scores.hidden(distance), float("-inf"))
     if scores.s_aux is not None:  # one key more, whose v is 0
         s = torch.cat([s, scores.s_aux.double()[:, None, None].expand(-1, queries, 1)], -1)

@@ -2,13 +2,14 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from math import isnan, nan
 
 import pytest
 import torch
 import torch.nn.functional as F
 import tuning_records
-from attention_reference import attention, check_attention, exact_gradients, normal, normal_qkv
+from attention_reference import attention, check_attention, exact_gradients
 from conftest import find_nvrtc, needs_enable_gqa, run_module, run_program
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -253,18 +254,18 @@ def test_help_names_every_backend():
         assert name in text
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_references(causal, monkeypatch):
+@pytest.mark.parametrize(("causal", "mask"), [(True, NO_MASK), *((False, mask) for mask in MASKS)])
+def test_references(causal, mask, on_cpu, monkeypatch):
     monkeypatch.setattr(accuracy, "_SCORE_BYTES", 8 * 24 * 24 * 2)  # two heads at a time: groups are cut
-    q, k, v = normal_qkv(2, 24, 24, 6, 2, 16)
-    dout = normal(*q.shape, seed=4)
-    got = accuracy.references(Inputs(q, k, v, dout), causal)
-    exact = {"out": attention(q, k, v, causal=causal)[0]}
-    exact.update(zip(("dq", "dk", "dv"), exact_gradients(q, k, v, dout, causal=causal)))
+    q, k, v, dout, attn_mask = Problem(2, 6, 2, 16, 24, causal, mask).inputs(1, BOTH)
+    got = accuracy.references(Inputs(q.detach(), k.detach(), v.detach(), dout, attn_mask), causal)
+    options = {"causal": causal, "attn_bias": attn_mask}
+    exact = {"out": attention(q.detach(), k.detach(), v.detach(), **options)[0]}
+    exact.update(zip(("dq", "dk", "dv"), exact_gradients(q, k, v, dout, **options)))
     assert got.keys() == exact.keys()
     for name, expected in exact.items():
         torch.testing.assert_close(got[name], expected)
-    (only,) = accuracy.references(Inputs(q, k, v, None), causal).items()
+    (only,) = accuracy.references(Inputs(q.detach(), k.detach(), v.detach(), None, attn_mask), causal).items()
     assert only[0] == "out" and torch.equal(only[1], got["out"])
 
 
@@ -281,8 +282,9 @@ def test_greatest_error_and_mean_square():
     [(["fwd"], ["out"]), (["bwd"], ["dq", "dk", "dv"]), (["fwd", "bwd"], ["out", "dq", "dk", "dv"])],
     ids=str,
 )
-def test_accuracy(passes, tensors, on_cpu):
-    rows = accuracy.run(SMALL, passes, [OURS], range(2))
+@pytest.mark.parametrize("mask", [NO_MASK, "holes", "batch-bias"])
+def test_accuracy(passes, tensors, mask, on_cpu):
+    rows = accuracy.run(replace(SMALL, causal=mask == NO_MASK, attn_mask=mask), passes, [OURS], range(2))
     assert [row["tensor"] for row in rows] == tensors
     for row in rows:
         assert 0 < row["rms_error"] < row["max_error"] < 1e-2 and row["seeds"] == 2
@@ -504,6 +506,8 @@ def test_defaults_of_each_kind():
     assert (timed.kind, timed.rounds, timed.heads_k, max(timed.seqlens)) == ("timing", 5, None, 16384)
     assert (accurate.kind, accurate.seeds, max(accurate.seqlens)) == ("accuracy", 5, 4096)
     assert options.parse_arguments(["--accuracy", "--seqlens", "8192"]).seqlens == [8192]
+    masked = options.parse_arguments(["--accuracy", "--attn-masks", "bool,bias"])
+    assert masked.attn_masks == ["bool", "bias"] and accurate.attn_masks == [NO_MASK]
     assert (memory_run.kind, memory_run.seqlens) == ("memory", [1024, 4096])
     tokens = options.parse_arguments(["--decode", "--batch", "4"])
     assert (tokens.kind, tokens.batch, tokens.heads_k, tokens.page_size) == ("decode", [4], [32, 8, 4], None)

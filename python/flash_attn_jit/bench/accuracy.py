@@ -36,14 +36,24 @@ def references(inputs: Inputs, causal: bool) -> dict[str, torch.Tensor]:
             key_heads = torch.arange(q.shape[2], device=q.device)[heads] // group_size
             queries = q[b, :, heads].transpose(0, 1)
             keys, values = (x[b].transpose(0, 1)[key_heads] for x in (k, v))
-            exact[OUT][b, :, heads] = reference_heads(queries, keys, values, causal).transpose(0, 1)
+            mask = _mask_of(inputs, b, heads)
+            exact[OUT][b, :, heads] = reference_heads(queries, keys, values, causal, mask).transpose(0, 1)
             if dout is None:
                 continue
-            dq, dk, dv = reference_gradients(queries, keys, values, dout[b, :, heads].transpose(0, 1), causal)
+            dout_heads = dout[b, :, heads].transpose(0, 1)
+            dq, dk, dv = reference_gradients(queries, keys, values, dout_heads, causal, mask)
             exact["dq"][b, :, heads] = dq.transpose(0, 1)
             for name, gradient in (("dk", dk), ("dv", dv)):  # summed over the heads of a group
                 exact[name][b].index_add_(1, key_heads, gradient.transpose(0, 1))
     return exact
+
+
+def _mask_of(inputs: Inputs, b: int, heads: slice) -> torch.Tensor | None:
+    """That of some heads of a sequence; it may be one for all."""
+    if inputs.attn_mask is None:
+        return None
+    mask = inputs.attn_mask[b if inputs.attn_mask.shape[0] > 1 else 0]
+    return mask[heads] if mask.shape[0] > 1 else mask
 
 
 def max_and_mean_square(got: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:

@@ -68,6 +68,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         **_ONE_CALL,
         "seqlens": [512, 1024, 2048, 4096],
         "passes": list(PASSES),
+        "attn_masks": [NO_MASK],
         "backends": None,
         "seeds": 5,
     },
@@ -221,7 +222,7 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
         "--attn-masks",
         type=_masks,
         metavar=",".join(MASKS),
-        help="an attn_mask, with causal=False: of keys, from some place of each sequence on or a tenth at random; of "
+        help="in a timing run and with --accuracy an attn_mask, with causal=False: of keys, from some place of each sequence on or a tenth at random; of "
         "pairs, a tenth, for each sequence; a float16 number for every pair and head, of all sequences or of each "
         f"{_defaults('attn_masks')}",
     )
