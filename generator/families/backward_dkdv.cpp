@@ -93,16 +93,16 @@ constexpr std::array kLargeFullVarlen = {
     TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 176, .schedule = {0, 8, 8}}},
 };
 
-// Where a number is read for every pair, which waits in registers: what is fastest spills, at 128 up to 290 bytes.
+// Where something is read for every pair, which waits in registers: what is fastest spills, at 128 up to 290 bytes.
 constexpr std::array kLargeFullBias = {
     TileRow{48, kElsewhere},
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {5, 6, 8}}},
-    TileRow{112, kElsewhere},
-    TileRow{128, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 128, .schedule = {7, 8, 8}}},
 };
 constexpr std::array kLargeFullBoolMask = {
     TileRow{48, kElsewhere},
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {1, 6, 8}}},
+};
+constexpr std::array kLargeFullPairs = {
     TileRow{112, kElsewhere},
     TileRow{128, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 128, .schedule = {7, 8, 8}}},
 };
@@ -125,10 +125,12 @@ TileTable full_feature(const FeatureSet& features) {
 
 TileTables tiles(const KernelSpec& spec) {
   const bool window = spec.mask == Mask::kWindow, crowded = spec.features.change_scores() || spec.group_size > 1;
+  const bool roomy = spec.mask == Mask::kNone && spec.group_size == 1;
   return {
       TileTableList{only_if(spec.access == GlobalAccess::kElement2B, kElementGradients),
                     only_if(window, crowded ? TileTable(kLargeCrowdedWindow) : kLargeWindow),
-                    only_if(spec.mask == Mask::kNone && spec.group_size == 1, full_feature(spec.features)),
+                    only_if(roomy, full_feature(spec.features)),
+                    only_if(roomy && spec.features.read_pairs(), kLargeFullPairs),
                     only_if(window || spec.features.need_positions(), kLargePositions),
                     only_if(!spec.features.empty(), kLargeFeatures),
                     spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
