@@ -38,8 +38,10 @@ std::vector<FeatureSet> feature_sets(const KernelSelection& selection) {
 }
 
 void append_tiles(KernelSpec spec, const ArchLimits& arch, std::vector<KernelSpec>& specs) {
-  const KernelResults& results = family_of(spec.kind).results;
+  const KernelFamily& family = family_of(spec.kind);
+  const KernelResults& results = family.results;
   if (spec.features.forward_only() && !results.out && !results.cache) return;
+  if (spec.has(Feature::kDropout) && family.warps_share_rows) return;
   if (results.dbias && !spec.features.read_numbers()) return;
   require_head_dim(spec.head_dim);
   spec = normalized(spec);

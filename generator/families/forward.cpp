@@ -98,6 +98,14 @@ constexpr std::array kLargeFullKeyMask = {
     TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 4, 7}}},
 };
 
+// Where random words are made beside the products.
+constexpr std::array kLargeDropout = {
+    TileRow{48, kElsewhere},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {2, 5, 8}}},
+    TileRow{112, kElsewhere},
+    TileRow{128, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 128, .schedule = {0, 8, 8}}},
+};
+
 TileTable one_feature(const KernelSpec& spec) {
   const bool full = spec.mask == Mask::kNone;
   if (spec.features.only(Feature::kSoftcap) && spec.mask != Mask::kWindow)
@@ -105,6 +113,7 @@ TileTable one_feature(const KernelSpec& spec) {
   if (full && spec.has(Feature::kBoolMask))
     return spec.has(Feature::kOneRow) ? TileTable(kLargeFullKeyMask) : kLargeFullBoolMask;
   if (full && spec.features.read_pairs()) return kLargeFullBias;
+  if (spec.features.only(Feature::kDropout) && spec.mask != Mask::kWindow) return kLargeDropout;
   return only_if(full && spec.features.only(Feature::kVarlen), kLargeFullVarlen);
 }
 
