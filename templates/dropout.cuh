@@ -1,5 +1,5 @@
-// Dropout: which probabilities a warp keeps of its tile, a bit for every pair of a query and a key. A bit is made of the
-// seed and of the pair's place in the problem alone, so that every kernel on every tile finds the same.
+// Dropout: which probabilities a warp keeps of its tile, a bit for every pair of a query and a key. A bit is made of
+// the seed and of the pair's place in the problem alone, so that every kernel on every tile finds the same.
 //
 // A cell is what 32 bits are made for at once: two queries, 8 apart, by 16 keys.
 //
@@ -37,9 +37,9 @@ struct Philox {
   }
 };
 
-// 32 bits, each 1 as often as a number below 1 says, whose binary digits come in one by one with a random word each, the
-// last digit first: a digit of 1 makes "or" of its word and of what came before, one of 0 "and". Before the first digit
-// stands 0. Lanes that share a cell have some of the digits each, and so keep what those make of a 1 as well.
+// 32 bits, each 1 as often as a number below 1 says, whose binary digits come in one by one with a random word each,
+// the last digit first: a digit of 1 makes "or" of its word and of what came before, one of 0 "and". Before the first
+// digit stands 0. Lanes that share a cell have some of the digits each, and so keep what those make of a 1 as well.
 struct KeptBits {
   unsigned of_0 = 0u, of_1 = ~0u;
 
@@ -56,8 +56,8 @@ struct KeptBits {
   }
 };
 
-// Of a warp's tile of kMTiles x 16 rows by kNTiles x 8 columns, one of the two being queries. kNeighbours: a lane's keys
-// are neighbours (see lane_order.cuh).
+// Of a warp's tile of kMTiles x 16 rows by kNTiles x 8 columns, one of the two being queries. kNeighbours: a lane's
+// keys are neighbours (see lane_order.cuh).
 template <bool kColumnsAreQueries, int kMTiles, int kNTiles, bool kNeighbours>
 class DropoutTile {
   static constexpr bool kNeighbourColumns = kNeighbours && !kColumnsAreQueries;

@@ -1,5 +1,5 @@
-// What a mask of keys, the same for all queries, leaves of a block's work: padding on either side of a sequence costs next
-// to nothing.
+// What a mask of keys, the same for all queries, leaves of a block's work: padding on either side of a sequence costs
+// next to nothing.
 #pragma once
 
 #include "primitives.cuh"
