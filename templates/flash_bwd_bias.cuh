@@ -169,7 +169,8 @@ class FlashBwdBias {
  private:
   // ---- memory ----
 
-  __device__ __forceinline__ int first_row() const { return tiles_.first_key() + warp_ * Tile::kRowsPerWarp; }
+  // Of the warp.
+  __device__ __forceinline__ int first_key() const { return tiles_.first_key() + warp_ * Tile::kRowsPerWarp; }
 
   // K and V, where they are not those of the tile before.
   __device__ __forceinline__ void load_rows(const PairTile<Traits>& tile) {
@@ -181,8 +182,8 @@ class FlashBwdBias {
     const int seqlen_k = tile.sequence.seqlen_k();
     const SharedAddress rows = Tile::kWarpsBegin + warp_ * Tile::kWarpBytes;
     const SharedAddress staging = rows + 2 * Tile::Fragments::kSharedBytes;
-    k_.template load<Rows>(tensors.k(head_k), first_row(), seqlen_k, params_.sign, lane_, staging, rows);
-    v_.template load<Rows>(tensors.v(head_k), first_row(), seqlen_k, 0, lane_, staging,
+    k_.template load<Rows>(tensors.k(head_k), first_key(), seqlen_k, params_.sign, lane_, staging, rows);
+    v_.template load<Rows>(tensors.v(head_k), first_key(), seqlen_k, 0, lane_, staging,
                            rows + Tile::Fragments::kSharedBytes);
   }
 
@@ -224,7 +225,7 @@ class FlashBwdBias {
   // ---- a tile, 8 queries a step ----
 
   // The lane's key of row r, and its first query of a step.
-  __device__ __forceinline__ int lane_key(int r) const { return first_row() + Rows::first(lane_) + Rows::kStep * r; }
+  __device__ __forceinline__ int lane_key(int r) const { return first_key() + Rows::first(lane_) + Rows::kStep * r; }
   __device__ __forceinline__ int lane_query(const PairTile<Traits>& tile, int step) const {
     return tile.query + 8 * step + lane_column(lane_);
   }

@@ -402,11 +402,6 @@ def in_forward_mode(q, k, v):
         return forward_ad.unpack_dual(out).tangent
 
 
-def with_a_mask_that_needs_a_gradient(q, k, v):
-    mask = torch.zeros(8, 8, dtype=torch.float16, requires_grad=True)
-    return torch.autograd.grad(attend(q, k, v, attn_mask=mask).float().sum(), mask)[0]
-
-
 def of_a_subclass(q, k, v):
     return attend(q.as_subclass(Subclass), k, v)
 
@@ -422,7 +417,6 @@ def of_nested_tensors(q, k, v):
         (gradient_by_a_transform, "transform"),
         (with_nothing_kept, "dropout_p"),
         (in_forward_mode, "forward-mode"),
-        (with_a_mask_that_needs_a_gradient, "attn_mask requires a gradient"),
         (of_a_subclass, "query is a Subclass"),
         (of_nested_tensors, "query is a nested tensor"),
     ],

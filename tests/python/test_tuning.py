@@ -261,7 +261,7 @@ print(json.dumps([told(lambda: flash_attn_jit.tune(head_dims=16, seqlens=64)),
 
 def test_what_the_budget_does_not_reach_says_so(tmp_path, t4):
     problems = tuned(t4, tmp_path, "head_dims=[16, 32, 48, 64], seqlens=64, kinds=['fwd', 'bwd'], budget_seconds=1")
-    backward = [family.word for family in _core.kernel_families() if family.word.startswith("bwd")]
+    backward = ["bwd_preprocess", "bwd_dkdv", "bwd_dq", "bwd_all_keys"]
     assert [p["kernel"].split()[0] for p in problems] == ["fwd", *backward] * 4
     last = problems[-1]
     assert last["winner"] is None and last["record"] is None and last["problem_class"] is None
