@@ -107,7 +107,7 @@ def test_with_other_options(number, dtype, options):
     check(q, k, v, bias, with_lse=number > 1, with_others=True, **options)
 
 
-@pytest.mark.parametrize("head_dim", [1, 128, 180, 256])
+@pytest.mark.parametrize("head_dim", [1, 128, 256])
 def test_head_dims(head_dim):
     q, k, v = normal_qkv(1, 70, 150, 2, 1, head_dim)
     check(q, k, v, bias_of(whole_of(q, k), torch.float16, ones=(True, True, False, False)))
@@ -218,7 +218,7 @@ def test_one_bias_of_several_layers():
     assert (got - exact).abs().max() <= 2e-2 * exact.abs().max()  # the layer between is rounded to fp16
 
 
-@pytest.mark.parametrize("needed", [(3,), (0, 3), (1, 3), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("needed", [(3,), (0, 3), (0, 1, 2)], ids=str)
 def test_some_inputs_need_gradients(needed):
     q, k, v = normal_qkv(2, 20, 150, 4, 2, 32)
     inputs = [q, k, v, values_of((4, 20, 150), torch.float16)]
@@ -263,7 +263,7 @@ def test_what_is_allocated():
 def test_nothing_to_attend_to():
     for shape in ((1, 20, 0, 2, 2, 32), (1, 0, 20, 2, 2, 32), (0, 20, 24, 2, 2, 32)):
         q, k, v = normal_qkv(*shape)
-        for ones in ((False,) * 4, (True, True, False, False), (True, True, True, False), (True,) * 4):
+        for ones in ((True, True, False, False), (True, True, True, False), (True,) * 4):
             (bias,) = leaves(torch.ones([1 if one else n for n, one in zip(whole_of(q, k), ones)]))
             out = flash_attn_func(q, k, v, attn_bias=bias)
             (of_bias,) = torch.autograd.grad(out.sum(), bias)
@@ -273,11 +273,17 @@ def test_nothing_to_attend_to():
 # ---- PyTorch's function ----
 
 
-@pytest.mark.parametrize("function", ["sdpa", "routed"])
 @pytest.mark.parametrize(
-    "batch, shape", [((2,), (4, 45, 72)), ((2,), (2, 1, 1, 72)), ((2, 2), (2, 2, 4, 45, 72)), ((), (45, 1))], ids=str
+    "function, batch, shape",
+    [
+        ("sdpa", (2,), (4, 45, 72)),
+        ("routed", (2,), (2, 1, 1, 72)),
+        ("sdpa", (2, 2), (2, 2, 4, 45, 72)),
+        ("routed", (), (45, 1)),
+    ],
+    ids=str,
 )
-def test_sdpa(batch, shape, function):
+def test_sdpa(function, batch, shape):
     inputs = leaves(*heads_first(*batch, 4, 45, 32, seqlen_k=72, heads_k=4), values_of(shape, torch.float16))
     with route_sdpa() as router:
         attend = sdpa if function == "sdpa" else torch.nn.functional.scaled_dot_product_attention
@@ -300,8 +306,7 @@ def loss(q, k, v, bias):
     return out.float().square().sum() + torch.where(lse == INF, 0.0, lse).sin().sum()
 
 
-@pytest.mark.parametrize("shape", [(4, 20, 40), (2, 1, 1, 40)], ids=str)
-@pytest.mark.parametrize("which", [slice(None), slice(3, 4)], ids=["all", "attn_bias"])
+@pytest.mark.parametrize(("which", "shape"), [(slice(None), (4, 20, 40)), (slice(3, 4), (2, 1, 1, 40))], ids=str)
 def test_compiled(which, shape):
     torch.compiler.reset()
     inputs = [*normal_qkv(2, 20, 40, 4, 2, 32), values_of(shape, torch.float16)]
@@ -329,7 +334,7 @@ def test_transforms():
     torch.testing.assert_close(each.sum(0), expected[3], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 20, 30), (1, 30), (4, 20, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 30), (4, 20, 1)], ids=str)
 def test_opcheck(shape):
     q, k, v, bias = leaves(*normal_qkv(2, 20, 30, 4, 2, 32), values_of(shape, torch.float32))
     torch.library.opcheck(torch.ops.flash_attn_jit.forward.default, (q, k, v, *NO_OPTIONS._replace(attn_bias=bias)))
@@ -337,8 +342,7 @@ def test_opcheck(shape):
     options = NO_OPTIONS._replace(attn_bias=bias)
     out, lse = torch.ops.flash_attn_jit.forward(q, k, v, *options)
     dout = normal(*out.shape, seed=9)
-    for wanted in ([True] * 4, [False] * 3 + [True]):
-        torch.library.opcheck(BACKWARD, (dout, q, k, v, out, lse, None, wanted, *options))
+    torch.library.opcheck(BACKWARD, (dout, q, k, v, out, lse, None, [False] * 3 + [True], *options))
 
 
 def test_a_mask_of_bools_has_none():
