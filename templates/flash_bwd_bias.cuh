@@ -234,7 +234,7 @@ class FlashBwdBias {
     variant_.prepare(params_, tile.sequence, tile.head, 1.0f);
     if constexpr (Traits::kHasDropout) {
       dropout_.prepare(params_.dropout, tile.batch * params_.num_heads + tile.head);
-      dropout_.make(first_row(), tile.query, lane_);
+      dropout_.make(first_key(), tile.query, lane_);
     }
     Fetched fetched;
     fetch(fetched, tile, 0);

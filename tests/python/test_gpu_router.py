@@ -93,13 +93,12 @@ def test_a_transformer_layer_in_another_thread(train):
 def test_what_is_not_routed_has_pytorchs_gradient():
     x = normal(2, 4, 128, 64, device="cuda")
 
-    def masked(x):
-        mask = torch.ones(128, 128, dtype=torch.bool, device="cuda").tril()
-        return F.scaled_dot_product_attention(x, x, x, mask)
+    def narrow(x):
+        return F.scaled_dot_product_attention(x, x, x[..., :32])
 
-    expected = gradient(masked, x)
+    expected = gradient(narrow, x)
     with route_sdpa() as router:
-        got = gradient(masked, x)
+        got = gradient(narrow, x)
     assert router.counts == {"flash_attn_jit": 0, "torch": 1}
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
