@@ -39,7 +39,7 @@ def signed_probabilities(q: torch.Tensor, k: torch.Tensor, softmax_lse: torch.Te
 
 def kept_share(dropout_p: float) -> float:
     """As the kernels count it."""
-    return min(max(round((1 - dropout_p) * 2**16), 1), 2**16 - 1) / 2**16
+    return min(max(int((1 - dropout_p) * 2**16 + 0.5), 1), 2**16 - 1) / 2**16
 
 
 def _first_dim(like: torch.Tensor) -> torch.Tensor:

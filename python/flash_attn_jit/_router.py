@@ -88,7 +88,7 @@ def route_sdpa() -> SdpaRouter:
             loss.backward()
         print(router)           # how many calls ran where, and why
         router.counts           # {"flash_attn_jit": 24, "torch": 0}
-        router.reasons          # {} or {"attn_mask is given, ...": 3}
+        router.reasons          # {} or {"query has dtype torch.float32, ...": 3}
 
     It holds for the whole process, from entering it until it is left: names imported before it are caught, calls in
     other threads, from C++ and from scripted functions, and those of ``nn.MultiheadAttention`` and

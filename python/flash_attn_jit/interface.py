@@ -91,9 +91,9 @@ _SHARED: dict[str, str] = {
         CompileError, MissingKernelError, DriverError, InterpreterError, ConfigError: RuntimeErrors, see
             ``flash_attn_jit.errors``.
 """,
-    "returned": """a query that sees no key has out 0 and softmax_lse +inf; S_dmask is an empty tensor, or with dropout
-        the probabilities before it, (batch, num_heads, seqlen_q, seqlen_k), float16, negative where they were dropped:
-        for tests, as it takes memory for every pair.""",
+    "returned": """a query that sees no key has out 0 and softmax_lse +inf, or its sink; S_dmask is an empty tensor, or
+        with dropout the probabilities before it, (batch, num_heads, seqlen_q, seqlen_k), float16, negative where they
+        were dropped: for tests, as it takes memory for every pair.""",
 }
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

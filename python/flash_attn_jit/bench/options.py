@@ -223,8 +223,8 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
         type=_masks,
         metavar=",".join(MASKS),
         help="in a timing run and with --accuracy an attn_mask, with causal=False: of keys, from some place of each "
-        "sequence on or a tenth at random; of pairs, a tenth, for each sequence; a float16 number for every pair and "
-        "head, of all sequences or of each "
+        "sequence on or a tenth at random; of pairs, a tenth, for each sequence, or those of eight blocks alone; a "
+        "float16 number for every pair and head, of all sequences or of each "
         f"{_defaults('attn_masks')}",
     )
     parser.add_argument("--dropout", type=_shares, metavar="0,0.1", help=f"dropout_p {_defaults('dropout')}")

@@ -20,6 +20,7 @@ _MASKS: dict[str, tuple[torch.dtype, str]] = {
     "padding": (torch.bool, "bk"),  # sequence i has no keys behind i / 16 of its rows from the end
     "holes": (torch.bool, "bk"),  # a tenth of the keys, at random
     "bool": (torch.bool, "bqk"),  # a tenth of the pairs, at random
+    "blocks": (torch.bool, "qk"),  # eight sequences one behind the other, each of which sees itself
     "bias": (torch.float16, "hqk"),
     "batch-bias": (torch.float16, "bhqk"),
 }
@@ -94,6 +95,9 @@ class Problem:
         shape = self._mask_shape(dimensions)
         if dtype is not torch.bool:
             return torch.randn(shape, generator=generator, device=_DEVICE, dtype=dtype)
+        if self.attn_mask == "blocks":
+            block = torch.arange(self.seqlen, device=_DEVICE) * 8 // self.seqlen
+            return (block[:, None] == block).expand(shape)
         if self.attn_mask != "padding":
             return torch.rand(shape, generator=generator, device=_DEVICE) < 0.9
         ends = self.seqlen - self.seqlen * torch.arange(self.batch, device=_DEVICE) // 16
