@@ -81,11 +81,11 @@ def gradient_of_one_key(
         sees_nothing |= softmax_lse < _LEAST_LSE
     of_rows = torch.where(sees_nothing, 0.0, of_rows)
     if options.cu_seqlens_q is not None:
-        of_rows = _of_sequences(of_rows, options.cu_seqlens_q, options.max_seqlen_q)
+        of_rows = of_sequences(of_rows, options.cu_seqlens_q, options.max_seqlen_q)
     return _summed(of_rows[..., None], bias)
 
 
-def _of_sequences(of_rows: torch.Tensor, cu_seqlens: torch.Tensor, longest: int) -> torch.Tensor:
+def of_sequences(of_rows: torch.Tensor, cu_seqlens: torch.Tensor, longest: int) -> torch.Tensor:
     """(batch, num_heads, longest) of (num_heads, total_q): 0 where a sequence has no such row."""
     total = of_rows.shape[1]
     rows = cu_seqlens[:-1, None] + torch.arange(longest, device=cu_seqlens.device)

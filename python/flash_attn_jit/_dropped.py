@@ -2,6 +2,7 @@
 
 import torch
 
+from ._bias_gradient import of_sequences
 from ._options import Options, has_cache
 from .errors import Refusal
 
@@ -14,9 +15,6 @@ def signed_probabilities(q: torch.Tensor, k: torch.Tensor, softmax_lse: torch.Te
 
     It is a gradient of attn_bias, P (kept dP scale - delta): where every dP is 1 and delta half of scale, that is half
     of scale times what is wanted."""
-    if has_cache(options):
-        came = "is True with dropout_p and keys in a cache, which is not built yet"
-        raise Refusal("return_attn_probs", came, "False", error=NotImplementedError).exception()
     with torch.no_grad():
         q, k, softmax_lse = q.detach(), k.detach(), softmax_lse.detach()
         if options.cu_seqlens_q is None and k.shape[1] == 1:
@@ -34,7 +32,18 @@ def signed_probabilities(q: torch.Tensor, k: torch.Tensor, softmax_lse: torch.Te
         )
         signed = found[3] * (2 / scale)
         signed = torch.where((signed < 0) & (signed > -_LEAST), -_LEAST, signed)
+        lse = softmax_lse
+        if options.cu_seqlens_q is not None:
+            lse = of_sequences(lse, options.cu_seqlens_q, options.max_seqlen_q)
+        signed = signed.masked_fill(lse.isnan()[..., None], float("nan"))  # of which the kernel makes 0
         return signed[..., :seqlen_k].half()
+
+
+def refuse_caches(options: Options) -> None:
+    """Before anything runs."""
+    if options.dropout_p != 0.0 and has_cache(options):
+        came = "is True with dropout_p and keys in a cache, which is not built yet"
+        raise Refusal("return_attn_probs", came, "False", error=NotImplementedError).exception()
 
 
 def kept_share(dropout_p: float) -> float:
@@ -57,7 +66,7 @@ def _as_sequences(
     options = options._replace(
         cu_seqlens_q=ends * seqlen_q, cu_seqlens_k=ends * seqlen_k, max_seqlen_q=seqlen_q, max_seqlen_k=seqlen_k
     )
-    return q.flatten(0, 1), k.flatten(0, 1), softmax_lse.transpose(0, 1).flatten(1), options
+    return q.flatten(0, 1), k.flatten(0, 1), softmax_lse.transpose(0, 1).flatten(1).contiguous(), options
 
 
 def _bias_of_all_pairs(q: torch.Tensor, k: torch.Tensor, options: Options) -> torch.Tensor:

@@ -20,7 +20,7 @@ from ._arguments import (
     window as read_window,
 )
 from ._autograd import Result, attention, attention_kvpacked, attention_qkvpacked
-from ._dropped import signed_probabilities
+from ._dropped import refuse_caches, signed_probabilities
 from ._options import Options, with_seed
 from .errors import Refusal
 
@@ -61,8 +61,8 @@ _SHARED: dict[str, str] = {
             have a gradient where q may have one, of attn_bias's shape and dtype, summed in float32.
 """,
     "sinks": """
-        s_aux: (num_heads), float32 or float16: a logit of each head, a sink, that takes part in the softmax of its rows
-            as a key with a v of 0 would: out = sum of exp(s) v / (exp(s_aux) + sum of exp(s)). softmax_lse is the
+        s_aux: (num_heads), float32 or float16, contiguous: a logit of each head, a sink, that takes part in the softmax
+            of its rows as a key with a v of 0 would: out = sum of exp(s) v / (exp(s_aux) + sum of exp(s)). softmax_lse is the
             logarithm of that denominator: of a query that sees no key it is the sink, and its out 0. -inf is no sink;
             +inf is not accepted, and not looked for. Has a gradient where q may have one.
 """,
@@ -193,7 +193,10 @@ def _output(result: Result, return_attn_probs: bool, options: Options, q: torch.
 
 def _seeded(options: Options, q: Any, return_attn_probs: bool) -> Options:
     """With the seed that S_dmask is to be made with as well."""
-    return with_seed(options, q) if return_attn_probs and isinstance(q, torch.Tensor) else options
+    if not return_attn_probs or not isinstance(q, torch.Tensor):
+        return options
+    refuse_caches(options)
+    return with_seed(options, q)
 
 
 @documented

@@ -262,6 +262,7 @@ def test_vmap_asks_which_randomness():
         ((2, 30, 40, 4, 2, 32), {"attn_bias": normal(1, 4, 1, 40, seed=3)}),
         ((2, 30, 40, 4, 2, 32), {"attn_bias": normal(30, 40, seed=3) > 0}),
         ((2, 30, 1, 4, 2, 32), {"alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4]), "s_aux": torch.arange(4.0)}),
+        ((2, 1, 1, 4, 2, 32), {}),
         ((1, 3, 0, 2, 2, 32), {}),
     ],
     ids=str,
@@ -305,3 +306,23 @@ def test_a_bias_has_its_gradient():
         exact = bias.detach().double().requires_grad_()
         (expected,) = torch.autograd.grad(attention(q, k, v, attn_bias=exact, kept=kept)[0], exact, dout.double())
         assert (got.double() - expected).abs().max() <= 4e-3 * expected.abs().max() + 1e-3
+
+
+def test_s_dmask_shows_nan():
+    q, k, v = normal_qkv(1, 30, 40, 2, 2, 16)
+    q[0, 3] = math.nan
+    s_dmask = flash_attn_func(q, k, v, 0.5, return_attn_probs=True)[2]
+    assert s_dmask[:, :, 3].isnan().all() and s_dmask.isnan().sum() == 2 * 40
+    starts = torch.tensor([0, 10, 30], dtype=torch.int32), torch.tensor([0, 15, 40], dtype=torch.int32)
+    rows = (x.squeeze(0) for x in (q, k, v))
+    s_dmask = flash_attn_varlen_func(*rows, *starts, 20, 25, 0.5, return_attn_probs=True)[2]
+    assert s_dmask[0, :, 3].isnan().all() and s_dmask.isnan().sum() == 2 * 25
+
+
+def test_s_dmask_of_a_cache_is_refused_before_anything_runs():
+    q, k, v = normal_qkv(2, 8, 8, 2, 2, 16)
+    out = torch.full_like(q, 7)
+    used = torch.tensor([3, 8], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match=r"^return_attn_probs is True with dropout_p"):
+        flash_attn_func(q, k, v, 0.1, return_attn_probs=True, seqused_k=used, out=out)
+    assert (out == 7).all()
