@@ -62,9 +62,9 @@ _SHARED: dict[str, str] = {
 """,
     "sinks": """
         s_aux: (num_heads), float32 or float16, contiguous: a logit of each head, a sink, that takes part in the softmax
-            of its rows as a key with a v of 0 would: out = sum of exp(s) v / (exp(s_aux) + sum of exp(s)). softmax_lse is the
-            logarithm of that denominator: of a query that sees no key it is the sink, and its out 0. -inf is no sink;
-            +inf is not accepted, and not looked for. Has a gradient where q may have one.
+            of its rows as a key with a v of 0 would: out = sum of exp(s) v / (exp(s_aux) + sum of exp(s)). softmax_lse
+            is the logarithm of that denominator: of a query that sees no key it is the sink, and its out 0. -inf is no
+            sink; +inf is not accepted, and not looked for. Has a gradient where q may have one.
 """,
     "cache_options": """
         out: a tensor for the result, like q, which is returned. It shares no memory with q, k and v. Not with inputs
