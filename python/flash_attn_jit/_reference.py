@@ -69,6 +69,7 @@ class Scores:
     alibi_slopes: torch.Tensor | None = None  # (num_heads)
     bias: torch.Tensor | None = None  # broadcasts to (num_heads, seqlen_q, seqlen_k): numbers, or what is seen
     s_aux: torch.Tensor | None = None  # (num_heads)
+    kept: torch.Tensor | None = None  # (num_heads, seqlen_q, seqlen_k): what dropout multiplies the probabilities by
 
     def hidden(self, distance: torch.Tensor) -> torch.Tensor:
         """Of a query and a key that are so far apart (the key behind, where it is positive)."""
@@ -116,14 +117,15 @@ def exact_attention(
     p, p_sink = torch.softmax(s, -1).nan_to_num(0.0).tensor_split([keys], -1)  # NaN: a row without keys
     seen = (p > 0).double()
 
-    out, dv = p @ v, p.transpose(1, 2) @ dout
-    dp = dout @ v.transpose(1, 2)
+    kept = torch.ones_like(p) if scores.kept is None else scores.kept.double()
+    out, dv = (p * kept) @ v, (p * kept).transpose(1, 2) @ dout
+    dp = kept * (dout @ v.transpose(1, 2))
     delta = (dout * out).sum(-1, keepdim=True)
     dbias = p * (dp - delta)
     ds = dbias * slope
     dq, dk = ds @ k * scale, ds.transpose(1, 2) @ q * scale
 
-    p_error = (_HALF + _SCORE) * p + _LEAST_HALF * seen
+    p_error = kept * ((_HALF + _SCORE) * p + _LEAST_HALF * seen)
     delta_error = _HALF * (dout.abs() * out.abs()).sum(-1, keepdim=True)
     dbias_error = p * (delta_error + _SCORE * (dp.abs() + delta.abs()))
     ds_error = _HALF * ds.abs() + slope * dbias_error + _LEAST_HALF * seen

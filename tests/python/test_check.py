@@ -130,6 +130,16 @@ def test_a_wrong_gradient_of_sinks_is_found(batch, factor):
     assert [name for name, found in compared["tensors"].items() if not found["share_of_allowed"] <= 1] == ["ds_aux"]
 
 
+def test_a_pair_that_is_dropped_wrongly_is_found():
+    case = next(case for case in cases.small_cases() if getattr(case, "dropout", 0.0))
+    inputs = cases._inputs(case, "cpu")
+    results = cases._run(case, inputs, "cpu")
+    assert cases.compare(case, results, inputs)["right"]
+    first = results["s_dmask"][0, 0, :, 0]
+    first[first > 0] *= -1
+    assert not cases.compare(case, results, inputs)["right"]
+
+
 CACHE = CacheCase("cache", head_dim=32, heads_k=2, queries=3, page_size=5, used=(41, 0, 7))
 
 
@@ -180,6 +190,7 @@ def test_every_family_is_among_the_cases():
         lambda case: case.softcap,
         lambda case: case.alibi,
         lambda case: case.sinks,
+        lambda case: case.dropout,
         lambda case: case.is_varlen and 0 in case.seqlens_q,
         lambda case: case.heads_k < case.heads,
         lambda case: not case.aligned,
@@ -189,7 +200,7 @@ def test_every_family_is_among_the_cases():
     ):
         assert any(has(case) for case in found)
     small = cases.small_cases()
-    assert len(small) == 18
+    assert len(small) == 19
     assert all(sum(case.used if isinstance(case, CacheCase) else case.seqlens_q) < 200 for case in small)
 
 

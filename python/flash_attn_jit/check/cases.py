@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .. import flash_attn_func, flash_attn_varlen_func
+from .._dropped import kept_share
 from .._reference import Exact, Scores, exact_attention, summed_bias
 from . import cache
 from .cache import CacheCase
@@ -29,6 +30,7 @@ class Case:
     alibi: bool = False
     mask: str = ""  # an attn_bias: one of _MASKS
     sinks: bool = False
+    dropout: float = 0.0
     aligned: bool = True
 
     @property
@@ -64,6 +66,7 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "softcap, causal": {"softcap": 20.0, "causal": True},
     "ALiBi, causal": {"alibi": True, "causal": True},
     "sinks, causal, grouped heads": {"sinks": True, "causal": True, "heads_k": 2},
+    "dropout, causal, grouped heads": {"dropout": 0.25, "causal": True, "heads_k": 2},
     "varlen, causal": {"seqlens_q": (200, 0, 77, 333), "seqlens_k": (200, 40, 130, 333), "causal": True},
     "varlen": {"seqlens_q": (129, 256, 1), "seqlens_k": (129, 300, 17)},
     "unaligned rows, causal": {"causal": True, "aligned": False},
@@ -142,6 +145,15 @@ def _mask(case: Case, device: str) -> torch.Tensor | None:
     return torch.randn(shape, generator=generator).masked_fill(hidden, float("-inf")).to(device, dtype)
 
 
+# Among the results where there is dropout: its signs say what is kept.
+_S_DMASK = "s_dmask"
+
+
+def _kept(case: Case, results: dict[str, torch.Tensor], b: int) -> torch.Tensor | None:
+    """What dropout multiplies the probabilities of batch entry b by."""
+    return (results[_S_DMASK][b] >= 0) / kept_share(case.dropout) if case.dropout else None
+
+
 def _sinks(case: Case, device: str) -> torch.Tensor | None:
     return torch.arange(float(case.heads), device=device) - 1 if case.sinks else None
 
@@ -162,15 +174,16 @@ def _run(case: Case, inputs: dict[str, torch.Tensor], device: str) -> dict[str, 
         "alibi_slopes": _slopes(case, device),
         "attn_bias": bias,
         "s_aux": sinks,
+        "dropout_p": case.dropout,
+        "return_attn_probs": True,
     }
     if case.is_varlen:
         starts = _cumulative(case.seqlens_q, device), _cumulative(case.seqlens_k, device)
-        out = flash_attn_varlen_func(q, k, v, *starts, max(case.seqlens_q), max(case.seqlens_k), **options)
+        out, _, s_dmask = flash_attn_varlen_func(q, k, v, *starts, max(case.seqlens_q), max(case.seqlens_k), **options)
     else:
-        out = flash_attn_func(q, k, v, **options)
-    assert isinstance(out, torch.Tensor)
+        out, _, s_dmask = flash_attn_func(q, k, v, **options)
     gradients = torch.autograd.grad(out, tuple(wanted.values()), inputs["dout"])
-    return {"out": out.detach(), **dict(zip(wanted, gradients))}
+    return {"out": out.detach(), **dict(zip(wanted, gradients)), **({_S_DMASK: s_dmask} if case.dropout else {})}
 
 
 def _sequences(case: Case) -> Iterator[tuple[Any, Any]]:
@@ -198,11 +211,12 @@ def compare(case: Case, results: dict[str, torch.Tensor], inputs: dict[str, torc
     device = inputs["q"].device.type
     plain = Scores(case.causal, case.window, case.softcap, _slopes(case, device), s_aux=_sinks(case, device))
     mask = _mask(case, device)
-    worst = {name: [(0.0, 0.0)] for name in results}
+    worst = {name: [(0.0, 0.0)] for name in results if name != _S_DMASK}
     of_bias: list[Exact] = []  # by sequence
     of_sinks: list[Exact] = []
     for b, (rows_q, rows_k) in enumerate(_sequences(case)):
-        scores = plain if mask is None else replace(plain, bias=mask[min(b, len(mask) - 1)])
+        bias = None if mask is None else mask[min(b, len(mask) - 1)]
+        scores = replace(plain, bias=bias, kept=_kept(case, results, b))
         q, dout, k, v = inputs["q"][rows_q], inputs["dout"][rows_q], inputs["k"][rows_k], inputs["v"][rows_k]
         exact = exact_attention(q, k, v, dout, scores)
         of_bias.append(exact.pop("dbias"))
