@@ -33,7 +33,7 @@ struct FeatureInfo {
   std::string_view trait;   // of the rendered Traits
   std::string_view phrase;  // for the program's help: "kernels ..."
   bool changes_scores;      // computes on each score
-  bool needs_positions;     // from the places of its query and its key, as a window does
+  bool needs_positions;     // computes from the places of a query and a key, as a window does
   bool forward_only;        // no backward kernel has it
   // Read where a row's keys are all done, by what makes out alone: to other kernels it says nothing, nor to main loops.
   bool finishes_rows = false;

@@ -41,7 +41,7 @@ void append_tiles(KernelSpec spec, const ArchLimits& arch, std::vector<KernelSpe
   const KernelFamily& family = family_of(spec.kind);
   const KernelResults& results = family.results;
   if (spec.features.forward_only() && !results.out && !results.cache) return;
-  if (spec.has(Feature::kDropout) && family.warps_share_rows) return;
+  if (spec.has(Feature::kDropout) && family.pack_group == family_of(KernelKind::kDecode).pack_group) return;
   if (results.dbias && !spec.features.read_numbers()) return;
   require_head_dim(spec.head_dim);
   spec = normalized(spec);

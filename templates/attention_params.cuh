@@ -29,14 +29,7 @@ struct PairTensorParams {
 // mask put out of the way with such a number: float32 has no digits left for its scores, and it has no gradients.
 constexpr float kMostBias = 1e15f, kLeastLse = -1e6f;
 
-// See dropout.cuh.
-constexpr int kDropoutDigits = 16;
-struct DropoutParams {
-  const int* seed;                  // 2 of them
-  unsigned digits[kDropoutDigits];  // of the share of pairs that are kept, the last one first: all ones or all zeros
-  float scale;                      // 1 / that share
-  float dp_scale;                   // backward: softmax_scale x scale
-};
+// ---- of all kernels ----
 
 struct AttentionParams {
   int seqlen_q, seqlen_k;  // varlen: of the longest sequence
@@ -58,4 +51,14 @@ struct AttentionParams {
   SoftcapParams softcap;
   AlibiParams alibi;
   PairTensorParams pairs;
+};
+
+// ---- of dropout, which the kernels' own parameters hold: see dropout.cuh ----
+
+constexpr int kDropoutDigits = 16;
+struct DropoutParams {
+  const int* seed;                  // 2 of them
+  unsigned digits[kDropoutDigits];  // of the share of pairs that are kept, the last one first: all ones or all zeros
+  float scale;                      // 1 / that share
+  float dp_scale;                   // backward: softmax_scale x scale
 };

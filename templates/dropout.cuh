@@ -95,7 +95,7 @@ class DropoutTile {
     for (int i = 0; i < 2; ++i) philox_.key[i] = static_cast<unsigned>(load_global_i32(params.seed + i));
   }
 
-  // The words of the tile that begins at a row, a multiple of 16, and at a column, one of 8.
+  // The words of the tile that begins at a row, a multiple of 16, and at a column, a multiple of 8.
   __device__ __forceinline__ void make(int first_row, int first_column, int lane) {
     begins_in_middle_ = first_column % 16 != 0;
 #pragma unroll

@@ -3,6 +3,8 @@
 //
 //   S = scale Q K^T, then score features     P = exp(S - lse)     dP = dO V^T     dbias = sum of P (dP - delta)
 //
+// with dropout dP x scale of what is kept, and 0 of what is not.
+//
 // A block owns kBlockM keys of a part of the gradient, and of its rows kBlockN or the only one. It makes S and dP anew
 // for every sequence and head that it adds up, one after the other, and adds in registers: the order is the same at
 // every call. As where dK is made, rows of the products are keys: K and V stay with the warps while the queries of one

@@ -95,7 +95,9 @@ std::vector<KernelSpec> selected_kernels(const PrebuildFlags& flags, const ArchL
     std::vector<KernelSpec> kernels = select_kernels(parse_selection(flags), arch);
     if (kernels.empty())
       throw UsageError(
-          "--kinds: no kernel of these has all that is asked for; --keylens and --paged are for fwd and decode");
+          "--kinds: no kernel of these has all that is asked for; --keylens and --paged are for fwd and decode, "
+          "--dropout for "
+          "fwd and bwd, --onerow and --unpaired come with one of --bias16, --bias32 and --boolmask");
     return kernels;
   } catch (const UnsupportedError& error) {
     throw UsageError(std::string("--head-dims: ") + error.what());

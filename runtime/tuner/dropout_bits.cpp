@@ -22,8 +22,8 @@ DropoutBits::DropoutBits(const void* bytes, double p)
   std::memcpy(seed.data(), bytes, sizeof seed);
 }
 
-// The kernels' digits, one word each, say of all 32 pairs of a cell what comparing says of one: the pair is kept where
-// the number whose digits are its bits, turned over, is less than `kept`.
+// Kernels go through the digits of `kept` for 32 pairs at once. Of one pair that is a comparison: it is kept where the
+// number that has 1 - its bit of each random word as digits is less than `kept`.
 bool DropoutBits::keep(std::int64_t batch_head, std::int64_t i, std::int64_t j) const {
   const auto cell = static_cast<std::uint32_t>(i / 16 * 8 + i % 8), keys = static_cast<std::uint32_t>(j / 16);
   const int bit = static_cast<int>(i % 16 / 8 * 16 + j % 16);
