@@ -468,7 +468,7 @@ class FlashBwd {
       block_barrier();
     }
     TileRange columns = column_tiles();
-    if constexpr (!Side::kColumnsAreQueries) {
+    if constexpr (Variant::kHidesKeys && !Side::kColumnsAreQueries) {
       columns = shown_tiles<Traits>(columns, variant_, sequence_);
       if (columns.begin >= columns.end) return;
     }
