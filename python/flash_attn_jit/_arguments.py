@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 import torch
 
 from . import _core
+from ._options import WITH_GRADIENT
 from .errors import Refusal, kind_text
 
 UNBOUNDED = (-1, -1)  # the default's identity lets a call skip the look at it
@@ -70,11 +71,11 @@ def _window_error(what_came: str) -> Exception:
     return Refusal("window_size", f"is {what_came}", accepted).exception()
 
 
-def check_tensor(name: str, value: Any, has_gradient: bool = False) -> None:
+def check_tensor(name: str, value: Any) -> None:
     """Of an option that is given."""
     if not isinstance(value, torch.Tensor):
         raise Refusal(name, f"is {kind_text(value)}", _core.accepted[name]).exception()
-    if not has_gradient and value.requires_grad and torch.is_grad_enabled():
+    if name not in WITH_GRADIENT and value.requires_grad and torch.is_grad_enabled():
         refuse_gradient(name)
 
 

@@ -52,15 +52,11 @@ def room_for_sums(bias: torch.Tensor, q: torch.Tensor, k: torch.Tensor, options:
     return torch.empty(shape, dtype=bias.dtype if shape == of_bias else torch.float32, device=bias.device)
 
 
-def _summed(parts: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def summed(parts: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Like attn_bias, contiguous, over what that is broadcast over."""
     ones = [d for d, (size, of_part) in enumerate(zip(_of_four(bias), parts.shape)) if size == 1 != of_part]
     sums = parts.sum(ones, keepdim=True) if ones else parts
     return sums.to(bias.dtype).view(bias.shape)
-
-
-def gradient_of(bias: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    return _summed(sums, bias)
 
 
 def gradient_of_one_key(
@@ -82,7 +78,7 @@ def gradient_of_one_key(
     of_rows = torch.where(sees_nothing, 0.0, of_rows)
     if options.cu_seqlens_q is not None:
         of_rows = of_sequences(of_rows, options.cu_seqlens_q, options.max_seqlen_q)
-    return _summed(of_rows[..., None], bias)
+    return summed(of_rows[..., None], bias)
 
 
 def of_sequences(of_rows: torch.Tensor, cu_seqlens: torch.Tensor, longest: int) -> torch.Tensor:

@@ -20,8 +20,8 @@ from ._arguments import (
     window as read_window,
 )
 from ._autograd import Result, attention, attention_kvpacked, attention_qkvpacked
-from ._dropped import refuse_caches, signed_probabilities
 from ._options import Options, with_seed
+from ._s_dmask import refuse_caches, signed_probabilities
 from .errors import Refusal
 
 _is_compiling = torch.compiler.is_compiling
@@ -147,9 +147,9 @@ def read_options(
     if alibi_slopes is not None:
         check_tensor("alibi_slopes", alibi_slopes)
     if attn_bias is not None:
-        check_tensor("attn_bias", attn_bias, has_gradient=True)
+        check_tensor("attn_bias", attn_bias)
     if s_aux is not None:
-        check_tensor("s_aux", s_aux, has_gradient=True)
+        check_tensor("s_aux", s_aux)
         if s_aux.dtype is torch.float16:
             s_aux = s_aux.float()
     if deterministic is not True and deterministic is not False:

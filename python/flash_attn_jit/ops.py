@@ -14,7 +14,7 @@ import torch
 
 from . import _core
 from ._arguments import KV_LAYOUTS, QKV_LAYOUTS, check_packed, device_refusal, layout_refusal, reject_nested
-from ._bias_gradient import gradient_of, gradient_of_one_key, has_one_key, room_for_sums
+from ._bias_gradient import gradient_of_one_key, has_one_key, room_for_sums, summed
 from ._options import SCHEMA, WITH_GRADIENT, Options
 from ._torch_internals import (
     dispatch_modes_are_on,
@@ -103,7 +103,7 @@ def compute_gradients(
             dk.zero_()
             dv.zero_()
     share = None if options.s_aux is None else _share_of_sinks(softmax_lse, options.s_aux)
-    of_bias = None if bias is None or sums is None else gradient_of(bias, sums)
+    of_bias = None if bias is None or sums is None else summed(sums, bias)
     if bias is not None and sums is None:
         of_bias = gradient_of_one_key(bias, softmax_lse, delta, dlse, share, options)
     return (*gradients, of_bias, None if sinks is None or share is None else _gradient_of_sinks(share, delta, options))

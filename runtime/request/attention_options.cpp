@@ -225,14 +225,18 @@ AttentionParams attention_params(const TensorView& q, const TensorView& k, const
   return params;
 }
 
+int kept_pairs(double p) {
+  constexpr int kAll = 1 << kDropoutDigits;
+  return std::clamp(static_cast<int>(std::lround((1 - p) * kAll)), 1, kAll - 1);
+}
+
 DropoutParams dropout_params(const AttentionOptions& options) {
   DropoutParams params{};
   if (!options.dropout) return params;
-  constexpr int kShares = 1 << kDropoutDigits;
-  const int kept = std::clamp(static_cast<int>(std::lround((1 - options.dropout->p) * kShares)), 1, kShares - 1);
+  const int kept = kept_pairs(options.dropout->p);
   params.seed = options.dropout->seed;
   for (int i = 0; i < kDropoutDigits; ++i) params.digits[i] = (kept >> i & 1) != 0 ? ~0u : 0u;
-  params.scale = static_cast<float>(kShares) / static_cast<float>(kept);
+  params.scale = static_cast<float>(1 << kDropoutDigits) / static_cast<float>(kept);
   params.dp_scale = static_cast<float>(options.softmax_scale) * params.scale;
   return params;
 }

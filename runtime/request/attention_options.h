@@ -149,6 +149,9 @@ void require_options(const AttentionOptions& options, const ProblemShape& shape,
 // The spec of a problem, but for its kind and tile. Throws UnsupportedError where no tile can make it legal.
 KernelSpec problem_spec(const TensorView& q, const TensorView& k, const AttentionOptions& options, GlobalAccess access);
 
+// How many of 2^kDropoutDigits pairs dropout keeps.
+int kept_pairs(double p);
+
 // All zeros without dropout.
 DropoutParams dropout_params(const AttentionOptions& options);
 

@@ -1,8 +1,8 @@
 #include "runtime/tuner/dropout_bits.h"
 
-#include <algorithm>
-#include <cmath>
 #include <cstring>
+
+#include "runtime/request/attention_options.h"
 
 namespace flash_attn_jit {
 
@@ -17,8 +17,7 @@ std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> counter, std::a
   return counter;
 }
 
-DropoutBits::DropoutBits(const void* bytes, double p)
-    : kept(std::clamp(static_cast<int>(std::lround((1 - p) * 65536)), 1, 65535)) {
+DropoutBits::DropoutBits(const void* bytes, double p) : kept(kept_pairs(p)) {
   std::memcpy(seed.data(), bytes, sizeof seed);
 }
 

@@ -256,6 +256,11 @@ def normal(*shape: int, seed: int = 0, device: str = "cpu") -> torch.Tensor:
     return torch.randn(shape, generator=generator).to(device, torch.float16)
 
 
+def leaves(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Copies that need gradients."""
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
 def normal_qkv(
     batch: int,
     seqlen_q: int,

@@ -3,14 +3,10 @@
 import pytest
 import torch
 import torch.utils.checkpoint
-from attention_reference import NO_OPTIONS, check_gradients, exact_gradients, normal, normal_qkv
+from attention_reference import NO_OPTIONS, check_gradients, exact_gradients, leaves, normal, normal_qkv
 
 import flash_attn_jit
 from flash_attn_jit import flash_attn_func
-
-
-def leaves(*tensors):
-    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
 @pytest.mark.parametrize(

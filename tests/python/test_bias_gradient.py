@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from attention_reference import NO_OPTIONS, attention, check_gradients, normal, normal_qkv, varlen_attention
+from attention_reference import NO_OPTIONS, attention, check_gradients, leaves, normal, normal_qkv, varlen_attention
 from test_bias import BROADCASTS, INF, LAYOUTS, SLOPES, bias_of, heads_first, hide_rows, starts, values_of, whole_of
 from torch.utils.checkpoint import checkpoint
 
@@ -25,10 +25,6 @@ from flash_attn_jit._bias_gradient import room_for_sums
 DTYPES = [torch.float16, torch.float32]
 SINKS = torch.tensor([0.5, -1.5, 3.0, 0.0])
 BACKWARD = torch.ops.flash_attn_jit.backward.default
-
-
-def leaves(*tensors):
-    return [tensor.detach().requires_grad_() for tensor in tensors]
 
 
 def check_bias_gradient(got, exact, bias):

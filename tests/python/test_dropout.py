@@ -12,6 +12,7 @@ from attention_reference import (
     check_attention,
     check_gradients,
     error_bound,
+    leaves,
     normal,
     normal_qkv,
 )
@@ -50,10 +51,6 @@ def kept_pairs(q, k, dropout_p, seed=0):
         out = flash_attn_func(q.detach(), k.detach(), v, dropout_p, softmax_scale=0.0)
         parts.append((out[..., : len(rows)] != 0).permute(0, 2, 1, 3))
     return torch.cat(parts, -1).double() / steps_of(dropout_p)
-
-
-def leaves(*tensors):
-    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
 def check(q, k, v, dropout_p, kept, **options):

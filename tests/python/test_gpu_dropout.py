@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from attention_reference import attention, check_attention, check_gradients, normal, normal_qkv
-from test_dropout import leaves, steps_of
+from attention_reference import attention, check_attention, check_gradients, leaves, normal, normal_qkv
+from test_dropout import steps_of
 from torch.utils.checkpoint import checkpoint
 
 from flash_attn_jit import flash_attn_func, flash_attn_varlen_func, route_sdpa

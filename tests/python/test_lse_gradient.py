@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_reference import NO_OPTIONS, attention, check_gradients, normal, normal_qkv, varlen_attention
+from attention_reference import NO_OPTIONS, attention, check_gradients, leaves, normal, normal_qkv, varlen_attention
 from conftest import needs_torch
 
 from flash_attn_jit import (
@@ -15,10 +15,6 @@ from flash_attn_jit import (
 )
 
 STARTS_Q, STARTS_K = (torch.tensor(starts, dtype=torch.int32) for starts in ([0, 30, 30, 50], [0, 20, 45, 80]))
-
-
-def leaves(*tensors):
-    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
 def weights(lse, seed=7):

@@ -10,6 +10,7 @@ from attention_reference import (
     check_attention,
     check_gradients,
     check_varlen_attention,
+    leaves,
     normal,
     normal_qkv,
     varlen_attention,
@@ -28,10 +29,6 @@ from flash_attn_jit import (
 SINKS = torch.tensor([0.5, -1.5, 3.0, 0.0])
 STARTS_Q, STARTS_K = (torch.tensor(starts, dtype=torch.int32) for starts in ([0, 30, 30, 50], [0, 20, 45, 80]))
 BACKWARD = torch.ops.flash_attn_jit.backward.default
-
-
-def leaves(*tensors):
-    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
 def check_sinks(got, exact):

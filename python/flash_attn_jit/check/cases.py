@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from .. import flash_attn_func, flash_attn_varlen_func
-from .._dropped import kept_share
 from .._reference import Exact, Scores, exact_attention, summed_bias
+from .._s_dmask import kept_share
 from . import cache
 from .cache import CacheCase
 
