@@ -28,13 +28,14 @@ sources := $(shell find generator templates runtime python -type f -not -path '*
 cpp_tests := $(shell find tests/cpp -type f)
 formatted := $(filter %.cpp %.h %.cuh,$(sources) $(cpp_tests))
 
-.PHONY: help setup demo lint test test-all test-threads test-oldest clean
+.PHONY: help setup demo lint test test-all test-threads test-oldest test-integrations clean
 help:
 	@echo 'make demo      prebuild kernels for sm_75, run attention and a training step, compare them with float64'
 	@echo 'make lint      clang-format, ruff and mypy: seconds'
 	@echo 'make test      lint, build, C++ tests (plain and under sanitizers), Python tests'
 	@echo 'make test-all  the same with the full grids, and ThreadSanitizer (alone: make test-threads), and the Python tests'
 	@echo '               on the oldest torch that is supported (alone: make test-oldest)'
+	@echo 'make test-integrations  transformers, diffusers, xformers ... as installed, each version in its own environment'
 	@echo 'make setup     only install what make test needs; make clean removes every build and virtual environment'
 
 $(stamps)/system: tests/setup/system_packages.sh
@@ -166,6 +167,8 @@ test test-all: $(stamps)/sanitized lint $(stamps)/package
 	@ctest --test-dir $(build_sanitized) --output-on-failure -j $(JOBS)
 	@echo '== Python tests'
 	@$(python) -m pytest -m 'not gpu' -n $(JOBS) --dist worksteal
+	@echo '== a sample of the tests of integrations'
+	@$(python) tests/setup/run_integrations.py --sample
 	$(if $(filter test-all,$@),$(test_oldest))
 
 define test_oldest
@@ -176,5 +179,9 @@ endef
 test-oldest: $(stamps_oldest)/package
 	$(test_oldest)
 
+# ONLY="transformers-4.57 xformers" runs these alone.
+test-integrations: $(stamps)/package
+	@$(python) tests/setup/run_integrations.py $(ONLY)
+
 clean:
-	rm -rf $(venv) $(venv_oldest) $(build) $(build_sanitized) $(build_threads) $(build_oldest) build
+	rm -rf $(venv) $(venv_oldest) .venv-integrations $(build) $(build_sanitized) $(build_threads) $(build_oldest) build

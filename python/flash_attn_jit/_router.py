@@ -9,7 +9,6 @@ thread that entered, which routes what is traced, and whose presence the compile
 import functools
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from torch.library import Library
 from torch.overrides import TorchFunctionMode
 
 from . import _torch_internals as internals
+from ._call_counts import CallCounts
 from ._sdpa import attention, find_refusal, is_causal_bias, refusal_of
 from .errors import kind_text
 
@@ -37,14 +37,12 @@ _KEYS = (
 _BIAS_MODULE = "torch.nn.attention.bias"
 
 
-class SdpaRouter:
+class SdpaRouter(CallCounts):
     """Inside it, calls of ``torch.nn.functional.scaled_dot_product_attention`` run here where they can. See
     route_sdpa(), which makes one."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # calls are counted in every thread
-        self._routed = 0
-        self._reasons: Counter[str] = Counter()
+        super().__init__("route_sdpa")
 
     def __enter__(self) -> "SdpaRouter":
         _enter(self)
@@ -52,31 +50,6 @@ class SdpaRouter:
 
     def __exit__(self, *_: Any) -> None:
         _leave(self)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many calls ran where: ``{"flash_attn_jit": ..., "torch": ...}``."""
-        with self._lock:
-            return {"flash_attn_jit": self._routed, "torch": sum(self._reasons.values())}
-
-    @property
-    def reasons(self) -> dict[str, int]:
-        """Why calls fell back to PyTorch's, and how many for each reason."""
-        with self._lock:
-            return dict(self._reasons)
-
-    def __repr__(self) -> str:
-        counts = self.counts
-        lines = [f"route_sdpa: {counts['flash_attn_jit']} calls ran in flash_attn_jit, {counts['torch']} in PyTorch"]
-        lines += [f"  {count} x {reason}" for reason, count in sorted(self.reasons.items(), key=lambda r: -r[1])]
-        return "\n".join(lines)
-
-    def _count(self, reason: str | None) -> None:
-        with self._lock:
-            if reason is None:
-                self._routed += 1
-            else:
-                self._reasons[reason] += 1
 
 
 def route_sdpa() -> SdpaRouter:
@@ -271,7 +244,7 @@ def _try(router: SdpaRouter, call: _Call) -> torch.Tensor | None:
         return None
     finally:  # a checkpoint may end its recomputation by an error out of the call
         if reason is None or not _is_tracers(call.query):
-            router._count(reason)
+            router.count(reason)
 
 
 def _is_tracers(tensor: Any) -> bool:

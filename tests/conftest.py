@@ -16,7 +16,9 @@ import pytest
 
 _folder = tempfile.TemporaryDirectory(prefix="flash-attn-jit-tests-")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cache of the process that starts them
-    os.environ["FLASH_ATTN_JIT_CACHE_DIR"] = str(Path(_folder.name) / "cache")
+    # Sessions of tests one after the other may share theirs.
+    _cache = os.environ.get("FLASH_ATTN_JIT_TEST_CACHE_DIR") or str(Path(_folder.name) / "cache")
+    os.environ["FLASH_ATTN_JIT_CACHE_DIR"] = _cache
 os.environ["FLASH_ATTN_JIT_INTERPRET"] = "1"
 # What tests compute is small and workers share the cores: torch's other threads would wait for each other, busily.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
