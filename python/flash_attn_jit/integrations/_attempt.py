@@ -44,7 +44,7 @@ def attempt(counts: CallCounts, call: Call, heads_first: bool) -> torch.Tensor |
         out = _run_as_sdpa(as_sdpa)
         return out if heads_first else out.transpose(1, 2)
     except ValueError as error:
-        refusal = refusal_of(error) or _ask(call if heads_first else _transposed(call))
+        refusal = _ask(call if heads_first else _transposed(call)) or refusal_of(error)
         if refusal is None:
             raise
         return None
