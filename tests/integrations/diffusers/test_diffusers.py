@@ -114,6 +114,23 @@ def test_training_steps(name: str, checkpoints: bool) -> None:
     assert calls["flash_attn_jit"] > TINY[name].calls if checkpoints else calls["flash_attn_jit"] == TINY[name].calls
 
 
+@pytest.mark.parametrize("name", ["sd15, text mask", "flux"])
+def test_training_adapters_under_autocast(name: str) -> None:
+    """As LoRA is trained: some float32 parameters, here the projections of the queries, autocast to float16."""
+    model = make(name).train()
+    model.requires_grad_(False)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_("to_q" in parameter_name)
+    inputs = inputs_of(name, torch.float32)
+    expected = gradients(model, inputs)
+    with torch.autocast("cpu", torch.float16):
+        eager = gradients(model, inputs)
+        model.set_attention_backend(NAME)
+        actual = gradients(model, inputs)
+    assert_as_good(actual, eager, expected)
+    assert diffusers.counts.counts == counts_of(name)
+
+
 def test_a_whole_pipeline() -> None:
     unet, vae = make("sd15, text mask").half(), make("autoencoder").half()
     scheduler = DDIMScheduler(num_train_timesteps=10, steps_offset=1, clip_sample=False)
@@ -151,6 +168,15 @@ def test_a_compiled_model_has_these_kernels_in_its_graph(name: str) -> None:
     assert_as_good(actual, eager, expected)
     assert sum("flash_attn_jit" in target for target in targets) == TINY[name].calls
     assert not any("scaled_dot_product_attention" in target for target in targets)
+
+
+def test_a_compiled_model_that_cannot_run_here_runs_in_the_native_backend() -> None:
+    model, inputs = make("flux").bfloat16(), inputs_of("flux", torch.bfloat16)
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        model.set_attention_backend(NAME)
+        assert torch.compile(model, backend="eager", fullgraph=True)(**inputs).sample.equal(expected)
+    assert diffusers.counts.counts == {"flash_attn_jit": 0, "torch": 0}  # they are not counted in graphs
 
 
 # ---- The active backend
