@@ -50,17 +50,18 @@ def register() -> str:
 
     try:
         names, registry = attention_dispatch.AttentionBackendName, attention_dispatch._AttentionBackendRegistry
-        native = registry._backends[names.NATIVE]
-        if _NAME not in names._value2member_map_:
-            backend = _add_name(names)
-            checks = [attention_dispatch._check_device, attention_dispatch._check_shape]
-            registry.register(backend, constraints=checks)(_dispatched(native))
-            attention_processor.F = _Functional(registry, backend)
+        checks = [attention_dispatch._check_device, attention_dispatch._check_shape]
+        known, native, _, _ = names._value2member_map_, names.NATIVE, registry._active_backend, attention_processor.F
+        run_natively = registry._backends[native]
     except AttributeError as error:
         raise RuntimeError(
             f"diffusers {version('diffusers')} has another attention dispatcher ({error}); accepted: 0.42. Use "
             "flash_attn_jit.route_sdpa()"
         ) from error
+    if _NAME not in known:
+        backend = _add_name(names)
+        registry.register(backend, constraints=checks)(_dispatched(run_natively))
+        attention_processor.F = _Functional(registry, backend)
     return _NAME
 
 

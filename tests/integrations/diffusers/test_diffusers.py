@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, attention_backend
-from diffusers.models import attention_dispatch
+from diffusers.models import attention_dispatch, attention_processor
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from integrations.diffusers.tiny_models import BATCH, TINY
 
@@ -208,11 +208,11 @@ def test_registering_again_changes_nothing() -> None:
     )
 
 
-def test_another_dispatcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(attention_dispatch, "_AttentionBackendRegistry")
+@pytest.mark.parametrize(("module", "name"), [(attention_dispatch, "_check_shape"), (attention_processor, "F")])
+def test_another_dispatcher_is_refused(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> None:
+    monkeypatch.delattr(module, name)
     with pytest.raises(RuntimeError, match=r"diffusers 0\.42.* has another attention dispatcher .*; accepted: 0\.42"):
         diffusers.register()
-    monkeypatch.undo()
 
 
 # ---- Calls of the dispatcher
