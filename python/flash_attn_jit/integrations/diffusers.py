@@ -51,8 +51,8 @@ def register() -> str:
     try:
         names, registry = attention_dispatch.AttentionBackendName, attention_dispatch._AttentionBackendRegistry
         checks = [attention_dispatch._check_device, attention_dispatch._check_shape]
-        known, native, _, _ = names._value2member_map_, names.NATIVE, registry._active_backend, attention_processor.F
-        run_natively = registry._backends[native]
+        known, native = names._value2member_map_, registry._backends[names.NATIVE]
+        _ = registry._active_backend, attention_processor.F  # which _Functional stands on
     except AttributeError as error:
         raise RuntimeError(
             f"diffusers {version('diffusers')} has another attention dispatcher ({error}); accepted: 0.42. Use "
@@ -60,7 +60,7 @@ def register() -> str:
         ) from error
     if _NAME not in known:
         backend = _add_name(names)
-        registry.register(backend, constraints=checks)(_dispatched(run_natively))
+        registry.register(backend, constraints=checks)(_dispatched(native))
         attention_processor.F = _Functional(registry, backend)
     return _NAME
 
