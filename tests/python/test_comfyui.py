@@ -21,7 +21,7 @@ BATCH, HEADS, QUERIES, KEYS, DIM = 2, 4, 7, 9, 40
 
 @pytest.fixture(autouse=True)
 def _from_zero() -> None:
-    comfyui.counts.reset()
+    comfyui.calls.reset()
 
 
 # ---- What stands for ComfyUI
@@ -125,7 +125,7 @@ def assert_runs_here(tensors: list[torch.Tensor], *arguments: Any, **options: An
     actual = attention_pytorch(*tensors, *arguments, transformer_options=OVERRIDDEN, **options)
     assert actual.dtype is torch.float16
     torch.testing.assert_close(actual.double(), expected, atol=2e-3, rtol=2e-3)
-    assert comfyui.counts.counts == {"flash_attn_jit": 1, "ComfyUI": 0}
+    assert comfyui.calls.counts == {"flash_attn_jit": 1, "ComfyUI": 0}
 
 
 @pytest.mark.parametrize("skip_reshape", [False, True])
@@ -182,8 +182,8 @@ def test_what_cannot_run_here_runs_in_comfyui_and_is_counted(kind: str) -> None:
     expected = attention_pytorch(*tensors, HEADS, **options)
     actual = attention_pytorch(*tensors, HEADS, transformer_options=OVERRIDDEN, **options)
     assert actual.equal(expected)
-    assert comfyui.counts.counts == {"flash_attn_jit": 0, "ComfyUI": 1}
-    (counted,) = comfyui.counts.reasons
+    assert comfyui.calls.counts == {"flash_attn_jit": 0, "ComfyUI": 1}
+    (counted,) = comfyui.calls.reasons
     assert counted.startswith(reason)
 
 
@@ -219,7 +219,7 @@ def test_shapes_that_do_not_fit_are_left_to_comfyui(tensors: Any, options: dict[
         "skip_output_reshape": False,
         **options,
     }
-    (counted,) = comfyui.counts.reasons
+    (counted,) = comfyui.calls.reasons
     assert counted.startswith(reason)
 
 
@@ -247,7 +247,7 @@ def test_the_node_patches_a_clone_of_the_model(nodes: Any) -> None:
     assert model.model_options == {"transformer_options": {"patches": {"attn1_patch": []}}}
     with torch.inference_mode():
         attention_pytorch(*inputs(), HEADS, transformer_options=options)
-    assert comfyui.counts.counts == {"flash_attn_jit": 1, "ComfyUI": 0}
+    assert comfyui.calls.counts == {"flash_attn_jit": 1, "ComfyUI": 0}
 
 
 def test_replacing_another_override_is_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -269,7 +269,7 @@ def test_the_node_of_counts(nodes: Any, caplog: pytest.LogCaptureFixture) -> Non
     assert text.splitlines()[0] == "ComfyUI: 1 calls ran in flash_attn_jit, 1 in ComfyUI"
     assert "1 x query has dtype torch.float32" in text
     assert shown["ui"]["text"] == [text] and text in caplog.text
-    assert comfyui.counts.counts == {"flash_attn_jit": 0, "ComfyUI": 0}
+    assert comfyui.calls.counts == {"flash_attn_jit": 0, "ComfyUI": 0}
 
 
 def test_nodes_are_what_comfyui_reads(nodes: Any) -> None:
@@ -289,10 +289,10 @@ def test_the_registered_function(nodes: Any, comfy: Any) -> None:
 
     expected = attention_pytorch(*inputs(), HEADS)
     torch.testing.assert_close(function(*inputs(), HEADS), expected, atol=2e-3, rtol=2e-3)
-    assert comfyui.counts.counts == {"flash_attn_jit": 1, "ComfyUI": 0}
+    assert comfyui.calls.counts == {"flash_attn_jit": 1, "ComfyUI": 0}
     single = inputs(dtype=torch.float32)
     assert function(*single, HEADS).equal(attention_pytorch(*single, HEADS))
-    assert comfyui.counts.counts == {"flash_attn_jit": 1, "ComfyUI": 1}
+    assert comfyui.calls.counts == {"flash_attn_jit": 1, "ComfyUI": 1}
 
 
 def test_a_comfyui_without_overrides_is_refused(comfy: Any) -> None:

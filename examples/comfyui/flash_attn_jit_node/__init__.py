@@ -37,8 +37,8 @@ class FlashAttnJITCounts:
         return {"required": {"latent": ("LATENT",)}}
 
     def report(self, latent: Any) -> dict[str, Any]:
-        text = repr(comfyui.counts)
-        comfyui.counts.reset()
+        text = repr(comfyui.calls)
+        comfyui.calls.reset()
         _logger.info(text)
         return {"ui": {"text": [text]}, "result": (latent, text)}
 

@@ -11,9 +11,9 @@ import torch
 from .._call_counts import CallCounts
 from ._attempt import Call, attempt
 
-__all__ = ["attention_override", "counts", "patch", "register"]
+__all__ = ["attention_override", "calls", "patch", "register"]
 
-counts = CallCounts("ComfyUI", elsewhere="ComfyUI")
+calls = CallCounts("ComfyUI", elsewhere="ComfyUI")
 
 _logger = logging.getLogger("flash_attn_jit")
 _KEY = "optimized_attention_override"
@@ -24,7 +24,7 @@ _Model = TypeVar("_Model")
 
 
 def patch(model: _Model) -> _Model:
-    """A clone of a MODEL (a ``ModelPatcher``) whose attention runs here where it can; what ran where is in ``counts``.
+    """A clone of a MODEL (a ``ModelPatcher``) whose attention runs here where it can; what ran where is in ``calls``.
     An override that another node has set is replaced, as by every such node, which is logged as a warning."""
     model = model.clone()  # type: ignore[attr-defined]
     model_options: dict[str, Any] = model.model_options  # type: ignore[attr-defined]
@@ -114,7 +114,7 @@ def _attempt(
     enable_gqa = bool(options.get("enable_gqa", False))
     reason = _why_not(q, k, v, heads, heads_first, enable_gqa, options)
     if reason is not None:
-        counts.count(reason)
+        calls.count(reason)
         return None
     if not heads_first:
         head_dim = q.shape[-1] // heads
@@ -123,7 +123,7 @@ def _attempt(
     if mask is not None and mask.dim() == 3:
         mask = mask[:, None]
     call = Call(q, k, v, mask, scale=options.get("scale"), enable_gqa=enable_gqa)
-    return attempt(counts, call, heads_first)
+    return attempt(calls, call, heads_first)
 
 
 def _why_not(

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from .._call_counts import CallCounts
 from ._attempt import Call, attempt
 
-__all__ = ["counts", "register"]
+__all__ = ["calls", "register"]
 
 _NAME = "flash_attn_jit"
 
-counts = CallCounts("diffusers")
+calls = CallCounts("diffusers")
 
 
 def register() -> str:
@@ -25,7 +25,7 @@ def register() -> str:
         pipe = FluxPipeline.from_pretrained(..., torch_dtype=torch.float16).to("cuda")
         pipe.transformer.set_attention_backend(diffusers.register())
         ...
-        print(diffusers.counts)         # how many calls ran where, and why
+        print(diffusers.calls)         # how many calls ran where, and why
 
     It serves the models that go through diffusers' dispatcher (Flux, Wan, QwenImage, ...), and those whose attention is
     of ``diffusers.models.attention_processor`` (UNets and ControlNets, SD3, PixArt, ``AutoencoderKL``, ...):
@@ -93,13 +93,13 @@ def _dispatched(native: Any) -> Any:
     ) -> torch.Tensor:
         """(batch, seqlen, heads, head_dim), as its result."""
         if return_lse or _parallel_config is not None:
-            counts.count("return_lse is True" if return_lse else "_parallel_config is given")
+            calls.count("return_lse is True" if return_lse else "_parallel_config is given")
         else:
             mask = attn_mask
             if mask is not None and mask.dim() == 2 and mask.shape == (query.shape[0], key.shape[1]):
                 mask = mask[:, None, None]  # of keys, as the native backend takes it
             call = Call(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
-            out = attempt(counts, call, heads_first=False)
+            out = attempt(calls, call, heads_first=False)
             if out is not None:
                 return out
         arguments = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, _parallel_config
@@ -116,7 +116,7 @@ class _Functional(ModuleType):
 
         def scaled_dot_product_attention(*arguments: Any, **options: Any) -> torch.Tensor:
             if registry._active_backend is backend:
-                out = attempt(counts, Call(*arguments, **options), heads_first=True)
+                out = attempt(calls, Call(*arguments, **options), heads_first=True)
                 if out is not None:
                     return out
             return F.scaled_dot_product_attention(*arguments, **options)

@@ -23,7 +23,7 @@ SAMPLE = ("sd15, text mask", "flux", "qwen image, text mask", "pixart, text mask
 
 @pytest.fixture(autouse=True)
 def _from_zero() -> Iterator[None]:
-    diffusers.counts.reset()
+    diffusers.calls.reset()
     yield
     attention_dispatch._AttentionBackendRegistry.set_active_backend(attention_dispatch.AttentionBackendName.NATIVE)
 
@@ -78,15 +78,15 @@ def test_models_run_on_the_backend_and_inside_route_sdpa(name: str) -> None:
     eager = run(name, model, torch.float16)
     with flash_attn_jit.route_sdpa() as router:
         routed = run(name, model, torch.float16)
-    assert diffusers.counts.counts == {"flash_attn_jit": 0, "torch": 0}
+    assert diffusers.calls.counts == {"flash_attn_jit": 0, "torch": 0}
 
     model.set_attention_backend(NAME)
     actual = run(name, model, torch.float16)
 
     assert_as_good(actual, eager, expected)
     assert_as_good(routed, eager, expected)
-    assert diffusers.counts.counts == router.counts == counts_of(name)
-    assert all("head_dim 512" in reason for reason in diffusers.counts.reasons)
+    assert diffusers.calls.counts == router.counts == counts_of(name)
+    assert all("head_dim 512" in reason for reason in diffusers.calls.reasons)
 
 
 def gradients(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -109,7 +109,7 @@ def test_training_steps(name: str, checkpoints: bool) -> None:
 
     assert_as_good(gradients(model, inputs_of(name, torch.float16)), eager, expected)
 
-    calls = diffusers.counts.counts
+    calls = diffusers.calls.counts
     assert calls["torch"] == 0
     assert calls["flash_attn_jit"] > TINY[name].calls if checkpoints else calls["flash_attn_jit"] == TINY[name].calls
 
@@ -128,7 +128,7 @@ def test_training_adapters_under_autocast(name: str) -> None:
         model.set_attention_backend(NAME)
         actual = gradients(model, inputs)
     assert_as_good(actual, eager, expected)
-    assert diffusers.counts.counts == counts_of(name)
+    assert diffusers.calls.counts == counts_of(name)
 
 
 def test_a_whole_pipeline() -> None:
@@ -147,7 +147,7 @@ def test_a_whole_pipeline() -> None:
     pipe.unet.set_attention_backend(NAME)
     assert (image() - eager).abs().max() < 0.02
     # Two steps of the UNet, and the decoder's one attention.
-    assert diffusers.counts.counts == {"flash_attn_jit": 2 * TINY["sd15, text mask"].calls, "torch": 1}
+    assert diffusers.calls.counts == {"flash_attn_jit": 2 * TINY["sd15, text mask"].calls, "torch": 1}
 
 
 @pytest.mark.parametrize("name", ["sd15, text mask", "flux"])
@@ -176,7 +176,7 @@ def test_a_compiled_model_that_cannot_run_here_runs_in_the_native_backend() -> N
         expected = model(**inputs).sample
         model.set_attention_backend(NAME)
         assert torch.compile(model, backend="eager", fullgraph=True)(**inputs).sample.equal(expected)
-    assert diffusers.counts.counts == {"flash_attn_jit": 0, "torch": 0}  # they are not counted in graphs
+    assert diffusers.calls.counts == {"flash_attn_jit": 0, "torch": 0}  # they are not counted in graphs
 
 
 # ---- The active backend
@@ -188,11 +188,11 @@ def test_unets_follow_the_active_backend() -> None:
     model, calls = make(name), TINY["sd15, text mask"].calls
     with attention_backend(NAME):
         run(name, model, torch.float16)
-    assert diffusers.counts.counts["flash_attn_jit"] == calls
+    assert diffusers.calls.counts["flash_attn_jit"] == calls
     run(name, model, torch.float16)
     model.set_attention_backend("native")
     run(name, model, torch.float16)
-    assert diffusers.counts.counts == {"flash_attn_jit": calls, "torch": 0}
+    assert diffusers.calls.counts == {"flash_attn_jit": calls, "torch": 0}
 
 
 def test_registering_again_changes_nothing() -> None:
@@ -263,13 +263,13 @@ MASKS = {
 @pytest.mark.parametrize("kind", MASKS)
 def test_masks(kind: str) -> None:
     assert_like_native(tensors(), MASKS[kind])
-    assert diffusers.counts.counts == {"flash_attn_jit": 1, "torch": 0}
+    assert diffusers.calls.counts == {"flash_attn_jit": 1, "torch": 0}
 
 
 @pytest.mark.parametrize("options", [{"is_causal": True}, {"scale": 0.5}, {"scale": 1}])
 def test_options(options: dict[str, Any]) -> None:
     assert_like_native(tensors(), **options)
-    assert diffusers.counts.counts == {"flash_attn_jit": 1, "torch": 0}
+    assert diffusers.calls.counts == {"flash_attn_jit": 1, "torch": 0}
 
 
 def test_grouped_heads_and_strides() -> None:
@@ -277,7 +277,7 @@ def test_grouped_heads_and_strides() -> None:
     q, k, v = tensors()
     packed = torch.cat([k, v], dim=-1)
     assert_like_native([q.transpose(1, 2).contiguous().transpose(1, 2), *packed.chunk(2, dim=-1)])
-    assert diffusers.counts.counts == {"flash_attn_jit": 2, "torch": 0}
+    assert diffusers.calls.counts == {"flash_attn_jit": 2, "torch": 0}
 
 
 def test_autocast() -> None:
@@ -285,7 +285,7 @@ def test_autocast() -> None:
     with torch.autocast("cpu", torch.float16):
         actual = dispatch(NAME, tensors(dtype=torch.float32))
     torch.testing.assert_close(actual.double(), expected, atol=4e-3, rtol=4e-3)
-    assert diffusers.counts.counts == {"flash_attn_jit": 1, "torch": 0}
+    assert diffusers.calls.counts == {"flash_attn_jit": 1, "torch": 0}
 
 
 LEFT_TO_NATIVE = {
@@ -301,10 +301,10 @@ LEFT_TO_NATIVE = {
 def test_what_cannot_run_here_runs_in_the_native_backend_and_is_counted(kind: str) -> None:
     make, reason = LEFT_TO_NATIVE[kind]
     torch.testing.assert_close(dispatch(NAME, make()), dispatch("native", make()))
-    assert diffusers.counts.counts == {"flash_attn_jit": 0, "torch": 1}
-    (text,) = diffusers.counts.reasons
+    assert diffusers.calls.counts == {"flash_attn_jit": 0, "torch": 1}
+    (text,) = diffusers.calls.reasons
     assert reason in text
-    assert "1 x " in repr(diffusers.counts)
+    assert "1 x " in repr(diffusers.calls)
 
 
 def test_what_the_native_backend_refuses_is_refused() -> None:
@@ -314,7 +314,7 @@ def test_what_the_native_backend_refuses_is_refused() -> None:
         dispatch(NAME, tensors(), parallel_config=SimpleNamespace())
     with pytest.raises(RuntimeError, match="size"):
         dispatch(NAME, tensors(heads_k=2))
-    assert diffusers.counts.reasons == {
+    assert diffusers.calls.reasons == {
         "return_lse is True": 1,
         "_parallel_config is given": 1,
         "key has 2 heads and query 4": 1,
