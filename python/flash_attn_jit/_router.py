@@ -7,6 +7,7 @@ thread that entered, which routes what is traced, and whose presence the compile
 """
 
 import functools
+import importlib
 import sys
 import threading
 from collections.abc import Callable
@@ -41,15 +42,18 @@ class SdpaRouter(CallCounts):
     """Inside it, calls of ``torch.nn.functional.scaled_dot_product_attention`` run here where they can. See
     route_sdpa(), which makes one."""
 
-    def __init__(self) -> None:
-        super().__init__("route_sdpa")
+    def __init__(self, title: str = "route_sdpa") -> None:
+        super().__init__(title)
 
     def __enter__(self) -> "SdpaRouter":
-        _enter(self)
+        enter(self)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        _leave(self)
+        leave(self)
+
+    def has_left_a_traced_call(self) -> None:
+        """A compiler or an exporter that traces has come by, and PyTorch's operator goes into its graph."""
 
 
 def route_sdpa() -> SdpaRouter:
@@ -100,6 +104,7 @@ def route_sdpa() -> SdpaRouter:
 # ---- Which router a call belongs to
 
 _lock = threading.RLock()  # a garbage collection inside of it may end a _Recomputation, which takes it too
+_NO_THREAD = 0  # what enters for the whole process alike
 _entered: tuple[tuple[int, SdpaRouter], ...] = ()  # with the thread that entered it. Replaced, never changed
 _is_on = False  # whether there are any: what torch.compile looks at
 
@@ -161,19 +166,31 @@ def _outside_of_graphs(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @_outside_of_graphs
-def _enter(router: SdpaRouter) -> None:
-    global _entered, _is_on
-    _Override.hold()
-    with _lock:
-        _entered = (*_entered, (threading.get_ident(), router))
-        _is_on = True
+def enter(router: SdpaRouter) -> None:
+    """In this thread, where from now on traced calls are routed too."""
+    _add(threading.get_ident(), router)
     if not _thread.has_mode:
         TorchFunctionMode.__enter__(_mode)
         _thread.has_mode = True
 
 
 @_outside_of_graphs
-def _leave(router: SdpaRouter) -> None:
+def enter_without_mode(router: SdpaRouter) -> None:
+    """In no thread more than in the others. Traced calls stay PyTorch's, and no function of torch makes a detour."""
+    importlib.import_module(_BIAS_MODULE)  # nothing looks for it later
+    _add(_NO_THREAD, router)
+
+
+def _add(thread: int, router: SdpaRouter) -> None:
+    global _entered, _is_on
+    _Override.hold()
+    with _lock:
+        _entered = (*_entered, (thread, router))
+        _is_on = True
+
+
+@_outside_of_graphs
+def leave(router: SdpaRouter) -> None:
     """Also where routers are left in another order than entered, or in another thread: that one's mode then does
     nothing, and goes when the thread next leaves a router."""
     global _entered, _is_on
@@ -245,6 +262,8 @@ def _try(router: SdpaRouter, call: _Call) -> torch.Tensor | None:
     finally:  # a checkpoint may end its recomputation by an error out of the call
         if reason is None or not _is_tracers(call.query):
             router.count(reason)
+        else:
+            router.has_left_a_traced_call()
 
 
 def _is_tracers(tensor: Any) -> bool:
