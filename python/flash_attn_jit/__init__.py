@@ -39,6 +39,7 @@ from .errors import (
     MissingKernelError,
     UnsupportedError,
 )
+from .integrations.flash_attn import as_flash_attn
 from .interface import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -63,6 +64,7 @@ __all__ = [
     "TunedProblem",
     "UnsupportedError",
     "__version__",
+    "as_flash_attn",
     "autotune",
     "bert_padding",
     "flash_attn_func",
