@@ -13,12 +13,17 @@ from ..ops import SEPARATE, Form, are_plain, is_plain
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, out: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    options: Options,
+    out: torch.Tensor | None = None,
+    has_backward: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(out, softmax_lse, seed): the seed is what backward() needs of dropout, None without. A backward pass may follow
-    where there is neither an `out` nor a cache in the options."""
+    """(out, softmax_lse, seed): the seed is what backward() needs of dropout, None without. has_backward: whether one
+    may follow, which of keys in a cache it never does."""
     options = with_seed(options, q)
-    if out is None and not has_cache(options):
+    if has_backward and not has_cache(options):
         options = before_backward(options)
     with torch.no_grad():
         if not (is_plain(q, k, v) and are_plain((out, *tensors_of(options)))):
