@@ -107,7 +107,7 @@ def _forget_answers_of_transformers() -> None:
     for name, function in list(vars(questions).items()) if questions is not None else []:
         if "flash_attn" in name or name == "_package_distribution_mapping":
             getattr(function, "cache_clear", lambda: None)()
-    paged = sys.modules.get("transformers.integrations.flash_paged")
+    paged: Any = sys.modules.get("transformers.integrations.flash_paged")
     if hasattr(paged, "FLASH_ATTN_VARLEN_FUNC"):  # transformers 4 imports it, or what raises in its place
         paged.FLASH_ATTN_VARLEN_FUNC = importlib.import_module(_NAME).flash_attn_varlen_func
 

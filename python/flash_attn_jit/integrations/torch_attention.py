@@ -27,17 +27,18 @@ def register() -> CallCounts:
     activates them, as ``torch.nn.attention.activate_flash_attention_impl`` does, in place of any other::
 
         from flash_attn_jit.integrations import torch_attention
+        from torch.nn.attention.varlen import varlen_attn
         counts = torch_attention.register()
-        out = torch.nn.attention.varlen.varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
+        out = varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
         print(counts)       # how many calls ran here
 
     ``torch.nn.attention.restore_flash_attention_impl()`` ends it. A second call gives the same counts.
 
     It replaces ``aten::_flash_attention_forward``, ``_flash_attention_forward_no_dropout_inplace`` and
     ``_scaled_dot_product_flash_attention`` with their backward passes, for CUDA, and for the CPU where
-    FLASH_ATTN_JIT_INTERPRET=1 is set. What torch's operators take is taken: seqused_k, block_table, num_splits, windows,
-    alibi_slopes, dropout. ``scaled_dot_product_attention`` itself does not choose these operators on a GPU older than
-    sm_80: ``integrations.sdpa`` is for that. There is no falling back: what cannot run here is an error.
+    FLASH_ATTN_JIT_INTERPRET=1 is set. What torch's operators take is taken: seqused_k, block_table, num_splits,
+    windows, alibi_slopes, dropout. ``scaled_dot_product_attention`` itself does not choose these operators on a GPU
+    older than sm_80: ``integrations.sdpa`` is for that. There is no falling back: what cannot run here is an error.
 
     Returns:
         the counts of forward passes: ``counts``, ``reset()``.
@@ -102,10 +103,10 @@ def _flash_forward(
     **options: Any,
 ) -> tuple[torch.Tensor, ...]:
     """output, softmax_logsumexp, rng_state, a tensor that nobody uses, debug_attn_mask."""
-    in_cache = {"alibi_slopes": alibi_slopes, "seqused_k": seqused_k, "block_table": block_table}
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        _refuse_what_backward_lacks(in_cache)
-    read = _read(cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, **in_cache, **options)
+        _refuse_what_backward_lacks(alibi_slopes=alibi_slopes, seqused_k=seqused_k, block_table=block_table)
+    options.update(alibi_slopes=alibi_slopes, seqused_k=seqused_k, block_table=block_table)
+    read = _read(cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, **options)
     out = torch.empty_like(query)
     lse, state, unused, mask = _run(query, key, value, read, out, return_debug_mask)
     return out, lse, state, unused, mask
@@ -169,8 +170,8 @@ def _sdpa_forward(
     """Heads before the sequence; is_causal is aligned bottom-right, as torch's own kernel has it."""
     read = _read(None, None, 0, 0, dropout_p, is_causal, scale)
     out = torch.empty_like(query)
-    inputs = (x.transpose(1, 2) for x in (query, key, value))
-    lse, state, unused, mask = _run(*inputs, read, out.transpose(1, 2), return_debug_mask)
+    q, k, v, written = (x.transpose(1, 2) for x in (query, key, value, out))
+    lse, state, unused, mask = _run(q, k, v, read, written, return_debug_mask)
     return out, lse, None, None, query.shape[2], key.shape[2], state, unused, mask
 
 
@@ -203,7 +204,7 @@ def _sdpa_backward(
 # ---- What they share
 
 
-def _refuse_what_backward_lacks(options: dict[str, _Tensor]) -> None:
+def _refuse_what_backward_lacks(**options: _Tensor) -> None:
     """Torch's backward operator is not given them."""
     for name, option in options.items():
         if option is not None:
