@@ -1,10 +1,11 @@
 """as_flash_attn() and the distribution of packages/flash-attn: the module that programs import by flash-attn's name."""
 
-import importlib.util
+import importlib.metadata
 import inspect
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,9 @@ try:
     from flash_attn import ops
 except ImportError as error:
     assert "flash_attn.ops is not there" in str(error)
+assert importlib.util.find_spec("flash_attn.cute") is None
+assert importlib.util.find_spec("flash_attn.bert_padding") is not None
 flash_attn_jit.as_flash_attn()
-assert flash_attn_jit.as_flash_attn() is None
 import flash_attn as again
 assert again is flash_attn
 """
@@ -72,13 +74,21 @@ def test_in_one_process():
     )
 
 
+def has_setuptools():
+    """As its pyproject.toml wants it."""
+    try:
+        return int(importlib.metadata.version("setuptools").split(".")[0]) >= 77
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """A folder that the distribution was built for and installed into."""
     folder = tmp_path_factory.mktemp("flash-attn")
     source = shutil.copytree(PACKAGE, folder / "source", ignore=shutil.ignore_patterns("build", "*.egg-info"))
     # Without network, where what builds it is here.
-    options = ["--no-build-isolation"] if importlib.util.find_spec("setuptools") else []
+    options = ["--no-build-isolation"] if has_setuptools() else []
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *options]
     done = subprocess.run(
         [*pip, "--target", str(folder / "site"), str(source)], capture_output=True, text=True, timeout=600
@@ -93,6 +103,7 @@ def test_the_distribution(installed):
     assert "Requires-Dist: flash-attn-jit" in (metadata / "METADATA").read_text()
     assert [path.name for path in (installed / "flash_attn").glob("*.py")] == ["__init__.py"]
     check_runs(IS_THERE, PYTHONPATH=installed)
+    check_runs("import flash_attn_jit; flash_attn_jit.as_flash_attn()\n" + IS_THERE, PYTHONPATH=installed)
 
 
 @pytest.mark.parametrize("kind", ["module", "folder without a module"])
@@ -195,8 +206,14 @@ def room(*like, kind):
     return list(packed.split([x.shape[-2] for x in like], dim=-2))
 
 
+@pytest.mark.parametrize("profiled", [False, True])
 @pytest.mark.parametrize("memory", ["contiguous", "packed"])
-def test_two_passes(memory):
+def test_two_passes(memory, profiled):
+    with torch.profiler.profile() if profiled else nullcontext():  # which has every call go by the operators
+        check_two_passes(memory)
+
+
+def check_two_passes(memory):
     q, k, v, dout = inputs(2, 12)
     slopes = torch.tensor([0.1, 0.2])
     options = (0.3, True, 5, -1, 20.0, slopes)

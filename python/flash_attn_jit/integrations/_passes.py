@@ -20,21 +20,33 @@ def forward(
     out: torch.Tensor | None = None,
     has_backward: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(out, softmax_lse, seed): the seed is what backward() needs of dropout, None without. has_backward: whether one
-    may follow, which of keys in a cache it never does."""
+    """(out, softmax_lse, seed): the seed is what backward() needs of dropout, None without. out: like q, and nobody
+    else's; write_into() is for others. has_backward: whether one may follow, which of keys in a cache it never does."""
     options = with_seed(options, q)
     if has_backward and not has_cache(options):
         options = before_backward(options)
-    with torch.no_grad():
-        if not (is_plain(q, k, v) and are_plain((out, *tensors_of(options)))):
+    if not (is_plain(q, k, v) and are_plain(tensors_of(options))):
+        with torch.no_grad():
             result, softmax_lse = SEPARATE.forward(q, k, v, *options)
             return result if out is None else out.copy_(result), softmax_lse, options.dropout_seed
-        if out is None:
-            return *ops.forward_plainly(q, k, v, options), options.dropout_seed
-        check_out(out, q)
-        result, softmax_lse = ops.compute(q, k, v, options, out)
-        ops.has_changed(out)
-        return result, softmax_lse, options.dropout_seed
+    if out is None:
+        return *ops.forward_plainly(q, k, v, options), options.dropout_seed
+    return *ops.compute(q, k, v, options, out), options.dropout_seed
+
+
+def write_into(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    options: Options,
+    has_backward: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """forward() into a tensor of the caller's."""
+    check_out(out, q)
+    result = forward(q, k, v, options, out, has_backward)
+    ops.has_changed(out)
+    return result
 
 
 def backward(
@@ -55,12 +67,12 @@ def backward(
         options = options._replace(dropout_seed=seed)
     options = before_backward(options)
     wanted = [True, True, True]
+    if is_plain(dout, q, v) and are_plain((k, *gradients, *tensors_of(options))):
+        room = tuple(gradients)
+        form = Form(SEPARATE.names, SEPARATE.split, lambda *_: (room, room))
+        ops.compute_gradients(form, dout, (q, k, v), out, softmax_lse, None, wanted, options)
+        return
     with torch.no_grad():
-        if is_plain(dout, q, v) and are_plain((k, *gradients, *tensors_of(options))):
-            room = tuple(gradients)
-            form = Form(SEPARATE.names, SEPARATE.split, lambda *_: (room, room))
-            ops.compute_gradients(form, dout, (q, k, v), out, softmax_lse, None, wanted, options)
-            return
         for gradient, found in zip(
             gradients, SEPARATE.backward(dout, q, k, v, out, softmax_lse, None, wanted, *options)
         ):

@@ -147,7 +147,9 @@ class _OtherSubmodules(MetaPathFinder):
     """Stands behind the finders that look into flash_attn's folder."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
-        if name.startswith(f"{_NAME}.") and is_ours():
+        # Who only asks, by importlib.util.find_spec(), gets the answer None.
+        is_import = sys._getframe(2).f_code.co_name == "_find_and_load_unlocked"
+        if is_import and name.startswith(f"{_NAME}.") and is_ours():
             # Without the error's `name`: `from flash_attn import ops` would make an error of its own of it.
             raise ModuleNotFoundError(
                 f"{name} is not there: this flash_attn is flash_attn_jit's, which has flash_attn, "

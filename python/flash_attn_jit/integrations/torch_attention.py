@@ -8,7 +8,7 @@ import torch
 from torch.library import Library
 
 from .. import _core
-from .._arguments import max_seqlen
+from .._arguments import UNBOUNDED, max_seqlen
 from .._call_counts import CallCounts
 from .._options import Options
 from .._torch_internals import replacing_kernels
@@ -96,20 +96,14 @@ def _flash_forward(
     dropout_p: float,
     is_causal: bool,
     return_debug_mask: bool,
-    *,
-    alibi_slopes: _Tensor = None,
-    seqused_k: _Tensor = None,
-    block_table: _Tensor = None,
     **options: Any,
 ) -> tuple[torch.Tensor, ...]:
     """output, softmax_logsumexp, rng_state, a tensor that nobody uses, debug_attn_mask."""
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        _refuse_what_backward_lacks(alibi_slopes=alibi_slopes, seqused_k=seqused_k, block_table=block_table)
-    options.update(alibi_slopes=alibi_slopes, seqused_k=seqused_k, block_table=block_table)
+        _refuse_what_backward_lacks(options)
     read = _read(cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, **options)
     out = torch.empty_like(query)
-    lse, state, unused, mask = _run(query, key, value, read, out, return_debug_mask)
-    return out, lse, state, unused, mask
+    return out, *_run(query, key, value, read, out, return_debug_mask)
 
 
 def _flash_forward_into(
@@ -131,7 +125,12 @@ def _flash_forward_into(
         came = f"is {dropout_p}, and return_debug_mask {return_debug_mask}"
         raise Refusal("dropout_p", came, "0.0 and False where there is an out").exception()
     read = _read(cum_seq_q, cum_seq_k, max_q, max_k, 0.0, is_causal, **options)
-    return _run(query, key, value, read, out, False, has_backward=False)[0]
+    try:
+        _, lse, _ = _passes.write_into(out, query, key, value, read, has_backward=False)
+    except ValueError as error:
+        raise _of_torch(error) from None
+    _counts.count()
+    return lse
 
 
 def _flash_backward(
@@ -204,10 +203,10 @@ def _sdpa_backward(
 # ---- What they share
 
 
-def _refuse_what_backward_lacks(**options: _Tensor) -> None:
+def _refuse_what_backward_lacks(options: dict[str, Any]) -> None:
     """Torch's backward operator is not given them."""
-    for name, option in options.items():
-        if option is not None:
+    for name in ("seqused_k", "alibi_slopes", "block_table"):
+        if options.get(name) is not None:
             came = "comes with inputs that require a gradient, of which torch's backward pass would not be told"
             raise Refusal(name, came, "inputs that need none", error=NotImplementedError).exception()
 
@@ -227,20 +226,21 @@ def _read(
     block_table: _Tensor = None,
     num_splits: int | None = None,
 ) -> Options:
-    window = (-1 if side is None else side for side in (window_size_left, window_size_right))
-    has_sequences = cum_seq_q is not None
+    left = -1 if window_size_left is None else window_size_left
+    right = -1 if window_size_right is None else window_size_right
+    window = UNBOUNDED if left < 0 and right < 0 else (left, right)
     return read_options(
         dropout_p,
         scale,
         is_causal,
-        tuple(window),
+        window,
         0.0,
         alibi_slopes,
         False,
         cum_seq_q,
         cum_seq_k,
-        max_seqlen("max_q", max_q) if has_sequences else 0,
-        max_seqlen("max_k", max_k) if has_sequences else 0,
+        0 if cum_seq_q is None else max_seqlen("max_q", max_q),
+        0 if cum_seq_q is None else max_seqlen("max_k", max_k),
         seqused_k=seqused_k,
         block_table=block_table,
         num_splits=num_splits or 0,
@@ -254,20 +254,23 @@ def _run(
     options: Options,
     out: torch.Tensor,
     return_debug_mask: bool,
-    has_backward: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """softmax_logsumexp, rng_state, unused, debug_attn_mask. rng_state is the seed of dropout, undefined without."""
     try:
-        _, lse, seed = _passes.forward(query, key, value, options, out, has_backward)
+        _, lse, seed = _passes.forward(query, key, value, options, out)
     except ValueError as error:
         raise _of_torch(error) from None
     _counts.count()
     device = query.device
-    state = torch.empty(2, dtype=torch.uint64, device=device)
-    if seed is not None:
-        state = seed.to(torch.int64).view(torch.uint64)
+    unused = torch.empty((), dtype=torch.uint64, device=device)
+    if seed is None:
+        state, mask = (
+            torch.empty(2, dtype=torch.uint64, device=device),
+            torch.empty(0, dtype=query.dtype, device=device),
+        )
+        return lse, state, unused, mask
     mask = _passes.s_dmask(query, key, lse, options, seed, return_debug_mask)
-    return lse, state, torch.empty((), dtype=torch.uint64, device=device), mask
+    return lse, seed.to(torch.int64).view(torch.uint64), unused, mask
 
 
 def _run_backward(

@@ -45,7 +45,10 @@ def _forward(
     return_softmax: bool,
     out: torch.Tensor | None = None,
 ) -> _Forward:
-    out, softmax_lse, seed = _passes.forward(q, k, v, options, out)
+    if out is None:
+        out, softmax_lse, seed = _passes.forward(q, k, v, options)
+    else:
+        out, softmax_lse, seed = _passes.write_into(out, q, k, v, options)
     # Without dropout nobody reads it.
     rng_state = torch.empty(2, dtype=torch.int64, device=q.device) if seed is None else seed.to(torch.int64)
     return out, softmax_lse, _passes.s_dmask(q, k, softmax_lse, options, seed, return_softmax), rng_state
