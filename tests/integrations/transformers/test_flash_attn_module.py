@@ -1,10 +1,13 @@
 """attn_implementation="flash_attention_2" by as_flash_attn(), beside transformers' eager attention in float32. Each
 test in a process of its own: what is found by flash-attn's name stays found."""
 
+import importlib.metadata
 import subprocess
 import sys
 
 import pytest
+
+VERSION = int(importlib.metadata.version("transformers").split(".")[0])
 
 # transformers asks for a GPU before it asks for flash-attn.
 BEGINNING = """
@@ -24,6 +27,10 @@ from transformers.utils import is_flash_attn_2_available
 assert not is_flash_attn_2_available()
 flash_attn_jit.as_flash_attn()
 assert is_flash_attn_2_available()
+import sys
+from flash_attn import flash_attn_varlen_func
+paged = sys.modules.get("transformers.integrations.flash_paged")
+assert getattr(paged, "FLASH_ATTN_VARLEN_FUNC", flash_attn_varlen_func) is flash_attn_varlen_func
 """
 MODELS = """
 import copy
@@ -118,4 +125,35 @@ def test_generate():
         "found = make(llama, 'flash_attention_2', torch.float16).generate(**inputs, **options)\n"
         "assert len(calls) == 2 * 4\n"
         "assert torch.equal(found, expected), (found, expected)",
+    )
+
+
+def test_continuous_batching():
+    if VERSION < 5:
+        pytest.skip("transformers 4 has it for other names")
+    check_runs(
+        BEGINNING,
+        AS_FLASH_ATTN,
+        MODELS,
+        "torch.cuda.is_available = lambda: False  # else graphs\n"
+        "empty = torch.empty\n"
+        "torch.empty = lambda *shape, pin_memory=False, **options: empty(*shape, **options)  # only a GPU can pin\n"
+        "options = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=63, pad_token_id=0)\n"
+        "prompts = [ids[0, :length].tolist() for length in (5, 9, 14)]\n"
+        "model, eager = make(llama, 'flash_attention_2', torch.float16), make(llama, 'eager', torch.float32)\n"
+        "results = model.generate_batch(inputs=prompts, generation_config=options)\n"
+        "assert calls and len(results) == 3\n"
+        "for prompt, (_, result) in zip(prompts, sorted(results.items())):\n"
+        "    expected = eager.generate(input_ids=torch.tensor([prompt]), generation_config=options)[0, len(prompt):]\n"
+        "    assert result.generated_tokens == expected.tolist(), (result.generated_tokens, expected)",
+    )
+
+
+def test_a_model_that_asks_for_more_of_flash_attn():
+    check_runs(
+        BEGINNING,
+        AS_FLASH_ATTN,
+        "try:\n    from transformers import ModernBertModel\n    error = ''\n"
+        "except ImportError as wrapped:\n    error = str(wrapped.__cause__)\n"
+        f"assert ('flash_attn.layers is not there' in error) == ({VERSION} < 5), error",
     )
