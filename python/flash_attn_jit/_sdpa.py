@@ -146,8 +146,10 @@ def _mask_refusal(
         return Refusal("attn_mask", f"has {mask.dim()} dimensions and query 4", "2 to 4", advice, IndexError)
     if not (1 <= mask.dim() <= len(whole) and all(n in (1, size) for n, size in zip(mask.shape[::-1], whole[::-1]))):
         return Refusal("attn_mask", f"has shape {tuple(mask.shape)}", f"a shape that broadcasts to {whole}")
+    if len(whole) <= 4:
+        return None
     batch_dims = _batch_dims(query, mask)
-    if batch_dims == query.dim() - 3 or len(whole) <= 4:
+    if batch_dims == query.dim() - 3:
         return None
     if batch_dims is None or not all(_are_one(tensor, batch_dims) for tensor in (query, key, value)):
         return Refusal(
@@ -318,7 +320,8 @@ def attention(
         if is_causal_bias(attn_mask):
             is_causal = True
         else:
-            batch_dims = _batch_dims(query, attn_mask) or 0
+            if query.dim() > 4:
+                batch_dims = _batch_dims(query, attn_mask) or 0
             bias, attn_mask = _bias_of(attn_mask, query.dim(), batch_dims), None
     if is_causal and (attn_mask is None or attn_mask.variant.name != "LOWER_RIGHT"):
         seqlen_q, seqlen_k = query.shape[-2], key.shape[-2]
