@@ -179,6 +179,7 @@ def enter_without_mode(router: SdpaRouter) -> None:
     """In no thread more than in the others. Traced calls stay PyTorch's, and no function of torch makes a detour."""
     importlib.import_module(_BIAS_MODULE)  # nothing looks for it later
     _add(_NO_THREAD, router)
+    _Override.look_for_causal_biases()
 
 
 def _add(thread: int, router: SdpaRouter) -> None:

@@ -126,6 +126,19 @@ def test_a_causal_mask_aligned_bottom_right():
     assert router.counts == {"flash_attn_jit": 1, "torch": 0}
 
 
+def test_such_masks_where_another_router_was_there_before():
+    """On a GPU PyTorch has operators of their own for them, which are not SDPA's."""
+    done = run_python(
+        "import torch\n"
+        "from flash_attn_jit import route_sdpa\n"
+        "from flash_attn_jit.integrations import sdpa\n"
+        "with route_sdpa():\n"
+        "    sdpa.register()\n"
+        "print(torch.nn.attention.bias.CausalBias._dispatch.__module__)"
+    )
+    assert done.stdout.strip() == "flash_attn_jit._router", done.stderr
+
+
 def test_compiled_calls_are_routed_where_that_was_asked_for(monkeypatch):
     needs_traced_function_modes()
     router = sdpa.register(torch_compile=True)
