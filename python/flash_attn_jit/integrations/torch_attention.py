@@ -16,10 +16,10 @@ from ..errors import Refusal
 from ..interface import read_options
 from . import _passes
 
-__all__ = ["register"]
+__all__ = ["calls", "register"]
 
 _IMPLEMENTATION = "flash_attn_jit"
-_counts = CallCounts("torch_attention")
+calls = CallCounts("torch_attention")
 
 
 def register() -> CallCounts:
@@ -28,11 +28,11 @@ def register() -> CallCounts:
 
         from flash_attn_jit.integrations import torch_attention
         from torch.nn.attention.varlen import varlen_attn
-        counts = torch_attention.register()
+        torch_attention.register()
         out = varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
-        print(counts)       # how many calls ran here
+        print(torch_attention.calls)        # how many calls ran here
 
-    ``torch.nn.attention.restore_flash_attention_impl()`` ends it. A second call gives the same counts.
+    ``torch.nn.attention.restore_flash_attention_impl()`` ends it. A second call changes nothing.
 
     It replaces ``aten::_flash_attention_forward``, ``_flash_attention_forward_no_dropout_inplace`` and
     ``_scaled_dot_product_flash_attention`` with their backward passes, for CUDA, and for the CPU where
@@ -41,7 +41,7 @@ def register() -> CallCounts:
     older than sm_80: ``integrations.sdpa`` is for that. There is no falling back: what cannot run here is an error.
 
     Returns:
-        the counts of forward passes: ``counts``, ``reset()``.
+        `calls`, the counts of forward passes.
 
     Raises:
         RuntimeError: torch has no such registry.
@@ -56,7 +56,7 @@ def register() -> CallCounts:
     if attention.current_flash_attention_impl() != _IMPLEMENTATION:
         attention.register_flash_attention_impl(_IMPLEMENTATION, register_fn=_Kernels)
         attention.activate_flash_attention_impl(_IMPLEMENTATION)
-    return _counts
+    return calls
 
 
 class _Kernels:
@@ -129,7 +129,7 @@ def _flash_forward_into(
         _, lse, _ = _passes.write_into(out, query, key, value, read, has_backward=False)
     except ValueError as error:
         raise _of_torch(error) from None
-    _counts.count()
+    calls.count()
     return lse
 
 
@@ -260,7 +260,7 @@ def _run(
         _, lse, seed = _passes.forward(query, key, value, options, out)
     except ValueError as error:
         raise _of_torch(error) from None
-    _counts.count()
+    calls.count()
     device = query.device
     unused = torch.empty((), dtype=torch.uint64, device=device)
     if seed is None:
