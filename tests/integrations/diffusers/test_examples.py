@@ -1,0 +1,13 @@
+"""The scripts of examples/ that need diffusers."""
+
+from example_scripts import run_example
+
+
+def test_diffusers_images(capsys):
+    run_example("diffusers_images.py")
+    assert "diffusers: 10 calls ran in flash_attn_jit, 0 in PyTorch" in capsys.readouterr().out
+
+
+def test_end_to_end(capsys):
+    run_example("end_to_end.py", "--small", "--rounds", "1", "--models", "unet")
+    assert "unet" in capsys.readouterr().out
