@@ -1,0 +1,97 @@
+"""The attention function of transformers' AttentionInterface."""
+
+from typing import Any
+
+import torch
+
+from ..._call_counts import CallCounts
+from ...interface import flash_attn_func, flash_attn_varlen_func
+from ._inputs import cast, refuse_others, with_one_head_dim
+from ._kinds import join_position_bias, read_mask
+from ._packed import find_packed
+
+calls = CallCounts("transformers")
+
+
+def turing_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | torch.Tensor | None = None,
+    max_length_k: int | torch.Tensor | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer.
+
+    Args:
+        module: the layer, whose is_causal holds where the argument is None.
+        query: (batch, heads, queries, head_dim), float16; or float32 where the layer's weights are float16.
+        key: (batch, heads_k, keys, head_dim).
+        value: (batch, heads_k, keys, head_dim of its own).
+        attention_mask: see _kinds.
+        sliding_window: how many keys a query sees, with its own: to either side where not causal.
+        s_aux: (heads): sinks.
+        position_bias: (1 or batch, heads, queries, keys): added to the scores. Has a gradient.
+        position_ids: (batch, queries): where they begin anew in a batch of 1, it is sequences that are packed.
+        cu_seq_lens_q: of packed sequences, with those after it.
+
+    Returns:
+        out (batch, queries, heads, value's head_dim), float16, and None for the probabilities.
+
+    Raises:
+        ValueError, UnsupportedError, NotImplementedError: what cannot run here; says what to do.
+    """
+    if others:
+        refuse_others(others)
+    if query.dtype is not torch.float16 or key.dtype is not torch.float16 or value.dtype is not torch.float16:
+        query, key, value = cast(module, query, key, value)
+    value_dim = value.shape[3]
+    if value_dim != query.shape[3]:
+        query, key, value, scaling = with_one_head_dim(query, key, value, scaling)
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    options: dict[str, Any] = {"dropout_p": dropout, "softmax_scale": scaling, "causal": causal}
+
+    if attention_mask is None:
+        if cu_seq_lens_q is not None:
+            options.update(
+                cu_seqlens_q=cu_seq_lens_q,
+                cu_seqlens_k=cu_seq_lens_k,
+                max_seqlen_q=max_length_q,
+                max_seqlen_k=max_length_k,
+            )
+        elif position_ids is not None:
+            attention_mask = find_packed(position_ids, q, k)
+    if attention_mask is not None:
+        k, v, sliding_window = read_mask(attention_mask, k, v, sliding_window, options)
+    if position_bias is not None:
+        join_position_bias(position_bias, k, options)
+    if sliding_window is not None and k.shape[1] > sliding_window:
+        options["window_size"] = (sliding_window - 1, sliding_window - 1)
+    if softcap:
+        options["softcap"] = softcap
+    if s_aux is not None:
+        options["s_aux"] = s_aux
+    out: Any = _run_packed(q, k, v, options) if "cu_seqlens_q" in options else flash_attn_func(q, k, v, **options)
+    calls.count()
+    return (out if value_dim == out.shape[3] else out[..., :value_dim]), None
+
+
+def _run_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        options[name] = options[name].to(torch.int32)
+    rows: Any = flash_attn_varlen_func(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), **options)
+    out: torch.Tensor = rows.view(q.shape)
+    return out
