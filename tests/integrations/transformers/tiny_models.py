@@ -36,6 +36,7 @@ class Family(NamedTuple):
     config: str
     options: dict[str, Any]
     layers: int = 2  # calls of attention in a forward pass
+    encoder_layers: int = 0  # of them, those that run once where tokens are generated
     generates: bool = True
     pads: bool = True
 
@@ -122,23 +123,32 @@ FAMILIES = {
     "vit": Family("ViTForImageClassification", "ViTConfig", _IMAGE, generates=False, pads=False),
     "clip": Family("CLIPModel", "CLIPConfig", _CLIP, 4, generates=False),
     "whisper": Family(
-        "WhisperForConditionalGeneration", "WhisperConfig", {"vocab_size": VOCABULARY, **_WHISPER}, 6, pads=False
+        "WhisperForConditionalGeneration", "WhisperConfig", {"vocab_size": VOCABULARY, **_WHISPER}, 6, 2, pads=False
     ),
-    "t5": Family("T5ForConditionalGeneration", "T5Config", {"vocab_size": VOCABULARY, **_T5}, 6),
+    "t5": Family("T5ForConditionalGeneration", "T5Config", {"vocab_size": VOCABULARY, **_T5}, 6, 2),
     "qwen2.5-vl": Family(
-        "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", _QWEN_VL, 2, generates=False, pads=False
+        "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", _QWEN_VL, 8, generates=False, pads=False
     ),
     "llama4": Family("Llama4ForCausalLM", "Llama4TextConfig", _LLAMA4),
 }
 
 
-def build(name: str, implementation: str, dtype: torch.dtype = torch.float16, **changes: Any) -> Any:
-    """The same weights, whatever their dtype: those of float16."""
+def config_of(name: str, dropout: float = 0.0) -> Any:
     family = FAMILIES[name]
-    config = getattr(transformers, family.config)(**{**family.options, **changes})
+    config = getattr(transformers, family.config)(**family.options)
+    parts = [config, *(getattr(config, part) for part in type(config).sub_configs)]
+    for part in parts:
+        for option, value in vars(part).items():
+            if ("dropout" in option or "pdrop" in option) and isinstance(value, float):
+                setattr(part, option, dropout if "att" in option else 0.0)
+    return config
+
+
+def build(name: str, implementation: str, dtype: torch.dtype = torch.float16, dropout: float = 0.0) -> Any:
+    """The same weights, whatever their dtype: those of float16. dropout: of attention."""
     torch.manual_seed(0)
-    make: Callable[..., Any] = getattr(transformers, family.model)._from_config
-    return make(config, attn_implementation=implementation, dtype=torch.float16).to(dtype).eval()
+    make: Callable[..., Any] = getattr(transformers, FAMILIES[name].model)._from_config
+    return make(config_of(name, dropout), attn_implementation=implementation, dtype=torch.float16).to(dtype).eval()
 
 
 def batch(name: str, padding: str | None = None, rows: int = 2, length: int = 16) -> dict[str, Any]:
@@ -154,7 +164,7 @@ def batch(name: str, padding: str | None = None, rows: int = 2, length: int = 16
         ids[shown == 0] = 0
         inputs["attention_mask"] = shown
     if name == "whisper":
-        return {"input_features": torch.randn(rows, 16, 32), "decoder_input_ids": ids[:, :8]}
+        return {"input_features": torch.randn(rows, 16, 32), "decoder_input_ids": ids[:, :12]}
     if name == "t5":
         inputs["decoder_input_ids"] = torch.randint(3, 99, (rows, 12))
     if name == "clip":

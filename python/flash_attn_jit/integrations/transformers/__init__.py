@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ...errors import Refusal
 from ._attention import calls, turing_attention
 from ._masks import turing_mask
+from ._models import let_batches_be_continuous, names, watch_models
 
 __all__ = ["calls", "register"]
 
@@ -22,6 +23,9 @@ def register(name: str = "turing") -> str:
     if "flash" in name:
         advice = "transformers 5 takes such names for packages and kernels that it has to load"
         raise Refusal("name", f"is {name!r}", "a name without 'flash'", advice).exception()
+    names.add(name)
+    watch_models()
+    let_batches_be_continuous()
     AttentionInterface.register(name, turing_attention)
     AttentionMaskInterface.register(name, turing_mask)
     return name

@@ -7,7 +7,7 @@ import torch
 from ..._call_counts import CallCounts
 from ...interface import flash_attn_func, flash_attn_varlen_func
 from ._inputs import cast, refuse_others, with_one_head_dim
-from ._kinds import join_position_bias, read_mask
+from ._kinds import join_position_bias, packed_options, read_mask
 from ._packed import find_packed
 
 calls = CallCounts("transformers")
@@ -72,9 +72,9 @@ def turing_attention(
                 max_seqlen_q=max_length_q,
                 max_seqlen_k=max_length_k,
             )
-        elif position_ids is not None:
-            attention_mask = find_packed(position_ids, q, k)
-    if attention_mask is not None:
+        elif position_ids is not None and (mask := find_packed(position_ids, q, k)) is not None:
+            options.update(packed_options(mask))
+    else:
         k, v, sliding_window = read_mask(attention_mask, k, v, sliding_window, options)
     if position_bias is not None:
         join_position_bias(position_bias, k, options)

@@ -4,14 +4,16 @@ slice, move and pass on. By its dtype:
 | what the layers are given | what it says |
 | --- | --- |
 | None | all keys are seen, but for causality and a window, which the layers know of |
-| int8, (batch, 1, 1, keys) | the same of the first `keys` keys |
-| uint8, (batch, 1, 1, keys) | the same, and keys that are 0 are hidden |
-| int32, (batch, 1, 1, 1) | the same of as many keys as it says of each sequence |
-| int32, (1, 1, longest, sequences + 1) | the same within each of some packed sequences: a row is cu_seqlens |
+| uint8, (batch, 1, 1, keys) | of the first `keys` keys those that are 0 are hidden; causal, and the layer's window |
+| int8, (batch, 1, 1, keys) | the same, not causal |
+| int16, (batch, 1, 1, keys) | the first `keys` keys; causal, and the layer's window |
+| int32, (batch, 1, 1, 1) | as many keys as it says of each sequence; causal, and the layer's window |
+| int32, (1, 1, longest, sequences + 1) | the same in each of some packed sequences: a row is cu_seqlens |
 | bool or floats, (batch, 1 or heads, queries, keys) | all that there is to say: no causality, no window besides |
 | two dimensions | padding, as the user gave it: of a model that makes no other mask |
 
-Where bool would do it is not taken: what a user or a model made to say all has to be told from what does not.
+Where bool would do it is not taken: what a user or a model made to say all has to be told from what does not. They say
+whether they are causal because layers do not: some say that they are not as soon as there is a mask.
 """
 
 from typing import Any
@@ -20,9 +22,10 @@ import torch
 
 from ...errors import Refusal
 
-FIRST_KEYS = torch.int8
-SHOWN_KEYS = torch.uint8
-LENGTHS = torch.int32
+CAUSAL_SHOWN = torch.uint8
+SHOWN = torch.int8
+CAUSAL_FIRST = torch.int16
+CAUSAL_LENGTHS = torch.int32
 
 
 def read_mask(
@@ -38,25 +41,37 @@ def read_mask(
     Returns:
         k, v and the window, as far as the mask leaves them.
     """
-    if mask.dim() == 2:
-        mask = mask.to(torch.bool).view(SHOWN_KEYS)[:, None, None, :]
     if mask.dim() != 4:
-        raise Refusal("attention_mask", f"has {mask.dim()} dimensions", "None, or 2 or 4").exception()
+        return (*_read_padding(mask, k, v, options), window)
     kind, last, keys = mask.dtype, mask.shape[3], k.shape[1]
-    if kind is LENGTHS:
-        options.update({"seqused_k": mask.flatten()} if last == 1 else packed_options(mask[0, 0, 0], mask.shape[2]))
+    if kind is CAUSAL_LENGTHS:
+        options["causal"] = True
+        options.update({"seqused_k": mask.flatten()} if last == 1 else packed_options(mask))
         return k, v, window
     if last > keys:
         mask = mask[..., :keys]
-    if kind is SHOWN_KEYS:
-        options["attn_bias"] = mask.view(torch.bool)
-    elif kind is not FIRST_KEYS:
+    if kind is CAUSAL_SHOWN or kind is SHOWN:
+        options.update(attn_bias=mask.view(torch.bool), causal=kind is CAUSAL_SHOWN)
+    elif kind is CAUSAL_FIRST:
+        options["causal"] = True
+    else:
         options.update(attn_bias=mask, causal=False)
         return k, v, None
     return (k[:, :last], v[:, :last], window) if last < keys else (k, v, window)
 
 
-def packed_options(cu_seqlens: torch.Tensor, longest: int) -> dict[str, Any]:
+def _read_padding(
+    mask: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if mask.dim() != 2:
+        raise Refusal("attention_mask", f"has {mask.dim()} dimensions", "None, or 2 or 4").exception()
+    keys = min(mask.shape[1], k.shape[1])
+    options["attn_bias"] = mask[:, None, None, :keys].to(torch.bool)
+    return k[:, :keys], v[:, :keys]
+
+
+def packed_options(mask: torch.Tensor) -> dict[str, Any]:
+    cu_seqlens, longest = mask[0, 0, 0], mask.shape[2]
     return {
         "cu_seqlens_q": cu_seqlens,
         "cu_seqlens_k": cu_seqlens,

@@ -1,19 +1,19 @@
 """The mask function of transformers' AttentionMaskInterface. What it makes: see _kinds."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from ._kinds import FIRST_KEYS, LENGTHS, SHOWN_KEYS
+from ._kinds import CAUSAL_FIRST, CAUSAL_LENGTHS, CAUSAL_SHOWN, SHOWN
+from ._models import whole_masks
 from ._packed import pack
 from ._patterns import MaskFunction, Pattern, read_pattern, read_traced_pattern
 
+_HAS_CACHE_POSITION = "cache_position" in inspect.signature(sdpa_mask).parameters  # transformers 4.57
 _is_compiling = torch.compiler.is_compiling
-
-# Of configs of models whose layers do not say that they have a window: their masks have to.
-window_is_in_masks: set[type] = set()
 
 
 class _Asked(NamedTuple):
@@ -57,14 +57,13 @@ def turing_mask(
 
     tracing = _is_compiling()
     pattern = read_traced_pattern(mask_function, config, options) if tracing else read_pattern(mask_function)
-    mask: torch.Tensor | None
-    if pattern is not None and _kernels_do_it(pattern, kv_length, attention_mask, config):
+    if pattern is not None and not _is_to_be_whole(pattern, q_length, attention_mask, config, options):
         asked = _Asked(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
         is_made, mask = _make(pattern, asked, tracing)
         if is_made:
             return mask
     options.update(places, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    mask = sdpa_mask(
+    whole: torch.Tensor = sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,
         kv_offset=kv_offset,
@@ -73,13 +72,19 @@ def turing_mask(
         config=config,
         **options,
     )
-    return mask
+    return whole
 
 
-def _kernels_do_it(pattern: Pattern, keys: int, padding: torch.Tensor | None, config: Any) -> bool:
-    if padding is not None and padding.dim() != 2:
-        return False
-    return pattern.window is None or keys <= pattern.window or type(config) not in window_is_in_masks
+def _is_to_be_whole(
+    pattern: Pattern, queries: int, padding: torch.Tensor | None, config: Any, options: dict[str, Any]
+) -> bool:
+    if type(config) in whole_masks or (padding is not None and padding.dim() != 2):
+        return True
+    if not pattern.causal:
+        return not options.get("allow_is_bidirectional_skip", True)
+    # It may also not be skipped where a static cache is read by one query, and where sequences are packed.
+    is_asked_for = not options.get("allow_is_causal_skip", True) and not _HAS_CACHE_POSITION
+    return is_asked_for and queries > 1 and pattern.sequences is None
 
 
 def _make(pattern: Pattern, asked: _Asked, tracing: bool) -> tuple[bool, torch.Tensor | None]:
@@ -88,24 +93,24 @@ def _make(pattern: Pattern, asked: _Asked, tracing: bool) -> tuple[bool, torch.T
         return pack(pattern.sequences)
     offset = asked.query_offset
     if not pattern.causal:
-        return True, _first_keys(asked, asked.keys)
+        return True, _first_keys(asked, asked.keys, SHOWN)
     if not isinstance(offset, torch.Tensor):
-        return True, _first_keys(asked, min(offset + asked.queries - asked.key_offset, asked.keys))
+        return True, _first_keys(asked, min(offset + asked.queries - asked.key_offset, asked.keys), CAUSAL_SHOWN)
     if asked.padding is None and not torch.is_grad_enabled():  # lengths go with no gradients
-        seen = (offset + (asked.queries - asked.key_offset)).to(LENGTHS)
+        seen = (offset + (asked.queries - asked.key_offset)).to(CAUSAL_LENGTHS)
         return True, seen.reshape(1, 1, 1, 1).expand(asked.batch, 1, 1, 1).contiguous()
     if tracing or asked.queries == 1:
         return False, None
-    return True, _first_keys(asked, min(int(offset) + asked.queries - asked.key_offset, asked.keys))
+    return True, _first_keys(asked, min(int(offset) + asked.queries - asked.key_offset, asked.keys), CAUSAL_SHOWN)
 
 
-def _first_keys(asked: _Asked, keys: int) -> torch.Tensor | None:
+def _first_keys(asked: _Asked, keys: int, kind: torch.dtype) -> torch.Tensor | None:
     """That so many are seen, but for padding among them."""
     shape = (asked.batch, 1, 1, keys)
     if asked.padding is None:
-        return None if keys == asked.keys else torch.empty((), dtype=FIRST_KEYS, device=asked.device).expand(shape)
+        return None if keys == asked.keys else torch.empty((), dtype=CAUSAL_FIRST, device=asked.device).expand(shape)
     end = asked.key_offset + keys
     shown = asked.padding[:, asked.key_offset : end].to(torch.bool)
     if shown.shape[1] < keys:
         shown = F.pad(shown, (0, keys - shown.shape[1]))
-    return shown.view(SHOWN_KEYS)[:, None, None, :]
+    return shown.view(kind)[:, None, None, :]

@@ -5,7 +5,7 @@ import weakref
 import torch
 import torch.nn.functional as F
 
-from ._kinds import LENGTHS
+from ._kinds import CAUSAL_LENGTHS
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -25,7 +25,7 @@ def pack(sequences: torch.Tensor) -> tuple[bool, torch.Tensor | None]:
         return True, None
     if first.numel() >= queries:  # some models cut masks to as many columns as there are keys
         return False, None
-    ends = F.pad(first, (0, 1), value=batch * queries).to(LENGTHS)
+    ends = F.pad(first, (0, 1), value=batch * queries).to(CAUSAL_LENGTHS)
     longest = int(ends.diff().max())
     return True, ends.expand(1, 1, longest, -1)
 
