@@ -76,7 +76,7 @@ _T5 = {
     "eos_token_id": None,
 }
 _MODERNBERT = {**_TWO_HEADS, "num_hidden_layers": 3, "local_attention": 8, "cls_token_id": 1, "sep_token_id": 2}
-_OPT = {**_TWO_HEADS, "ffn_dim": 128, "word_embed_proj_dim": 128}
+_OPT = {**_TWO_HEADS, "activation_function": "gelu", "ffn_dim": 128, "word_embed_proj_dim": 128}
 _GPT_OSS = {**_TEXT, "head_dim": 64, "num_local_experts": 2, "num_experts_per_tok": 1, **_LOCAL}
 _QWEN_VL = {
     "text_config": {**_TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}},

@@ -8,21 +8,20 @@ import torch.nn.functional as F
 from ...errors import Refusal, UnsupportedError
 
 # What some models' layers give, and what to do then.
-_ADVICE = {
-    "head_mask": 'Load the model with attn_implementation="eager"',
-    "output_attentions": 'Load the model with attn_implementation="eager", which has the probabilities',
-    "indices": 'These are of sparse attention: load the model with attn_implementation="sdpa"',
-    "block_indices": 'These are of sparse attention: load the model with attn_implementation="sdpa"',
-    "sinks": 'These are sinks of each query: load the model with attn_implementation="eager"',
-}
+_ADVICE = (
+    ("head_mask", 'Load the model with attn_implementation="eager"'),
+    ("output_attentions", 'Load the model with attn_implementation="eager", which has the probabilities'),
+    ("indices", 'These are of sparse attention: load the model with attn_implementation="sdpa"'),
+    ("block_indices", 'These are of sparse attention: load the model with attn_implementation="sdpa"'),
+    ("sinks", 'These are sinks of each query: load the model with attn_implementation="eager"'),
+    ("cache", "Continuous batching runs here with transformers 5"),
+)
 _CASTS = 'Load the model with dtype=torch.float16, or train it under torch.autocast("cuda", torch.float16)'
 
 
 def refuse_others(others: dict[str, Any]) -> None:
     """Of what layers give, that which would change the result."""
-    if _ADVICE.keys().isdisjoint(others):
-        return
-    for name, advice in _ADVICE.items():
+    for name, advice in _ADVICE:
         value = others.get(name)
         if value is not None and value is not False:
             came = "is True" if value is True else "is given"
