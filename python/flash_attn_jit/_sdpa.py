@@ -14,7 +14,7 @@ __all__ = ["sdpa"]
 
 # The compiled module's limits, and what it says of them.
 _OLDEST_GPU = _core.oldest_sm
-_MOST_HEAD_DIM = _core.most_head_dim
+MOST_HEAD_DIM = _core.most_head_dim
 _ACCEPTED = _core.accepted
 
 
@@ -104,10 +104,10 @@ def find_refusal(
             return refusal
     device, cast = query.device, _autocast_dtype(query)
     return (
-        _device_refusal(device)
-        or _tensor_refusal("query", query, query.dim(), device, cast)
-        or _tensor_refusal("key", key, query.dim(), device, cast)
-        or _tensor_refusal("value", value, query.dim(), device, cast)
+        platform_refusal(device)
+        or tensor_refusal("query", query, query.dim(), device, cast)
+        or tensor_refusal("key", key, query.dim(), device, cast)
+        or tensor_refusal("value", value, query.dim(), device, cast)
         or _shape_refusal(query, key, value, enable_gqa)
         or (_mask_refusal(query, key, value, attn_mask, is_causal) if attn_mask is not None else None)
     )
@@ -194,7 +194,7 @@ def _bias_refusal(query: torch.Tensor, key: torch.Tensor, bias: Any) -> Refusal 
     )
 
 
-def _tensor_refusal(
+def tensor_refusal(
     name: str, tensor: torch.Tensor, rank: int, device: torch.device, cast: torch.dtype | None
 ) -> Refusal | None:
     """Why a tensor cannot be taken beside a query of that rank and device, under autocast to `cast`."""
@@ -223,7 +223,7 @@ def _tensor_refusal(
 
 def _shape_refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> Refusal | None:
     *batch, _, head_dim = query.shape
-    if not 1 <= head_dim <= _MOST_HEAD_DIM:
+    if not 1 <= head_dim <= MOST_HEAD_DIM:
         return Refusal("query", f"has head_dim {head_dim}", _ACCEPTED["head_dim"], error=UnsupportedError)
     for name, tensor in (("key", key), ("value", value)):
         *batch_k, _, head_dim_k = tensor.shape
@@ -274,7 +274,7 @@ for _function in (_capability, _interprets):
     _function._dynamo_marked_constant = True
 
 
-def _device_refusal(device: torch.device) -> Refusal | None:
+def platform_refusal(device: torch.device) -> Refusal | None:
     kind = device.type
     if kind == "cuda":
         capability = _capability(device.index)

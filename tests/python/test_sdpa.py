@@ -408,16 +408,16 @@ def test_a_gpu_is_asked_once_when_a_tensor_is_on_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", get_device_capability)
     monkeypatch.setattr(_sdpa, "_capabilities", {})
-    assert "sm_70" in _sdpa._device_refusal(torch.device("cuda", 3)).reason()
-    assert _sdpa._device_refusal(torch.device("cuda", 4)) is None
-    assert _sdpa._device_refusal(torch.device("cuda", 3)) and asked == [3, 4]
+    assert "sm_70" in _sdpa.platform_refusal(torch.device("cuda", 3)).reason()
+    assert _sdpa.platform_refusal(torch.device("cuda", 4)) is None
+    assert _sdpa.platform_refusal(torch.device("cuda", 3)) and asked == [3, 4]
 
 
 def test_the_compiler_asks_for_a_gpu_when_it_traces(monkeypatch):
     monkeypatch.setattr(_sdpa, "_capabilities", {3: (7, 0), 4: (7, 5)})
 
     def count_refusals(x):
-        return x + sum(_sdpa._device_refusal(torch.device("cuda", n)) is not None for n in (3, 4))
+        return x + sum(_sdpa.platform_refusal(torch.device("cuda", n)) is not None for n in (3, 4))
 
     compiled = torch.compile(count_refusals, backend="eager", fullgraph=True)
     assert compiled(torch.zeros(())) == 1

@@ -1,0 +1,198 @@
+"""The operators of xformers' ``memory_efficient_attention``, and the same with PyTorch's autograd around it."""
+
+from typing import Any, NamedTuple
+
+import torch
+from xformers.ops.fmha import attn_bias as ab
+from xformers.ops.fmha.common import AttentionBwOpBase, AttentionFwOpBase, Context, Gradients
+
+from .. import ops
+from .._autograd import attention
+from .._call_counts import CallCounts
+from .._options import Options, before_backward, tensors_of, with_seed
+from .._sdpa import MOST_HEAD_DIM
+from ..ops import SEPARATE, are_plain, is_plain
+from . import _xformers_bias as biases
+from ._xformers_refusals import operator_gradient_refusal, refusal
+
+counts = CallCounts("xformers", "xformers")
+
+_float16 = torch.float16
+
+
+def _folded(key: torch.Tensor, value: torch.Tensor, grouped: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(batch, rows, heads, head_dim); where `grouped` heads that are expanded are there once, else each has its own
+    gradient, and 5 dimensions may be copied."""
+    last = key.dim() - 2
+    if grouped and key.shape[last] > 1 and key.stride(last) == 0 and value.stride(last) == 0:
+        key, value = key.narrow(last, 0, 1), value.narrow(last, 0, 1)
+    if last == 2:
+        return key, value
+    return key.flatten(2, 3), value.flatten(2, 3)
+
+
+class _Call(NamedTuple):
+    """Inputs as these kernels take them."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    options: Options
+
+
+def _read(inp: Any, grouped: bool) -> _Call:
+    """Of inputs that are not refused, in 4 or 5 dimensions."""
+    options = biases.options_of(inp)
+    q = inp.query if inp.query.dim() == 4 else inp.query.flatten(2, 3)
+    k, v = _folded(inp.key, inp.value, grouped)
+    if options.cu_seqlens_q is None:
+        keys = biases.keys_seen(inp)
+        return _Call(q, k, v, options) if keys == k.shape[1] else _Call(q, k[:, :keys], v[:, :keys], options)
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    if options.block_table is not None:
+        page_size = inp.attn_bias.page_size
+        k, v = k.unflatten(0, (-1, page_size)), v.unflatten(0, (-1, page_size))
+    first = biases.first_key(inp.attn_bias)
+    if first:
+        k, v = k[first:], v[first:]
+    return _Call(q, k, v, options)
+
+
+def needs_gradient(inp: Any) -> bool:
+    """Whether autograd is to differentiate a call."""
+    if not torch.is_grad_enabled():
+        return False
+    bias = biases.tensor_of(inp.attn_bias)
+    return (
+        inp.query.requires_grad
+        or inp.key.requires_grad
+        or inp.value.requires_grad
+        or (bias is not None and bias.requires_grad)
+    )
+
+
+def differentiable(inp: Any) -> torch.Tensor:
+    """out of inputs that are not refused, of query's shape; with gradients of all that may have one, tensors of
+    biases too."""
+    q, k, v, options = _read(inp, grouped=not needs_gradient(inp))
+    out, _ = attention(q, k, v, options, False)
+    counts.count()
+    shaped: torch.Tensor = out.view(inp.query.shape)
+    return shaped
+
+
+def _forward(call: _Call, wants_lse: bool) -> tuple[torch.Tensor, Any]:
+    q, k, v, options = call
+    if is_plain(q, k, v) and are_plain(tensors_of(options)):
+        return ops.forward_plainly(q, k, v, options, wants_lse)
+    return SEPARATE.forward(q, k, v, *options)
+
+
+def _shaped_lse(lse: torch.Tensor, inp: Any, options: Options) -> torch.Tensor:
+    """(batch, heads, rows), or of 5 dimensions (batch, groups, heads of a group, rows); with a batch of 1 where
+    sequences lie one behind the other. xformers' own parts of an attention have -inf where no key is seen."""
+    if options.cu_seqlens_q is not None:
+        lse = lse[None]
+    if inp.query.dim() == 5:
+        lse = lse.unflatten(1, inp.query.shape[2:4])
+    return lse.masked_fill(lse == float("inf"), float("-inf")) if inp.is_partial else lse
+
+
+class _Operator:
+    """What xformers asks of both."""
+
+    OPERATOR = ops.compute
+    SUPPORTED_DEVICES = frozenset(("cuda", "cpu"))
+    CUDA_MINIMUM_COMPUTE_CAPABILITY = (7, 5)
+    SUPPORTED_DTYPES = frozenset((_float16,))
+    SUPPORTED_MAX_K = MOST_HEAD_DIM
+    SUPPORTED_MIN_K = 1
+    SUPPORTS_DROPOUT = True
+    SUPPORTS_CUSTOM_SCALE = True
+    SUPPORTS_PARTIAL = True
+    SUPPORTED_ATTN_BIAS_TYPES = tuple(biases.RULES)
+    VARLEN_LSE_PACKED = True
+
+
+class FwOp(_Operator, AttentionFwOpBase):  # type: ignore[misc]
+    """The forward pass. What it cannot take, not_supported_reasons() tells."""
+
+    NAME = "flash_attn_jitF"
+    SUPPORTS_BMGHK = True
+
+    @classmethod
+    def not_supported_reasons(cls, d: Any) -> list[str]:
+        reason = refusal(d)
+        return [] if reason is None else [reason]
+
+    @classmethod
+    def apply(cls, inp: Any, needs_gradient: bool) -> tuple[torch.Tensor, Any]:
+        """(out, what the backward pass needs); the latter None where softmax_lse is not asked for."""
+        if needs_gradient and not inp.is_partial:
+            _refuse_lost_gradients(inp)
+        has_backward = needs_gradient and not inp.is_partial and operator_gradient_refusal(inp) is None
+        call = _read(inp, grouped=not has_backward)
+        options = with_seed(call.options, call.q)
+        call = call._replace(options=before_backward(options) if has_backward else options)
+        out, lse = _forward(call, needs_gradient)
+        counts.count()
+        out = out.view(inp.query.shape)
+        if not needs_gradient:
+            return out, None
+        lse = _shaped_lse(lse, inp, options)
+        return out, Context(out=out, lse=lse, op_bw=BwOp, rng_state=options.dropout_seed)
+
+
+def _refuse_lost_gradients(inp: Any) -> None:
+    """xformers' autograd does not look into its masks, and fails late with 5 dimensions."""
+    bias = inp.attn_bias
+    came = None
+    if isinstance(bias, ab.LowerTriangularMaskWithTensorBias) and bias._bias.requires_grad:
+        came = "attn_bias is a LowerTriangularMaskWithTensorBias whose tensor requires a gradient"
+    elif inp.query.dim() == 5 and (inp.query.requires_grad or inp.key.requires_grad or inp.value.requires_grad):
+        came = "query has 5 dimensions, and an input requires a gradient"
+    if came is not None:
+        raise NotImplementedError(
+            f"{came}; accepted with op=: what requires none. Leave out op=, after "
+            "flash_attn_jit.integrations.xformers.register()"
+        )
+
+
+class BwOp(_Operator, AttentionBwOpBase):  # type: ignore[misc]
+    """The backward pass of FwOp."""
+
+    NAME = "flash_attn_jitB"
+    SUPPORTS_BMGHK = False
+    SUPPORTS_ATTN_BIAS_GRAD = True
+
+    @classmethod
+    def not_supported_reasons(cls, d: Any) -> list[str]:
+        reason = refusal(d) or operator_gradient_refusal(d)
+        return [] if reason is None else [reason]
+
+    @classmethod
+    def apply(cls, ctx: Any, inp: Any, grad: torch.Tensor) -> Any:
+        """The gradients, of the inputs' shapes."""
+        call = _read(inp, grouped=False)
+        q, k, _, options = call
+        call = call._replace(options=options._replace(dropout_seed=ctx.rng_state))
+        dout, out = (tensor.reshape(q.shape) for tensor in (grad.to(_float16), ctx.out))
+        lse = ctx.lse if options.cu_seqlens_q is None else ctx.lse[0]
+        lse = lse[..., : q.shape[-3]].contiguous()  # other operators' may be padded
+        wants_bias = isinstance(inp.attn_bias, torch.Tensor) and inp.attn_bias.requires_grad
+        dq, dk, dv, db = _backward(call, dout, out, lse, (True, True, True, wants_bias, False))
+        behind = inp.key.shape[1] - k.shape[1] if options.cu_seqlens_q is None else 0
+        if behind:  # see keys_seen()
+            dk, dv = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, behind)) for x in (dk, dv))
+        return Gradients(dq=dq.view(inp.query.shape), dk=dk.view(inp.key.shape), dv=dv.view(inp.value.shape), db=db)
+
+
+def _backward(
+    call: _Call, dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, wanted: tuple[bool, ...]
+) -> tuple[Any, ...]:
+    """Of q, k, v and the bias; None for the bias where it is not wanted."""
+    q, k, v, options = call
+    if is_plain(q, k, v) and are_plain((dout, *tensors_of(options))):
+        return ops.compute_gradients(SEPARATE, dout, (q, k, v), out, lse, None, wanted, options)[:4]
+    *gradients, db, _ = SEPARATE.backward(dout, q, k, v, out, lse, None, wanted, *options)
+    return (*gradients, db if wanted[3] else None)
