@@ -22,9 +22,8 @@ class Rows(Enum):
     PAGES = "keys in pages"
     PAGES_WITH_GAPS = "the same, with keys in the first pages that are not used"
 
-    @property
-    def have_gradients(self) -> bool:
-        return self in (Rows.WHOLE, Rows.BLOCKS)
+
+WHOLE, BLOCKS, PADDED, GAPS, PAGES, PAGES_WITH_GAPS = Rows  # an Enum takes its time to find them
 
 
 class _Band(NamedTuple):
@@ -56,8 +55,12 @@ def _local(bias: Any) -> _Band:
 
 class Rule(NamedTuple):
     band: Callable[[Any], _Band] = _full
-    rows: Rows = Rows.WHOLE
+    rows: Rows = WHOLE
     is_top_left: bool = False
+
+    @property
+    def has_gradients(self) -> bool:
+        return self.rows is WHOLE or self.rows is BLOCKS
 
 
 # By the exact type: what a subclass means is not known.
@@ -70,21 +73,21 @@ RULES: dict[type, Rule] = {
     ab.LowerTriangularFromBottomRightMask: Rule(_causal),
     ab.LowerTriangularFromBottomRightLocalAttentionMask: Rule(_causal_local),
     ab.LocalAttentionFromBottomRightMask: Rule(_local),
-    ab.BlockDiagonalMask: Rule(_full, Rows.BLOCKS),
-    ab.BlockDiagonalCausalMask: Rule(_causal, Rows.BLOCKS, is_top_left=True),
-    ab.BlockDiagonalCausalLocalAttentionMask: Rule(_causal_local, Rows.BLOCKS, is_top_left=True),
-    ab.BlockDiagonalCausalFromBottomRightMask: Rule(_causal, Rows.BLOCKS),
-    ab.BlockDiagonalCausalLocalAttentionFromBottomRightMask: Rule(_causal_local, Rows.BLOCKS),
-    ab.BlockDiagonalPaddedKeysMask: Rule(_full, Rows.PADDED),
-    ab.BlockDiagonalCausalWithOffsetPaddedKeysMask: Rule(_causal, Rows.PADDED),
-    ab.BlockDiagonalLocalAttentionPaddedKeysMask: Rule(_local, Rows.PADDED),
-    ab.BlockDiagonalCausalLocalAttentionPaddedKeysMask: Rule(_causal_local, Rows.PADDED),
-    ab.BlockDiagonalGappyKeysMask: Rule(_full, Rows.GAPS),
-    ab.BlockDiagonalCausalWithOffsetGappyKeysMask: Rule(_causal, Rows.GAPS),
-    ab.PagedBlockDiagonalPaddedKeysMask: Rule(_full, Rows.PAGES),
-    ab.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask: Rule(_causal, Rows.PAGES),
-    ab.PagedBlockDiagonalGappyKeysMask: Rule(_full, Rows.PAGES_WITH_GAPS),
-    ab.PagedBlockDiagonalCausalWithOffsetGappyKeysMask: Rule(_causal, Rows.PAGES_WITH_GAPS),
+    ab.BlockDiagonalMask: Rule(_full, BLOCKS),
+    ab.BlockDiagonalCausalMask: Rule(_causal, BLOCKS, is_top_left=True),
+    ab.BlockDiagonalCausalLocalAttentionMask: Rule(_causal_local, BLOCKS, is_top_left=True),
+    ab.BlockDiagonalCausalFromBottomRightMask: Rule(_causal, BLOCKS),
+    ab.BlockDiagonalCausalLocalAttentionFromBottomRightMask: Rule(_causal_local, BLOCKS),
+    ab.BlockDiagonalPaddedKeysMask: Rule(_full, PADDED),
+    ab.BlockDiagonalCausalWithOffsetPaddedKeysMask: Rule(_causal, PADDED),
+    ab.BlockDiagonalLocalAttentionPaddedKeysMask: Rule(_local, PADDED),
+    ab.BlockDiagonalCausalLocalAttentionPaddedKeysMask: Rule(_causal_local, PADDED),
+    ab.BlockDiagonalGappyKeysMask: Rule(_full, GAPS),
+    ab.BlockDiagonalCausalWithOffsetGappyKeysMask: Rule(_causal, GAPS),
+    ab.PagedBlockDiagonalPaddedKeysMask: Rule(_full, PAGES),
+    ab.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask: Rule(_causal, PAGES),
+    ab.PagedBlockDiagonalGappyKeysMask: Rule(_full, PAGES_WITH_GAPS),
+    ab.PagedBlockDiagonalCausalWithOffsetGappyKeysMask: Rule(_causal, PAGES_WITH_GAPS),
 }
 
 
@@ -104,18 +107,18 @@ def keys_seen(inp: Any) -> int:
     rows_k: int = inp.key.shape[1]
     rule = RULES[type(inp.attn_bias)]
     # A top-left query sees no key past the last query's. Among the others the two alignments are one.
-    return min(rows_q, rows_k) if rule.is_top_left and rule.rows is Rows.WHOLE else rows_k
+    return min(rows_q, rows_k) if rule.is_top_left and rule.rows is WHOLE else rows_k
 
 
 def first_key(bias: Any) -> int:
     """Where the first sequence's keys begin: a first one of cu_seqlens is 0."""
-    first: int = bias.k_seqinfo.seqstart_py[0] if RULES[type(bias)].rows is Rows.GAPS else 0
+    first: int = bias.k_seqinfo.seqstart_py[0] if RULES[type(bias)].rows is GAPS else 0
     return first
 
 
 def _rows(bias: Any, rows: Rows) -> dict[str, Any]:
     """Options, by their names."""
-    if rows is Rows.WHOLE:
+    if rows is WHOLE:
         return {}
     queries, keys = bias.q_seqinfo, bias.k_seqinfo
     options = {
@@ -124,18 +127,18 @@ def _rows(bias: Any, rows: Rows) -> dict[str, Any]:
         "max_seqlen_q": queries.max_seqlen,
         "max_seqlen_k": keys.max_seqlen,
     }
-    if rows is Rows.BLOCKS:
+    if rows is BLOCKS:
         return options
     options["seqused_k"] = keys.seqlen
-    if rows is Rows.PADDED:
+    if rows is PADDED:
         options["max_seqlen_k"] = keys.padding
-    elif rows is Rows.GAPS:
+    elif rows is GAPS:
         options["max_seqlen_k"] = max(end - start for start, end in pairwise(keys.seqstart_py))
         if first_key(bias):
             options["cu_seqlens_k"] = keys.seqstart - first_key(bias)
     else:
         options["cu_seqlens_k"], options["block_table"] = None, bias.block_tables
-    if rows is Rows.PAGES_WITH_GAPS:
+    if rows is PAGES_WITH_GAPS:
         # Here seqlen is where a sequence's last key ends, and seqstart where its first one is, counted in its pages.
         options["max_seqlen_k"], options["leftpad_k"] = max(keys.seqlen_py), keys.seqstart[:-1]
     return options
@@ -143,7 +146,7 @@ def _rows(bias: Any, rows: Rows) -> dict[str, Any]:
 
 def _top_left(bias: Any, rule: Rule, band: _Band, inp: Any) -> dict[str, Any]:
     """Masks that are aligned at the first query and the first key of a sequence, as options."""
-    if rule.rows is Rows.WHOLE:
+    if rule.rows is WHOLE:
         behind = inp.query.shape[1] - inp.key.shape[1]
         if behind <= 0:  # see keys_seen()
             return {"causal": True}
@@ -168,15 +171,14 @@ def _added(tensor: torch.Tensor, query: torch.Tensor, keys: int) -> torch.Tensor
 def options_of(inp: Any) -> Options:
     """Of inputs that are not refused."""
     bias = inp.attn_bias
-    if bias is None:
-        return Options(softmax_scale=inp.scale, dropout_p=inp.p)
     rule = RULES[type(bias)]
     band = rule.band(bias)
+    fields = _rows(bias, rule.rows)
     if rule.is_top_left:
-        fields = _top_left(bias, rule, band, inp)
+        fields.update(_top_left(bias, rule, band, inp))
     else:
-        fields = {"causal": band.causal, "window_left": band.left, "window_right": band.right}
+        fields["causal"], fields["window_left"], fields["window_right"] = band
     tensor = tensor_of(bias)
     if tensor is not None:
         fields["attn_bias"] = _added(tensor, inp.query, keys_seen(inp))
-    return Options(softmax_scale=inp.scale, dropout_p=inp.p, **fields, **_rows(bias, rule.rows))
+    return Options(softmax_scale=inp.scale, dropout_p=inp.p, **fields)

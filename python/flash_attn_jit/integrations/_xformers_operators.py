@@ -20,17 +20,6 @@ counts = CallCounts("xformers", "xformers")
 _float16 = torch.float16
 
 
-def _folded(key: torch.Tensor, value: torch.Tensor, grouped: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(batch, rows, heads, head_dim); where `grouped` heads that are expanded are there once, else each has its own
-    gradient, and 5 dimensions may be copied."""
-    last = key.dim() - 2
-    if grouped and key.shape[last] > 1 and key.stride(last) == 0 and value.stride(last) == 0:
-        key, value = key.narrow(last, 0, 1), value.narrow(last, 0, 1)
-    if last == 2:
-        return key, value
-    return key.flatten(2, 3), value.flatten(2, 3)
-
-
 class _Call(NamedTuple):
     """Inputs as these kernels take them."""
 
@@ -40,45 +29,68 @@ class _Call(NamedTuple):
     options: Options
 
 
+def _folded(key: torch.Tensor, value: torch.Tensor, grouped: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(batch, rows, heads, head_dim); where `grouped` heads that are expanded are there once, else each has its own
+    gradient, and 5 dimensions may be copied."""
+    rank = key.dim()
+    if grouped and key.stride(-2) == 0 and value.stride(-2) == 0:
+        if rank == 4:
+            return key.narrow(2, 0, 1), value.narrow(2, 0, 1)
+        return key.select(3, 0), value.select(3, 0)
+    return (key, value) if rank == 4 else (key.flatten(2, 3), value.flatten(2, 3))
+
+
+def _without_batch(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[0] if tensor.shape[0] == 1 else tensor.flatten(0, 1)
+
+
 def _read(inp: Any, grouped: bool) -> _Call:
     """Of inputs that are not refused, in 4 or 5 dimensions."""
-    options = biases.options_of(inp)
-    q = inp.query if inp.query.dim() == 4 else inp.query.flatten(2, 3)
+    bias, q = inp.attn_bias, inp.query
+    if q.dim() == 5:
+        q = q.flatten(2, 3)
     k, v = _folded(inp.key, inp.value, grouped)
+    if bias is None:
+        return _Call(q, k, v, Options(softmax_scale=inp.scale, dropout_p=inp.p))
+    options = biases.options_of(inp)
     if options.cu_seqlens_q is None:
         keys = biases.keys_seen(inp)
         return _Call(q, k, v, options) if keys == k.shape[1] else _Call(q, k[:, :keys], v[:, :keys], options)
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    q, k, v = _without_batch(q), _without_batch(k), _without_batch(v)
     if options.block_table is not None:
-        page_size = inp.attn_bias.page_size
-        k, v = k.unflatten(0, (-1, page_size)), v.unflatten(0, (-1, page_size))
-    first = biases.first_key(inp.attn_bias)
-    if first:
-        k, v = k[first:], v[first:]
+        k, v = k.unflatten(0, (-1, bias.page_size)), v.unflatten(0, (-1, bias.page_size))
+    elif options.seqused_k is not None and biases.first_key(bias):
+        k, v = k[biases.first_key(bias) :], v[biases.first_key(bias) :]
     return _Call(q, k, v, options)
+
+
+def _laid_out(out: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """What is made of q, of the query's shape."""
+    if query.dim() == 4:
+        if out.dim() == 4:
+            return out
+        if query.shape[0] == 1:
+            return out[None]
+    return out.view_as(query)
 
 
 def needs_gradient(inp: Any) -> bool:
     """Whether autograd is to differentiate a call."""
     if not torch.is_grad_enabled():
         return False
+    if inp.query.requires_grad or inp.key.requires_grad or inp.value.requires_grad:
+        return True
     bias = biases.tensor_of(inp.attn_bias)
-    return (
-        inp.query.requires_grad
-        or inp.key.requires_grad
-        or inp.value.requires_grad
-        or (bias is not None and bias.requires_grad)
-    )
+    return bias is not None and bias.requires_grad
 
 
-def differentiable(inp: Any) -> torch.Tensor:
+def differentiable(inp: Any, needs_gradient: bool) -> torch.Tensor:
     """out of inputs that are not refused, of query's shape; with gradients of all that may have one, tensors of
     biases too."""
-    q, k, v, options = _read(inp, grouped=not needs_gradient(inp))
+    q, k, v, options = _read(inp, grouped=not needs_gradient)
     out, _ = attention(q, k, v, options, False)
     counts.count()
-    shaped: torch.Tensor = out.view(inp.query.shape)
-    return shaped
+    return _laid_out(out, inp.query)
 
 
 def _forward(call: _Call, wants_lse: bool) -> tuple[torch.Tensor, Any]:
@@ -136,7 +148,7 @@ class FwOp(_Operator, AttentionFwOpBase):  # type: ignore[misc]
         call = call._replace(options=before_backward(options) if has_backward else options)
         out, lse = _forward(call, needs_gradient)
         counts.count()
-        out = out.view(inp.query.shape)
+        out = _laid_out(out, inp.query)
         if not needs_gradient:
             return out, None
         lse = _shaped_lse(lse, inp, options)

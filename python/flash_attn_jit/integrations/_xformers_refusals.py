@@ -6,24 +6,22 @@ from typing import Any
 import torch
 
 from .._sdpa import MOST_HEAD_DIM, platform_refusal, tensor_refusal
-from ._xformers_bias import RULES, Rows, Rule, tensor_of
+from ._xformers_bias import GAPS, PAGES, PAGES_WITH_GAPS, RULES, WHOLE, Rule, tensor_of
 
-_float16 = torch.float16
+_float16, _strided = torch.float16, torch.strided
 _TENSOR_TYPES = (torch.float16, torch.float32)
 
 
 def refusal(inp: Any) -> str | None:
     """Of the forward pass."""
     query, key, value = inp.query, inp.key, inp.value
-    device, rank = query.device, query.dim()
-    refused = (
-        platform_refusal(device)
-        or tensor_refusal("query", query, rank, device, None)
-        or tensor_refusal("key", key, rank, device, None)
-        or tensor_refusal("value", value, rank, device, None)
-    )
+    refused = platform_refusal(query.device)
     if refused is not None:
         return refused.reason()
+    if not (_is_usual(query) and _is_usual(key) and _is_usual(value)):
+        reason = _input_refusal(query, key, value)
+        if reason is not None:
+            return reason
     head_dim = query.shape[-1]
     if not 1 <= head_dim <= MOST_HEAD_DIM:
         return f"query has head_dim {head_dim}"
@@ -31,15 +29,27 @@ def refusal(inp: Any) -> str | None:
         return f"value has head_dim {value.shape[-1]} and query {head_dim}"
     if inp.output_dtype is not None and inp.output_dtype is not _float16:
         return f"output_dtype is {inp.output_dtype}"
-    if not 0.0 <= inp.p < 1.0:
+    if inp.p != 0.0 and not 0.0 <= inp.p < 1.0:
         return f"p is {inp.p}"
     return None if inp.attn_bias is None else _bias_refusal(inp.attn_bias, query, key)
+
+
+def _is_usual(tensor: torch.Tensor) -> bool:
+    return tensor.dtype is _float16 and tensor.layout is _strided and tensor.stride(-1) == 1
+
+
+def _input_refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        refused = tensor_refusal(name, tensor, query.dim(), query.device, None)
+        if refused is not None:
+            return refused.reason()
+    return None
 
 
 def gradient_refusal(inp: Any) -> str | None:
     """Of gradients, where refusal() has nothing against the inputs."""
     rule = RULES[type(inp.attn_bias)]
-    if rule.rows.have_gradients:
+    if rule.has_gradients:
         return None
     return f"attn_bias is a {type(inp.attn_bias).__name__}, which has no backward pass"
 
@@ -52,15 +62,14 @@ def operator_gradient_refusal(inp: Any) -> str | None:
 
 
 def _bias_refusal(bias: Any, query: torch.Tensor, key: torch.Tensor) -> str | None:
-    name, rule = type(bias).__name__, RULES.get(type(bias))
+    rule = RULES.get(type(bias))
     if rule is None:
-        return f"attn_bias is a {name}"
-    tensor = tensor_of(bias)
-    if tensor is not None:
-        return _tensor_refusal(tensor, query, key)
-    if rule.rows is Rows.WHOLE:
-        return None
-    return _window_refusal(name, bias) or _rows_refusal(name, bias, rule, query, key)
+        return f"attn_bias is a {type(bias).__name__}"
+    if rule.rows is WHOLE:
+        tensor = tensor_of(bias)
+        return None if tensor is None else _tensor_refusal(tensor, query, key)
+    reason = _rows_refusal(bias, rule, query, key) or _window_refusal(bias)
+    return reason and f"attn_bias is a {type(bias).__name__} {reason}"
 
 
 def _tensor_refusal(tensor: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> str | None:
@@ -74,27 +83,26 @@ def _tensor_refusal(tensor: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     return None if fits else f"attn_bias has shape {tuple(tensor.shape)}, which does not broadcast to {whole}"
 
 
-def _window_refusal(name: str, bias: Any) -> str | None:
+def _window_refusal(bias: Any) -> str | None:
     """Not all types look at their windows."""
-    for side in ("window_left", "window_right"):
-        if getattr(bias, side, 0) < 0:
-            return f"attn_bias is a {name} whose {side} is {getattr(bias, side)}"
-    if getattr(bias, "_window_size", 1) < 1:
-        return f"attn_bias is a {name} whose window_size is {bias._window_size}"
-    return None
+    least = getattr(bias, "_window_size", 1)
+    if least < 1:
+        return f"whose window_size is {least}"
+    left, right = getattr(bias, "window_left", 0), getattr(bias, "window_right", 0)
+    return f"whose window is {left} keys on the left and {right} on the right" if left < 0 or right < 0 else None
 
 
-def _rows_refusal(name: str, bias: Any, rule: Rule, query: torch.Tensor, key: torch.Tensor) -> str | None:
-    of_queries, of_keys = bias.q_seqinfo.seqstart_py, bias.k_seqinfo.seqstart_py
-    rows_q, rows_k = (tensor.shape[0] * tensor.shape[1] for tensor in (query, key))
-    if of_queries[-1] > rows_q:
-        return f"attn_bias is a {name} of {of_queries[-1]} queries, and there are {rows_q}"
-    if rule.rows in (Rows.PAGES, Rows.PAGES_WITH_GAPS):
-        return f"key has {rows_k} rows, and attn_bias pages of {bias.page_size}" if rows_k % bias.page_size else None
-    if of_keys[-1] > rows_k:
-        return f"attn_bias is a {name} of {of_keys[-1]} keys, and there are {rows_k}"
-    if rule.rows is Rows.GAPS:
-        lengths = bias.k_seqinfo.seqlen_py
-        if any(start + length > end for start, length, end in zip(of_keys, lengths, of_keys[1:])):
-            return f"attn_bias is a {name} whose sequences overlap"
+def _rows_refusal(bias: Any, rule: Rule, query: torch.Tensor, key: torch.Tensor) -> str | None:
+    queries, keys = bias.q_seqinfo.seqstart_py[-1], bias.k_seqinfo.seqstart_py[-1]
+    rows_q, rows_k = query.shape[0] * query.shape[1], key.shape[0] * key.shape[1]
+    if queries > rows_q:
+        return f"of {queries} queries, and there are {rows_q}"
+    if rule.rows is PAGES or rule.rows is PAGES_WITH_GAPS:
+        return f"of pages of {bias.page_size} rows, and there are {rows_k}" if rows_k % bias.page_size else None
+    if keys > rows_k:
+        return f"of {keys} keys, and there are {rows_k}"
+    if rule.rows is GAPS:
+        starts, lengths = bias.k_seqinfo.seqstart_py, bias.k_seqinfo.seqlen_py
+        if any(start + length > end for start, length, end in zip(starts, lengths, starts[1:])):
+            return "whose sequences overlap"
     return None

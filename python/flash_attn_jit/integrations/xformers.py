@@ -82,10 +82,13 @@ def _replacements(theirs: dict[str, Callable[..., Any]]) -> dict[str, Callable[.
         if op is not None:
             return attend(inp, op)
         inp.validate_inputs()
-        shape = inp.normalize_bmhk()
-        if refusal(inp) is None and not (needs_gradient(inp) and gradient_refusal(inp)):
-            return differentiable(inp).view(shape)
-        return attend(inp, None).reshape(shape)  # which asks for an operator, and so counts
+        rank, shape = inp.query.dim(), inp.normalize_bmhk()
+        has_gradient = needs_gradient(inp)
+        if refusal(inp) is None and not (has_gradient and gradient_refusal(inp)):
+            out = differentiable(inp, has_gradient)
+        else:
+            out = attend(inp, None)  # which asks for an operator, and so counts
+        return out.view(*shape) if rank == 3 else out
 
     def dispatch_fw(inp: Any, needs_gradient: bool) -> Any:
         reason = refusal(inp)

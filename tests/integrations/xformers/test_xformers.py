@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import xformers.ops as xops
-from attention_biases import ALL, CASES, WITH_BACKWARD, Case, attention
+from integrations.xformers.attention_biases import ALL, CASES, WITH_BACKWARD, Case, attention
 from xformers.ops import fmha
 from xformers.ops.fmha import attn_bias as ab
 
