@@ -74,11 +74,16 @@ def _laid_out(out: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     return out.view_as(query)
 
 
+def requires_gradient(inp: Any) -> bool:
+    """Whether query, key or value does, whatever autograd's mode: xformers' autograd runs operators with it off."""
+    return bool(inp.query.requires_grad or inp.key.requires_grad or inp.value.requires_grad)
+
+
 def needs_gradient(inp: Any) -> bool:
     """Whether autograd is to differentiate a call."""
     if not torch.is_grad_enabled():
         return False
-    if inp.query.requires_grad or inp.key.requires_grad or inp.value.requires_grad:
+    if requires_gradient(inp):
         return True
     bias = biases.tensor_of(inp.attn_bias)
     return bias is not None and bias.requires_grad
@@ -142,7 +147,8 @@ class FwOp(_Operator, AttentionFwOpBase):  # type: ignore[misc]
         """(out, what the backward pass needs); the latter None where softmax_lse is not asked for."""
         if needs_gradient and not inp.is_partial:
             _refuse_lost_gradients(inp)
-        has_backward = needs_gradient and not inp.is_partial and operator_gradient_refusal(inp) is None
+        may_have_backward = requires_gradient(inp) if inp.is_partial else needs_gradient
+        has_backward = may_have_backward and operator_gradient_refusal(inp) is None
         call = _read(inp, grouped=not has_backward)
         options = with_seed(call.options, call.q)
         call = call._replace(options=before_backward(options) if has_backward else options)
@@ -161,7 +167,7 @@ def _refuse_lost_gradients(inp: Any) -> None:
     came = None
     if isinstance(bias, ab.LowerTriangularMaskWithTensorBias) and bias._bias.requires_grad:
         came = "attn_bias is a LowerTriangularMaskWithTensorBias whose tensor requires a gradient"
-    elif inp.query.dim() == 5 and (inp.query.requires_grad or inp.key.requires_grad or inp.value.requires_grad):
+    elif inp.query.dim() == 5 and requires_gradient(inp):
         came = "query has 5 dimensions, and an input requires a gradient"
     if came is not None:
         raise NotImplementedError(
@@ -190,7 +196,8 @@ class BwOp(_Operator, AttentionBwOpBase):  # type: ignore[misc]
         call = call._replace(options=options._replace(dropout_seed=ctx.rng_state))
         dout, out = (tensor.reshape(q.shape) for tensor in (grad.to(_float16), ctx.out))
         lse = ctx.lse if options.cu_seqlens_q is None else ctx.lse[0]
-        lse = lse[..., : q.shape[-3]].contiguous()  # other operators' may be padded
+        lse = lse[..., : q.shape[-3]]  # other operators' may be padded
+        lse = lse.masked_fill(lse == float("-inf"), float("inf"))  # see _shaped_lse(); merged ones are infinite alike
         wants_bias = isinstance(inp.attn_bias, torch.Tensor) and inp.attn_bias.requires_grad
         dq, dk, dv, db = _backward(call, dout, out, lse, (True, True, True, wants_bias, False))
         behind = inp.key.shape[1] - k.shape[1] if options.cu_seqlens_q is None else 0

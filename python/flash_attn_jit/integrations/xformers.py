@@ -3,7 +3,10 @@
 
 import threading
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
+
+import torch
 
 from .._call_counts import CallCounts
 
@@ -42,13 +45,11 @@ def register() -> CallCounts:
         the counts, with ``counts``, ``reasons`` and ``reset()``; the same in every call.
 
     Raises:
-        ImportError: there is no xformers, or one without a name that is needed.
+        ImportError: there is no xformers, or one that is older than 0.0.32 or without a name that is needed.
     """
     from xformers.ops import fmha
 
-    missing = [name for name in _REPLACED if not hasattr(fmha, name)]
-    if missing:
-        raise ImportError(f"xformers.ops.fmha has no {', '.join(missing)}; accepted: xformers as of 0.0.35")
+    _check_version(fmha)
     from ._xformers_operators import counts
 
     with _lock:
@@ -57,6 +58,18 @@ def register() -> CallCounts:
             for name, ours in _replacements(_theirs).items():
                 setattr(fmha, name, ours)
     return counts
+
+
+def _check_version(fmha: Any) -> None:
+    missing = [name for name in _REPLACED if not hasattr(fmha, name)]
+    came = f"has no {', '.join(missing)}" if missing else None
+    if issubclass(fmha.attn_bias.LowerTriangularMask, torch.Tensor):  # until 0.0.31
+        came = "has masks that are tensors"
+    if came is not None:
+        raise ImportError(
+            f"xformers.ops.fmha of xformers {version('xformers')} {came}; accepted: xformers 0.0.32 to 0.0.35, and "
+            "newer ones that are made alike"
+        )
 
 
 def unregister() -> None:
@@ -73,7 +86,7 @@ def unregister() -> None:
 
 def _replacements(theirs: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
     """What stands in the place of xformers' functions, which do what is not done here."""
-    from ._xformers_operators import BwOp, FwOp, counts, differentiable, needs_gradient
+    from ._xformers_operators import BwOp, FwOp, counts, differentiable, needs_gradient, requires_gradient
     from ._xformers_refusals import gradient_refusal, operator_gradient_refusal, refusal
 
     attend, dispatch_forward, dispatch_backward, ensure = (theirs[name] for name in _REPLACED)
@@ -82,17 +95,19 @@ def _replacements(theirs: dict[str, Callable[..., Any]]) -> dict[str, Callable[.
         if op is not None:
             return attend(inp, op)
         inp.validate_inputs()
-        rank, shape = inp.query.dim(), inp.normalize_bmhk()
+        given = inp.query, inp.key, inp.value, inp.attn_bias
+        shape = inp.normalize_bmhk()
         has_gradient = needs_gradient(inp)
         if refusal(inp) is None and not (has_gradient and gradient_refusal(inp)):
             out = differentiable(inp, has_gradient)
-        else:
-            out = attend(inp, None)  # which asks for an operator, and so counts
-        return out.view(*shape) if rank == 3 else out
+            return out if given[0].dim() > 3 else out.view(*shape)
+        inp.query, inp.key, inp.value, inp.attn_bias = given
+        return attend(inp, None)  # which asks for an operator, and so counts
 
     def dispatch_fw(inp: Any, needs_gradient: bool) -> Any:
         reason = refusal(inp)
-        if reason is None and needs_gradient and _has_leaves(inp):
+        # An lse alone is asked for in the same way as one for a backward pass.
+        if reason is None and needs_gradient and not inp.is_partial and requires_gradient(inp):
             reason = gradient_refusal(inp)
         if reason is None:
             return FwOp
@@ -111,12 +126,6 @@ def _replacements(theirs: dict[str, Callable[..., Any]]) -> dict[str, Callable[.
 
     ours = (memory_efficient_attention, dispatch_fw, dispatch_bw, ensure_op_supports_or_raise)
     return dict(zip(_REPLACED, ours))
-
-
-def _has_leaves(inp: Any) -> bool:
-    """Whether gradients follow where autograd is off: xformers asks for an lse alone in the same way."""
-    inputs = inp.query, inp.key, inp.value
-    return not inp.is_partial and any(tensor.requires_grad for tensor in inputs)
 
 
 def _or_raise(dispatch: Callable[..., Any], reason: str, *arguments: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 import xformers.ops as xops
 from integrations.xformers.attention_biases import ALL, CASES, CPU, WITH_BACKWARD, Case, attention
 from xformers.ops import fmha
-from xformers.ops.fmha import attn_bias as ab
+from xformers.ops.fmha import attn_bias as ab, merge_training
 
 import flash_attn_jit
 from flash_attn_jit.integrations import xformers as integration
@@ -372,6 +372,39 @@ def test_parts_of_an_attention_merge(counts):
     assert counts.counts == ran(2)
 
 
+def test_gradients_of_merged_parts(counts):
+    """As xformers' merge_training has them: each part's backward pass goes by the whole's out and lse."""
+    torch.manual_seed(0)
+    q, dout = torch.randn(1, 1, 4, 16).half(), torch.randn(1, 1, 4, 16).half()
+    k, v = (torch.randn(1, 40, 4, 16).half() for _ in "kv")
+    exact_leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    out, lse = attention(*exact_leaves, torch.zeros(1, dtype=torch.float64), None)
+    exact = torch.autograd.grad(out, exact_leaves, dout.double())
+    whole = out.detach().half(), lse.detach().float()
+    parts = [
+        fmha.memory_efficient_attention_backward(dout, *whole, q, k[:, half], v[:, half])
+        for half in (slice(0, 24), slice(24, 40))
+    ]
+    got = [parts[0][0] + parts[1][0], *(torch.cat(x, 1) for x in list(zip(*parts))[1:])]
+    for mine, theirs in zip(got, exact):
+        torch.testing.assert_close(mine.double(), theirs, atol=5e-3, rtol=0)
+    assert counts.counts == ran(0)  # backward passes are not counted
+
+
+def test_one_part_through_autograd(counts):
+    """Its second sequence sees no key."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, rows, 2, 16).half().requires_grad_() for rows in (6, 5, 5))
+    bias = fmha.BlockDiagonalMask.from_seqlens([4, 2], [5, 0], device=CPU)
+    part = merge_training.memory_efficient_attention_partial_autograd(q, k, v, bias)
+    out = merge_training.merge_attentions_autograd(part)
+    got = torch.autograd.grad(out, (q, k, v), out.detach())
+    whole = xops.memory_efficient_attention(q, k, v, bias)
+    exact = torch.autograd.grad(whole, (q, k, v), whole.detach())
+    assert torch.equal(out, whole) and all(map(torch.equal, got, exact)) and not got[0][:, 4:].any()
+    assert counts.counts == ran(2)
+
+
 def test_checkpoints_run_here_twice(counts):
     q = torch.randn(1, 8, 2, 16).half().requires_grad_()
     out = torch.utils.checkpoint.checkpoint(
@@ -457,6 +490,13 @@ def test_what_is_not_taken_is_left_to_xformers(reason, counts, their_operator, m
         xops.memory_efficient_attention(*inputs, **options)
 
 
+def test_inputs_of_3_dimensions_come_to_xformers_as_they_were(counts, their_operator):
+    """Of which a mask of one batch is not what it accepts beside 4."""
+    q = torch.randn(2, 8, 16)
+    out = xops.memory_efficient_attention(q, q, q, torch.zeros(1, 8, 8))
+    assert out.shape == q.shape and out.eq(5).all() and counts.counts == ran(0, 1)
+
+
 def test_a_bool_bias_is_xformers_error(counts):
     """There True is not a pair that is seen, but an addend, if anything."""
     q = torch.randn(1, 8, 2, 16).half()
@@ -508,7 +548,11 @@ def test_registering(counts, monkeypatch):
     assert counts.counts == ran(0)
     with monkeypatch.context() as patch:
         patch.delattr(fmha, "_dispatch_bw")
-        with pytest.raises(ImportError, match=r"xformers.ops.fmha has no _dispatch_bw; accepted: xformers as of 0\.0"):
+        with pytest.raises(ImportError, match=r"xformers 0\.0\.\d+ has no _dispatch_bw; accepted: xformers 0\.0\.32"):
+            integration.register()
+    with monkeypatch.context() as patch:
+        patch.setattr(ab, "LowerTriangularMask", type("LowerTriangularMask", (torch.Tensor,), {}))
+        with pytest.raises(ImportError, match="has masks that are tensors; accepted: xformers 0"):
             integration.register()
     assert functions() == theirs
 
