@@ -197,7 +197,8 @@ class BwOp(_Operator, AttentionBwOpBase):  # type: ignore[misc]
         dout, out = (tensor.reshape(q.shape) for tensor in (grad.to(_float16), ctx.out))
         lse = ctx.lse if options.cu_seqlens_q is None else ctx.lse[0]
         lse = lse[..., : q.shape[-3]]  # other operators' may be padded
-        lse = lse.masked_fill(lse == float("-inf"), float("inf"))  # see _shaped_lse(); merged ones are infinite alike
+        # See _shaped_lse(): that of parts.
+        lse = lse.masked_fill(lse == float("-inf"), float("inf")).contiguous()
         wants_bias = isinstance(inp.attn_bias, torch.Tensor) and inp.attn_bias.requires_grad
         dq, dk, dv, db = _backward(call, dout, out, lse, (True, True, True, wants_bias, False))
         behind = inp.key.shape[1] - k.shape[1] if options.cu_seqlens_q is None else 0

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import xformers.ops as xops
+from conftest import run_python
 from integrations.xformers.attention_biases import ALL, CASES, CPU, WITH_BACKWARD, Case, attention
 from xformers.ops import fmha
 from xformers.ops.fmha import attn_bias as ab, merge_training
@@ -210,7 +211,7 @@ def test_gradient_of_a_tensor_bias(kind, counts):
     torch.manual_seed(0)
     q, k, v, dout = (torch.randn(2, 9, 4, 16).half() for _ in range(4))
     exact = torch.randn(2, 4, 9, 9, dtype=torch.float64).half().double().requires_grad_()
-    bias = exact.detach().half().requires_grad_()
+    bias = torch.nn.Parameter(exact.detach().half())
     causal = torch.full((9, 9), float("-inf"), dtype=torch.float64).triu(1) if kind == "of a mask" else 0
     out, _ = attention(q.double(), k.double(), v.double(), exact + causal, None)
     out.backward(dout.double())
@@ -343,10 +344,47 @@ def test_expanded_keys_are_read_once(counts, monkeypatch):
     assert heads == [2, 1, 2] and counts.counts == ran(3)
 
 
-@pytest.mark.parametrize(("rows_q", "rows_k", "heads"), [(0, 8, 2), (8, 0, 2), (0, 0, 2)])
-def test_nothing_to_attend(rows_q, rows_k, heads, counts):
-    q = torch.randn(2, rows_q, heads, 16).half().requires_grad_()
-    k = torch.randn(2, rows_k, heads, 16).half().requires_grad_()
+@pytest.mark.parametrize("op", [False, True])
+def test_gradients_of_expanded_keys_are_each_heads(op, counts):
+    torch.manual_seed(0)
+    q, dout = (torch.randn(2, 9, 4, 16).half() for _ in "qd")
+    k, v = (torch.randn(2, 9, 1, 16).half().expand(2, 9, 4, 16) for _ in "kv")
+    got = []
+    for keys in ((k, v), (k.contiguous(), v.contiguous())):
+        leaves = [x.detach().requires_grad_() for x in (q, *keys)]
+        out = xops.memory_efficient_attention(*leaves, op=_operators() if op else None)
+        got.append((out, *torch.autograd.grad(out, leaves, dout)))
+    for mine, copied in zip(*got):
+        assert torch.equal(mine, copied)
+    assert counts.counts == ran(2)
+
+
+def test_an_lse_with_rows_to_spare(counts):
+    """As xformers' CUTLASS operator gives it."""
+    torch.manual_seed(0)
+    q, k, v, dout = (torch.randn(2, 9, 2, 16).half() for _ in range(4))
+    out, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v)
+    padded = torch.nn.functional.pad(lse, (0, 23), value=float("inf"))
+    exact = fmha.memory_efficient_attention_backward(dout, out, lse, q, k, v)
+    assert all(map(torch.equal, fmha.memory_efficient_attention_backward(dout, out, padded, q, k, v), exact))
+    assert counts.counts == ran(1)
+
+
+def test_padded_keys_with_a_batch(counts):
+    """Rows of all of it count as one behind the other."""
+    torch.manual_seed(0)
+    q = torch.randn(2, 3, 4, 16).half()
+    k, v = (torch.randn(2, 8, 4, 16).half() for _ in "kv")
+    bias = ab.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens([3, 3], 8, [8, 5], device=CPU)
+    out = xops.memory_efficient_attention(q, k, v, bias)
+    flat = xops.memory_efficient_attention(*(x.flatten(0, 1)[None] for x in (q, k, v)), bias)
+    assert out.shape == q.shape and torch.equal(out.flatten(0, 1), flat[0]) and counts.counts == ran(2)
+
+
+@pytest.mark.parametrize(("rows_q", "rows_k"), [(0, 8), (8, 0), (0, 0)])
+def test_nothing_to_attend(rows_q, rows_k, counts):
+    q = torch.randn(2, rows_q, 2, 16).half().requires_grad_()
+    k = torch.randn(2, rows_k, 2, 16).half().requires_grad_()
     out = xops.memory_efficient_attention(q, k, k)
     out.sum().backward()
     assert out.shape == q.shape and not out.any() and not q.grad.any() and not k.grad.any()
@@ -530,6 +568,17 @@ def test_a_padded_lse_is_not_taken():
 
 
 # ---- registering ----
+
+
+def test_xformers_is_imported_when_it_is_registered():
+    done = run_python(
+        "import sys\n"
+        "from flash_attn_jit.integrations import xformers\n"
+        "assert 'xformers' not in sys.modules\n"
+        "xformers.register()\n"
+        "assert 'xformers.ops' in sys.modules"
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_registering(counts, monkeypatch):
