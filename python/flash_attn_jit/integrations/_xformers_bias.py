@@ -63,11 +63,12 @@ class Rule(NamedTuple):
         return self.rows is WHOLE or self.rows is BLOCKS
 
 
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
 # By the exact type: what a subclass means is not known.
 RULES: dict[type, Rule] = {
     type(None): Rule(),
-    torch.Tensor: Rule(),
-    torch.nn.Parameter: Rule(),
+    **dict.fromkeys(_TENSORS, Rule()),
     ab.LowerTriangularMask: Rule(_causal, is_top_left=True),
     ab.LowerTriangularMaskWithTensorBias: Rule(_causal, is_top_left=True),
     ab.LowerTriangularFromBottomRightMask: Rule(_causal),
@@ -93,12 +94,12 @@ RULES: dict[type, Rule] = {
 
 def tensor_of(bias: Any) -> torch.Tensor | None:
     """What is added to the scores."""
-    if isinstance(bias, torch.Tensor):
-        return bias
-    if isinstance(bias, ab.LowerTriangularMaskWithTensorBias):
-        tensor: torch.Tensor = bias._bias
-        return tensor
-    return None
+    tensor: torch.Tensor | None = None
+    if type(bias) in _TENSORS:
+        tensor = bias
+    elif type(bias) is ab.LowerTriangularMaskWithTensorBias:
+        tensor = bias._subtensor if hasattr(bias, "_subtensor") else bias._bias  # in xformers 0.0.31, and later
+    return tensor
 
 
 def keys_seen(inp: Any) -> int:

@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import torch
-from xformers.ops.fmha import attn_bias as ab
 from xformers.ops.fmha.common import AttentionBwOpBase, AttentionFwOpBase, Context, Gradients
 
 from .. import ops
@@ -163,9 +162,8 @@ class FwOp(_Operator, AttentionFwOpBase):  # type: ignore[misc]
 
 def _refuse_lost_gradients(inp: Any) -> None:
     """xformers' autograd does not look into its masks, and fails late with 5 dimensions."""
-    bias = inp.attn_bias
-    came = None
-    if isinstance(bias, ab.LowerTriangularMaskWithTensorBias) and bias._bias.requires_grad:
+    came, tensor = None, biases.tensor_of(inp.attn_bias)
+    if tensor is not inp.attn_bias and tensor is not None and tensor.requires_grad:
         came = "attn_bias is a LowerTriangularMaskWithTensorBias whose tensor requires a gradient"
     elif inp.query.dim() == 5 and requires_gradient(inp):
         came = "query has 5 dimensions, and an input requires a gradient"
@@ -199,7 +197,8 @@ class BwOp(_Operator, AttentionBwOpBase):  # type: ignore[misc]
         lse = lse[..., : q.shape[-3]]  # other operators' may be padded
         # See _shaped_lse(): that of parts.
         lse = lse.masked_fill(lse == float("-inf"), float("inf")).contiguous()
-        wants_bias = isinstance(inp.attn_bias, torch.Tensor) and inp.attn_bias.requires_grad
+        tensor = biases.tensor_of(inp.attn_bias)
+        wants_bias = tensor is not None and tensor.requires_grad
         dq, dk, dv, db = _backward(call, dout, out, lse, (True, True, True, wants_bias, False))
         behind = inp.key.shape[1] - k.shape[1] if options.cu_seqlens_q is None else 0
         if behind:  # see keys_seen()

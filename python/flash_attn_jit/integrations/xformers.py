@@ -6,14 +6,15 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-import torch
-
 from .._call_counts import CallCounts
 
 __all__ = ["register", "unregister"]
 
 # Of xformers.ops.fmha: what its public functions call by these names.
 _REPLACED = ("_memory_efficient_attention", "_dispatch_fw", "_dispatch_bw", "_ensure_op_supports_or_raise")
+
+# Before it, other biases meant something else by what they said.
+_SINCE = "BlockDiagonalLocalAttentionPaddedKeysMask"
 
 _lock = threading.Lock()
 _theirs: dict[str, Callable[..., Any]] = {}  # while registered
@@ -47,7 +48,7 @@ def register() -> CallCounts:
         the counts, with ``counts``, ``reasons`` and ``reset()``; the same in every call.
 
     Raises:
-        ImportError: there is no xformers, or one that is older than 0.0.32 or without a name that is needed.
+        ImportError: there is no xformers, or one before 0.0.31, or one without a name that is needed.
     """
     from xformers.ops import fmha
 
@@ -63,14 +64,13 @@ def register() -> CallCounts:
 
 
 def _check_version(fmha: Any) -> None:
-    missing = [name for name in _REPLACED if not hasattr(fmha, name)]
-    came = f"has no {', '.join(missing)}" if missing else None
-    if issubclass(fmha.attn_bias.LowerTriangularMask, torch.Tensor):  # until 0.0.31
-        came = "has masks that are tensors"
-    if came is not None:
+    came = [name for name in _REPLACED if not hasattr(fmha, name)]
+    if not hasattr(fmha.attn_bias, _SINCE):
+        came.append(_SINCE)
+    if came:
         raise ImportError(
-            f"xformers.ops.fmha of xformers {version('xformers')} {came}; accepted: xformers 0.0.32 to 0.0.35, and "
-            "newer ones that are made alike"
+            f"xformers {version('xformers')} has no {', '.join(came)}; accepted: xformers 0.0.31 to 0.0.35, and newer "
+            "ones that are made alike"
         )
 
 

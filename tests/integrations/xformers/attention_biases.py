@@ -24,7 +24,7 @@ class Case(NamedTuple):
         whole = self.batch, heads, self.rows_q, self.rows_k
         if self.bias is None:
             return torch.zeros(whole, dtype=torch.float64)
-        if isinstance(self.bias, torch.Tensor):
+        if type(self.bias) is torch.Tensor:
             return self.bias.double()
         if hasattr(self.bias, "block_tables"):
             # Rows of its mask, before they are brought into pages, are those that the table has room for.
