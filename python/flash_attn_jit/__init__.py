@@ -26,7 +26,7 @@ if _find_spec(f"{__name__}._core") is None:
         "start Python in another folder."
     )
 
-from . import _flop_formulas, bert_padding  # noqa: F401  _flop_formulas registers them with torch
+from . import _flop_formulas, bert_padding  # noqa: F401  _flop_formulas has them registered with torch
 from ._core import InterpreterReport
 from ._router import SdpaRouter, route_sdpa
 from ._sdpa import sdpa

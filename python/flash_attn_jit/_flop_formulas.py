@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ._after_import import after_import
 from ._options import Options
 from ._torch_internals import register_flop_formula
 from .ops import KVPACKED, QKVPACKED, SEPARATE, Form
@@ -44,6 +45,11 @@ def _register(form: Form, operator: Any, flops_of_pair: int, before: int, betwee
     register_flop_formula(operator.overloadpacket, formula)
 
 
-for _form in (SEPARATE, KVPACKED, QKVPACKED):
-    _register(_form, _form.forward, _FORWARD, before=0, between=0)
-    _register(_form, _form.backward, _BACKWARD, before=1, between=4)
+def _register_all() -> None:
+    for form in (SEPARATE, KVPACKED, QKVPACKED):
+        _register(form, form.forward, _FORWARD, before=0, between=0)
+        _register(form, form.backward, _BACKWARD, before=1, between=4)
+
+
+# That module imports Triton, which takes most of a second.
+after_import("torch.utils.flop_counter", _register_all)

@@ -11,7 +11,6 @@ import torch
 import torch.utils.checkpoint
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-from torch.utils import flop_counter
 
 
 def _yes() -> bool:
@@ -76,6 +75,8 @@ has_checkpoint_hooks = None not in (CheckpointFrame, CheckpointForward, Checkpoi
 
 def register_flop_formula(packet: torch._ops.OpOverloadPacket, formula: Callable[..., int]) -> None:
     """What FlopCounterMode counts for an operator: formula(*arguments, out_val=result)."""
+    from torch.utils import flop_counter
+
     register: Callable[..., Any] = flop_counter.register_flop_formula(packet, get_raw=True)
     register(formula)
     # torch 2.4 files it under the operator's overloads and looks for the packet.
