@@ -21,14 +21,14 @@ build := build-make
 build_sanitized := build-sanitized
 build_threads := build-threads
 build_oldest := build-oldest
-build_tools := 'scikit-build-core>=0.10' 'pybind11>=2.11' ninja
+build_tools := 'scikit-build-core>=0.11' 'pybind11>=2.11' ninja
 
 sources := $(shell find generator templates runtime python -type f -not -path '*/__pycache__/*') \
            CMakeLists.txt pyproject.toml README.md LICENSE
 cpp_tests := $(shell find tests/cpp -type f)
 formatted := $(filter %.cpp %.h %.cuh,$(sources) $(cpp_tests))
 
-.PHONY: help setup demo lint test test-all test-threads test-oldest test-integrations clean
+.PHONY: help setup demo lint test test-all test-threads test-oldest test-integrations wheels clean
 help:
 	@echo 'make demo      prebuild kernels for sm_75, run attention and a training step, compare them with float64'
 	@echo 'make lint      clang-format, ruff and mypy: seconds'
@@ -36,6 +36,7 @@ help:
 	@echo 'make test-all  the same with the full grids, and ThreadSanitizer (alone: make test-threads), and the Python tests'
 	@echo '               on the oldest torch that is supported (alone: make test-oldest)'
 	@echo 'make test-integrations  transformers, diffusers, xformers ... as installed, each version in its own environment'
+	@echo 'make wheels    wheels of every Python here from 3.10 to 3.14, with and without kernels for sm_75, into dist/'
 	@echo 'make setup     only install what make test needs; make clean removes every build and virtual environment'
 
 $(stamps)/system: tests/setup/system_packages.sh
@@ -183,5 +184,10 @@ test-oldest: $(stamps_oldest)/package
 test-integrations: $(stamps)/package
 	@$(python) tests/setup/run_integrations.py $(ONLY)
 
+# Its own torch is what the wheel of its Python is run with. WHEELS="--pack no --only 3.12" are other options.
+WHEELS ?= --pack both
+wheels: $(stamps)/torch
+	@$(python) tools/wheels/build_wheels.py --torch $(python) $(WHEELS)
+
 clean:
-	rm -rf $(venv) $(venv_oldest) .venv-integrations $(build) $(build_sanitized) $(build_threads) $(build_oldest) build
+	rm -rf $(venv) $(venv_oldest) .venv-integrations $(build) $(build_sanitized) $(build_threads) $(build_oldest) build build-wheels dist

@@ -1,9 +1,7 @@
 # Makes OUTPUT, the pack that a wheel brings, by PROGRAM: kernels for ARCH, those that FLAGS select. PREFIX is of the Python
 # whose packages may hold NVRTC.
 separate_arguments(selection UNIX_COMMAND "${FLAGS}")
-if(NOT DEFINED ENV{VIRTUAL_ENV})
-  set(ENV{VIRTUAL_ENV} "${PREFIX}")
-endif()
+set(ENV{VIRTUAL_ENV} "${PREFIX}")
 # Only its own kernels: what an earlier build left is not added to.
 set(new "${OUTPUT}.new.zip")
 file(REMOVE "${new}" "${OUTPUT}")
