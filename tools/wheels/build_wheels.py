@@ -18,7 +18,7 @@ from pathlib import Path
 
 from environments import HERE, NVRTC, WORK, Environment, requirements_of, run
 from interpreters import WANTED, Interpreter, Search, describe, search
-from toolchain import X86_64, Toolchain
+from toolchain import Toolchain
 from wheel_rules import PLATFORM
 
 ROOT = HERE.parents[1]
@@ -42,7 +42,7 @@ def build(toolchain: Toolchain, interpreter: Interpreter, pack: bool) -> Path:
     folder, raw = WORK / "cmake", WORK / "raw"
     (folder / "CMakeCache.txt").unlink(missing_ok=True)
     shutil.rmtree(raw, ignore_errors=True)
-    environment = {**toolchain.environment(), **toolchain.python_headers(interpreter.version)}
+    environment = {**toolchain.environment(), **toolchain.python_headers(interpreter)}
     if pack:
         environment["FLASH_ATTN_JIT_BUNDLE"] = "sm_75"
     definitions = [f"-Ccmake.define.{name}={value}" for name, value in toolchain.definitions().items()]
@@ -101,7 +101,7 @@ def torch_folders(commands: list[str]) -> dict[str, str]:
 def build_all(interpreters: Search, packs: list[bool], torch: dict[str, str], out: Path) -> list[str]:
     """A line about each wheel."""
     tools = Environment("tools", sys.executable, [*requirements_of(), *([NVRTC] if any(packs) else [])])
-    toolchain = Toolchain(tools, X86_64)
+    toolchain = Toolchain(tools)
     lines = []
     for interpreter in interpreters.found.values():
         for pack in packs:

@@ -27,7 +27,7 @@ def main(file: str, version: str, python: str) -> int:
     found = problems(wheel, version, python, package_files())
     for problem in found:
         print(f"{file}: {problem}", file=sys.stderr)
-    newest = max(version for binary in wheel.binaries for version in binary.glibc)
+    newest = max((version for binary in wheel.binaries for version in binary.glibc), default=())
     needed = sorted(set().union(*(binary.needed for binary in wheel.binaries)))
     print(f"{wheel.file_name}: glibc {'.'.join(map(str, newest))}, {', '.join(needed)}", flush=True)
     return 1 if found else 0

@@ -7,21 +7,21 @@ import shlex
 from pathlib import Path
 
 from environments import WORK, Environment
+from interpreters import Interpreter
 
-X86_64 = "x86_64-linux-gnu.2.28"
-AARCH64 = "aarch64-linux-gnu.2.28"
+TARGET = "x86_64-linux-gnu.2.28"
 # Header-only libraries: their folder, and what CMakeLists.txt calls them.
 LIBRARIES = {"nlohmann": "nlohmann_json", "CLI": "CLI11"}
 
 
 class Toolchain:
-    def __init__(self, tools: Environment, target: str) -> None:
-        self.tools, self.folder = tools, WORK / f"zig-{target}"
+    def __init__(self, tools: Environment) -> None:
+        self.tools, self.folder = tools, WORK / "zig"
         self.folder.mkdir(parents=True, exist_ok=True)
         (zig,) = tools.folder.glob("lib/python3.*/site-packages/ziglang/zig")
         for name, words in {
-            "cc": f"cc -target {target} -mcpu=baseline",
-            "c++": f"c++ -target {target} -mcpu=baseline",
+            "cc": f"cc -target {TARGET} -mcpu=baseline",
+            "c++": f"c++ -target {TARGET} -mcpu=baseline",
             "ar": "ar",
             "ranlib": "ranlib",
         }.items():
@@ -61,13 +61,16 @@ class Toolchain:
                 found[f"{library}_INCLUDE_DIR"] = str(headers)
         return found
 
-    def python_headers(self, version: str) -> dict[str, str]:
+    def python_headers(self, interpreter: Interpreter) -> dict[str, str]:
         """Debian's pyconfig.h includes another by a path in /usr/include."""
-        folder = f"x86_64-linux-gnu/python{version}"
-        if not (source := Path("/usr/include") / folder).exists():
+        folder = f"x86_64-linux-gnu/python{interpreter.version}"
+        if (
+            interpreter.headers != f"/usr/include/python{interpreter.version}"
+            or not Path("/usr/include", folder).exists()
+        ):
             return {}
         headers = self.folder / "python-headers"
-        self.link(headers / folder, source)
+        self.link(headers / folder, Path("/usr/include", folder))
         return {"CXXFLAGS": f"-isystem {headers}"}
 
     @staticmethod
