@@ -16,7 +16,7 @@ LIBRARIES = {"nlohmann": "nlohmann_json", "CLI": "CLI11"}
 
 class Toolchain:
     def __init__(self, tools: Environment) -> None:
-        self.tools, self.folder = tools, WORK / "zig"
+        self.tools, self.folder = tools, WORK / f"zig-{TARGET}"
         self.folder.mkdir(parents=True, exist_ok=True)
         (zig,) = tools.folder.glob("lib/python3.*/site-packages/ziglang/zig")
         for name, words in {
@@ -62,15 +62,12 @@ class Toolchain:
         return found
 
     def python_headers(self, interpreter: Interpreter) -> dict[str, str]:
-        """Debian's pyconfig.h includes another by a path in /usr/include."""
+        """Debian's pyconfig.h includes another by a path in /usr/include. The flag is the same for all, so that what
+        knows of no Python is compiled once."""
         folder = f"x86_64-linux-gnu/python{interpreter.version}"
-        if (
-            interpreter.headers != f"/usr/include/python{interpreter.version}"
-            or not Path("/usr/include", folder).exists()
-        ):
-            return {}
         headers = self.folder / "python-headers"
-        self.link(headers / folder, Path("/usr/include", folder))
+        if interpreter.headers == f"/usr/include/python{interpreter.version}" and Path("/usr/include", folder).exists():
+            self.link(headers / folder, Path("/usr/include", folder))
         return {"CXXFLAGS": f"-isystem {headers}"}
 
     @staticmethod
