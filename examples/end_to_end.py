@@ -4,7 +4,7 @@
 
 - llama-train: forward, loss and backward of a Llama with grouped heads; needs transformers
 - llama-generate: 32 tokens behind prompts of different lengths, padded on the left; needs transformers
-- unet: a denoising step of a UNet in the shape of Stable Diffusion 1.5; needs diffusers
+- unet: a denoising step of 16 images in a UNet in the shape of Stable Diffusion 1.5; needs diffusers
 - vit: a ViT-L at 384 x 384; needs transformers
 
 Weights are random: nothing is downloaded. --small makes each model small enough for the interpreter (set
@@ -12,6 +12,7 @@ FLASH_ATTN_JIT_INTERPRET=1), where the times mean nothing.
 """
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -19,8 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-import flash_attn_jit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What PyTorch's attention has on a T4: its other backends need sm_80.
@@ -54,7 +53,7 @@ def llama(small: bool) -> tuple[Any, Any]:
     for name in ("sdpa", turing.register()):
         torch.manual_seed(0)
         with torch.device(DEVICE):
-            model = LlamaForCausalLM._from_config(config, attn_implementation=name, dtype=torch.float16)
+            model = LlamaForCausalLM._from_config(copy.deepcopy(config), attn_implementation=name, dtype=torch.float16)
         models.append(model)
     return models[0], models[1]
 
@@ -90,6 +89,9 @@ def llama_generate(small: bool) -> Contest:
 
 def unet(small: bool) -> Contest:
     from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_dispatch import attention_backend
+
+    from flash_attn_jit.integrations import diffusers as turing
 
     options: dict[str, Any] = {"sample_size": 8 if small else 64, "cross_attention_dim": 32 if small else 768}
     if small:
@@ -98,18 +100,16 @@ def unet(small: bool) -> Contest:
     torch.manual_seed(0)
     with torch.device(DEVICE):
         model = UNet2DConditionModel(**options).half().eval()
-    images = torch.randn(2, 4, model.config.sample_size, model.config.sample_size, dtype=torch.float16, device=DEVICE)
-    text = torch.randn(2, 77, model.config.cross_attention_dim, dtype=torch.float16, device=DEVICE)
+    size, batch = model.config.sample_size, 2 if small else 16
+    images = torch.randn(batch, 4, size, size, dtype=torch.float16, device=DEVICE)
+    text = torch.randn(batch, 77, model.config.cross_attention_dim, dtype=torch.float16, device=DEVICE)
 
     @torch.inference_mode()
-    def step() -> torch.Tensor:
-        return model(images, 500, encoder_hidden_states=text).sample
+    def step(backend: str) -> torch.Tensor:
+        with attention_backend(backend):
+            return model(images, 500, encoder_hidden_states=text).sample
 
-    def routed() -> torch.Tensor:
-        with flash_attn_jit.route_sdpa():
-            return step()
-
-    return Contest(step, routed)
+    return Contest(lambda: step("native"), lambda: step(turing.register()))
 
 
 def vit(small: bool) -> Contest:
@@ -128,7 +128,9 @@ def vit(small: bool) -> Contest:
 
     def make(name: str) -> Callable[[], torch.Tensor]:
         torch.manual_seed(0)
-        model = ViTForImageClassification._from_config(config, attn_implementation=name, dtype=torch.float16)
+        model = ViTForImageClassification._from_config(
+            copy.deepcopy(config), attn_implementation=name, dtype=torch.float16
+        )
         model = model.to(DEVICE).eval()
         return torch.inference_mode()(lambda: model(pixel_values=images).logits)
 
