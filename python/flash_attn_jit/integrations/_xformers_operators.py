@@ -55,10 +55,12 @@ def _read(inp: Any, grouped: bool) -> _Call:
     if options.cu_seqlens_q is None:
         keys = biases.keys_seen(inp)
         return _Call(q, k, v, options) if keys == k.shape[1] else _Call(q, k[:, :keys], v[:, :keys], options)
-    q, k, v = _without_batch(q), _without_batch(k), _without_batch(v)
+    q = _without_batch(q)
     if options.block_table is not None:
-        k, v = k.unflatten(0, (-1, bias.page_size)), v.unflatten(0, (-1, bias.page_size))
-    elif options.seqused_k is not None and biases.first_key(bias):
+        pages = (-1, bias.page_size, k.shape[2], k.shape[3])
+        return _Call(q, k.reshape(pages), v.reshape(pages), options)
+    k, v = _without_batch(k), _without_batch(v)
+    if options.seqused_k is not None and biases.first_key(bias):
         k, v = k[biases.first_key(bias) :], v[biases.first_key(bias) :]
     return _Call(q, k, v, options)
 

@@ -79,8 +79,10 @@ def _tensor_refusal(tensor: torch.Tensor, query: torch.Tensor, key: torch.Tensor
         return f"attn_bias is on {tensor.device} and query on {query.device}"
     batch, rows, *heads, _ = query.shape
     whole = (batch, *(heads or [1]), rows, key.shape[1])
-    fits = tensor.dim() == len(whole) and all(size in (1, of_whole) for size, of_whole in zip(tensor.shape, whole))
-    return None if fits else f"attn_bias has shape {tuple(tensor.shape)}, which does not broadcast to {whole}"
+    shape = tensor.shape
+    if shape == whole or (len(shape) == len(whole) and all(size in (1, most) for size, most in zip(shape, whole))):
+        return None
+    return f"attn_bias has shape {tuple(shape)}, which does not broadcast to {whole}"
 
 
 def _window_refusal(bias: Any) -> str | None:
