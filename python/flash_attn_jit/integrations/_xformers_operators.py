@@ -7,14 +7,12 @@ from xformers.ops.fmha.common import AttentionBwOpBase, AttentionFwOpBase, Conte
 
 from .. import ops
 from .._autograd import attention
-from .._call_counts import CallCounts
 from .._options import Options, before_backward, tensors_of, with_seed
 from .._sdpa import MOST_HEAD_DIM
 from ..ops import SEPARATE, are_plain, is_plain
 from . import _xformers_bias as biases
 from ._xformers_refusals import operator_gradient_refusal, refusal
-
-counts = CallCounts("xformers", "xformers")
+from .xformers import calls
 
 _float16 = torch.float16
 
@@ -95,7 +93,7 @@ def differentiable(inp: Any, needs_gradient: bool) -> torch.Tensor:
     biases too."""
     q, k, v, options = _read(inp, grouped=not needs_gradient)
     out, _ = attention(q, k, v, options, False)
-    counts.count()
+    calls.count()
     return _laid_out(out, inp.query)
 
 
@@ -154,7 +152,7 @@ class FwOp(_Operator, AttentionFwOpBase):  # type: ignore[misc]
         options = with_seed(call.options, call.q)
         call = call._replace(options=before_backward(options) if has_backward else options)
         out, lse = _forward(call, needs_gradient)
-        counts.count()
+        calls.count()
         out = _laid_out(out, inp.query)
         if not needs_gradient:
             return out, None

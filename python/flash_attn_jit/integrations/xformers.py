@@ -8,7 +8,9 @@ from typing import Any
 
 from .._call_counts import CallCounts
 
-__all__ = ["register", "unregister"]
+__all__ = ["calls", "register", "unregister"]
+
+calls = CallCounts("xformers", elsewhere="xformers")
 
 # Of xformers.ops.fmha: what its public functions call by these names.
 _REPLACED = ("_memory_efficient_attention", "_dispatch_fw", "_dispatch_bw", "_ensure_op_supports_or_raise")
@@ -24,9 +26,9 @@ def register() -> CallCounts:
     """Runs calls of xformers' attention here where it can, in the whole process, until unregister()::
 
         from flash_attn_jit.integrations import xformers
-        counts = xformers.register()
+        xformers.register()
         ...
-        print(counts)       # how many calls ran where, and why
+        print(xformers.calls)       # how many calls ran where, and why
 
     All functions of ``xformers.ops.fmha`` are meant, under names imported earlier, too: ``memory_efficient_attention``,
     ``_forward``, ``_forward_requires_grad``, ``_backward`` and ``_partial``; with every attention bias that xformers
@@ -45,7 +47,7 @@ def register() -> CallCounts:
     These operators come first on every GPU that they run on. On GPUs newer than Turing xformers has faster ones.
 
     Returns:
-        the counts, with ``counts``, ``reasons`` and ``reset()``; the same in every call.
+        `calls`.
 
     Raises:
         ImportError: there is no xformers, or one before 0.0.31, or one without a name that is needed.
@@ -53,14 +55,14 @@ def register() -> CallCounts:
     from xformers.ops import fmha
 
     _check_version(fmha)
-    from ._xformers_operators import counts
+    from . import _xformers_operators  # noqa: F401  fails here where xformers lacks a name
 
     with _lock:
         if not _theirs:
             _theirs.update({name: getattr(fmha, name) for name in _REPLACED})
             for name, ours in _replacements(_theirs).items():
                 setattr(fmha, name, ours)
-    return counts
+    return calls
 
 
 def _check_version(fmha: Any) -> None:
@@ -75,7 +77,7 @@ def _check_version(fmha: Any) -> None:
 
 
 def unregister() -> None:
-    """Calls are xformers' again; nothing where none was registered. The counts stay."""
+    """Calls are xformers' again; nothing where none was registered. `calls` stay."""
     with _lock:
         if not _theirs:
             return
@@ -88,7 +90,7 @@ def unregister() -> None:
 
 def _replacements(theirs: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
     """What stands in the place of xformers' functions, which do what is not done here."""
-    from ._xformers_operators import BwOp, FwOp, counts, differentiable, needs_gradient, requires_gradient
+    from ._xformers_operators import BwOp, FwOp, differentiable, needs_gradient, requires_gradient
     from ._xformers_refusals import gradient_refusal, operator_gradient_refusal, refusal
 
     attend, dispatch_forward, dispatch_backward, ensure = (theirs[name] for name in _REPLACED)
@@ -113,7 +115,7 @@ def _replacements(theirs: dict[str, Callable[..., Any]]) -> dict[str, Callable[.
             reason = gradient_refusal(inp)
         if reason is None:
             return FwOp
-        counts.count(reason)
+        calls.count(reason)
         return _or_raise(dispatch_forward, reason, inp, needs_gradient)
 
     def dispatch_bw(inp: Any, varlen_lse_packed: bool | None) -> Any:
@@ -124,7 +126,7 @@ def _replacements(theirs: dict[str, Callable[..., Any]]) -> dict[str, Callable[.
     def ensure_op_supports_or_raise(exc_type: Any, name: str, op: Any, inp: Any) -> None:
         ensure(exc_type, name, op, inp)
         if op is not FwOp and name == "memory_efficient_attention":
-            counts.count(f"op= names {op.NAME}")
+            calls.count(f"op= names {op.NAME}")
 
     ours = (memory_efficient_attention, dispatch_fw, dispatch_bw, ensure_op_supports_or_raise)
     return dict(zip(_REPLACED, ours))

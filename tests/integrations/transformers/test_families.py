@@ -156,5 +156,7 @@ def test_generate(family, cache, padding):
 
 @pytest.mark.parametrize("family", _WITHOUT_INTERFACE)
 def test_a_model_without_the_interface_is_refused(family):
-    with pytest.raises(ValueError, match=r"does not call it; accepted: models whose layers call .*flash_attn_jit\.route_sdpa\(\)"):
+    with pytest.raises(
+        ValueError, match=r"does not call it; accepted: models whose layers call .*flash_attn_jit\.route_sdpa\(\)"
+    ):
         tiny_models.build(family, NAME)
