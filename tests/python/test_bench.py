@@ -19,6 +19,7 @@ from flash_attn_jit.bench import (
     backends,
     decode,
     host_cost,
+    integration_cost,
     memory,
     options,
     problem,
@@ -435,14 +436,18 @@ def test_target_is_set_before_it_is_read(tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "cost.json").read_text())
     assert record["machine"]["target"] == "compute_75"
-    modes = [(row["pass"], row["grad_mode"], row["inputs_need_gradients"]) for row in record["rows"]]
-    assert [row["backend"] for row in record["rows"]] == ["flash_attn_jit", "sdpa"] * 6
+    rows, of_integrations = record["rows"][:12], record["rows"][12:]
+    modes = [(row["pass"], row["grad_mode"], row["inputs_need_gradients"]) for row in rows]
+    assert [row["backend"] for row in rows] == ["flash_attn_jit", "sdpa"] * 6
     assert modes[::2] == modes[1::2]
     of_calls = [("fwd", "off", False), ("fwd", "on", False), ("fwd", "on", True), ("both", "on", True)]
     assert modes[::2] == [*of_calls, ("fwd", "off", False), ("fwd", "off", False)]
-    of_caches = [row["mode"] for row in record["rows"][8::2]]
-    assert of_caches == ["grad off, a cache", "grad off, a cache, appending"]
-    assert all(row["us_median"] > 0 for row in record["rows"])
+    assert [row["mode"] for row in rows[8::2]] == ["grad off, a cache", "grad off, a cache, appending"]
+    assert all(row["us_median"] > 0 for row in rows)
+    measured = {row["backend"]: row for row in of_integrations if row["backend"] != "flash_attn_jit"}
+    assert list(measured) == list(integration_cost.INTEGRATIONS)
+    assert measured["sdpa"]["us_median"] > 0 and measured["comfyui"]["mode"] == "integrations.comfyui"
+    assert "transformers" in measured["transformers"].get("skipped", "transformers")
 
 
 @pytest.mark.parametrize("mode", [mode for mode in host_cost._MODES if mode.cache], ids=str)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from .. import flash_attn_func, flash_attn_with_kvcache
 from .backends import OURS
+from .integration_cost import INTEGRATIONS, Inputs
 from .problem import BOTH, FORWARD
 
 _CALLS = 100  # a burst: fewer launches than a stream's queue holds, with all kernels of a backward pass
@@ -94,33 +95,59 @@ def _calls(mode: Mode, device: str) -> dict[str, Callable[[], object]]:
     }
 
 
+def _measure(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Microseconds a call. Bursts take turns."""
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    for call in calls.values():
+        _burst_us(call, wait)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            samples[name].append(_burst_us(call, wait))
+    return samples
+
+
+def _rows(mode: Mode, title: str, samples: dict[str, list[float]], device: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "backend": name,
+            "device": device,
+            "pass": mode.which,
+            "grad_mode": "on" if mode.grad_mode else "off",
+            "inputs_need_gradients": mode.inputs_need_gradients,
+            "mode": title,
+            "us_median": median(values),
+            "us_min": min(values),
+            "us_max": max(values),
+        }
+        for name, values in samples.items()
+    ]
+
+
+def _integration_rows(rounds: int, device: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    mode = Mode(FORWARD, False, False)
+    given = Inputs.of(16 * _queries(device), device)
+    for name, make in INTEGRATIONS.items():
+        try:
+            integration = make(given)
+        except (ImportError, RuntimeError) as error:
+            rows.append({"backend": name, "pass": FORWARD, "skipped": str(error)})
+            continue
+        with torch.no_grad():
+            samples = _measure({name: integration.call, OURS: integration.plain}, rounds, device)
+        integration.end()
+        rows += _rows(mode, f"integrations.{name}", samples, device)
+    return rows
+
+
 def run(rounds: int) -> list[dict[str, Any]]:
     """Microseconds a call: forward with grad mode off and on, forward of inputs that need gradients, and forward and
-    backward of them; and a token over a cache. Bursts take turns."""
+    backward of them; a token over a cache; and through each integration whose library is installed."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     rows = []
     for mode in _MODES:
         calls = _calls(mode, device)
         with torch.set_grad_enabled(mode.grad_mode):
-            samples: dict[str, list[float]] = {name: [] for name in calls}
-            for call in calls.values():
-                _burst_us(call, wait)
-            for _ in range(rounds):
-                for name, call in calls.items():
-                    samples[name].append(_burst_us(call, wait))
-        for name, values in samples.items():
-            rows.append(
-                {
-                    "backend": name,
-                    "device": device,
-                    "pass": mode.which,
-                    "grad_mode": "on" if mode.grad_mode else "off",
-                    "inputs_need_gradients": mode.inputs_need_gradients,
-                    "mode": str(mode),
-                    "us_median": median(values),
-                    "us_min": min(values),
-                    "us_max": max(values),
-                }
-            )
-    return rows
+            rows += _rows(mode, str(mode), _measure(calls, rounds, device), device)
+    return rows + _integration_rows(rounds, device)
