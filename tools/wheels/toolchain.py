@@ -52,6 +52,8 @@ class Toolchain:
         headers = self.folder / "headers"
         headers.mkdir(exist_ok=True)
         found = {"CMAKE_AR": str(self.program("ar")), "CMAKE_RANLIB": str(self.program("ranlib"))}
+        # The module's own code is one unit already, and Zig would make its C++ library anew for it.
+        found["CMAKE_INTERPROCEDURAL_OPTIMIZATION"] = "OFF"
         found["CMAKE_FIND_USE_CMAKE_SYSTEM_PATH"] = "OFF"
         for folder, library in LIBRARIES.items():
             found[f"CMAKE_DISABLE_FIND_PACKAGE_{library}"] = "ON"
