@@ -8,6 +8,7 @@ there is no wheel for it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import re
 import shutil
@@ -103,16 +104,16 @@ def build_all(interpreters: Search, packs: list[bool], torch: dict[str, str], ou
     tools = Environment("tools", sys.executable, [*requirements_of(), *([NVRTC] if any(packs) else [])])
     toolchain = Toolchain(tools)
     lines = []
-    for interpreter in interpreters.found.values():
-        for pack in packs:
-            version = version_of_source() + ("+sm75" if pack else "")
-            say(f"{version} for Python {interpreter.version} ({interpreter.executable})")
-            start = time.monotonic()
-            made = build(toolchain, interpreter, pack)
-            wheel = repair_and_check(toolchain, made, interpreter, version, out)
-            tried = try_out(wheel, interpreter, torch)
-            megabytes, seconds = wheel.stat().st_size / 1e6, time.monotonic() - start
-            lines.append(f"{wheel}: {megabytes:.1f} MB, {seconds:.0f} s, checked, ran {tried}")
+    # A configuration without a pack removes what one with it has made, so those with it come one after the other.
+    for pack, interpreter in itertools.product(packs, interpreters.found.values()):
+        version = version_of_source() + ("+sm75" if pack else "")
+        say(f"{version} for Python {interpreter.version} ({interpreter.executable})")
+        start = time.monotonic()
+        made = build(toolchain, interpreter, pack)
+        wheel = repair_and_check(toolchain, made, interpreter, version, out)
+        tried = try_out(wheel, interpreter, torch)
+        megabytes, seconds = wheel.stat().st_size / 1e6, time.monotonic() - start
+        lines.append(f"{wheel}: {megabytes:.1f} MB, {seconds:.0f} s, checked, ran {tried}")
     return lines
 
 
