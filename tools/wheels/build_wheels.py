@@ -41,7 +41,9 @@ def build(toolchain: Toolchain, interpreter: Interpreter, pack: bool) -> Path:
         f"python{interpreter.version}", interpreter.executable, requirements_of("scikit-build-core", "pybind11")
     )
     folder, raw = WORK / "cmake", WORK / "raw"
-    (folder / "CMakeCache.txt").unlink(missing_ok=True)
+    # CMake asks anew about the Python; without its own file scikit-build-core does not see another's build and wipe it.
+    for name in ("CMakeCache.txt", ".skbuild-info.json"):
+        (folder / name).unlink(missing_ok=True)
     shutil.rmtree(raw, ignore_errors=True)
     environment = {**toolchain.environment(), **toolchain.python_headers(interpreter)}
     if pack:
