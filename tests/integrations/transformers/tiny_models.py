@@ -7,7 +7,7 @@ import torch
 import transformers
 
 VOCABULARY = 128
-_TEXT = {
+TEXT = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
     "intermediate_size": 128,
@@ -19,7 +19,7 @@ _TEXT = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-_TWO_HEADS = {k: v for k, v in _TEXT.items() if k != "num_key_value_heads"} | {"num_attention_heads": 2}
+_TWO_HEADS = {k: v for k, v in TEXT.items() if k != "num_key_value_heads"} | {"num_attention_heads": 2}
 _LOCAL = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 _IMAGE = {
     "hidden_size": 128,
@@ -42,7 +42,7 @@ class Family(NamedTuple):
 
 
 def _gemma(**options: Any) -> dict[str, Any]:
-    return {**_TEXT, "head_dim": 256, "query_pre_attn_scalar": 256, **_LOCAL, **options}
+    return {**TEXT, "head_dim": 256, "query_pre_attn_scalar": 256, **_LOCAL, **options}
 
 
 _CLIP = {"text_config": {**_TWO_HEADS, "eos_token_id": 2}, "vision_config": _IMAGE}
@@ -77,9 +77,9 @@ _T5 = {
 }
 _MODERNBERT = {**_TWO_HEADS, "num_hidden_layers": 3, "local_attention": 8, "cls_token_id": 1, "sep_token_id": 2}
 _OPT = {**_TWO_HEADS, "activation_function": "gelu", "ffn_dim": 128, "word_embed_proj_dim": 128}
-_GPT_OSS = {**_TEXT, "head_dim": 64, "num_local_experts": 2, "num_experts_per_tok": 1, **_LOCAL}
+_GPT_OSS = {**TEXT, "head_dim": 64, "num_local_experts": 2, "num_experts_per_tok": 1, **_LOCAL}
 _QWEN_VL = {
-    "text_config": {**_TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}},
+    "text_config": {**TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}},
     "vision_config": {
         "depth": 2,
         "hidden_size": 64,
@@ -95,7 +95,7 @@ _QWEN_VL = {
     "vision_end_token_id": 102,
 }
 _LLAMA4 = {
-    **_TEXT,
+    **TEXT,
     "head_dim": 64,
     "intermediate_size_mlp": 128,
     "num_local_experts": 2,
@@ -107,12 +107,12 @@ _LLAMA4 = {
 }
 
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", "LlamaConfig", _TEXT),
-    "qwen2": Family("Qwen2ForCausalLM", "Qwen2Config", _TEXT),
-    "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", {**_TEXT, "head_dim": 64}),
-    "phi3": Family("Phi3ForCausalLM", "Phi3Config", _TEXT),
-    "mistral, window 8": Family("MistralForCausalLM", "MistralConfig", {**_TEXT, "sliding_window": 8}),
-    "mistral, window 4096": Family("MistralForCausalLM", "MistralConfig", {**_TEXT, "sliding_window": 4096}),
+    "llama": Family("LlamaForCausalLM", "LlamaConfig", TEXT),
+    "qwen2": Family("Qwen2ForCausalLM", "Qwen2Config", TEXT),
+    "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", {**TEXT, "head_dim": 64}),
+    "phi3": Family("Phi3ForCausalLM", "Phi3Config", TEXT),
+    "mistral, window 8": Family("MistralForCausalLM", "MistralConfig", {**TEXT, "sliding_window": 8}),
+    "mistral, window 4096": Family("MistralForCausalLM", "MistralConfig", {**TEXT, "sliding_window": 4096}),
     "gemma2": Family("Gemma2ForCausalLM", "Gemma2Config", _gemma()),
     "gemma3": Family("Gemma3ForCausalLM", "Gemma3TextConfig", _gemma()),
     "gpt2": Family("GPT2LMHeadModel", "GPT2Config", {"vocab_size": VOCABULARY, "pad_token_id": 0, **_GPT2}),
