@@ -11,7 +11,6 @@ from flash_attn_jit.integrations import transformers as turing
 
 pytestmark = pytest.mark.gpu
 
-OLD = transformers.__version__ < "5"
 CHOICES = [("eager", torch.float32), ("eager", torch.float16), (NAME, torch.float16)]
 LENGTH, TOKENS = 300, 16
 _SIZE = {

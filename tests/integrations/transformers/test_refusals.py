@@ -60,9 +60,9 @@ def test_a_mask_of_three_dimensions():
         turing_attention(torch.nn.Module(), *_heads(), attention_mask=torch.ones(1, 8, 8))
 
 
-def test_a_head_dim_that_the_kernels_do_not_have():
+def test_a_head_dim_that_neither_has():
     with pytest.raises(UnsupportedError, match="head_dim is 264; accepted: 1 to 256"):
-        turing_attention(torch.nn.Module(), *_heads(264))
+        turing_attention(torch.nn.Module(), *_heads(264), softcap=30.0)
 
 
 def test_position_bias_of_packed_sequences():

@@ -1,11 +1,10 @@
-"""transformers' models on these kernels: 4.57 and 5, whatever dispatches through transformers' attention interface.
+"""transformers' models on these kernels: of 4.57 and 5, whatever calls transformers' attention interface.
 
 from flash_attn_jit.integrations import transformers as turing
 
 model = AutoModelForCausalLM.from_pretrained(..., dtype=torch.float16, attn_implementation=turing.register())
 ...
-print(turing.calls)         # how many calls ran here
-
+print(turing.calls)         # how many calls ran here, and how many in PyTorch and why
 """
 
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -19,7 +18,44 @@ __all__ = ["calls", "register"]
 
 
 def register(name: str = "turing") -> str:
-    """Makes ``attn_implementation=name`` run on these kernels."""
+    """Gives transformers an attention implementation of that name, for ``from_pretrained(attn_implementation=name)``,
+    ``model.set_attn_implementation(name)`` and configs, in the whole process. May be called again.
+
+    Runs here: padding on either side and holes in it; windows; softcap; sinks; dropout; position bias; chunks, images'
+    tokens and other masks that are made for all pairs; caches that grow, slide or are static; packed sequences, by
+    ``position_ids`` that begin anew or by ``cu_seq_lens_q``; checkpoints; continuous batching (of transformers 5);
+    ``torch.compile(fullgraph=True)``; value head dims other than the keys', for which one of the two is filled up with
+    zeros and copied. A query that sees no key, as one of padding, has out 0.
+
+    What goes beside it: a padding mask costs no copy and no wait. Waits for the device, once in a forward pass, are
+    made for packed sequences (to learn whether there are some in a training pass without an ``attention_mask``, or a
+    pass of a batch of 1 over several tokens) and for padding that goes into a static cache. While torch.compile traces,
+    a pass without a cache and without an ``attention_mask`` has a mask for all pairs, as it has with ``sdpa``, because
+    there may be packed sequences: give an ``attention_mask`` of ones, which costs less. Positions that begin anew in a
+    pass that fills a cache are then not seen: give ``use_cache=False``.
+
+    What it replaces in transformers: ``PreTrainedModel.get_correct_attn_implementation``, to look at models that are
+    made with such a name, and ``ContinuousBatchingManager.switch_to_cb_friendly_attn``, which refuses all names but its
+    own. Other implementations run as before.
+
+    ``calls`` counts what ran here, and in PyTorch with the reason: head dims over 256. Calls in compiled graphs are not
+    counted.
+
+    Args:
+        name: without "flash": transformers takes such names for packages and kernels that it has to load.
+
+    Returns:
+        name.
+
+    Raises:
+        ValueError: a name with "flash". When a model is made: its layers do not call the interface, as those of BERT
+            and T5 in transformers 4.57. In a forward pass: an argument that does not fit.
+        UnsupportedError: a ValueError for bfloat16 and float32 models: load them with ``dtype=torch.float16``, or train
+            those of float32 under ``torch.autocast("cuda", torch.float16)``. Layers of float32 in a float16 model, as
+            PEFT's norms, are cast.
+        NotImplementedError: ``output_attentions``, head masks, sparse attention's indices, sinks of each query,
+            position bias with packed sequences, continuous batching of transformers 4.57.
+    """
     if "flash" in name:
         advice = "transformers 5 takes such names for packages and kernels that it has to load"
         raise Refusal("name", f"is {name!r}", "a name without 'flash'", advice).exception()

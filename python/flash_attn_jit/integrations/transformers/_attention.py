@@ -6,6 +6,7 @@ import torch
 
 from ..._call_counts import CallCounts
 from ...interface import flash_attn_func, flash_attn_varlen_func
+from . import _fallback
 from ._inputs import cast, refuse_others, with_one_head_dim
 from ._kinds import join_position_bias, packed_options, read_mask
 from ._packed import find_packed
@@ -48,7 +49,8 @@ def turing_attention(
         cu_seq_lens_q: of packed sequences, with those after it.
 
     Returns:
-        out (batch, queries, heads, value's head_dim), float16, and None for the probabilities.
+        out (batch, queries, heads, value's head_dim), float16, and None for the probabilities. Of head dims over 256
+        PyTorch's attention makes it, which is counted; not with softcap, sinks or packed sequences.
 
     Raises:
         ValueError, UnsupportedError, NotImplementedError: what cannot run here; says what to do.
@@ -84,8 +86,12 @@ def turing_attention(
         options["softcap"] = softcap
     if s_aux is not None:
         options["s_aux"] = s_aux
-    out: Any = _run_packed(q, k, v, options) if "cu_seqlens_q" in options else flash_attn_func(q, k, v, **options)
-    calls.count()
+    if q.shape[3] > _fallback.MOST_HEAD_DIM and _fallback.can_run(options):
+        calls.count(f"head_dim is {q.shape[3]}; accepted: 1 to {_fallback.MOST_HEAD_DIM}")
+        out: Any = _fallback.run(q, k, v, options)
+    else:
+        out = _run_packed(q, k, v, options) if "cu_seqlens_q" in options else flash_attn_func(q, k, v, **options)
+        calls.count()
     return (out if value_dim == out.shape[3] else out[..., :value_dim]), None
 
 

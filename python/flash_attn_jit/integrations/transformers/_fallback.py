@@ -1,0 +1,58 @@
+"""PyTorch's attention, for head dims that the kernels do not have."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ... import _core
+
+MOST_HEAD_DIM: int = _core.most_head_dim
+
+# Of a call's options, those that PyTorch's attention has nothing for.
+_WITHOUT = ("softcap", "s_aux", "cu_seqlens_q")
+
+
+def can_run(options: dict[str, Any]) -> bool:
+    return not any(name in options for name in _WITHOUT)
+
+
+def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    """flash_attn_func's result.
+
+    Args:
+        q: (batch, queries, heads, head_dim).
+        k: (batch, keys, heads_k, head_dim).
+        v: like k.
+        options: flash_attn_func's.
+    """
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=_mask(q, k, options),
+        dropout_p=options["dropout_p"],
+        scale=options["softmax_scale"],
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def _mask(q: torch.Tensor, k: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    queries, keys = q.shape[1], k.shape[1]
+    lengths = options.get("seqused_k")
+    seen: Any = keys if lengths is None else lengths.view(-1, 1, 1, 1)
+    place = torch.arange(queries, device=q.device)[:, None] + seen - queries
+    key = torch.arange(keys, device=q.device).expand(1, 1, queries, keys)
+    shown = key < seen
+    left, right = options.get("window_size", (-1, -1))
+    if left >= 0:
+        shown = shown & (key >= place - left)
+    if options["causal"]:
+        shown = shown & (key <= place)
+    elif right >= 0:
+        shown = shown & (key <= place + right)
+    bias: torch.Tensor | None = options.get("attn_bias")
+    if bias is None:
+        return shown
+    return shown & bias if bias.dtype is torch.bool else torch.where(shown, bias, -torch.inf).to(q.dtype)
