@@ -91,12 +91,36 @@ def test_packed_by_the_collator(family):
     assert_close(logits, exact, eager)
 
 
-def test_packed_sequences_are_looked_for_anew():
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_tokens_of_their_own(use_cache):
+    """As many sequences as tokens, in rows of a batch too."""
+    ids = tiny_models.batch("llama", rows=1)["input_ids"]
+    model = tiny_models.build("llama", NAME)
+    with torch.no_grad():
+        apart = logits_of(model(ids, position_ids=torch.zeros_like(ids), use_cache=use_cache))
+        expected = logits_of(model(ids.T))
+    assert (apart[0] - expected[:, 0]).abs().max() < 2e-3
+
+
+def test_packed_rows_of_a_batch():
+    model, ids = tiny_models.build("llama", NAME), tiny_models.batch("llama")["input_ids"]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ((5, 9, 2), (1, 1, 14))])
+    turing.calls.reset()
+    with torch.no_grad():
+        ours = logits_of(model(ids, position_ids=positions, use_cache=False))
+        assert turing.calls.counts == {"flash_attn_jit": 2, "torch": 0}
+        for row, lengths in enumerate(((5, 9, 2), (1, 1, 14))):
+            parts = [logits_of(model(part[None])) for part in ids[row].split(lengths)]
+            assert (ours[row] - torch.cat(parts, 1)[0]).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_packed_sequences_are_looked_for_anew(mode):
     """In a tensor that was changed in place since, and in another one."""
     model = tiny_models.build("llama", NAME)
-    _, inputs = _packed()
-    whole = torch.arange(inputs["input_ids"].shape[1])[None]
-    with torch.no_grad():
+    with mode():
+        _, inputs = _packed()
+        whole = torch.arange(inputs["input_ids"].shape[1])[None]
         apart = logits_of(model(**inputs))
         together = logits_of(model(inputs["input_ids"], position_ids=whole))
         inputs["position_ids"].copy_(whole)

@@ -74,7 +74,7 @@ def turing_attention(
                 max_seqlen_q=max_length_q,
                 max_seqlen_k=max_length_k,
             )
-        elif position_ids is not None and (mask := find_packed(position_ids, q, k)) is not None:
+        elif position_ids is not None and (mask := find_packed(position_ids, q, k, module)) is not None:
             options.update(packed_options(mask))
     else:
         k, v, sliding_window = read_mask(attention_mask, k, v, sliding_window, options)

@@ -44,7 +44,7 @@ def _mask(q: torch.Tensor, k: torch.Tensor, options: dict[str, Any]) -> torch.Te
     seen: Any = keys if lengths is None else lengths.view(-1, 1, 1, 1)
     place = torch.arange(queries, device=q.device)[:, None] + seen - queries
     key = torch.arange(keys, device=q.device).expand(1, 1, queries, keys)
-    shown = key < seen
+    shown: torch.Tensor = key < seen
     left, right = options.get("window_size", (-1, -1))
     if left >= 0:
         shown = shown & (key >= place - left)
