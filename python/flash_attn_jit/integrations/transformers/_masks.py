@@ -99,7 +99,9 @@ def _make(pattern: Pattern, asked: _Asked, tracing: bool) -> tuple[bool, torch.T
     if asked.padding is None and not torch.is_grad_enabled():  # lengths go with no gradients
         seen = (offset + (asked.queries - asked.key_offset)).to(CAUSAL_LENGTHS)
         return True, seen.reshape(1, 1, 1, 1).expand(asked.batch, 1, 1, 1).contiguous()
-    if tracing or asked.queries == 1:
+    if asked.queries == 1:
+        return True, _seen_by_one(asked, pattern.window)
+    if tracing:
         return False, None
     return True, _first_keys(asked, min(int(offset) + asked.queries - asked.key_offset, asked.keys), CAUSAL_SHOWN)
 
@@ -109,8 +111,21 @@ def _first_keys(asked: _Asked, keys: int, kind: torch.dtype) -> torch.Tensor | N
     shape = (asked.batch, 1, 1, keys)
     if asked.padding is None:
         return None if keys == asked.keys else torch.empty((), dtype=CAUSAL_FIRST, device=asked.device).expand(shape)
-    end = asked.key_offset + keys
-    shown = asked.padding[:, asked.key_offset : end].to(torch.bool)
-    if shown.shape[1] < keys:
-        shown = F.pad(shown, (0, keys - shown.shape[1]))
-    return shown.view(kind)[:, None, None, :]
+    return _not_padding(asked.padding, asked.key_offset, keys).view(kind)[:, None, None, :]
+
+
+def _seen_by_one(asked: _Asked, window: int | None) -> torch.Tensor:
+    """All that one query sees."""
+    places = torch.arange(asked.key_offset, asked.key_offset + asked.keys, device=asked.device)
+    seen = places <= asked.query_offset
+    if window is not None and asked.keys > window:
+        seen = seen & (places > asked.query_offset - window)
+    if asked.padding is not None:
+        seen = seen & _not_padding(asked.padding, asked.key_offset, asked.keys)
+    return seen.expand(asked.batch, asked.keys)[:, None, None, :]
+
+
+def _not_padding(padding: torch.Tensor, first: int, keys: int) -> torch.Tensor:
+    """(batch, keys), bool: of the keys from that place on."""
+    shown = padding[:, first : first + keys].to(torch.bool)
+    return F.pad(shown, (0, keys - shown.shape[1])) if shown.shape[1] < keys else shown
