@@ -66,7 +66,8 @@ class Engine:
         **layer: Any,
     ) -> None:
         self.device, self.heads, self.heads_k, self.head_dim = device, heads, heads_k, head_dim
-        self.page_size, self.longest, self.sinks = page_size, longest, sinks
+        self.page_size, self.longest = page_size, longest
+        self.sinks = None if sinks is None else sinks.to(device)
         self.layer = layer_of(heads, heads_k, head_dim, layer_id=int(window_pool), **layer)
         slots = (most + 1) * longest  # page 0 is for padding
         self.pool: Any

@@ -29,7 +29,8 @@ class Engine:
         **options: Any,
     ) -> None:
         self.device, self.heads, self.heads_k, self.head_dim = device, heads, heads_k, head_dim
-        self.block_size, self.longest, self.options = block_size, longest, options
+        self.block_size, self.longest = block_size, longest
+        self.options = {n: o.to(device) if isinstance(o, torch.Tensor) else o for n, o in options.items()}
         backend = AttentionBackendEnum.CUSTOM.get_class()
         columns = -(-longest // block_size)
         blocks = most * columns + 1  # the last one is nobody's
@@ -43,7 +44,7 @@ class Engine:
             self.impl = backend.get_impl_cls()(
                 heads, head_dim, head_dim**-0.5, heads_k, options.get("alibi_slopes"), options.get("sliding_window"),
                 "auto", options.get("logits_soft_cap"), options.get("attn_type", AttentionType.DECODER), None,
-                **{name: options[name] for name in ("sinks",) if name in options},
+                **{name: self.options[name] for name in ("sinks",) if name in options},
             )  # fmt: skip
         self.impl.process_weights_after_loading(torch.float16)
         config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=longest))

@@ -54,6 +54,7 @@ class FlashAttnJitBackend(AttentionBackend):  # type: ignore[misc]
         self.forward_metadata: Metadata | None = None
         self.graph_metadata: dict[int, Metadata] = {}
         self.starts_of_decode = self._count(model_runner.req_to_token_pool.size)
+        self.paged_caches: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def _count(self, batch: int) -> torch.Tensor:
         return torch.arange(batch + 1, dtype=torch.int32, device=self.device)
@@ -187,13 +188,12 @@ class FlashAttnJitBackend(AttentionBackend):  # type: ignore[misc]
                 table = metadata.window_table
         heads, dim = layer.tp_q_head_num, layer.qk_head_dim
         q = q.reshape(-1, heads, dim)
-        out = forward_batch._attn_output
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out.view(-1, heads, dim)
-        keys, values = self.pool.get_kv_buffer(layer.layer_id)
-        flash_attn_varlen_func(
+        given = forward_batch._attn_output
+        keys, values = self._paged_cache(layer)
+        out = flash_attn_varlen_func(
             q,
-            paged_kv_view(keys, self.page_size, layer.tp_k_head_num, dim),
-            paged_kv_view(values, self.page_size, layer.tp_v_head_num, dim),
+            keys,
+            values,
             metadata.starts,
             None,
             metadata.longest_q,
@@ -204,11 +204,25 @@ class FlashAttnJitBackend(AttentionBackend):  # type: ignore[misc]
             softcap=float(layer.logit_cap or 0.0),
             block_table=table,
             s_aux=None if sinks is None else sinks.detach().float(),  # of bfloat16, too
-            out=out,
+            out=None if given is None else given.view(q.shape),
             seqused_k=metadata.used,
         )
         counts.count()
+        assert isinstance(out, torch.Tensor)
         return out.view(-1, heads * dim)
+
+    def _paged_cache(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v, (pages, page size, heads, head_dim). Views are made once: a step has many layers."""
+        keys, values = self.pool.get_kv_buffer(layer.layer_id)
+        known = self.paged_caches.get(layer.layer_id)
+        if known is not None and known[0] is keys and known[1] is values:
+            return known[2], known[3]
+        paged = (
+            paged_kv_view(keys, self.page_size, layer.tp_k_head_num, layer.qk_head_dim),
+            paged_kv_view(values, self.page_size, layer.tp_v_head_num, layer.v_head_dim),
+        )
+        self.paged_caches[layer.layer_id] = (keys, values, *paged)
+        return paged
 
     def forward_decode(
         self,

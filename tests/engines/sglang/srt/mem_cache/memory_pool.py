@@ -19,9 +19,9 @@ class MHATokenToKVPool:
     """k and v of every layer, (slots, heads, head_dim)."""
 
     def __init__(self, layers, slots, heads, head_dim, device):
-        shape = (layers, slots, heads, head_dim)
-        self.k = torch.full(shape, float("nan"), dtype=torch.float16, device=device)
-        self.v = torch.full(shape, float("nan"), dtype=torch.float16, device=device)
+        shape, nan = (slots, heads, head_dim), float("nan")
+        self.k = [torch.full(shape, nan, dtype=torch.float16, device=device) for _ in range(layers)]
+        self.v = [torch.full(shape, nan, dtype=torch.float16, device=device) for _ in range(layers)]
 
     def get_kv_buffer(self, layer_id):
         return self.k[layer_id], self.v[layer_id]

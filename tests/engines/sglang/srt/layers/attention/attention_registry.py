@@ -1,4 +1,6 @@
-ATTENTION_BACKENDS: dict = {}
+from typing import Any
+
+ATTENTION_BACKENDS: dict[str, Any] = {}
 
 
 def register_attention_backend(name):
