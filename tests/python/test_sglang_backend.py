@@ -106,6 +106,7 @@ REFUSED_LAYERS: dict[str, dict[str, Any]] = {
     "a layer is cross attention": {"is_cross_attention": True},
     "a layer attends to chunks": {"use_irope": True},
     "xai_temperature_len is 512": {"xai_temperature_len": 512},
+    "attn_type is 'new'": {"attn_type": "new"},
     "logit_capping_method is 'other'": {"logit_cap": 3.0, "logit_capping_method": "other"},
 }
 

@@ -150,7 +150,8 @@ def test_what_vllm_asks_before_it_chooses(vllm):
     assert not backend.supports_kv_cache_dtype("fp8") and not backend.supports_kv_cache_dtype("bfloat16")
     assert backend.supports_head_size(256) and not backend.supports_head_size(257)
     assert [backend.supports_compute_capability(DeviceCapability(*c)) for c in ((7, 0), (7, 5), (8, 6))] == [0, 1, 1]
-    assert all(backend.supports_attn_type(kind) for kind in AttentionType) and not backend.supports_attn_type("other")
+    assert all(backend.supports_attn_type(kind) and backend.supports_attn_type(kind.value) for kind in AttentionType)
+    assert not backend.supports_attn_type("other")
     assert backend.supports_sliding_window() and backend.supports_sink() and backend.supports_non_causal()
     for other in (backend.is_mla, backend.supports_mm_prefix, backend.supports_rswa, backend.supports_batch_invariance):
         assert not other()

@@ -180,7 +180,7 @@ class FlashAttnJitBackend(AttentionBackend):  # type: ignore[misc]
         if k is not None and v is not None and save_kv_cache:
             where = KVWriteLoc.for_layer(forward_batch, layer, swa_loc=metadata.window_slots)
             self.pool.set_kv_buffer(layer, where, k, v, layer.k_scale, layer.v_scale)
-        causal, window, table = _of_layer(layer), UNBOUNDED, metadata.table
+        causal, window, table = _is_causal(layer), UNBOUNDED, metadata.table
         if layer.sliding_window_size > -1:
             width = layer.sliding_window_size  # without the query's own place
             window = (width, 0 if causal else width)
@@ -239,8 +239,8 @@ class FlashAttnJitBackend(AttentionBackend):  # type: ignore[misc]
         return self.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, sinks, **others)
 
 
-def _of_layer(layer: Any) -> bool:
-    """Whether it is causal. What these kernels have not raises."""
+def _is_causal(layer: Any) -> bool:
+    """Raises where the layer has what these kernels have not."""
     if layer.qk_head_dim != layer.v_head_dim:
         _refuse(f"v has head_dim {layer.v_head_dim} and q {layer.qk_head_dim}", "the same")
     if layer.is_cross_attention:
@@ -251,7 +251,11 @@ def _of_layer(layer: Any) -> bool:
         _refuse(f"xai_temperature_len is {layer.xai_temperature_len}", "-1")
     if layer.logit_cap and layer.logit_capping_method != "tanh":
         _refuse(f"logit_capping_method is {layer.logit_capping_method!r}", "'tanh'")
-    return layer.attn_type is AttentionType.DECODER
+    if layer.attn_type is AttentionType.DECODER:
+        return True
+    if layer.attn_type not in (AttentionType.ENCODER_ONLY, AttentionType.DECODER_BIDIRECTIONAL):
+        _refuse(f"attn_type is {layer.attn_type!r}", "DECODER, DECODER_BIDIRECTIONAL and ENCODER_ONLY")
+    return False
 
 
 def _check_others(others: dict[str, Any]) -> None:

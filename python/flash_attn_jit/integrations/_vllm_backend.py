@@ -133,7 +133,7 @@ class FlashAttnJitBackend(AttentionBackend):  # type: ignore[misc]
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
-        return attn_type in set(AttentionType)
+        return attn_type in list(AttentionType)  # or the word for one
 
     @classmethod
     def supports_sliding_window(cls) -> bool:

@@ -47,8 +47,11 @@ def register() -> CallCounts:
     Everything else raises NotImplementedError that names what it was: MLA, quantized caches, cross attention, a v of
     another head dim, speculative decoding, context parallelism.
 
+    A CUDA graph splits a sequence's keys as the longest that the model takes: the shorter its own text, the fewer of
+    the splits have work. ``--context-length`` as low as it may be helps.
+
     Returns:
-        this process's counts of calls.
+        this process's counts of calls. SGLang's schedulers, which run the models, are processes of their own.
 
     Raises:
         ImportError: there is no SGLang, or one with other interfaces; names the version that is wanted.

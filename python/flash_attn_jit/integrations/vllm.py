@@ -45,8 +45,11 @@ def register() -> CallCounts:
     else (MLA, quantized caches, prefixes that see both ways, context parallelism, batch invariance) vLLM refuses with
     the reason when it starts.
 
+    A full CUDA graph splits a sequence's keys as the longest that the model takes: the shorter its own text, the fewer
+    of the splits have work. ``--max-model-len`` as low as it may be helps.
+
     Returns:
-        this process's counts of calls.
+        this process's counts of calls: of the model's, where ``VLLM_ENABLE_V1_MULTIPROCESSING=0`` keeps it here.
 
     Raises:
         ImportError: there is no vLLM, or one with other interfaces; names the version that is wanted.
