@@ -9,7 +9,7 @@ class AttentionBackendEnum(Enum):
     def get_path(self, include_classname=True):
         path = _ATTN_OVERRIDES.get(self, self.value)
         if not path:
-            raise ValueError(f"Backend {self.name} must be registered before use.")
+            raise ValueError(f"nothing is registered as {self.name}")
         return path
 
     def get_class(self):
