@@ -25,7 +25,7 @@ def sglang(monkeypatch):
     module = use_engine(monkeypatch, "sglang")
     sys.modules.pop("sglang_engine", None)
     module.register()
-    module.counts.reset()
+    module.calls.reset()
     yield module
     sys.modules.pop("sglang_engine", None)
     for name in [name for name in sys.modules if name.partition(".")[0] == "sglang"]:
@@ -46,7 +46,7 @@ def test_steps(sglang, layer):
     it.step({2: 18, 1: 4}, "EXTEND")
     it.step({2: 13, 0: 1, 1: 1}, "MIXED")
     it.step({0: 1, 1: 1, 2: 1}, "DECODE")
-    assert sglang.counts.counts == {"flash_attn_jit": 4, "SGLang": 0}
+    assert sglang.calls.counts == {"flash_attn_jit": 4, "SGLang": 0}
 
 
 @pytest.mark.parametrize("layer", [LAYERS["pages of 16"], LAYERS["window with its own pool"]], ids=["16", "window"])
@@ -186,7 +186,7 @@ def test_registering_again_changes_nothing(sglang):
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     before = dict(ATTENTION_BACKENDS)
-    assert sglang.register() is sglang.counts
+    assert sglang.register() is sglang.calls
     assert before == ATTENTION_BACKENDS and ATTENTION_BACKEND_CHOICES.count("flash_attn_jit") == 1
 
 

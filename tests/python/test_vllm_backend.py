@@ -36,7 +36,7 @@ def vllm(monkeypatch):
     module = use_engine(monkeypatch, "vllm")
     monkeypatch.delitem(sys.modules, "vllm_engine", raising=False)
     module.register()
-    module.counts.reset()
+    module.calls.reset()
     yield module
     sys.modules.pop("vllm_engine", None)
     for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
@@ -58,7 +58,7 @@ def test_steps(vllm, layer):
     it.step({2: 13, 0: 1, 3: 1}, rows=20)
     it.step({0: 1, 1: 1, 2: 1, 3: 1}, rows=6, requests=6)
     it.step({3: 2, 0: 2}, rows=8, requests=4)
-    assert vllm.counts.counts == {"flash_attn_jit": 5, "vLLM": 0}
+    assert vllm.calls.counts == {"flash_attn_jit": 5, "vLLM": 0}
 
 
 def test_one_graph_serves_every_later_length(vllm):
@@ -124,7 +124,7 @@ def test_vllm_measures_its_memory(vllm):
     it = engine()
     output = torch.full((5, 4, 32), 3.0).half()
     assert it.impl.forward(it.layer, None, None, None, torch.empty(0), None, output) is output
-    assert (output == 0).all() and vllm.counts.counts["flash_attn_jit"] == 0
+    assert (output == 0).all() and vllm.calls.counts["flash_attn_jit"] == 0
 
 
 def test_sinks_are_read_after_loading_and_after_every_later_one(vllm):
@@ -190,7 +190,7 @@ def test_what_is_refused(vllm):
 def test_registering_again_changes_nothing_and_replaces_nobody(vllm, caplog):
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    assert vllm.register() is vllm.counts
+    assert vllm.register() is vllm.calls
     path = AttentionBackendEnum.CUSTOM.get_path()
     assert not AttentionBackendEnum.FLASH_ATTN.is_overridden()
     register_backend(AttentionBackendEnum.CUSTOM, "another.Backend")

@@ -7,7 +7,7 @@ import torch
 
 from .._arguments import UNBOUNDED
 from ..interface import flash_attn_varlen_func
-from .sglang import counts, wrong_version
+from .sglang import calls, wrong_version
 
 try:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -207,7 +207,7 @@ class FlashAttnJitBackend(AttentionBackend):  # type: ignore[misc]
             out=None if given is None else given.view(q.shape),
             seqused_k=metadata.used,
         )
-        counts.count()
+        calls.count()
         assert isinstance(out, torch.Tensor)
         return out.view(-1, heads * dim)
 

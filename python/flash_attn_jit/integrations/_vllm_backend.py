@@ -7,7 +7,7 @@ import torch
 
 from .._arguments import UNBOUNDED
 from ..interface import flash_attn_varlen_func
-from .vllm import counts, wrong_version
+from .vllm import calls, wrong_version
 
 try:
     from vllm._custom_ops import reshape_and_cache_flash
@@ -252,5 +252,5 @@ class Impl(AttentionImpl):  # type: ignore[misc]
             out=output,
             seqused_k=used,
         )
-        counts.count()
+        calls.count()
         return output

@@ -11,13 +11,13 @@ from typing import Any
 
 from .._call_counts import CallCounts
 
-__all__ = ["counts", "register"]
+__all__ = ["calls", "register"]
 
 _WANTED = "0.5.23"
 _NAME = "flash_attn_jit"
 
 # Of this process. What a CUDA graph replays is counted when it is captured.
-counts = CallCounts("SGLang", elsewhere="SGLang")
+calls = CallCounts("SGLang", elsewhere="SGLang")
 
 
 def wrong_version(what: object) -> ImportError:
@@ -51,7 +51,7 @@ def register() -> CallCounts:
     the splits have work. ``--context-length`` as low as it may be helps.
 
     Returns:
-        this process's counts of calls. SGLang's schedulers, which run the models, are processes of their own.
+        `calls`, this process's counts. SGLang's schedulers, which run the models, are processes of their own.
 
     Raises:
         ImportError: there is no SGLang, or one with other interfaces; names the version that is wanted.
@@ -66,4 +66,4 @@ def register() -> CallCounts:
     register_attention_backend(_NAME)(_make)
     if _NAME not in ATTENTION_BACKEND_CHOICES:
         add_attention_backend_choices([_NAME])
-    return counts
+    return calls

@@ -11,13 +11,13 @@ import logging
 
 from .._call_counts import CallCounts
 
-__all__ = ["counts", "plugin", "register"]
+__all__ = ["calls", "plugin", "register"]
 
 _WANTED = "0.33"
 _BACKEND = "flash_attn_jit.integrations._vllm_backend.FlashAttnJitBackend"
 
 # Of this process: each of vLLM's workers has its own. What a CUDA graph replays is counted when it is captured.
-counts = CallCounts("vLLM", elsewhere="vLLM")
+calls = CallCounts("vLLM", elsewhere="vLLM")
 
 
 def wrong_version(what: object) -> ImportError:
@@ -49,7 +49,7 @@ def register() -> CallCounts:
     of the splits have work. ``--max-model-len`` as low as it may be helps.
 
     Returns:
-        this process's counts of calls: of the model's, where ``VLLM_ENABLE_V1_MULTIPROCESSING=0`` keeps it here.
+        `calls`, this process's counts: of the model's, where ``VLLM_ENABLE_V1_MULTIPROCESSING=0`` keeps it here.
 
     Raises:
         ImportError: there is no vLLM, or one with other interfaces; names the version that is wanted.
@@ -69,7 +69,7 @@ def register() -> CallCounts:
             "Switch one of the two plug-ins off: VLLM_PLUGINS names those that are loaded"
         )
     register_backend(custom, _BACKEND)
-    return counts
+    return calls
 
 
 def plugin() -> None:
