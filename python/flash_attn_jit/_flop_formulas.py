@@ -45,10 +45,13 @@ def _register(form: Form, operator: Any, flops_of_pair: int, before: int, betwee
     register_flop_formula(operator.overloadpacket, formula)
 
 
+_FORMS = [(form, form.forward, form.backward) for form in (SEPARATE, KVPACKED, QKVPACKED)]
+
+
 def _register_all() -> None:
-    for form in (SEPARATE, KVPACKED, QKVPACKED):
-        _register(form, form.forward, _FORWARD, before=0, between=0)
-        _register(form, form.backward, _BACKWARD, before=1, between=4)
+    for form, forward, backward in _FORMS:
+        _register(form, forward, _FORWARD, before=0, between=0)
+        _register(form, backward, _BACKWARD, before=1, between=4)
 
 
 # That module imports Triton, which takes most of a second.
