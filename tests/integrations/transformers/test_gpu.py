@@ -1,5 +1,6 @@
 """On a GPU: a Llama and a Gemma 2 of ordinary lengths beside eager attention in float32."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -99,3 +100,25 @@ def test_generate_compiles_single_tokens():
     config = transformers.CompileConfig(fullgraph=True)
     compiled = model.generate(**_inputs(True), **options, cache_implementation="static", compile_config=config)
     assert (compiled == expected).float().mean() > 0.97
+
+
+def test_padding_waits_for_nothing():
+    """Not in a training pass, and not where a cache grows."""
+    model, inputs = _build("llama", *CHOICES[2]), _inputs(True)
+    cache: Any = transformers.DynamicCache(config=model.config)
+    cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    with torch.no_grad():
+        model(**inputs, **{cache_name: cache})
+    longer = torch.cat([inputs["attention_mask"], inputs["attention_mask"][:, -1:]], 1)
+    token = inputs["input_ids"][:, -1:]
+    positions = longer.cumsum(-1)[:, -1:] - 1
+    more = {cache_name: cache, "attention_mask": longer, "position_ids": positions}
+    model(**inputs, use_cache=False).logits.sum().backward()  # compiles what is needed
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**inputs, use_cache=False).logits.sum().backward()
+        with torch.no_grad():
+            model(token, **more)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
