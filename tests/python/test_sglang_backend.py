@@ -129,7 +129,7 @@ def test_layers_that_are_refused(sglang, message):
     ],
 )
 def test_models_that_are_refused(sglang, changes, message):
-    from flash_attn_jit.integrations._sglang_backend import FlashAttnJitBackend
+    from flash_attn_jit.integrations.sglang._backend import FlashAttnJitBackend
 
     it = engine()
     runner = it.runner(**changes)
@@ -140,7 +140,7 @@ def test_models_that_are_refused(sglang, changes, message):
 def test_more_models_that_are_refused(sglang):
     from sglang.srt.runtime_context import get_parallel
 
-    from flash_attn_jit.integrations._sglang_backend import FlashAttnJitBackend
+    from flash_attn_jit.integrations.sglang._backend import FlashAttnJitBackend
 
     it = engine()
     runner = it.runner()
@@ -192,7 +192,7 @@ def test_registering_again_changes_nothing(sglang):
 
 def test_another_sglang_names_the_version_that_is_wanted(sglang, monkeypatch):
     monkeypatch.setitem(sys.modules, "sglang.srt.mem_cache.layout.paged_view", None)
-    monkeypatch.delitem(sys.modules, "flash_attn_jit.integrations._sglang_backend", raising=False)
+    monkeypatch.delitem(sys.modules, "flash_attn_jit.integrations.sglang._backend", raising=False)
     with pytest.raises(ImportError, match=r"SGLang 0.5.23 has other interfaces .*; accepted: SGLang 0.5.23\. .*triton"):
         engine()
     monkeypatch.setitem(sys.modules, "sglang.srt.arg_groups.choices", None)

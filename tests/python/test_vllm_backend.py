@@ -205,7 +205,7 @@ def test_registering_again_changes_nothing_and_replaces_nobody(vllm, caplog):
 def test_another_vllm_names_the_version_that_is_wanted(vllm, monkeypatch):
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    monkeypatch.delitem(sys.modules, "flash_attn_jit.integrations._vllm_backend", raising=False)
+    monkeypatch.delitem(sys.modules, "flash_attn_jit.integrations.vllm._backend", raising=False)
     backend = sys.modules.get("vllm.v1.attention.backend") or __import__("vllm.v1.attention.backend", fromlist=["x"])
     monkeypatch.setattr(backend.AttentionBackend, "get_kv_cache_shape", lambda: (), raising=False)
     with pytest.raises(ImportError, match=r"vLLM 0.33.0 has other interfaces .*KV cache; accepted: vLLM 0.33\."):

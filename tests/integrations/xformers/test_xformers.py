@@ -89,7 +89,7 @@ def _subclasses(type_: type) -> set[type]:
 @pytest.mark.sample
 def test_every_type_of_xformers_is_known():
     """Fails with a version that has another one."""
-    from flash_attn_jit.integrations._xformers_bias import RULES
+    from flash_attn_jit.integrations.xformers._biases import RULES
 
     types = {type_ for type_ in _subclasses(ab.AttentionBias) if type_.__module__.startswith("xformers")}
     types = types - {ab.AttentionBias} | {type(None), torch.Tensor}
@@ -149,7 +149,7 @@ def test_backward(name, way, layout, counts):
 
 
 def _operators() -> Any:
-    from flash_attn_jit.integrations._xformers_operators import BwOp, FwOp
+    from flash_attn_jit.integrations.xformers._operators import BwOp, FwOp
 
     return FwOp, BwOp
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from .._call_counts import CallCounts
+from ..._call_counts import CallCounts
 
 __all__ = ["calls", "register", "unregister"]
 
@@ -55,7 +55,7 @@ def register() -> CallCounts:
     from xformers.ops import fmha
 
     _check_version(fmha)
-    from . import _xformers_operators  # noqa: F401  fails here where xformers lacks a name
+    from . import _operators  # noqa: F401  fails here where xformers lacks a name
 
     with _lock:
         if not _theirs:
@@ -90,8 +90,8 @@ def unregister() -> None:
 
 def _replacements(theirs: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
     """What stands in the place of xformers' functions, which do what is not done here."""
-    from ._xformers_operators import BwOp, FwOp, differentiable, needs_gradient, requires_gradient
-    from ._xformers_refusals import gradient_refusal, operator_gradient_refusal, refusal
+    from ._operators import BwOp, FwOp, differentiable, needs_gradient, requires_gradient
+    from ._refusals import gradient_refusal, operator_gradient_refusal, refusal
 
     attend, dispatch_forward, dispatch_backward, ensure = (theirs[name] for name in _REPLACED)
 

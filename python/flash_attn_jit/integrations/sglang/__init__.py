@@ -9,7 +9,7 @@ faster.
 
 from typing import Any
 
-from .._call_counts import CallCounts
+from ..._call_counts import CallCounts
 
 __all__ = ["calls", "register"]
 
@@ -33,7 +33,7 @@ def wrong_version(what: object) -> ImportError:
 
 def _make(runner: Any) -> Any:
     """runner: SGLang's ModelRunner."""
-    from ._sglang_backend import FlashAttnJitBackend
+    from ._backend import FlashAttnJitBackend
 
     return FlashAttnJitBackend(runner)
 

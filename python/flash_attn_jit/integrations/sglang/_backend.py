@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from .._arguments import UNBOUNDED
-from ..interface import flash_attn_varlen_func
-from .sglang import calls, wrong_version
+from ..._arguments import UNBOUNDED
+from ...interface import flash_attn_varlen_func
+from . import calls, wrong_version
 
 try:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from xformers.ops.fmha import attn_bias as ab
 
-from .._options import Options
+from ..._options import Options
 
 
 class Rows(Enum):

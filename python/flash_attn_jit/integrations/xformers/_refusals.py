@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from .._sdpa import MOST_HEAD_DIM, platform_refusal, tensor_refusal
-from ._xformers_bias import GAPS, PAGES, PAGES_WITH_GAPS, RULES, WHOLE, Rule, tensor_of
+from ..._sdpa import MOST_HEAD_DIM, platform_refusal, tensor_refusal
+from ._biases import GAPS, PAGES, PAGES_WITH_GAPS, RULES, WHOLE, Rule, tensor_of
 
 _float16, _strided = torch.float16, torch.strided
 _TENSOR_TYPES = (torch.float16, torch.float32)

@@ -5,9 +5,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from .._arguments import UNBOUNDED
-from ..interface import flash_attn_varlen_func
-from .vllm import calls, wrong_version
+from ..._arguments import UNBOUNDED
+from ...interface import flash_attn_varlen_func
+from . import calls, wrong_version
 
 try:
     from vllm._custom_ops import reshape_and_cache_flash

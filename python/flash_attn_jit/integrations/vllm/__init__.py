@@ -9,12 +9,12 @@ flash-attn's own kernels, which do not run on these GPUs.
 
 import logging
 
-from .._call_counts import CallCounts
+from ..._call_counts import CallCounts
 
 __all__ = ["calls", "plugin", "register"]
 
 _WANTED = "0.33"
-_BACKEND = "flash_attn_jit.integrations._vllm_backend.FlashAttnJitBackend"
+_BACKEND = "flash_attn_jit.integrations.vllm._backend.FlashAttnJitBackend"
 
 # Of this process: each of vLLM's workers has its own. What a CUDA graph replays is counted when it is captured.
 calls = CallCounts("vLLM", elsewhere="vLLM")

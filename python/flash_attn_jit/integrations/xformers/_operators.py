@@ -5,14 +5,13 @@ from typing import Any, NamedTuple
 import torch
 from xformers.ops.fmha.common import AttentionBwOpBase, AttentionFwOpBase, Context, Gradients
 
-from .. import ops
-from .._autograd import attention
-from .._options import Options, before_backward, tensors_of, with_seed
-from .._sdpa import MOST_HEAD_DIM
-from ..ops import SEPARATE, are_plain, is_plain
-from . import _xformers_bias as biases
-from ._xformers_refusals import operator_gradient_refusal, refusal
-from .xformers import calls
+from ... import ops
+from ..._autograd import attention
+from ..._options import Options, before_backward, tensors_of, with_seed
+from ..._sdpa import MOST_HEAD_DIM
+from ...ops import SEPARATE, are_plain, is_plain
+from . import _biases as biases, calls
+from ._refusals import operator_gradient_refusal, refusal
 
 _float16 = torch.float16
 
