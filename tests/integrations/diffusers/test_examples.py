@@ -2,8 +2,11 @@
 
 from example_scripts import run_example
 
+from flash_attn_jit.integrations import diffusers
+
 
 def test_diffusers_images(capsys):
+    diffusers.calls.reset()
     run_example("diffusers_images.py")
     assert "diffusers: 10 calls ran in flash_attn_jit, 0 in PyTorch" in capsys.readouterr().out
 

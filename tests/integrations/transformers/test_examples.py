@@ -2,13 +2,17 @@
 
 from example_scripts import run_example
 
+from flash_attn_jit.integrations import transformers
+
 
 def test_transformers_generate(capsys):
+    transformers.calls.reset()
     run_example("transformers_generate.py")
     assert "transformers: 8 calls ran in flash_attn_jit, 0 in " in capsys.readouterr().out
 
 
 def test_peft_finetune(capsys):
+    transformers.calls.reset()
     run_example("peft_finetune.py")
     assert "transformers: 8 calls ran in flash_attn_jit, 0 in " in capsys.readouterr().out
 
