@@ -17,7 +17,7 @@ ENGINES = Path(__file__).parent / "engines"
 def use_engine(monkeypatch: pytest.MonkeyPatch, name: str) -> Any:
     """flash_attn_jit's module for the engine, over the stand-in in tests/engines; all is forgotten after the test."""
     monkeypatch.syspath_prepend(str(ENGINES))
-    ours = f"flash_attn_jit.integrations.{name}", f"flash_attn_jit.integrations._{name}_backend"
+    ours = f"flash_attn_jit.integrations.{name}", f"flash_attn_jit.integrations.{name}._backend"
     for loaded in list(sys.modules):
         if loaded in ours or loaded.partition(".")[0] == name:
             monkeypatch.delitem(sys.modules, loaded)
