@@ -21,7 +21,7 @@ def test_it_runs_and_draws(tmp_path, monkeypatch):
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     text = "".join(output.get("text", "") for output in outputs)
     assert "largest difference from float64" in text
-    assert "transformers: " in text and "route_sdpa: " in text
+    assert "transformers: " in text and "diffusers: " in text
     assert len([o for o in outputs if "image/png" in o.get("data", {})]) == 5  # speed, loss, and three of the report
 
 
