@@ -7,8 +7,8 @@
 - unet: a denoising step of 16 images in a UNet in the shape of Stable Diffusion 1.5; needs diffusers
 - vit: a ViT-L at 384 x 384; needs transformers
 
-Weights are random: nothing is downloaded. --small makes each model small enough for the interpreter (set
-FLASH_ATTN_JIT_INTERPRET=1), where the times mean nothing.
+Weights are random: nothing is downloaded. --small makes each model small enough for the interpreter, and is the default
+without a GPU (set FLASH_ATTN_JIT_INTERPRET=1), where the times mean nothing.
 """
 
 import argparse
@@ -183,11 +183,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--small", action="store_true", default=DEVICE == "cpu")
     arguments = parser.parse_args()
+    names = arguments.models.split(",")
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        parser.error(f"--models is {','.join(unknown)}; accepted: {','.join(MODELS)}")
     print(f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}, torch {torch.__version__}")
     print(f"{'model':16}{'PyTorch ms':>12}{'ours ms':>12}{'times as fast':>15}")
-    for name in arguments.models.split(","):
+    for name in names:
         torchs, ours, found = compare(MODELS[name](arguments.small), arguments.rounds)
         print(f"{name:16}{torchs:12.1f}{ours:12.1f}{torchs / ours:15.2f}  {found}")
 

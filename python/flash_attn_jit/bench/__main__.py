@@ -162,6 +162,7 @@ def _figures(row: dict[str, Any]) -> str:
         return (
             f"{row['device']:4} {row['mode']:30} {row['us_median']:8.2f} us a call"
             f"  ({row['us_min']:.2f} to {row['us_max']:.2f})"
+            + (f"  {row['us_over_plain']:.1f} over the plain function" if "us_over_plain" in row else "")
         )
     if "needed_bytes" in row:
         peak, needed, extra = (row[f"{name}_bytes"] / 2**20 for name in ("peak", "needed", "extra"))

@@ -21,19 +21,19 @@ calls = CallCounts("diffusers")
 def register() -> str:
     """Adds the backend "flash_attn_jit" to diffusers, and gives its name::
 
-        from flash_attn_jit.integrations import diffusers
+        from flash_attn_jit.integrations import diffusers as turing
         pipe = FluxPipeline.from_pretrained(..., torch_dtype=torch.float16).to("cuda")
-        pipe.transformer.set_attention_backend(diffusers.register())
+        pipe.transformer.set_attention_backend(turing.register())
         ...
-        print(diffusers.calls)         # how many calls ran where, and why
+        print(turing.calls)         # how many calls ran where, and why
 
     It serves the models that go through diffusers' dispatcher (Flux, Wan, QwenImage, ...), and those whose attention is
     of ``diffusers.models.attention_processor`` (UNets and ControlNets, SD3, PixArt, ``AutoencoderKL``, ...):
     ``pipe.unet.set_attention_backend(...)``. For the latter diffusers itself has PyTorch's alone. They follow the
     backend that is active in the process: the last that was set, or that of ``diffusers.attention_backend(name)``
-    inside it. ``set_attention_backend("native")`` ends it. Modules that call ``scaled_dot_product_attention`` on their
-    own (Lumina2, HiDream, CogView4, OmniGen, the VAEs of Wan and QwenImage) need ``flash_attn_jit.route_sdpa()``, which
-    serves all others of diffusers too.
+    inside it. ``set_attention_backend("native")`` ends it, ``reset_attention_backend()`` does not. Modules that call
+    ``scaled_dot_product_attention`` on their own (Lumina2, HiDream, CogView4, OmniGen, the VAEs of Wan and QwenImage)
+    need ``flash_attn_jit.route_sdpa()``, which serves all others of diffusers too.
 
     Masks of any kind and gradients are taken. What cannot run here runs in diffusers' native backend, PyTorch's
     ``scaled_dot_product_attention``, and is counted with the reason: dtypes other than float16 (after autocast), head

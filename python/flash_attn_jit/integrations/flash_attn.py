@@ -35,8 +35,8 @@ def as_flash_attn() -> None:
     does it where that distribution is installed.
 
     Raises:
-        RuntimeError: there is another flash_attn, installed or imported, which stays; or a library that looks for one
-            has been imported and has found none.
+        RuntimeError: there is another flash_attn, installed or imported, which stays; or diffusers, or a
+            model's module of transformers that looks for one by itself, has been imported and has found none.
     """
     if is_ours():
         return

@@ -44,7 +44,7 @@ def register() -> CallCounts:
         `calls`, the counts of forward passes.
 
     Raises:
-        RuntimeError: torch has no such registry.
+        RuntimeError: torch has no such registry, or there is nothing to run on.
     """
     # Under a name that its own modules do not have, and as a value: older versions lack them.
     attention: Any = torch.nn.attention
@@ -52,6 +52,10 @@ def register() -> CallCounts:
         raise RuntimeError(
             f"torch {torch.__version__} has no torch.nn.attention.register_flash_attention_impl; accepted: torch 2.11 "
             "or newer. For scaled_dot_product_attention use flash_attn_jit.integrations.sdpa"
+        )
+    if not (torch.cuda.is_available() or _core.interprets()):
+        raise RuntimeError(
+            "torch sees no GPU; accepted: one, or the CPU with FLASH_ATTN_JIT_INTERPRET=1 set before Python starts"
         )
     if attention.current_flash_attention_impl() != _IMPLEMENTATION:
         attention.register_flash_attention_impl(_IMPLEMENTATION, register_fn=_Kernels)

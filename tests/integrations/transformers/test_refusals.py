@@ -17,9 +17,12 @@ def _heads(head_dim: int = 64, dtype: torch.dtype = torch.float16) -> list[torch
     return [torch.randn(1, 2, 8, head_dim, dtype=dtype) for _ in range(3)]
 
 
-def test_a_name_that_transformers_takes_for_a_package():
-    with pytest.raises(ValueError, match=r"name is 'flash_turing'; accepted: a name without 'flash'"):
-        turing.register("flash_turing")
+@pytest.mark.parametrize("name", ["flash_turing", "sdpa", "eager", "flash_attention_2", "", 5], ids=repr)
+def test_a_name_that_is_not_free(name):
+    before = dict(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS)
+    with pytest.raises(ValueError, match=f"name is {name!r}; accepted: a name of its own, without 'flash'"):
+        turing.register(name)
+    assert dict(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS) == before
 
 
 def test_registering_twice_and_by_another_name():
@@ -53,6 +56,13 @@ def test_probabilities():
     with pytest.raises(NotImplementedError, match=r"output_attentions is True; .* attn_implementation=\"eager\""):
         turing_attention(torch.nn.Module(), *_heads(), output_attentions=True)
     turing_attention(torch.nn.Module(), *_heads(), output_attentions=False, head_mask=None)
+
+
+def test_a_whole_mask_of_integers():
+    with pytest.raises(
+        ValueError, match=r"attention_mask has dtype torch.int64; accepted: torch.bool, .*mask.bool\(\)"
+    ):
+        turing_attention(torch.nn.Module(), *_heads(), attention_mask=torch.ones(1, 1, 8, 8, dtype=torch.int64))
 
 
 def test_a_mask_of_three_dimensions():

@@ -7,6 +7,8 @@ model = AutoModelForCausalLM.from_pretrained(..., dtype=torch.float16, attn_impl
 print(turing.calls)         # how many calls ran here, and how many in PyTorch and why
 """
 
+from typing import Any
+
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ...errors import Refusal
@@ -48,20 +50,32 @@ def register(name: str = "turing") -> str:
         name.
 
     Raises:
-        ValueError: a name with "flash". When a model is made: its layers do not call the interface, as those of BERT
-            and T5 in transformers 4.57. In a forward pass: an argument that does not fit.
+        ValueError: a name with "flash", or that another implementation has. When a model is made: its layers do not
+            call the interface, as those of BERT and T5 in transformers 4.57. In a forward pass: an argument that does
+            not fit.
         UnsupportedError: a ValueError for bfloat16 and float32 models: load them with ``dtype=torch.float16``, or train
             those of float32 under ``torch.autocast("cuda", torch.float16)``. Layers of float32 in a float16 model, as
             PEFT's norms, are cast.
         NotImplementedError: ``output_attentions``, head masks, sparse attention's indices, sinks of each query,
             position bias with packed sequences, continuous batching of transformers 4.57.
     """
-    if "flash" in name:
-        advice = "transformers 5 takes such names for packages and kernels that it has to load"
-        raise Refusal("name", f"is {name!r}", "a name without 'flash'", advice).exception()
+    _check_name(name)
     names.add(name)
     watch_models()
     let_batches_be_continuous()
     AttentionInterface.register(name, turing_attention)
     AttentionMaskInterface.register(name, turing_mask)
     return name
+
+
+def _check_name(name: Any) -> None:
+    accepted, advice = "a name of its own, without 'flash'", ""
+    if isinstance(name, str) and "flash" in name:
+        advice = "transformers 5 takes such names for packages and kernels that it has to load"
+    elif not isinstance(name, str) or not name:
+        pass
+    elif name == "eager" or (name not in names and name in AttentionInterface().valid_keys()):
+        advice = "Another implementation has that name, which would be replaced for the whole process"
+    else:
+        return
+    raise Refusal("name", f"is {name!r}", accepted, advice).exception()

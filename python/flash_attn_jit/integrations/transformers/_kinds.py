@@ -26,6 +26,8 @@ CAUSAL_SHOWN = torch.uint8
 SHOWN = torch.int8
 CAUSAL_FIRST = torch.int16
 CAUSAL_LENGTHS = torch.int32
+_WHOLE = (torch.bool, torch.float16, torch.float32)
+_WHOLE_TEXT = "torch.bool, torch.float16 or torch.float32 where it has 4 dimensions, (batch, 1 or heads, queries, keys)"
 
 
 def read_mask(
@@ -55,6 +57,8 @@ def read_mask(
     elif kind is CAUSAL_FIRST:
         options["causal"] = True
     else:
+        if kind not in _WHOLE:
+            raise Refusal("attention_mask", f"has dtype {kind}", _WHOLE_TEXT, "Cast it: mask.bool()").exception()
         options.update(attn_bias=mask, causal=False)
         return k, v, None
     return (k[:, :last], v[:, :last], window) if last < keys else (k, v, window)

@@ -31,8 +31,9 @@ def look_at(model: PreTrainedModel, name: str) -> None:
     if source is not None and _ATTENTION_CLASS.search(source) and _DISPATCH not in source:
         came = f"is {name!r}, and {type(model).__name__} of transformers {transformers.__version__} does not call it"
         advice = (
-            "Use a newer transformers, or another implementation for this part: the model's, or of a model of several "
-            'parts a dict of them. Calls of "sdpa" run on these kernels inside of flash_attn_jit.route_sdpa()'
+            'Use a newer transformers, or attn_implementation="sdpa" inside of flash_attn_jit.route_sdpa(), which runs '
+            'its calls here, or "eager" where the model has no "sdpa". Of a model of several parts only the one that '
+            f'is named: attn_implementation={{"text_config": "{name}", "vision_config": "sdpa"}}'
         )
         accepted = "models whose layers call transformers' AttentionInterface"
         raise Refusal("attn_implementation", came, accepted, advice).exception()

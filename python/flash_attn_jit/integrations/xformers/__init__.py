@@ -25,10 +25,10 @@ _theirs: dict[str, Callable[..., Any]] = {}  # while registered
 def register() -> CallCounts:
     """Runs calls of xformers' attention here where it can, in the whole process, until unregister()::
 
-        from flash_attn_jit.integrations import xformers
-        xformers.register()
+        from flash_attn_jit.integrations import xformers as turing
+        turing.register()
         ...
-        print(xformers.calls)       # how many calls ran where, and why
+        print(turing.calls)       # how many calls ran where, and why
 
     All functions of ``xformers.ops.fmha`` are meant, under names imported earlier, too: ``memory_efficient_attention``,
     ``_forward``, ``_forward_requires_grad``, ``_backward`` and ``_partial``; with every attention bias that xformers
