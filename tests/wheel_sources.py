@@ -61,6 +61,8 @@ class Wheel:
     def __init__(self, package: str, version: str) -> None:
         try:
             self.archive = zipfile.ZipFile(io.BufferedReader(_RemoteFile(*_find(package, version)), 1 << 20))
+        except urllib.error.HTTPError:  # an answer, and so no lack of a network
+            raise
         except (urllib.error.URLError, TimeoutError) as error:
             pytest.skip(f"the package index cannot be reached: {error}")
         self.names = set(self.archive.namelist())

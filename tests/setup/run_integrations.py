@@ -1,11 +1,11 @@
 """Runs the tests of integrations, each with the packages and versions that it is about in an environment of its own.
 
-usage: run_integrations.py [--sample] [--setup] [NAME ...] [-- PYTEST_OPTION ...]
+usage: run_integrations.py [--sample | --gpu] [--setup] [NAME ...] [-- PYTEST_OPTION ...]
 
 tests/integrations/PACKAGE/requirements-VERSION.txt makes the environment PACKAGE-VERSION in .venv-integrations, which
 also sees all that this Python's environment has: torch and flash_attn_jit are installed once. NAME is such a name, or a
 PACKAGE for all of its versions; without one all run. --sample runs the tests that are marked so, with the requirements
-that have the line "# sample". --setup installs only.
+that have the line "# sample". --gpu runs those that need a GPU, and no others. --setup installs only.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests" / "integrations"
 ENVIRONMENTS = ROOT / ".venv-integrations"
+NO_TESTS = 5  # pytest's exit status where nothing was collected
 
 
 class Environment:
@@ -49,10 +50,10 @@ class Environment:
         subprocess.run([*pip, "--requirement", str(self.requirements)], check=True)
         stamp.write_text(wanted)
 
-    def run(self, options: list[str], cache: str) -> int:
+    def run(self, marks: str, options: list[str], cache: str) -> int:
         """pytest's exit status."""
         variables = {**os.environ, "FLASH_ATTN_JIT_TEST_CACHE_DIR": cache, "HF_HUB_OFFLINE": "1"}
-        pytest = [str(self.python), "-m", "pytest", "-m", "not gpu", "-n", str(os.cpu_count())]
+        pytest = [str(self.python), "-m", "pytest", "-m", marks, "-n", str(os.cpu_count())]
         return subprocess.run([*pytest, str(self.tests), *options], cwd=ROOT, env=variables, check=False).returncode
 
 
@@ -71,18 +72,21 @@ def main(arguments: list[str]) -> int:
     options = arguments[arguments.index("--") + 1 :] if "--" in arguments else []
     arguments = arguments[: arguments.index("--")] if "--" in arguments else arguments
     flags, names = {a for a in arguments if a.startswith("-")}, [a for a in arguments if not a.startswith("-")]
-    if flags - {"--sample", "--setup"}:
+    if flags - {"--sample", "--setup", "--gpu"}:
         raise SystemExit(__doc__)
-    if "--sample" in flags:
-        options = ["-m", "sample", *options]
+    marks = "gpu" if "--gpu" in flags else "sample and not gpu" if "--sample" in flags else "not gpu"
+    environments = wanted_environments(names, "--sample" in flags)
+    if not environments:
+        raise SystemExit(f"of {', '.join(names)} nothing is in the sample")
     failed = []
+    passes = (0, NO_TESTS) if "--gpu" in flags else (0,)  # not each has tests that need one
     with tempfile.TemporaryDirectory(prefix="flash-attn-jit-integrations-") as own:
         cache = os.environ.get("FLASH_ATTN_JIT_TEST_CACHE_DIR") or own
-        for environment in wanted_environments(names, "--sample" in flags):
+        for environment in environments:
             start = time.monotonic()
             environment.set_up()
             print(f"== {environment.name}: set up in {time.monotonic() - start:.0f} s", flush=True)
-            if "--setup" not in flags and environment.run(options, cache) != 0:
+            if "--setup" not in flags and environment.run(marks, options, cache) not in passes:
                 failed.append(environment.name)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)

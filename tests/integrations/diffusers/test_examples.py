@@ -13,4 +13,4 @@ def test_diffusers_images(capsys):
 
 def test_end_to_end(capsys):
     run_example("end_to_end.py", "--small", "--rounds", "1", "--models", "unet")
-    assert "unet" in capsys.readouterr().out
+    assert "unet" in (text := capsys.readouterr().out) and " of 1.3" in text

@@ -68,10 +68,17 @@ def _loss(model: Any, family: str, padding: str | None, dtype: torch.dtype) -> t
     return (logits * weights)[padded(family, padding)].sum()
 
 
-def _train(checkpointing: bool, padding: str | None, family: str, implementation: str, dtype: torch.dtype) -> Any:
+def _train(
+    checkpointing: bool,
+    padding: str | None,
+    family: str,
+    implementation: str,
+    dtype: torch.dtype,
+    reentrant: bool = False,
+) -> Any:
     model = tiny_models.build(family, implementation, dtype).train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     _loss(model, family, padding, dtype).backward()
     return gradients_of(model)
 
@@ -96,6 +103,13 @@ def test_training(family, padding):
 @families(HERE)
 def test_checkpointing(family):
     run = _trainings[True, None]
+    exact, eager = reference(run, family)
+    assert_gradients_close(run_here(run, family, 2 * FAMILIES[family].layers), exact, eager)
+
+
+@families(HERE, "llama")
+def test_reentrant_checkpointing(family):
+    run = partial(_train, True, None, reentrant=True)
     exact, eager = reference(run, family)
     assert_gradients_close(run_here(run, family, 2 * FAMILIES[family].layers), exact, eager)
 

@@ -58,9 +58,10 @@ def test_probabilities():
     turing_attention(torch.nn.Module(), *_heads(), output_attentions=False, head_mask=None)
 
 
-def test_a_whole_mask_of_integers():
-    with pytest.raises(ValueError, match=r"attention_mask has dtype torch.int64; accepted: .*mask.bool\(\)"):
-        turing_attention(torch.nn.Module(), *_heads(), attention_mask=torch.ones(1, 1, 8, 8, dtype=torch.int64))
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float64])
+def test_a_whole_mask_of_integers(dtype):
+    with pytest.raises(ValueError, match=rf"attention_mask has dtype {dtype}; accepted: .*mask.bool\(\)"):
+        turing_attention(torch.nn.Module(), *_heads(), attention_mask=torch.ones(1, 1, 8, 8, dtype=dtype))
 
 
 def test_a_mask_of_three_dimensions():
@@ -69,7 +70,7 @@ def test_a_mask_of_three_dimensions():
 
 
 def test_a_head_dim_that_neither_has():
-    with pytest.raises(UnsupportedError, match="head_dim is 264; accepted: 1 to 256"):
+    with pytest.raises(UnsupportedError, match="head_dim is 264, with softcap, .*; accepted: 1 to 256.*eager"):
         turing_attention(torch.nn.Module(), *_heads(264), softcap=30.0)
 
 

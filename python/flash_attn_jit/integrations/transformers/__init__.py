@@ -34,13 +34,16 @@ def register(name: str = "turing") -> str:
     pass of a batch of 1 over several tokens) and for padding that goes into a static cache. While torch.compile traces,
     a pass without a cache and without an ``attention_mask`` has a mask for all pairs, as it has with ``sdpa``, because
     there may be packed sequences: give an ``attention_mask`` of ones, which costs less. Positions that begin anew in a
-    pass that fills a cache are then not seen: give ``use_cache=False``.
+    pass that fills a cache are then not seen. Nor are they, as with transformers' own implementations, where a cache is
+    filled by a batch of several rows, by layers with a mask for all pairs or by models that do not tell their layers
+    the ``position_ids``: give ``use_cache=False`` where packed sequences are evaluated.
 
     What it replaces in transformers: ``PreTrainedModel.get_correct_attn_implementation``, to look at models that are
     made with such a name, and ``ContinuousBatchingManager.switch_to_cb_friendly_attn``, which refuses all names but its
     own. Other implementations run as before.
 
-    ``calls`` counts what ran here, and in PyTorch with the reason: head dims over 256. Calls in compiled graphs are not
+    ``calls`` counts what ran here, and in PyTorch with the reason: head dims over 256, which are an error with softcap,
+    sinks or packed sequences. Calls in compiled graphs are not
     counted.
 
     Args:

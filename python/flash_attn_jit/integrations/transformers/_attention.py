@@ -77,7 +77,7 @@ def turing_attention(
         elif position_ids is not None and (mask := find_packed(position_ids, q, k, module)) is not None:
             options.update(packed_options(mask))
     else:
-        k, v, sliding_window = read_mask(attention_mask, k, v, sliding_window, options)
+        k, v, sliding_window = read_mask(attention_mask, q, k, v, sliding_window, options)
     if position_bias is not None:
         join_position_bias(position_bias, k, options)
     if sliding_window is not None and k.shape[1] > sliding_window:
@@ -86,7 +86,8 @@ def turing_attention(
         options["softcap"] = softcap
     if s_aux is not None:
         options["s_aux"] = s_aux
-    if q.shape[3] > _fallback.MOST_HEAD_DIM and _fallback.can_run(options):
+    if q.shape[3] > _fallback.MOST_HEAD_DIM:
+        _fallback.refuse_what_torch_lacks(q.shape[3], options)
         calls.count(f"head_dim is {q.shape[3]}; accepted: 1 to {_fallback.MOST_HEAD_DIM}")
         out: Any = _fallback.run(q, k, v, options)
     else:

@@ -6,15 +6,20 @@ import torch
 import torch.nn.functional as F
 
 from ... import _core
+from ...errors import Refusal, UnsupportedError
 
 MOST_HEAD_DIM: int = _core.most_head_dim
 
-# Of a call's options, those that PyTorch's attention has nothing for.
-_WITHOUT = ("softcap", "s_aux", "cu_seqlens_q")
+# Of a call's options, those that PyTorch's attention has nothing for, in words.
+_WITHOUT = {"softcap": "softcap", "s_aux": "sinks", "cu_seqlens_q": "packed sequences"}
 
 
-def can_run(options: dict[str, Any]) -> bool:
-    return not any(name in options for name in _WITHOUT)
+def refuse_what_torch_lacks(head_dim: int, options: dict[str, Any]) -> None:
+    lacks = [words for name, words in _WITHOUT.items() if name in options]
+    if lacks:
+        came = f"is {head_dim}, with {' and '.join(lacks)}, which PyTorch's attention has not either"
+        advice = 'Load the model with attn_implementation="eager"'
+        raise Refusal("head_dim", came, f"1 to {MOST_HEAD_DIM}", advice, UnsupportedError).exception()
 
 
 def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
@@ -26,14 +31,14 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, An
         v: like k.
         options: flash_attn_func's.
     """
+    groups = q.shape[2] // k.shape[2]  # expanded here: before torch 2.5 its attention takes no grouped heads
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
+        k.transpose(1, 2).repeat_interleave(groups, 1),
+        v.transpose(1, 2).repeat_interleave(groups, 1),
         attn_mask=_mask(q, k, options),
         dropout_p=options["dropout_p"],
         scale=options["softmax_scale"],
-        enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2).contiguous()
 

@@ -26,16 +26,18 @@ CAUSAL_SHOWN = torch.uint8
 SHOWN = torch.int8
 CAUSAL_FIRST = torch.int16
 CAUSAL_LENGTHS = torch.int32
+_MADE_HERE = (CAUSAL_SHOWN, SHOWN, CAUSAL_FIRST, CAUSAL_LENGTHS)
 _WHOLE = (torch.bool, torch.float16, torch.float32)
 _WHOLE_TEXT = "torch.bool, torch.float16 or torch.float32 where it has 4 dimensions, (batch, 1 or heads, queries, keys)"
 
 
 def read_mask(
-    mask: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, options: dict[str, Any]
+    mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, options: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor, int | None]:
     """Puts into a call's options what a mask says.
 
     Args:
+        q: (batch, queries, heads, head_dim).
         k: (batch, keys, heads_k, head_dim).
         v: like k.
         window: the layer's.
@@ -46,6 +48,8 @@ def read_mask(
     if mask.dim() != 4:
         return (*_read_padding(mask, k, v, options), window)
     kind, last, keys = mask.dtype, mask.shape[3], k.shape[1]
+    if kind not in _WHOLE and (kind not in _MADE_HERE or _is_of_pairs(mask, q, k)):
+        raise Refusal("attention_mask", f"has dtype {kind}", _WHOLE_TEXT, "Cast it: mask.bool()").exception()
     if kind is CAUSAL_LENGTHS:
         options["causal"] = True
         options.update({"seqused_k": mask.flatten()} if last == 1 else packed_options(mask))
@@ -57,11 +61,16 @@ def read_mask(
     elif kind is CAUSAL_FIRST:
         options["causal"] = True
     else:
-        if kind not in _WHOLE:
-            raise Refusal("attention_mask", f"has dtype {kind}", _WHOLE_TEXT, "Cast it: mask.bool()").exception()
         options.update(attn_bias=mask, causal=False)
         return k, v, None
     return (k[:, :last], v[:, :last], window) if last < keys else (k, v, window)
+
+
+def _is_of_pairs(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether it is a user's, who has one number for each pair: those that are made here have one row, or for packed
+    sequences, which are less than there are queries, as many as the longest has."""
+    queries = q.shape[1]
+    return queries > 1 and mask.shape[0] == q.shape[0] and mask.shape[2:] == (queries, k.shape[1])
 
 
 def _read_padding(

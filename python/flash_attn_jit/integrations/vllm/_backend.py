@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..._arguments import UNBOUNDED
+from ..._sdpa import MOST_HEAD_DIM
 from ...interface import flash_attn_varlen_func
 from . import calls, wrong_version
 
@@ -125,7 +126,7 @@ class FlashAttnJitBackend(AttentionBackend):  # type: ignore[misc]
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return 1 <= head_size <= 256
+        return 1 <= head_size <= MOST_HEAD_DIM
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
