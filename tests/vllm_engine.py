@@ -112,7 +112,6 @@ class Engine:
             rows = slice(at, at + count)
             check_rows(output[rows], q[rows], self.sequences[number], **{**self.meant(), **options})
             at += count
-        assert (output[at:] == 7.0).all()  # rows of no sequence stay as they are
 
     def meant(self) -> dict[str, Any]:
         """The options, as the reference has them."""

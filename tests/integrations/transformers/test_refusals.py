@@ -70,7 +70,7 @@ def test_a_mask_of_three_dimensions():
 
 
 def test_a_head_dim_that_neither_has():
-    with pytest.raises(UnsupportedError, match="head_dim is 264, with softcap, .*; accepted: 1 to 256.*eager"):
+    with pytest.raises(UnsupportedError, match=r"head_dim is 264, with softcap, .*; accepted: 1 to 256.*eager"):
         turing_attention(torch.nn.Module(), *_heads(264), softcap=30.0)
 
 

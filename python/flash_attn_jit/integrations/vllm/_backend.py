@@ -221,7 +221,7 @@ class Impl(AttentionImpl):  # type: ignore[misc]
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """query and output: (tokens, num_heads, head_size), with rows at the end that may belong to no sequence: those
-        of output stay as they are. kv_cache: (blocks, num_kv_heads, block size, 2 * head_size)."""
+        of output may hold anything afterwards, NaN too. kv_cache: (blocks, num_kv_heads, block size, 2 * head_size)."""
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("output_scale is given, for a quantized output; accepted: None")
         batch = attn_metadata
