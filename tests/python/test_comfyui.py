@@ -190,7 +190,7 @@ def test_what_cannot_run_here_runs_in_comfyui_and_is_counted(kind: str) -> None:
 @pytest.mark.parametrize(
     ("tensors", "options", "reason"),
     [
-        (inputs(True), {}, "q has 4 dimensions"),
+        (inputs(True), {}, "q, k and v have 4, 4 and 4 dimensions"),
         (inputs(heads_k=2), {}, "key has head_dim 20 and query 40"),
         ([tensor[..., :-2] for tensor in inputs()], {}, "q has a last dimension of 158 and 4 heads"),
         (
