@@ -109,6 +109,8 @@ def test_checkpointing(family):
 
 @families(HERE, "llama")
 def test_reentrant_checkpointing(family):
+    if family == "whisper" and transformers.__version__ < "5":
+        pytest.skip("transformers 4 cannot, with any attention")
     run = partial(_train, True, None, reentrant=True)
     exact, eager = reference(run, family)
     assert_gradients_close(run_here(run, family, 2 * FAMILIES[family].layers), exact, eager)
