@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ..._call_counts import CallCounts
+from ..._sdpa import MOST_HEAD_DIM
 from ...interface import flash_attn_func, flash_attn_varlen_func
 from . import _fallback
 from ._inputs import cast, refuse_others, with_one_head_dim
@@ -86,9 +87,9 @@ def turing_attention(
         options["softcap"] = softcap
     if s_aux is not None:
         options["s_aux"] = s_aux
-    if q.shape[3] > _fallback.MOST_HEAD_DIM:
+    if q.shape[3] > MOST_HEAD_DIM:
         _fallback.refuse_what_torch_lacks(q.shape[3], options)
-        calls.count(f"head_dim is {q.shape[3]}; accepted: 1 to {_fallback.MOST_HEAD_DIM}")
+        calls.count(f"head_dim is {q.shape[3]}; accepted: 1 to {MOST_HEAD_DIM}")
         out: Any = _fallback.run(q, k, v, options)
     else:
         out = _run_packed(q, k, v, options) if "cu_seqlens_q" in options else flash_attn_func(q, k, v, **options)

@@ -5,10 +5,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ... import _core
+from ..._sdpa import MOST_HEAD_DIM
 from ...errors import Refusal, UnsupportedError
-
-MOST_HEAD_DIM: int = _core.most_head_dim
 
 # Of a call's options, those that PyTorch's attention has nothing for, in words.
 _WITHOUT = {"softcap": "softcap", "s_aux": "sinks", "cu_seqlens_q": "packed sequences"}

@@ -67,8 +67,9 @@ def read_mask(
 
 
 def _is_of_pairs(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether it is a user's, who has one number for each pair: those that are made here have one row, or for packed
-    sequences, which are less than there are queries, as many as the longest has."""
+    """Whether it is a user's, who has a number for each pair of the batch. Of those made here a mask of keys has one
+    row, and one of packed sequences no batch, and fewer columns than there are keys where it has a row for each query.
+    """
     queries = q.shape[1]
     return queries > 1 and mask.shape[0] == q.shape[0] and mask.shape[2:] == (queries, k.shape[1])
 
