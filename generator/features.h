@@ -25,6 +25,8 @@ enum class Feature : std::uint8_t {
   kKeyLengths,
   kPaged,
   kSink,
+  kUserScore,
+  kBlockMask,
 };
 
 struct FeatureInfo {
@@ -37,6 +39,8 @@ struct FeatureInfo {
   bool forward_only;        // no backward kernel has it
   // Read where a row's keys are all done, by what makes out alone: to other kernels it says nothing, nor to main loops.
   bool finishes_rows = false;
+  // Of functions that a caller gives: see KernelSpec::functions. No flag of the program asks for it.
+  bool is_users = false;
 };
 
 // In the order of the words in a spec's text.
@@ -55,6 +59,9 @@ inline constexpr std::array kFeatures = {
     FeatureInfo{Feature::kKeyLengths, "keylens", "kHasKeyLengths", "for seqused_k and leftpad_k", false, false, true},
     FeatureInfo{Feature::kPaged, "paged", "kIsPaged", "for a block_table", false, false, true},
     FeatureInfo{Feature::kSink, "sink", "kHasSink", "with a sink of each head", false, false, false, true},
+    FeatureInfo{Feature::kUserScore, "userscore", "kHasUserScore", "with a score_mod", true, true, false, false, true},
+    FeatureInfo{Feature::kBlockMask, "blockmask", "kHasBlockMask", "with a block_mask", false, true, false, false,
+                true},
 };
 
 // Those that are on. Off is the default of each.
@@ -71,8 +78,10 @@ class FeatureSet {
   constexpr bool empty() const { return bits_ == 0; }
   constexpr bool only(Feature feature) const { return bits_ == bit(feature); }
 
-  // Whether there is such a kernel: at most one tensor of pairs, and a way to read one only where there is one.
+  // Whether there is such a kernel: at most one tensor of pairs, and a way to read one only where there is one; a
+  // user's functions say all that there is to say of scores and masks.
   constexpr bool go_together() const {
+    if (are_users()) return (bits_ & ~(bit(Feature::kUserScore) | bit(Feature::kBlockMask))) == 0;
     const int pairs = has(Feature::kBias16) + has(Feature::kBias32) + has(Feature::kBoolMask);
     return pairs <= 1 && (pairs == 1 || !(has(Feature::kUnpaired) || has(Feature::kOneRow)));
   }
@@ -85,6 +94,9 @@ class FeatureSet {
   constexpr int pair_bytes() const {
     return has(Feature::kBias32) ? 4 : has(Feature::kBias16) ? 2 : has(Feature::kBoolMask) ? 1 : 0;
   }
+
+  // Whether a user's functions are compiled in.
+  constexpr bool are_users() const { return any(&FeatureInfo::is_users); }
 
   constexpr bool change_scores() const { return any(&FeatureInfo::changes_scores); }
   constexpr bool need_positions() const { return any(&FeatureInfo::needs_positions); }
@@ -119,13 +131,13 @@ class FeatureSet {
   std::uint32_t bits_ = 0;
 };
 
-// Every set of features that go together.
+// Every set of features that go together, but for those of a user's functions.
 inline std::vector<FeatureSet> all_feature_sets() {
   std::vector<FeatureSet> sets;
   for (std::size_t i = 0; i < std::size_t{1} << kFeatures.size(); ++i) {
     FeatureSet set;
     for (std::size_t f = 0; f < kFeatures.size(); ++f) set.set(kFeatures[f].feature, (i >> f & 1) != 0);
-    if (set.go_together()) sets.push_back(set);
+    if (set.go_together() && !set.are_users()) sets.push_back(set);
   }
   return sets;
 }

@@ -65,12 +65,35 @@ std::vector<std::string_view> split(std::string_view text) {
   return words;
 }
 
+constexpr std::string_view kFunctionsPrefix = "code";
+constexpr int kFunctionsDigits = 16;
+
+std::string functions_word(std::uint64_t functions) {
+  char digits[kFunctionsDigits];
+  const auto [end, error] = std::to_chars(digits, digits + kFunctionsDigits, functions, 16);
+  const std::string number(digits, end);
+  return std::string(kFunctionsPrefix) + std::string(kFunctionsDigits - number.size(), '0') + number;
+}
+
+// Takes the functions' word out of `words` where it stands at `at`; 0 where there is none.
+std::uint64_t take_functions(std::vector<std::string_view>& words, std::size_t at) {
+  if (at >= words.size() || !words[at].starts_with(kFunctionsPrefix)) return 0;
+  const std::string_view digits = words[at].substr(kFunctionsPrefix.size());
+  std::uint64_t functions = 0;
+  const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), functions, 16);
+  if (error != std::errc() || functions_word(functions) != words[at])
+    throw SpecError("kernel spec: functions are '" + std::string(words[at]) + "'; accepted: 'code' and 16 digits");
+  words.erase(words.begin() + static_cast<std::ptrdiff_t>(at));
+  return functions;
+}
+
 // The spec's words in canonical order.
 std::vector<std::string> words_of(const KernelSpec& spec) {
   std::vector<std::string> words = {std::string(to_text(spec.kind)), "hdim" + std::to_string(spec.head_dim),
                                     std::string(to_text(spec.dtype)), std::string(to_text(spec.mask))};
   for (const FeatureInfo& info : kFeatures)
     if (spec.has(info.feature)) words.emplace_back(info.word);
+  if (spec.functions != 0) words.push_back(functions_word(spec.functions));
   words.push_back("gqa" + std::to_string(spec.group_size));
   words.emplace_back(to_text(spec.access));
   words.push_back(spec.tile.text());
@@ -145,6 +168,7 @@ KernelSpec KernelSpec::parse(std::string_view text) {
   std::vector<std::string_view> words = split(text);
   KernelSpec spec;
   for (const FeatureInfo& info : kFeatures) spec.features.set(info.feature, take(words, 4, info.word));
+  spec.functions = take_functions(words, 4);
   if (words.size() != 7)
     throw SpecError("kernel spec is '" + std::string(text) +
                     "'; accepted: seven words like 'fwd hdim128 fp16 causal gqa8 vec16 m256n16w8q96l2b4k7', with " +

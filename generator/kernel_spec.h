@@ -79,7 +79,8 @@ struct KernelSpec {
   int head_dim = 0;  // the caller's, 1 to 256; padded with zeros inside the kernel
   Mask mask = Mask::kNone;
   FeatureSet features = {};
-  int group_size = 1;  // num_heads / num_heads_k
+  std::uint64_t functions = 0;  // the number of the user's code that is compiled in (render.h); 0: none
+  int group_size = 1;           // num_heads / num_heads_k
   GlobalAccess access = GlobalAccess::kVector16B;
   TileConfig tile;
 
@@ -89,7 +90,7 @@ struct KernelSpec {
   int padded_head_dim() const { return (head_dim + 15) / 16 * 16; }
 
   // Canonical form: "fwd hdim128 fp16 causal gqa8 vec16 m256n16w8q96l2b4k7"; the words of the features that are on
-  // stand behind the mask.
+  // stand behind the mask, and behind them "code0123456789abcdef", the user's functions'.
   std::string text() const;
   static KernelSpec parse(std::string_view text);  // throws SpecError
 

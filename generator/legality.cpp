@@ -44,6 +44,14 @@ std::optional<std::string> check_problem(const KernelSpec& spec, const ArchLimit
     return "the features of " + spec.text() +
            " do not go together; accepted: one of bias16, bias32 and boolmask, and unpaired and onerow with one of "
            "these";
+  if (spec.features.are_users() != (spec.functions != 0))
+    return "the functions of " + spec.text() +
+           " stand alone; accepted: userscore or blockmask with the word of their code, and neither without it";
+  if (spec.features.are_users() && family_of(spec.kind).warps_share_rows)
+    return "kind " + std::string(to_text(spec.kind)) + " comes with a user's functions; accepted: kind fwd";
+  if (spec.has(Feature::kBlockMask) && (family_of(spec.kind).has_all_rows || spec.mask != Mask::kNone))
+    return "kind " + std::string(to_text(spec.kind)) + " with mask " + std::string(to_text(spec.mask)) +
+           " comes with a block_mask; accepted: kinds fwd, bwd_dkdv and bwd_dq with mask full";
   if (spec.features.forward_only() && !family_of(spec.kind).results.out)
     return "kind " + std::string(to_text(spec.kind)) +
            " comes with seqused_k, leftpad_k or a block_table; accepted: " + "the kinds of a forward pass";

@@ -75,16 +75,7 @@ std::string traits(const KernelSpec& spec) {
          number("kFirstKeysEighth", tile.schedule.first_keys) + std::string(family_of(spec.kind).trait) + "};\n";
 }
 
-}  // namespace
-
-std::set<std::string, std::less<>> templates_of(KernelKind kind, const TemplateSet& templates) {
-  std::set<std::string, std::less<>> files;
-  std::string source;
-  inline_template(family_of(kind).template_file, "the kernel", templates, files, source);
-  return files;
-}
-
-RenderedKernel render(const KernelSpec& spec, const TemplateSet& templates) {
+RenderedKernel render_kernel(const KernelSpec& spec, const TemplateSet& templates) {
   const KernelFamily& family = family_of(spec.kind);
   RenderedKernel kernel;
   kernel.entry = spec.name();
@@ -105,6 +96,24 @@ RenderedKernel render(const KernelSpec& spec, const TemplateSet& templates) {
   kernel.source += "#ifdef FLASH_ATTN_JIT_HOST\nextern \"C\" void flash_attn_jit_thread(const void* params) {\n  " +
                    kernel.entry + "(*static_cast<const " + params + "*>(params));\n}\n#endif\n";
   return kernel;
+}
+
+}  // namespace
+
+std::set<std::string, std::less<>> templates_of(KernelKind kind, const TemplateSet& templates) {
+  std::set<std::string, std::less<>> files;
+  std::string source;
+  inline_template(family_of(kind).template_file, "the kernel", templates, files, source);
+  return files;
+}
+
+RenderedKernel render(const KernelSpec& spec, const TemplateSet& templates, std::string_view functions) {
+  if (spec.functions != 0) {
+    TemplateSet with_functions = templates;
+    with_functions.insert_or_assign(std::string(kUserFunctionsFile), std::string(functions));
+    return render_kernel(spec, with_functions);
+  }
+  return render_kernel(spec, templates);
 }
 
 RenderedKernel render_tensor_peak(const TemplateSet& templates) {

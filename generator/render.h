@@ -27,8 +27,12 @@ const TemplateSet& embedded_templates();
 // The files that a kernel of this kind is made of. Throws Error where a template includes one that is not in the set.
 std::set<std::string, std::less<>> templates_of(KernelKind kind, const TemplateSet& templates);
 
-// Renders a spec. Does not check legality. Throws Error where a template includes one that is not in the set.
-RenderedKernel render(const KernelSpec& spec, const TemplateSet& templates);
+// The template whose place a user's code takes: see templates/user_functions.cuh.
+inline constexpr std::string_view kUserFunctionsFile = "user_functions.cuh";
+
+// Renders a spec. `functions` is the code that spec.functions is the number of, where it is not 0. Does not check
+// legality. Throws Error where a template includes one that is not in the set.
+RenderedKernel render(const KernelSpec& spec, const TemplateSet& templates, std::string_view functions = {});
 
 // The kernel of templates/tensor_peak.cuh, which says how fast a GPU's tensor instructions are. Throws as render().
 RenderedKernel render_tensor_peak(const TemplateSet& templates);

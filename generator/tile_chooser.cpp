@@ -107,6 +107,13 @@ DefaultTiles find_default_tiles(KernelSpec spec) {
   return tiles;
 }
 
+UnsupportedError mask_blocks_error(const Problem& problem) {
+  return UnsupportedError({"block_mask",
+                           "has blocks of " + std::to_string(problem.mask_block_q) + " queries and " +
+                               std::to_string(problem.mask_block_k) + " keys",
+                           "a BLOCK_SIZE of multiples of 64; 128, as create_block_mask() has it, is fastest"});
+}
+
 struct DefaultChoice {
   std::optional<TileConfig> tile;  // none: no tile is for the problem
   double cycles = std::numeric_limits<double>::infinity();
@@ -115,7 +122,7 @@ struct DefaultChoice {
 DefaultChoice choose_default(const KernelSpec& spec, const Problem& problem) {
   DefaultChoice best;
   for (const std::optional<TileConfig>& tile : find_default_tiles(spec)) {
-    if (!tile || !has_rows(spec, *tile, problem.seqlen_k)) continue;
+    if (!tile || !has_rows(spec, *tile, problem.seqlen_k) || !fits_mask_blocks(spec, *tile, problem)) continue;
     const double cycles = expected_cycles(spec, *tile, problem);
     // What the model cannot tell apart goes to the smaller tile, whose blocks leave less of the device idle at the end.
     if (best.tile && cycles * (1 - kIndistinguishable) >= best.cycles) continue;
@@ -139,6 +146,7 @@ class DefaultTileChooser final : public TileChooser {
     require_head_dim(spec.head_dim);
     const DefaultChoice choice = choose_default(spec, problem);
     if (choice.tile) return *choice.tile;
+    if (spec.has(Feature::kBlockMask)) throw mask_blocks_error(problem);
     throw UnsupportedError("seqlen_k is " + std::to_string(problem.seqlen_k) + " with kind " +
                            std::string(to_text(spec.kind)) + " at head_dim " + std::to_string(spec.head_dim) +
                            ", which has no default tile with as many rows");
@@ -174,6 +182,14 @@ bool is_legal(const KernelSpec& spec, const TileConfig& tile, const ArchLimits& 
 }
 
 }  // namespace
+
+bool fits_mask_blocks(const KernelSpec& spec, const TileConfig& tile, const Problem& problem) {
+  if (!spec.has(Feature::kBlockMask)) return true;
+  const bool owns_keys = family_of(spec.kind).rows == RowSide::kKeys;
+  const std::int64_t rows = owns_keys ? problem.mask_block_k : problem.mask_block_q;
+  const std::int64_t columns = owns_keys ? problem.mask_block_q : problem.mask_block_k;
+  return rows % tile.block_m == 0 && columns % tile.block_n == 0;
+}
 
 bool has_rows(const KernelSpec& spec, const TileConfig& tile, std::int64_t seqlen_k) {
   return !family_of(spec.kind).has_all_rows || tile.block_m >= seqlen_k;

@@ -25,6 +25,11 @@ inline bool is_plain(const KernelSpec& spec) {
   return spec.features.empty() && spec.mask != Mask::kWindow && spec.access == GlobalAccess::kVector16B;
 }
 
+// Whether half the rows a block are for it: because such kernels are fast, or because a block mask wants them.
+inline bool takes_medium(const KernelSpec& spec) {
+  return is_plain(spec) || (spec.has(Feature::kBlockMask) && spec.access == GlobalAccess::kVector16B);
+}
+
 inline TileTable only_if(bool applies, TileTable table) { return applies ? table : TileTable{}; }
 
 // Looked in one after the other; some may be empty. They are read at every launch, so nothing is allocated.

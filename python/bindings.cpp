@@ -19,6 +19,7 @@
 #include "runtime/launch/machine_report.h"
 #include "runtime/launch/process.h"
 #include "runtime/library/pack.h"
+#include "runtime/library/user_functions.h"
 #include "runtime/request/attention_options.h"
 #include "runtime/system/interrupt.h"
 #include "runtime/system/log.h"
@@ -216,11 +217,12 @@ std::vector<std::string> loaded_kernels(int ordinal) {
 
 void bind_attention(py::module_& module) {
   module.def("forward", &bindings::forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
-             py::arg("softmax_lse"), py::arg("options"), py::arg("tile") = py::none());
+             py::arg("softmax_lse"), py::arg("options"), py::arg("tile") = py::none(), py::arg("user") = py::none());
   module.def("backward", &bindings::backward, py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
              py::arg("softmax_lse"), py::arg("dlse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("dbias"),
              py::arg("delta"), py::arg("options"), py::arg("dkdv_tile") = py::none(), py::arg("dq_tile") = py::none(),
-             py::arg("all_keys_tile") = py::none());
+             py::arg("all_keys_tile") = py::none(), py::arg("user") = py::none());
+  module.def("keep_user_functions", &keep_user_functions, py::arg("code"));
   module.def("append", &bindings::append, py::arg("k"), py::arg("v"), py::arg("k_cache"), py::arg("v_cache"),
              py::arg("cache_seqlens"), py::arg("block_table"), py::arg("q"), py::arg("q_turned"), py::arg("rotary_cos"),
              py::arg("rotary_sin"), py::arg("interleaved"), py::arg("queries_advance"));

@@ -3,6 +3,7 @@
 #include "generator/errors.h"
 #include "python/bindings_arguments.h"
 #include "python/bindings_options.h"
+#include "python/bindings_user.h"
 #include "runtime/launch/backward_launch.h"
 
 namespace py = pybind11;
@@ -38,7 +39,8 @@ void backward(py::handle dout_object, py::handle q_object, py::handle k_object, 
               py::handle out_object, py::handle lse_object, py::handle dlse_object, py::handle dq_object,
               py::handle dk_object, py::handle dv_object, py::handle dbias_object, py::handle delta_object,
               py::handle options, const std::optional<std::string>& dkdv_tile,
-              const std::optional<std::string>& dq_tile, const std::optional<std::string>& all_keys_tile) {
+              const std::optional<std::string>& dq_tile, const std::optional<std::string>& all_keys_tile,
+              py::handle user) {
   const Layout layout = layout_of(options);
   const Argument q("q", q_object), k("k", k_object), v("v", v_object), out("out", out_object),
       dout("dout", dout_object);
@@ -61,6 +63,7 @@ void backward(py::handle dout_object, py::handle q_object, py::handle k_object, 
     request.dlse = static_cast<const float*>(dlse.info.data);
   }
   request.options = read_options(options, q);
+  request.options.user = read_user_functions(user, q);
   request.dkdv_tile = parse_tile(dkdv_tile);
   request.dq_tile = parse_tile(dq_tile);
   request.all_keys_tile = parse_tile(all_keys_tile);

@@ -2,6 +2,7 @@
 
 #include "python/bindings_arguments.h"
 #include "python/bindings_options.h"
+#include "python/bindings_user.h"
 #include "runtime/launch/forward_launch.h"
 
 namespace py = pybind11;
@@ -34,7 +35,7 @@ class TorchWorkspace final : public Workspace {
 }  // namespace
 
 void forward(py::handle q_object, py::handle k_object, py::handle v_object, py::handle out_object,
-             py::handle lse_object, py::handle options, const std::optional<std::string>& tile) {
+             py::handle lse_object, py::handle options, const std::optional<std::string>& tile, py::handle user) {
   const Layout layout = layout_of(options);
   const Argument q("q", q_object), k("k", k_object), v("v", v_object), out("out", out_object);
   const Layout layout_of_keys = is_paged(options) ? Layout::kPages : layout;
@@ -54,6 +55,7 @@ void forward(py::handle q_object, py::handle k_object, py::handle v_object, py::
   for (const NamedTensor& read : {NamedTensor{"q", request.q}, {"k", request.k}, {"v", request.v}})
     require_apart({"out", request.out}, read);
   request.options = read_options(options, q);
+  request.options.user = read_user_functions(user, q);
   request.num_splits = num_splits(options);
   if (tile) request.tile = TileConfig::parse(*tile);
 

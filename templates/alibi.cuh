@@ -8,9 +8,8 @@
 
 class Alibi : public ScoreFeature {
  public:
-  template <class Sequence>
-  __device__ __forceinline__ void prepare(const AttentionParams& params, const Sequence& sequence, int head,
-                                          float unit) {
+  template <class Params, class Sequence>
+  __device__ __forceinline__ void prepare(const Params& params, const Sequence& sequence, int head, float unit) {
     const AlibiParams& alibi = params.alibi;
     slope_ = -load_global_f32(alibi.slopes + sequence.batch() * alibi.batch_stride + head) * kLog2E * unit;
   }

@@ -53,6 +53,39 @@ struct AttentionParams {
   PairTensorParams pairs;
 };
 
+// ---- of a user's functions, which the kernels' own parameters hold: see user_functions.cuh ----
+
+// A tensor that they read. Dimensions that it lacks are 1 long.
+constexpr int kMostUserTensors = 8, kMostUserDims = 4;
+struct UserTensor {
+  const void* data;
+  int sizes[kMostUserDims];
+  int strides[kMostUserDims];  // in elements
+};
+struct UserTensors {
+  UserTensor tensor[kMostUserTensors];
+};
+
+// Which blocks of pairs a kernel's rows see, as lists: of block r of `row_block` rows, the blocks of columns that are
+// seen in part, which mask_mod is asked of, and those that are seen whole. Rows are queries or keys, columns the others.
+struct BlockLists {
+  const int* counts;   // (batch, num_heads, blocks of rows)
+  const int* columns;  // (batch, num_heads, blocks of rows, room)
+  int room;
+};
+struct BlockMaskParams {
+  BlockLists partial, whole;            // `whole` may be null
+  long long batch_stride, head_stride;  // in blocks of rows; 0 where it is the same for all
+  int row_block, column_block;          // rows and columns of a block
+  int column_blocks;                    // that there are
+};
+
+struct UserParams {
+  UserTensors tensors;
+  BlockMaskParams block_mask;
+  float product_scale;  // softmax_scale, of which `sign` has the sign
+};
+
 // ---- of dropout, which the kernels' own parameters hold: see dropout.cuh ----
 
 constexpr int kDropoutDigits = 16;

@@ -18,6 +18,7 @@
 #pragma once
 
 #include "accumulator.cuh"
+#include "block_mask.cuh"
 #include "column_fragments.cuh"
 #include "dropout.cuh"
 #include "flash_bwd_all_keys.cuh"
@@ -119,7 +120,10 @@ class FlashBwd {
   // head dim 64 reaches 0.933 of a T4's peak so, and 0.883 otherwise; 128, causal, 0.738 so, and 0.797 otherwise.
   // With numbers from memory it is too large where float32 has no digits left for a score: see kLeastLse. What
   // softmax_lse's gradient adds to delta is multiplied by a P above 1, by as much as log_sum_exp() took from lse.
-  static constexpr bool kSaturatesForDs = kMTiles == 2 || Variant::kReadsPairs;
+  static constexpr bool kSaturatesForDs = kMTiles == 2 || Variant::kMayHideRows;
+
+  // Tiles that a block mask lists, or all of a range.
+  static constexpr bool kHasBlockMask = Traits::kHasBlockMask;
 
   using Dropout = DropoutOf<Traits, Side::kColumnsAreQueries, kMTiles, kSteps, kNeighbours>;
 
@@ -242,11 +246,29 @@ class FlashBwd {
   static __device__ __forceinline__ float scaled_lse(float lse) { return lse * kLog2E; }
   __device__ __forceinline__ float scaled_delta(float delta) const { return delta * params_.softmax_scale; }
 
-  // Iteration n prefetches tile n - 1. Iteration 0 prefetches tile 0 once more and does not use it: that costs less
-  // than a branch.
-  __device__ __forceinline__ int prefetched_tile() const { return n_block_ > 1 ? n_block_ - 2 : 0; }
+  // The tile of the next iteration, and the one that it prefetches. Iteration 0 prefetches tile 0 once more and does not
+  // use it: that costs less than a branch.
+  __device__ __forceinline__ int tile() const {
+    if constexpr (kHasBlockMask) return listed_.current();
+    return n_block_ - 1;
+  }
+  __device__ __forceinline__ int prefetched_tile() const {
+    if constexpr (kHasBlockMask) return listed_.next();
+    return n_block_ > 1 ? n_block_ - 2 : 0;
+  }
+  __device__ __forceinline__ void leave_tile() {
+    --n_block_;
+    if constexpr (kHasBlockMask) listed_.step();
+  }
 
   __device__ __forceinline__ void advance() {
+    if constexpr (kHasBlockMask) {
+      const int tiles = listed_.next() - listed_.current();
+      s_columns_.go_to(tiles);
+      dp_columns_.go_to(tiles);
+      column_offset_ += tiles * Traits::kBlockN;
+      return;
+    }
     if (n_block_ > 1) {
       s_columns_.advance();
       dp_columns_.advance();
@@ -256,9 +278,10 @@ class FlashBwd {
 
   static __device__ __forceinline__ bool has_column() { return thread_in_block() < Traits::kBlockN; }
 
-  // A tile that is whole.
+  // A tile that is whole, but those that are listed come in any order.
   __device__ __forceinline__ void prefetch(InFlight& in, SharedAddress slot) {
     advance();
+    if constexpr (kHasBlockMask) return prefetch_bounded(in, slot, prefetched_tile());
     s_columns_.prefetch(in.s_columns, slot);
     dp_columns_.prefetch(in.dp_columns, slot + Tile::kTileBytes);
     if (Side::kColumnsAreQueries) load_statistics<Variant>(params_, column_offset_, has_column(), in.lse, in.delta);
@@ -396,8 +419,9 @@ class FlashBwd {
   }
 
   // P and dS of a step of tile n, which lies in `slot`, from its S and dP.
-  __device__ __forceinline__ void differentiate(const Products& s, const Products& dp, const Fetched& fetched, int n,
-                                                SharedAddress slot, int step, Operands& p, Operands& ds) {
+  __device__ __forceinline__ void differentiate(const Products& s, const Products& dp, const Products& derivative,
+                                                const Fetched& fetched, int n, SharedAddress slot, int step,
+                                                Operands& p, Operands& ds) {
     keep(n, step);
     Statistics columns;
     if (Side::kColumnsAreQueries) columns = load_statistics_pair(slot + 2 * Tile::kTileBytes, step * 4 + lane_ % 4);
@@ -415,11 +439,12 @@ class FlashBwd {
           exponent = variant_.bias(exponent, fetched[fetched_query(r, c)], fetched_key(r, step, c), sequence_,
                                    Side::query(row, column), Side::key(row, column));
         const float p_of_ds = exp2_approx(exponent);
-        row_p[c] = Side::kMakesDv || Variant::kReadsPairs ? saturate(p_of_ds) : p_of_ds;  // see log_sum_exp()
+        row_p[c] = Side::kMakesDv || Variant::kMayHideRows ? saturate(p_of_ds) : p_of_ds;  // see log_sum_exp()
         float dp_less_delta = fma_rounded(dp[r / 2][0][r % 2 * 2 + c], dp_scale(), -delta);
         const bool keeps = Dropout::keeps(kept_, r, step, c);
         if (!keeps) dp_less_delta = -delta;
         row_ds[c] = variant_.gradient((kSaturatesForDs ? row_p[c] : p_of_ds) * dp_less_delta, score);
+        if constexpr (Variant::kHasDerivative) row_ds[c] *= derivative[r / 2][0][r % 2 * 2 + c];
         if (!keeps) row_p[c] = 0.0f;
       }
       p[r / 2][r % 2] = Element::pack(row_p[0], row_p[1]);
@@ -468,12 +493,19 @@ class FlashBwd {
       block_barrier();
     }
     TileRange columns = column_tiles();
+    if constexpr (kHasBlockMask) {
+      listed_ = {params_.user.block_mask, sequence_, head_q, row_begin_};
+      pair_mask_.prepare(params_, sequence_, head_q);
+      columns = {0, 0, listed_.whole(), listed_.count()};
+      if (columns.end == 0) return;
+    }
     if constexpr (Variant::kHidesKeys && !Side::kColumnsAreQueries) {
       columns = shown_tiles<Traits>(columns, variant_, sequence_);
       if (columns.begin >= columns.end) return;
     }
     prologue(columns.end);
-    const int whole_end = Sequence<Traits>::minimum(columns.whole_end, columns.end - 1);
+    const int whole_end =
+        kHasBlockMask ? columns.whole_end : Sequence<Traits>::minimum(columns.whole_end, columns.end - 1);
     masked_iterations(Sequence<Traits>::maximum(whole_end, columns.begin));
     unmasked_iterations(Sequence<Traits>::maximum(columns.whole_begin, columns.begin));
     if (Side::kHasFirstColumn) masked_iterations(columns.begin);
@@ -492,11 +524,11 @@ class FlashBwd {
     n_block_ = tiles;
     slot_ = 0;
     has_step_ = false;
-    s_columns_.go_to(n_block_ - 1);
-    dp_columns_.go_to(n_block_ - 1);
-    column_offset_ = sequence_.statistics_offset(head_q_, (n_block_ - 1) * Traits::kBlockN + thread_in_block());
+    s_columns_.go_to(tile());
+    dp_columns_.go_to(tile());
+    column_offset_ = sequence_.statistics_offset(head_q_, tile() * Traits::kBlockN + thread_in_block());
     InFlight in;
-    prefetch_bounded(in, next_slot(slot_), n_block_ - 1);
+    prefetch_bounded(in, next_slot(slot_), tile());
     if constexpr (kStartsScores || (Side::kColumnsAreQueries && Variant::kIsOneRow))
       fetch_pairs<false>(n_block_ - 1, 0, true);
     commit(in, next_slot(slot_));
@@ -519,7 +551,7 @@ class FlashBwd {
         fetch_pairs_before<false>(step);
         scores(slot, step);
         fetch_pairs_behind<false>(step);
-        transform_scores();
+        transform_scores(step);
         mask(step);
       }
       commit(in, next_slot(slot));
@@ -527,18 +559,22 @@ class FlashBwd {
         if (has_step_) write_dq();
       has_step_ = true;
       slot_ = slot;
-      --n_block_;
+      leave_tile();
     }
   }
 
   __device__ __forceinline__ void unmasked_iterations(int n_end) {
-    while (n_block_ > n_end) iterate();
+    while (n_block_ > n_end)
+      if (kHasBlockMask && (tile() + 1) * Traits::kBlockN > seqlen_columns())
+        masked_iterations(n_block_ - 1);  // the last of the sequence's, wherever the list has it
+      else
+        iterate();
   }
 
   // Adds the gradients of the step whose S and dP wait.
   __device__ __forceinline__ void use_step(int n, SharedAddress slot, int step) {
     Operands p, ds;
-    differentiate(acc_s_, acc_dp_, fetched_, n, slot, step, p, ds);
+    differentiate(acc_s_, acc_dp_, derivative_, fetched_, n, slot, step, p, ds);
     accumulate_step(p, ds, slot, step, [] {});
   }
 
@@ -552,7 +588,7 @@ class FlashBwd {
     for (int step = 0; step < kSteps; ++step) {
       const SharedAddress step_slot = step == 0 ? slot_ : slot;
       const int previous = step == 0 ? kSteps - 1 : step - 1;
-      Products s, dp;
+      Products s, dp, derivative;
       Operands p, ds;
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m)
@@ -560,16 +596,17 @@ class FlashBwd {
         for (int c = 0; c < 4; ++c) {
           s[m][0][c] = acc_s_[m][0][c];
           dp[m][0][c] = acc_dp_[m][0][c];
+          if constexpr (Variant::kHasDerivative) derivative[m][0][c] = derivative_[m][0][c];
         }
       Fetched fetched;
       if constexpr (Variant::kReadsPairs)
 #pragma unroll
         for (int i = 0; i < kFetchedQueries; ++i) fetched[i] = fetched_[i];
       fetch_pairs_before<true>(step);
-      differentiate(s, dp, fetched, step == 0 ? n_block_ : n_block_ - 1, step_slot, previous, p, ds);
+      differentiate(s, dp, derivative, fetched, step == 0 ? n_block_ : n_block_ - 1, step_slot, previous, p, ds);
       scores(slot, step);
       fetch_pairs_behind<true>(step);
-      transform_scores();
+      transform_scores(step);
       accumulate_step(p, ds, step_slot, previous, [&] {
         if (product == Points::kPrefetch) prefetch(in, free);
         if (product == Points::kCommit) commit(in, free);
@@ -578,7 +615,7 @@ class FlashBwd {
     }
     if constexpr (Side::kMakesDq) write_dq();
     slot_ = slot;
-    --n_block_;
+    leave_tile();
   }
 
   // The lane's row r, and its first column of a step of tile n.
@@ -587,23 +624,37 @@ class FlashBwd {
     return n * Traits::kBlockN + Columns::kStep * step + Columns::first(lane_);
   }
 
-  __device__ __forceinline__ void transform_scores() {
-    for_each(acc_s_, [&](float& s, int, int) { s = variant_.score(s); });
+  // Of a step of the next tile.
+  __device__ __forceinline__ void transform_scores(int step) {
+    for_each(acc_s_, [&](float& s, int r, int c) {
+      const int row = lane_row(r), column = lane_column(tile(), step) + c;
+      s = variant_.score(s, Side::query(row, column), Side::key(row, column), derivative_[r / 2][0][r % 2 * 2 + c]);
+    });
   }
 
   // Of the step's scores, those that belong to no visible pair become P = 0 and dS = 0.
   __device__ __forceinline__ void mask(int step) {
-    const int column = lane_column(n_block_ - 1, step);
+    const int column = lane_column(tile(), step);
 #pragma unroll
     for (int r = 0; r < 2 * kMTiles; ++r) {
       const int first = Side::first_column(sequence_, lane_row(r)), end = Side::end_column(sequence_, lane_row(r));
 #pragma unroll
       for (int c = 0; c < 2; ++c)
-        if (column + c >= end || (Side::kHasFirstColumn && column + c < first)) {
-          acc_s_[r / 2][0][r % 2 * 2 + c] = -infinity();
-          acc_dp_[r / 2][0][r % 2 * 2 + c] = 0.0f;
-        }
+        if (column + c >= end || (Side::kHasFirstColumn && column + c < first)) hide(r, c);
     }
+    if constexpr (kHasBlockMask && !UserMask::kIsTrivial)
+      if (n_block_ > listed_.whole())
+#pragma unroll
+        for (int r = 0; r < 2 * kMTiles; ++r)
+#pragma unroll
+          for (int c = 0; c < 2; ++c)
+            if (!pair_mask_.shows(Side::query(lane_row(r), column + c), Side::key(lane_row(r), column + c))) hide(r, c);
+  }
+
+  __device__ __forceinline__ void hide(int r, int c) {
+    acc_s_[r / 2][0][r % 2 * 2 + c] = -infinity();
+    acc_dp_[r / 2][0][r % 2 * 2 + c] = 0.0f;
+    if constexpr (Variant::kHasDerivative) derivative_[r / 2][0][r % 2 * 2 + c] = 0.0f;
   }
 
   // ---- the output ----
@@ -676,6 +727,8 @@ class FlashBwd {
   int row_begin_, head_, head_q_, first_output_dim_;
   Variant variant_;
   Dropout dropout_;
+  ListedTiles<Traits::kBlockN> listed_;
+  PairMask pair_mask_;
   typename Dropout::Kept kept_;  // of the step whose S and dP wait, or the one before
   Fetched fetched_;  // for the next step's scores, where they start from it, or for those of the step that waits
   typename Tile::SFragments s_rows_;
@@ -687,6 +740,7 @@ class FlashBwd {
   bool has_step_;            // false before a head's first iteration
   SharedAddress slot_;       // where that tile lies; the next one is in the slot behind it
   Products acc_s_, acc_dp_;
+  Products derivative_;  // of acc_s_ by its products, where scores tell it
   Gradient ds_gradient_, p_gradient_;
   typename Tile::Dq dq_;                                           // where it is made
   typename Tile::SFragments::Step kept_s_rows_[Tile::kDims / 16];  // where S reads its rows from shared memory once

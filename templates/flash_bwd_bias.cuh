@@ -248,7 +248,9 @@ class FlashBwdBias {
       Products s, dp;
       multiply(s, k_, 0, step);
       multiply(dp, v_, Tile::kTileBytes, step);
-      for_each(s, [&](float& score, int, int) { score = variant_.score(score); });
+      for_each(s, [&](float& score, int r, int c) {
+        score = variant_.score(score, lane_query(tile, step) + c, lane_key(r));
+      });
       if (!tile.is_whole) mask(s, dp, tile, step);
       differentiate(s, dp, of_step, tile, step);
     }

@@ -35,4 +35,5 @@ struct FlashBwdParams : AttentionParams {
   const float* dlse;  // softmax_lse's gradient, like it; null: it has none
   BiasGradientParams dbias;
   DropoutParams dropout;
+  UserParams user;
 };

@@ -299,8 +299,9 @@ class FlashDecode {
     for (int r = 0; r < kLaneRows; ++r) {
       const int query = query_of(row_of_lane(r));
       for_each_in_row(scores.s, r, [&](float& s, int column) {
-        s = variant_[r].bias(variant_[r].score(s), fetched[r], column / 8 * 2 + column % 2, sequence_, query,
-                             key + lane_column(lane_) + column);
+        const int of_key = key + lane_column(lane_) + column;
+        s = variant_[r].bias(variant_[r].score(s, query, of_key), fetched[r], column / 8 * 2 + column % 2, sequence_,
+                             query, of_key);
       });
     }
   }

@@ -18,6 +18,7 @@
 
 #include "accumulator.cuh"
 #include "block_info.cuh"
+#include "block_mask.cuh"
 #include "dropout.cuh"
 #include "flash_fwd_params.cuh"
 #include "key_rows.cuh"
@@ -85,6 +86,10 @@ class FlashFwd {
   using Stream = typename Traits::Copy::template Stream<Traits, Traits::kBlockN, Tile::kDims, Tile::kThreads>;
   using InFlight = typename Stream::InFlight;
 
+  // Tiles that a block mask lists, or all of a range.
+  static constexpr bool kHasBlockMask = Traits::kHasBlockMask;
+  static constexpr bool kMayHideRows = Variant::kMayHideRows || kHasBlockMask;
+
  public:
   __device__ __forceinline__ explicit FlashFwd(const FlashFwdParams& params)
       : params_(params),
@@ -97,18 +102,27 @@ class FlashFwd {
     variant_.prepare(params, block_.sequence, block_.head, reciprocal(params.softmax_scale_log2));
     if constexpr (Traits::kHasDropout)
       dropout_.prepare(params.dropout, block_.sequence.batch() * params.num_heads + block_.head);
+    if constexpr (kHasBlockMask) {
+      listed_ = {params.user.block_mask, block_.sequence, block_.head, block_.m_begin};
+      pair_mask_.prepare(params, block_.sequence, block_.head);
+    }
   }
 
   __device__ __forceinline__ void run() {
     if (!block_.has_rows()) return;
-    const TileRange tiles =
-        shown_tiles<Traits>(block_.sequence.key_tiles(block_.m_begin, Traits::kBlockM), variant_, block_.sequence);
+    const TileRange tiles = tiles_of(block_.m_begin, Traits::kBlockM);
     if (tiles.begin < tiles.end) attend(tiles);
     write_out();
   }
 
  private:
   __device__ __forceinline__ int first_row() const { return block_.m_begin + warp_ * Tile::kRowsPerWarp; }
+
+  // Those that some of the rows see.
+  __device__ __forceinline__ TileRange tiles_of(int row, int rows) const {
+    if constexpr (kHasBlockMask) return {0, 0, listed_.whole(), listed_.count()};
+    return shown_tiles<Traits>(block_.sequence.key_tiles(row, rows), variant_, block_.sequence);
+  }
 
   // The keys or values of the block's head.
   __device__ __forceinline__ KeyMatrix<Traits> keys(const void* tensor, const TensorStrides& strides) const {
@@ -128,15 +142,15 @@ class FlashFwd {
     block_barrier();  // every warp has its Q out of the slots' memory
     if constexpr (Variant::kHidesTiles) leave_none_waiting();
     prologue(tiles.end - 1);
-    TileRange of_warp = block_.sequence.key_tiles(first_row(), Tile::kRowsPerWarp);
+    TileRange of_warp = kHasBlockMask ? tiles : block_.sequence.key_tiles(first_row(), Tile::kRowsPerWarp);
     if constexpr (Variant::kHidesKeys) of_warp.end = Sequence<Traits>::minimum(of_warp.end, tiles.end);
     masked_iterations(tiles.whole_end > tiles.begin ? tiles.whole_end - 1 : tiles.begin, of_warp);
-    if constexpr (Variant::kReadsPairs)
+    if constexpr (Variant::kMayHideRows)
       while (n_block_ > tiles.begin && lacks_maximum()) masked_iterations(n_block_ - 1, of_warp);
     if (lacks_maximum()) {
       masked_iterations(tiles.begin, of_warp);
     } else {
-      unmasked_iterations(tiles.whole_begin);
+      unmasked_iterations(tiles.whole_begin, of_warp);
       if (Traits::kIsLocal) masked_iterations(tiles.begin, of_warp);
     }
     if (is_waiting(of_warp)) use_exponents();  // the epilogue
@@ -144,7 +158,7 @@ class FlashFwd {
   }
 
   __device__ __forceinline__ bool lacks_maximum() const {
-    return softmax_.template lacks_maximum<Variant::kReadsPairs>();
+    return softmax_.template lacks_maximum<Variant::kMayHideRows>();
   }
 
   static __device__ __forceinline__ bool sees(const TileRange& tiles, int n) {
@@ -171,22 +185,40 @@ class FlashFwd {
   __device__ __forceinline__ void prologue(int last) {
     n_block_ = last + 1;
     slots_ = {0, kFirstValueSlot};
-    k_stream_.go_to(last);
-    v_stream_.go_to(last + 1);
+    k_stream_.go_to(tile());
+    if constexpr (!kHasBlockMask) v_stream_.go_to(last + 1);
     InFlight k;
-    k_stream_.prefetch_bounded(k, slots_.k, block_.sequence.seqlen_k() - last * Traits::kBlockN);
+    k_stream_.prefetch_bounded(k, slots_.k, block_.sequence.seqlen_k() - tile() * Traits::kBlockN);
     fetch_pairs<false>(last);
     Stream::template commit<Columns>(k, slots_.k);
     block_barrier();
   }
 
-  // To K(n-1) and V(n). Iteration 0 prefetches K(0) once more and does not use it: that costs less than a branch.
+  // The tile of the next iteration, and the one that its K(n-1) is of. Iteration 0 prefetches K(0) once more and does not
+  // use it: that costs less than a branch.
+  __device__ __forceinline__ int tile() const {
+    if constexpr (kHasBlockMask) return listed_.current();
+    return n_block_ - 1;
+  }
+  __device__ __forceinline__ int prefetched_tile() const {
+    if constexpr (kHasBlockMask) return listed_.next();
+    return n_block_ > 1 ? n_block_ - 2 : 0;
+  }
+
+  // To K(n-1) and V(n).
   __device__ __forceinline__ void advance() {
+    if constexpr (kHasBlockMask) {
+      k_stream_.go_to(listed_.next() - listed_.current());
+      v_stream_.go_to(listed_.current() - listed_.previous());
+      return;
+    }
     if (n_block_ > 1) k_stream_.advance();
     v_stream_.advance();
   }
 
+  // Tiles that are whole, but those that are listed come in any order.
   __device__ __forceinline__ void prefetch(InFlight& k, InFlight& v, const Slots& slots) {
+    if constexpr (kHasBlockMask) return prefetch_bounded(k, v, slots);
     advance();
     k_stream_.prefetch(k, slots.k);
     v_stream_.prefetch(v, slots.v);
@@ -195,9 +227,8 @@ class FlashFwd {
   // The same where one of the two may be the sequence's last tile, which need not be whole.
   __device__ __forceinline__ void prefetch_bounded(InFlight& k, InFlight& v, const Slots& slots) {
     advance();
-    const int k_tile = n_block_ > 1 ? n_block_ - 2 : 0;
-    k_stream_.prefetch_bounded(k, slots.k, block_.sequence.seqlen_k() - k_tile * Traits::kBlockN);
-    v_stream_.prefetch_bounded(v, slots.v, block_.sequence.seqlen_k() - (n_block_ - 1) * Traits::kBlockN);
+    k_stream_.prefetch_bounded(k, slots.k, block_.sequence.seqlen_k() - prefetched_tile() * Traits::kBlockN);
+    v_stream_.prefetch_bounded(v, slots.v, block_.sequence.seqlen_k() - tile() * Traits::kBlockN);
   }
 
   // What the scores of tile n need from memory; behind iteration 0, which has none to come, tile 0's.
@@ -312,6 +343,8 @@ class FlashFwd {
         multiply_keys();
         products_to_scores();
         apply_mask<Columns>(scores_.s, block_.sequence, lane_query(), lane_key());
+        if constexpr (kHasBlockMask && !UserMask::kIsTrivial)
+          if (n_block_ > listed_.whole()) apply_mask<Columns>(scores_.s, pair_mask_, lane_query(), lane_key());
         float remainder[2 * kMTiles] = {};
         if (softmax_.must_correct(scores_)) softmax_.correct(scores_, acc_o_, remainder);
         softmax_.to_exponents(scores_, remainder, exponents_);
@@ -322,9 +355,14 @@ class FlashFwd {
       fetch_pairs<false>(n_block_ - 2);
       slots_ = next_slots();
       commit(k, v, slots_);
-      --n_block_;
+      leave_tile();
     }
     load_first_k(slots_.k);
+  }
+
+  __device__ __forceinline__ void leave_tile() {
+    --n_block_;
+    if constexpr (kHasBlockMask) listed_.step();
   }
 
   // Of tile n_block_.
@@ -348,19 +386,26 @@ class FlashFwd {
 
   // Down to tile n_end, where every row sees every key. The correction stands outside the loop that nearly every
   // iteration stays in.
-  __device__ __forceinline__ void unmasked_iterations(int n_end) {
+  __device__ __forceinline__ void unmasked_iterations(int n_end, const TileRange& of_warp) {
     while (n_block_ > n_end) {
       bool must_correct = false;
       if (!is_shown())
         pass();
+      else if (!is_whole())
+        masked_iterations(n_block_ - 1, of_warp);
       else
         do {
           iterate();
           const float largest = softmax_.to_exponents(scores_, exponents_);
           must_correct = any_in_warp(largest > kMaxRise);
-        } while (n_block_ > n_end && !must_correct && is_shown());
+        } while (n_block_ > n_end && !must_correct && is_shown() && is_whole());
       if (must_correct) softmax_.correct_exponents(exponents_, acc_o_);
     }
+  }
+
+  // Whether all keys of the tile exist, which may be any of those that are listed.
+  __device__ __forceinline__ bool is_whole() const {
+    return !kHasBlockMask || (tile() + 1) * Traits::kBlockN <= block_.sequence.seqlen_k();
   }
 
   // ---- tiles that an attn_bias hides from all rows of the warp ----
@@ -394,7 +439,7 @@ class FlashFwd {
     commit(k, v, next);
     load_first_k(next.k);
     slots_ = next;
-    --n_block_;
+    leave_tile();
   }
 
   // From the exponents of tile n + 1 to the scores of tile n. The barrier stands among the products, so that warps
@@ -417,13 +462,13 @@ class FlashFwd {
       if (product == Points::kFirstKeys) load_first_k(next.k);
     });
     slots_ = next;
-    --n_block_;
+    leave_tile();
     is_waiting_ = true;
   }
 
   // The lane's first row and column of scores_.
   __device__ __forceinline__ int lane_query() const { return first_row() + lane_row(lane_); }
-  __device__ __forceinline__ int lane_key() const { return (n_block_ - 1) * Traits::kBlockN + Columns::first(lane_); }
+  __device__ __forceinline__ int lane_key() const { return tile() * Traits::kBlockN + Columns::first(lane_); }
 
   // ---- the output ----
 
@@ -449,7 +494,7 @@ class FlashFwd {
   // +inf and 0; one that sees only scores of -inf gets 1 / 0, whose product with 0 is NaN, as in the formula.
   __device__ __forceinline__ float finish_row(const BlockInfo<Traits>& block, int row, int lane, int r) {
     const float sum = softmax_.total(r);
-    const bool sees_keys = block.sequence.sees_keys(row) && !(Variant::kReadsPairs && sum == 0.0f);
+    const bool sees_keys = block.sequence.sees_keys(row) && !(kMayHideRows && sum == 0.0f);
     const bool writes = row < block.sequence.seqlen_q() && lane_column(lane) == 0;
     if constexpr (Traits::kHasSink) {
       RowPart all{sees_keys ? softmax_.row_max[r] : -infinity(), sum};
@@ -471,6 +516,8 @@ class FlashFwd {
   Rows softmax_;
   Variant variant_;
   Dropout dropout_;
+  ListedTiles<Traits::kBlockN> listed_;
+  PairMask pair_mask_;
   FetchedTile<kMTiles, kNTiles, Variant, Columns> fetched_;  // for the scores of the next iteration
   Stream k_stream_, v_stream_;
   typename Tile::QueryFragments query_;

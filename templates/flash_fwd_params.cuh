@@ -46,4 +46,5 @@ struct FlashFwdParams : AttentionParams {
   KeyCacheParams cache;
   SinkParams sinks;
   DropoutParams dropout;
+  UserParams user;
 };

@@ -59,7 +59,8 @@ constexpr int unit_of(int count, int bytes) {
 template <class Format, bool kHasKeyStride, bool kIsForAllQueries>
 class PairBias : public ScoreFeature {
  public:
-  static constexpr bool kReadsPairs = true, kIsOneRow = kIsForAllQueries, kIsLarge = Format::kIsLarge;
+  static constexpr bool kMayHideRows = true, kReadsPairs = true;
+  static constexpr bool kIsOneRow = kIsForAllQueries, kIsLarge = Format::kIsLarge;
   static constexpr bool kHidesTiles = Format::kHidesOnly && !kIsOneRow, kHidesKeys = Format::kHidesOnly && kIsOneRow;
 
   // Several elements in a word where they are read at once.
@@ -75,9 +76,8 @@ class PairBias : public ScoreFeature {
     }
   };
 
-  template <class Sequence>
-  __device__ __forceinline__ void prepare(const AttentionParams& params, const Sequence& sequence, int head,
-                                          float unit) {
+  template <class Params, class Sequence>
+  __device__ __forceinline__ void prepare(const Params& params, const Sequence& sequence, int head, float unit) {
     const PairTensorParams& pairs = params.pairs;
     pairs_ = &pairs;
     first_ = static_cast<const char*>(pairs.data) + sequence.batch() * pairs.batch_stride + head * pairs.head_stride +

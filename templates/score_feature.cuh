@@ -7,7 +7,8 @@
 //   s = score(product)           forward:  exponent = bias(s) x softmax_scale_log2 - row_max
 //                                backward: exponent = bias(s x softmax_scale_log2 - lse)
 //
-// and in backward, on the way from the gradient of s to the gradient of the product: gradient(ds, s).
+// and in backward, on the way from the gradient of s to the gradient of the product: gradient(ds, s), or, where a score
+// does not tell its derivative, ds times what score() said of it: kHasDerivative.
 //
 // What bias() needs from memory is fetched ahead of it: of a query, for as many keys as a lane has. Where score() does
 // nothing, products start from bias(0) then, so that what was fetched is used up before them: kStartsScores.
@@ -23,9 +24,10 @@
 struct ScoreFeature {
   // Whether the feature has score() and gradient(). One of a kernel's features may: only the last score is kept.
   static constexpr bool kIsNonlinear = false;
+  static constexpr bool kHasDerivative = false;
 
-  // Whether it reads a tensor of pairs, which may hide all keys of a row.
-  static constexpr bool kReadsPairs = false;
+  // Whether it may hide all keys of a row; and whether it reads a tensor of pairs.
+  static constexpr bool kMayHideRows = false, kReadsPairs = false;
   static constexpr bool kIsOneRow = false;  // and it says the same of every query
   // Whether what it adds may be so large that a score's own digits are gone.
   static constexpr bool kIsLarge = false;
@@ -45,10 +47,14 @@ struct ScoreFeature {
   }
 
   // Before the first score of a block's query head. A bias of `unit` adds 1 to the exponent, whose base is 2.
-  template <class Sequence>
-  __device__ __forceinline__ void prepare(const AttentionParams&, const Sequence&, int /*head*/, float /*unit*/) {}
+  template <class Params, class Sequence>
+  __device__ __forceinline__ void prepare(const Params&, const Sequence&, int /*head*/, float /*unit*/) {}
 
-  __device__ __forceinline__ float score(float product) const { return product; }
+  __device__ __forceinline__ float score(float product, int /*query*/, int /*key*/) const { return product; }
+  // The same for backward; `derivative` is told where kHasDerivative.
+  __device__ __forceinline__ float score(float product, int /*query*/, int /*key*/, float& /*derivative*/) const {
+    return product;
+  }
   // Of kCount keys: key + Keys::at(i). What does not exist is read as the last one that does.
   template <class Keys, int kCount, bool kQueryExists, bool kKeysExist, class Sequence>
   __device__ __forceinline__ void fetch(Fetched<kCount, Keys::kAtOnce>&, const Sequence&, int /*query*/,
@@ -72,6 +78,8 @@ class ScoreFeatures<First, Rest...> {
 
  public:
   static constexpr bool kIsNonlinear = First::kIsNonlinear || ScoreFeatures<Rest...>::kIsNonlinear;
+  static constexpr bool kHasDerivative = First::kHasDerivative || ScoreFeatures<Rest...>::kHasDerivative;
+  static constexpr bool kMayHideRows = First::kMayHideRows || ScoreFeatures<Rest...>::kMayHideRows;
   static constexpr bool kReadsPairs = First::kReadsPairs || ScoreFeatures<Rest...>::kReadsPairs;
   static constexpr bool kIsOneRow = First::kIsOneRow || ScoreFeatures<Rest...>::kIsOneRow;
   static constexpr bool kIsLarge = First::kIsLarge || ScoreFeatures<Rest...>::kIsLarge;
@@ -85,14 +93,18 @@ class ScoreFeatures<First, Rest...> {
     typename ScoreFeatures<Rest...>::template Fetched<kCount, kAtOnce> rest;
   };
 
-  template <class Sequence>
-  __device__ __forceinline__ void prepare(const AttentionParams& params, const Sequence& sequence, int head,
-                                          float unit) {
+  template <class Params, class Sequence>
+  __device__ __forceinline__ void prepare(const Params& params, const Sequence& sequence, int head, float unit) {
     first_.prepare(params, sequence, head, unit);
     rest_.prepare(params, sequence, head, unit);
   }
 
-  __device__ __forceinline__ float score(float product) const { return rest_.score(first_.score(product)); }
+  __device__ __forceinline__ float score(float product, int query, int key) const {
+    return rest_.score(first_.score(product, query, key), query, key);
+  }
+  __device__ __forceinline__ float score(float product, int query, int key, float& derivative) const {
+    return rest_.score(first_.score(product, query, key, derivative), query, key, derivative);
+  }
   template <class Keys, int kCount, bool kQueryExists, bool kKeysExist, class Sequence>
   __device__ __forceinline__ void fetch(Fetched<kCount, Keys::kAtOnce>& fetched, const Sequence& sequence, int query,
                                         int key) const {
@@ -160,8 +172,10 @@ __device__ __forceinline__ void to_scores(Accumulator<kMTiles, kNTiles>& acc, co
 #pragma unroll
     for (int n = 0; n < kNTiles; ++n)
 #pragma unroll
-      for (int c = 0; c < 4; ++c)
+      for (int c = 0; c < 4; ++c) {
+        const int of_query = query + 16 * m + c / 2 * 8, of_key = key + Columns::kStep * n + c % 2;
         acc[m][n][c] =
-            features.bias(features.score(acc[m][n][c]), fetched[Features::kIsOneRow ? 0 : 2 * m + c / 2], 2 * n + c % 2,
-                          sequence, query + 16 * m + c / 2 * 8, key + Columns::kStep * n + c % 2);
+            features.bias(features.score(acc[m][n][c], of_query, of_key),
+                          fetched[Features::kIsOneRow ? 0 : 2 * m + c / 2], 2 * n + c % 2, sequence, of_query, of_key);
+      }
 }

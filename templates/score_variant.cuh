@@ -5,13 +5,15 @@
 #include "pair_bias.cuh"
 #include "score_feature.cuh"
 #include "softcap.cuh"
+#include "user_score.cuh"
 
 template <class Traits>
 using ScoreVariant =
     ScoreFeatures<FeatureIf<Traits::kIsSoftcap, Softcap>, FeatureIf<Traits::kHasAlibi, Alibi>,
                   FeatureIf<Traits::kHasBias16, PairBias<HalfBias, Traits::kIsUnpaired, Traits::kIsOneRow>>,
                   FeatureIf<Traits::kHasBias32, PairBias<FloatBias, Traits::kIsUnpaired, Traits::kIsOneRow>>,
-                  FeatureIf<Traits::kHasBoolMask, PairBias<BoolMask, Traits::kIsUnpaired, Traits::kIsOneRow>>>;
+                  FeatureIf<Traits::kHasBoolMask, PairBias<BoolMask, Traits::kIsUnpaired, Traits::kIsOneRow>>,
+                  FeatureIf<Traits::kHasUserScore, UserScoreFeature>>;
 
 // Whether a lane should have neighbours in memory: see lane_order.cuh. With dropout they have to fill its cells.
 template <class Traits>

@@ -10,12 +10,17 @@ class Softcap : public ScoreFeature {
  public:
   static constexpr bool kIsNonlinear = true;
 
-  template <class Sequence>
-  __device__ __forceinline__ void prepare(const AttentionParams& params, const Sequence&, int, float) {
+  template <class Params, class Sequence>
+  __device__ __forceinline__ void prepare(const Params& params, const Sequence&, int, float) {
     product_scale_ = params.softcap.product_scale;
   }
 
-  __device__ __forceinline__ float score(float product) const { return tanh_of(product * product_scale_); }
+  __device__ __forceinline__ float score(float product, int /*query*/, int /*key*/) const {
+    return tanh_of(product * product_scale_);
+  }
+  __device__ __forceinline__ float score(float product, int query, int key, float& /*derivative*/) const {
+    return score(product, query, key);
+  }
 
   // Masked scores are -inf, for which no tanh stands.
   __device__ __forceinline__ float gradient(float dscore, float score) const {

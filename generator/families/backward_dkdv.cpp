@@ -126,16 +126,16 @@ TileTable full_feature(const FeatureSet& features) {
 TileTables tiles(const KernelSpec& spec) {
   const bool window = spec.mask == Mask::kWindow, crowded = spec.features.change_scores() || spec.group_size > 1;
   const bool roomy = spec.mask == Mask::kNone && spec.group_size == 1;
-  return {
-      TileTableList{only_if(spec.access == GlobalAccess::kElement2B, kElementGradients),
-                    only_if(window, crowded ? TileTable(kLargeCrowdedWindow) : kLargeWindow),
-                    only_if(roomy, full_feature(spec.features)),
-                    only_if(roomy && spec.features.read_pairs(), kLargeFullPairs),
-                    only_if(window || spec.features.need_positions(), kLargePositions),
-                    only_if(!spec.features.empty(), kLargeFeatures),
-                    spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
-      TileTableList{only_if(is_plain(spec), kMedium), only_if(is_plain(spec) && spec.mask == Mask::kNone, kMediumFull)},
-      TileTableList{kSmallGradients}};
+  return {TileTableList{only_if(spec.access == GlobalAccess::kElement2B, kElementGradients),
+                        only_if(window, crowded ? TileTable(kLargeCrowdedWindow) : kLargeWindow),
+                        only_if(roomy, full_feature(spec.features)),
+                        only_if(roomy && spec.features.read_pairs(), kLargeFullPairs),
+                        only_if(window || spec.features.need_positions(), kLargePositions),
+                        only_if(!spec.features.empty(), kLargeFeatures),
+                        spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
+          TileTableList{only_if(takes_medium(spec), kMedium),
+                        only_if(takes_medium(spec) && spec.mask == Mask::kNone, kMediumFull)},
+          TileTableList{kSmallGradients}};
 }
 
 // Two blocks make half of the gradients' dims each above 128: 16 rows of both would take all of a thread's registers.

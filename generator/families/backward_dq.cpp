@@ -91,7 +91,7 @@ TileTables tiles(const KernelSpec& spec) {
               only_if(scores, kLargeScores), only_if(window, kLargeWindow),
               only_if(spec.has(Feature::kVarlen), kLargeVarlen),
               spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
-          TileTableList{only_if(is_plain(spec), kMedium)}, TileTableList{kSmall, kSmallGradients}};
+          TileTableList{only_if(takes_medium(spec), kMedium)}, TileTableList{kSmall, kSmallGradients}};
 }
 
 constexpr GradientLayout kLayout = {.gradients = 1, .statistics_bytes = 0};

@@ -147,7 +147,7 @@ TileTables tiles(const KernelSpec& spec) {
   return {TileTableList{one_feature(spec), only_if(positions && window, kLargeWindowPositions),
                         only_if(positions, masked ? TileTable(kLargeMaskedPositions) : kLargePositions),
                         only_if(window, kLargeWindow), masked ? TileTable(kLargeCausal) : kLargeFull},
-          TileTableList{only_if(is_plain(spec), kMedium)}, TileTableList{kSmall}};
+          TileTableList{only_if(takes_medium(spec), kMedium)}, TileTableList{kSmall}};
 }
 
 std::optional<std::string> check_tile(const KernelSpec& spec) {

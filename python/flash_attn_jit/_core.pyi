@@ -73,6 +73,7 @@ def forward(
     softmax_lse: torch.Tensor | None,
     options: Options,
     tile: str | None = None,
+    user: UserFunctions | None = None,
 ) -> None: ...
 def backward(
     dout: torch.Tensor,
@@ -91,7 +92,9 @@ def backward(
     dkdv_tile: str | None = None,
     dq_tile: str | None = None,
     all_keys_tile: str | None = None,
+    user: UserFunctions | None = None,
 ) -> None: ...
+def keep_user_functions(code: str) -> int: ...
 def append(
     k: torch.Tensor,
     v: torch.Tensor,

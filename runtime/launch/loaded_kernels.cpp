@@ -33,6 +33,7 @@ std::size_t LoadedKernelTable::bucket_of(const KernelSpec& spec) noexcept {
                           static_cast<int>(spec.kind), static_cast<int>(spec.dtype), static_cast<int>(spec.mask),
                           static_cast<int>(spec.features.bits()), static_cast<int>(spec.access)})
     hash = hash * 31 + static_cast<std::size_t>(field);
+  hash = hash * 31 + static_cast<std::size_t>(spec.functions);
   return hash % kBuckets;
 }
 

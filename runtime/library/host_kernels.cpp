@@ -3,6 +3,7 @@
 #include "generator/legality.h"
 #include "runtime/compile/compiler.h"
 #include "runtime/compile/slow_compile.h"
+#include "runtime/library/user_functions.h"
 #include "runtime/system/errors.h"
 
 namespace flash_attn_jit {
@@ -44,7 +45,7 @@ CompiledKernel HostKernels::compile(const KernelRequest& request, const KernelId
 
 FoundKernel HostKernels::find_or_compile(const KernelSpec& spec) {
   if (const auto reason = check(spec, arch_limits(75))) throw UnsupportedError(spec.text() + ": " + *reason);
-  const KernelRequest request{spec, render(spec, templates_)};
+  const KernelRequest request{spec, render(spec, templates_, user_functions(spec))};
   const KernelId id = id_for_host(request, compiler_);
   FoundKernel found = cache_->get_or_build(id, [&] { return compile(request, id); });
   set_launch_shape(found.kernel, request.rendered);

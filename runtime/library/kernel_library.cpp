@@ -9,6 +9,7 @@
 #include "runtime/compile/slow_compile.h"
 #include "runtime/cuda/nvrtc_choice.h"
 #include "runtime/library/templates_folder.h"
+#include "runtime/library/user_functions.h"
 #include "runtime/system/errors.h"
 
 namespace flash_attn_jit {
@@ -121,7 +122,7 @@ FoundKernel KernelLibrary::find_or_compile(const KernelSpec& spec, const Compile
 
 KernelRequest KernelLibrary::request(const KernelSpec& spec) {
   ++rendered_;
-  return {spec, render(spec, templates_)};
+  return {spec, render(spec, templates_, user_functions(spec))};
 }
 
 KernelRequest KernelLibrary::tensor_peak_request() {

@@ -110,8 +110,9 @@ void add_kernel_flags(CLI::App& command, KernelFlags& flags, const std::string& 
   command.add_flag("--causal", flags.causal, "With the causal mask");
   command.add_flag("--window", flags.window, "With a sliding window instead");
   for (std::size_t i = 0; i < kFeatures.size(); ++i)
-    command.add_flag("--" + std::string(kFeatures[i].word), flags.features[i],
-                     "The kernel " + std::string(kFeatures[i].phrase));
+    if (!kFeatures[i].is_users)
+      command.add_flag("--" + std::string(kFeatures[i].word), flags.features[i],
+                       "The kernel " + std::string(kFeatures[i].phrase));
   command.add_option("--gqa", flags.gqa, "Group size: num_heads / num_heads_k")->capture_default_str();
   command.add_option("--tile", flags.tile, "auto (the default: " + automatic + ") or a tile like m256n16w8q80l2b4k7")
       ->capture_default_str();

@@ -303,10 +303,11 @@ void add_prebuild(CLI::App& app, Action& chosen) {
   command->add_flag("--window", flags->window, "Besides those of --causal, the kernels of sliding windows");
   flags->features.fill("no");
   for (std::size_t i = 0; i < kFeatures.size(); ++i)
-    command
-        ->add_option(flag_of(kFeatures[i]), flags->features[i],
-                     "Kernels " + std::string(kFeatures[i].phrase) + ": both, yes or no")
-        ->capture_default_str();
+    if (!kFeatures[i].is_users)
+      command
+          ->add_option(flag_of(kFeatures[i]), flags->features[i],
+                       "Kernels " + std::string(kFeatures[i].phrase) + ": both, yes or no")
+          ->capture_default_str();
   command->add_option("--gqa", flags->gqa, "Group sizes (num_heads / num_heads_k): 1,2,4,8")->delimiter(',');
   command->add_option("--tuned", flags->tuned,
                       "In the place of all those: the winners of this database of tune --export, which the pack keeps");

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <limits>
 #include <string>
+#include <tuple>
 
 #include "generator/errors.h"
 #include "generator/legality.h"
@@ -67,6 +68,29 @@ std::array<std::int64_t, 4> strides_of(const PairTensor& bias) {
   for (int i = 0; i < 4; ++i)
     if (bias.shape[i] == 1) strides[i] = 0;
   return strides;
+}
+
+// Kernels index a captured tensor in 32 bits.
+void require_user(const UserFunctions& user, const ProblemShape& shape, std::int64_t num_heads) {
+  constexpr std::int64_t kMost = std::numeric_limits<int>::max();
+  if (user.tensors.size() > kMostUserTensors)
+    throw UnsupportedError({"score_mod", "captures " + std::to_string(user.tensors.size()) + " tensors",
+                            "at most " + std::to_string(kMostUserTensors)});
+  for (const UserTensorView& tensor : user.tensors) {
+    std::int64_t reach = 0;
+    for (int d = 0; d < tensor.rank; ++d)
+      reach += std::max<std::int64_t>(tensor.shape[d], 0) * std::abs(tensor.strides[d]);
+    if (reach > kMost)
+      throw UnsupportedError({"score_mod", "captures a tensor that spans " + std::to_string(reach) + " elements",
+                              "at most " + std::to_string(kMost)});
+  }
+  if (!user.block_mask) return;
+  const BlockMask& mask = *user.block_mask;
+  for (const auto& [name, size, whole] :
+       {std::tuple{"batch", mask.batch, shape.batch}, {"heads", mask.heads, num_heads}})
+    if (size != whole && size != 1)
+      throw ArgumentError({"block_mask", "has " + std::to_string(size) + " in its " + name,
+                           std::to_string(whole) + ", the query's, or 1"});
 }
 
 // A mask for shapes that it does not fit is refused, and not read.
@@ -148,6 +172,10 @@ Problem problem_of(const TensorView& q, const TensorView& k, const AttentionOpti
   // A side without end sees half of the keys in the mean.
   const auto width = [&](std::int64_t side) { return side < 0 ? shape.seqlen_k / 2 : std::min(side, shape.seqlen_k); };
   problem.window = width(options.window.left) + width(options.window.right) + 1;
+  if (options.user && options.user->block_mask) {
+    problem.mask_block_q = options.user->block_mask->block_q;
+    problem.mask_block_k = options.user->block_mask->block_k;
+  }
   return problem;
 }
 
@@ -161,6 +189,7 @@ void require_options(const AttentionOptions& options, const ProblemShape& shape,
     throw ArgumentError(
         {"dropout_p", "is " + number_text(options.dropout->p), "a number from 0.0, for none, to below 1.0"});
   if (options.bias) require_bias(*options.bias, options.varlen, shape, num_heads);
+  if (options.user) require_user(*options.user, shape, num_heads);
   visit_tensors(options, shape, num_heads, require_tensor);
   if (options.varlen) require_lengths(*options.varlen);
   if (options.pages && shape.seqlen_k > kMostKeysInPages)
@@ -191,6 +220,11 @@ KernelSpec problem_spec(const TensorView& q, const TensorView& k, const Attentio
   spec.features.set(Feature::kKeyLengths, options.key_lengths.has_value());
   spec.features.set(Feature::kPaged, options.pages.has_value());
   spec.features.set(Feature::kSink, options.sinks != nullptr);
+  if (options.user) {
+    spec.features.set(Feature::kUserScore, options.user->has_score);
+    spec.features.set(Feature::kBlockMask, options.user->block_mask.has_value());
+    spec.functions = options.user->code;
+  }
   spec.group_size = num_heads_k > 0 ? static_cast<int>(q.shape[kHeads] / num_heads_k) : 1;
   spec.access = access;
   return spec;
@@ -212,7 +246,8 @@ AttentionParams attention_params(const TensorView& q, const TensorView& k, const
   params.window_right = window_width(options.window.right);
   const float scale = static_cast<float>(std::fabs(options.softmax_scale));
   const float softcap = static_cast<float>(options.softcap);
-  params.softmax_scale_log2 = std::max((softcap > 0 ? softcap : scale) * kLog2E, kLeastScale);
+  const bool is_natural = options.user && options.user->has_score;  // see user_score.cuh
+  params.softmax_scale_log2 = std::max((is_natural ? 1 : softcap > 0 ? softcap : scale) * kLog2E, kLeastScale);
   params.sign = options.softmax_scale < 0 ? kFlipBothSigns : 0;
   if (softcap > 0) params.softcap.product_scale = scale / softcap;
   if (options.alibi) params.alibi = {options.alibi->data, options.alibi->batch_stride};
@@ -222,6 +257,41 @@ AttentionParams attention_params(const TensorView& q, const TensorView& k, const
     params.pairs = {options.bias->data, batch * bytes, head * bytes, static_cast<int>(query * bytes),
                     static_cast<int>(key * bytes)};
   }
+  return params;
+}
+
+UserParams user_params(const TensorView& q, const TensorView& k, const AttentionOptions& options, RowSide rows) {
+  UserParams params{};
+  if (!options.user) return params;
+  const UserFunctions& user = *options.user;
+  params.product_scale = static_cast<float>(std::fabs(options.softmax_scale));
+  for (std::size_t i = 0; i < user.tensors.size(); ++i) {
+    UserTensor& tensor = params.tensors.tensor[i];
+    tensor.data = user.tensors[i].data;
+    for (int d = 0; d < kMostUserDims; ++d) {
+      const bool has_dim = d < user.tensors[i].rank;
+      tensor.sizes[d] = has_dim ? static_cast<int>(user.tensors[i].shape[d]) : 1;
+      tensor.strides[d] = has_dim ? static_cast<int>(user.tensors[i].strides[d]) : 0;
+    }
+  }
+  if (!user.block_mask) return params;
+  const BlockMask& mask = *user.block_mask;
+  const ProblemShape shape = problem_shape(q, k, options);
+  const auto lists = [](const BlockListsView& of) {
+    return BlockLists{of.counts, of.columns, static_cast<int>(of.room)};
+  };
+  const bool of_queries = rows == RowSide::kQueries;
+  const std::int64_t row_block = of_queries ? mask.block_q : mask.block_k;
+  const std::int64_t column_block = of_queries ? mask.block_k : mask.block_q;
+  const std::int64_t row_blocks = blocks_of(of_queries ? shape.seqlen_q : shape.seqlen_k, row_block);
+  params.block_mask.partial = lists(of_queries ? mask.keys : mask.queries);
+  params.block_mask.whole = lists(of_queries ? mask.whole_keys : mask.whole_queries);
+  params.block_mask.batch_stride = mask.batch == 1 ? 0 : mask.heads * row_blocks;
+  params.block_mask.head_stride = mask.heads == 1 ? 0 : row_blocks;
+  params.block_mask.row_block = static_cast<int>(row_block);
+  params.block_mask.column_block = static_cast<int>(column_block);
+  params.block_mask.column_blocks =
+      static_cast<int>(blocks_of(of_queries ? shape.seqlen_k : shape.seqlen_q, column_block));
   return params;
 }
 

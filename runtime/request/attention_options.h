@@ -3,9 +3,12 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
+#include "generator/kernel_family.h"
 #include "generator/kernel_spec.h"
 #include "generator/tile_chooser.h"
 #include "runtime/request/tensor_view.h"
@@ -65,6 +68,34 @@ struct Dropout {
 
 constexpr int bytes_of(PairType type) { return type == PairType::kFloat16 ? 2 : type == PairType::kFloat32 ? 4 : 1; }
 
+// A user's functions of scores and pairs: their code, as the library knows it, and the tensors that it reads.
+struct UserTensorView {
+  const void* data = nullptr;
+  int rank = 0;
+  std::array<std::int64_t, kMostUserDims> shape{}, strides{};  // the first `rank` of each; strides count elements
+  int element_bytes = 4;
+};
+
+// For each block of rows the blocks of columns that it sees: see BlockLists. Contiguous.
+struct BlockListsView {
+  const int* counts = nullptr;   // (batch, heads, blocks of rows)
+  const int* columns = nullptr;  // (batch, heads, blocks of rows, room)
+  std::int64_t room = 0;
+};
+struct BlockMask {
+  std::int64_t batch = 1, heads = 1;  // the problem's, or 1 for all
+  std::int64_t block_q = 0, block_k = 0;
+  BlockListsView keys, whole_keys;        // of blocks of queries; no whole ones where its counts are null
+  BlockListsView queries, whole_queries;  // of blocks of keys: backward
+};
+
+struct UserFunctions {
+  std::uint64_t code = 0;
+  bool has_score = false;
+  std::vector<UserTensorView> tensors;
+  std::optional<BlockMask> block_mask;
+};
+
 // A score, at most 256 x 65504^2 before it is scaled, stays above kNoMaximum of templates/softmax.cuh, and finite once
 // it is divided by a softcap. ALiBi's slopes lie on the device and are not checked: what they add rounds as a score
 // does, and with |slope| x distance beyond 1e7 by more than the exponents of float32 take.
@@ -82,7 +113,8 @@ struct AttentionOptions {
   std::optional<Dropout> dropout;
   std::optional<Varlen> varlen;
   std::optional<KeyLengths> key_lengths;
-  std::optional<PageTable> pages;  // with varlen, cu_seqlens_k may be null
+  std::optional<PageTable> pages;             // with varlen, cu_seqlens_k may be null
+  std::shared_ptr<const UserFunctions> user;  // null: none
   // Of a forward pass: a backward pass may follow, whose scores have to be the same bits. The decode kernel's are not.
   bool has_backward = false;
 };
@@ -117,6 +149,33 @@ struct OptionTensor {
   int element_bytes = 4;
 };
 
+constexpr std::int64_t blocks_of(std::int64_t rows, std::int64_t block) { return (rows + block - 1) / block; }
+
+// The part of visit_tensors() that is a user's.
+template <typename Visit>
+void visit_user_tensors(const UserFunctions& user, const ProblemShape& shape, Visit visit) {
+  for (const UserTensorView& tensor : user.tensors)
+    visit(OptionTensor{"a captured tensor", tensor.data, tensor.rank, tensor.shape, tensor.strides,
+                       tensor.element_bytes});
+  if (!user.block_mask) return;
+  const BlockMask& mask = *user.block_mask;
+  const auto lists = [&](const BlockListsView& of, std::int64_t rows, const char* counts, const char* columns) {
+    if (of.counts == nullptr) return;
+    visit(OptionTensor{counts, of.counts, 3, {mask.batch, mask.heads, rows}, {mask.heads * rows, rows, 1}});
+    visit(OptionTensor{columns,
+                       of.columns,
+                       4,
+                       {mask.batch, mask.heads, rows, of.room},
+                       {mask.heads * rows * of.room, rows * of.room, of.room, 1}});
+  };
+  const std::int64_t blocks_q = blocks_of(shape.seqlen_q, mask.block_q);
+  const std::int64_t blocks_k = blocks_of(shape.seqlen_k, mask.block_k);
+  lists(mask.keys, blocks_q, "kv_num_blocks", "kv_indices");
+  lists(mask.whole_keys, blocks_q, "full_kv_num_blocks", "full_kv_indices");
+  lists(mask.queries, blocks_k, "q_num_blocks", "q_indices");
+  lists(mask.whole_queries, blocks_k, "full_q_num_blocks", "full_q_indices");
+}
+
 // Calls visit(const OptionTensor&) for each tensor of the options that are on. `num_heads` are q's.
 template <typename Visit>
 void visit_tensors(const AttentionOptions& options, const ProblemShape& shape, std::int64_t num_heads, Visit visit) {
@@ -141,6 +200,7 @@ void visit_tensors(const AttentionOptions& options, const ProblemShape& shape, s
   if (options.alibi)
     visit(OptionTensor{
         "alibi_slopes", options.alibi->data, 2, {shape.batch, num_heads}, {options.alibi->batch_stride, 1}});
+  if (options.user) visit_user_tensors(*options.user, shape, visit);
 }
 
 // Throws ArgumentError or UnsupportedError, which names the option. `num_heads` are q's.
@@ -151,6 +211,9 @@ KernelSpec problem_spec(const TensorView& q, const TensorView& k, const Attentio
 
 // How many of 2^kDropoutDigits pairs dropout keeps.
 int kept_pairs(double p);
+
+// All zeros without a user's functions. `rows` of the kernel's blocks: its lists of a block mask are theirs.
+UserParams user_params(const TensorView& q, const TensorView& k, const AttentionOptions& options, RowSide rows);
 
 // All zeros without dropout.
 DropoutParams dropout_params(const AttentionOptions& options);

@@ -119,7 +119,8 @@ struct Side {
 
 // One kernel, whose blocks own rows of `rows`.
 BackwardLaunch lay_out(KernelSpec spec, KernelKind kind, const std::optional<TileConfig>& tile, const Side& rows,
-                       const FlashBwdParams& params, const PlanTarget& target, const Problem& problem) {
+                       const BackwardRequest& request, const FlashBwdParams& params, const PlanTarget& target,
+                       const Problem& problem) {
   spec.kind = kind;
   spec = normalized(spec);
   spec.tile = tile ? *tile : target.tiles.choose(spec, problem);
@@ -128,9 +129,15 @@ BackwardLaunch lay_out(KernelSpec spec, KernelKind kind, const std::optional<Til
                            std::to_string(spec.tile.block_m) + " keys a block, for " +
                            std::to_string(problem.seqlen_k) + "; accepted: as many as there are");
   if (spec.tile.block_m < 1) throw UnsupportedError(check(spec, target.arch).value());
+  if (!fits_mask_blocks(spec, spec.tile, problem))
+    throw UnsupportedError("tile '" + spec.tile.text() + "' does not fit a block_mask with blocks of " +
+                           std::to_string(problem.mask_block_q) + " queries and " +
+                           std::to_string(problem.mask_block_k) + " keys; accepted: rows and columns that divide them");
   BackwardLaunch launch{spec, params};
   const std::int64_t row_blocks = (rows.seqlen + spec.tile.block_m - 1) / spec.tile.block_m;
   launch.params.num_row_blocks = static_cast<int>(row_blocks);
+  if (request.options.user)
+    launch.params.user = user_params(request.q, request.k, request.options, family_of(spec.kind).rows);
   launch.blocks = grid_blocks(rows.tensor, rows.batch, row_blocks * family_of(spec.kind).output_splits(spec));
   return launch;
 }
@@ -143,7 +150,7 @@ BackwardLaunch lay_out_bias(KernelSpec spec, const BackwardRequest& request, con
   spec.features.set(Feature::kOneRow, rows == 1);
   const TensorView parts{nullptr, {batches, rows, heads, 1}, {}};
   BackwardLaunch launch = lay_out(spec, KernelKind::kBackwardBias, request.dbias_tile, {{"attn_bias", parts}, 0, keys},
-                                  params, target, problem);
+                                  request, params, target, problem);
   const std::int64_t row_tiles = ceil_div(rows, launch.spec.tile.block_n);
   launch.blocks = grid_blocks({"attn_bias", parts}, batches, launch.params.num_row_blocks * row_tiles);
   return launch;
@@ -152,7 +159,8 @@ BackwardLaunch lay_out_bias(KernelSpec spec, const BackwardRequest& request, con
 // Whether one kernel makes all gradients.
 bool takes_all_keys(const BackwardRequest& request, const KernelSpec& spec, const Problem& problem,
                     const TileChooser& tiles) {
-  if (problem.seqlen_k == 0) return false;  // no block has rows
+  if (problem.seqlen_k == 0) return false;          // no block has rows
+  if (spec.has(Feature::kBlockMask)) return false;  // rows of a block are those of one block of the mask
   if (request.all_keys_tile) return true;
   if (!request.dq || !request.dkdv || request.preprocess_tile || request.dkdv_tile || request.dq_tile) return false;
   return tiles.takes_all_keys(spec, problem);
@@ -186,15 +194,18 @@ BackwardPlan plan_backward(const BackwardRequest& request, const PlanTarget& tar
   BackwardPlan plan{};
   if (request.dbias) plan[4] = lay_out_bias(spec, request, params, target, problem);
   if (takes_all_keys(request, spec, problem, target.tiles)) {
-    plan[3] = lay_out(spec, KernelKind::kBackwardAllKeys, request.all_keys_tile, keys, params, target, problem);
+    plan[3] =
+        lay_out(spec, KernelKind::kBackwardAllKeys, request.all_keys_tile, keys, request, params, target, problem);
     return plan;
   }
   // A sink's gradient is made of delta, and attn_bias's too.
   if (request.dkdv || request.dq || request.dbias || request.options.sinks != nullptr)
-    plan[0] = lay_out(spec, KernelKind::kBackwardPreprocess, request.preprocess_tile, rows, all_rows, target, problem);
+    plan[0] = lay_out(spec, KernelKind::kBackwardPreprocess, request.preprocess_tile, rows, request, all_rows, target,
+                      problem);
   if (request.dkdv)
-    plan[1] = lay_out(spec, KernelKind::kBackwardDkDv, request.dkdv_tile, keys, params, target, problem);
-  if (request.dq) plan[2] = lay_out(spec, KernelKind::kBackwardDq, request.dq_tile, queries, params, target, problem);
+    plan[1] = lay_out(spec, KernelKind::kBackwardDkDv, request.dkdv_tile, keys, request, params, target, problem);
+  if (request.dq)
+    plan[2] = lay_out(spec, KernelKind::kBackwardDq, request.dq_tile, queries, request, params, target, problem);
   return plan;
 }
 

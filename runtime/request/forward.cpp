@@ -51,13 +51,14 @@ FlashDecodeParams params_of(const ForwardRequest& request) {
   params.cache = cache_of(request);
   params.sinks = {request.options.sinks};
   params.dropout = dropout_params(request.options);
+  params.user = user_params(request.q, request.k, request.options, RowSide::kQueries);
   return params;
 }
 
 bool takes_decode(const ForwardRequest& request, const KernelSpec& spec, const Problem& problem,
                   const TileChooser& tiles) {
   if (request.tile || request.decode_tile) return request.decode_tile.has_value();
-  if (spec.has(Feature::kDropout)) return false;
+  if (spec.has(Feature::kDropout) || spec.features.are_users()) return false;
   return !request.options.has_backward && tiles.takes_decode(spec, problem);
 }
 
@@ -92,6 +93,10 @@ void plan_decode(LaunchPlan& plan, const ForwardRequest& request, const PlanTarg
 void plan_whole(LaunchPlan& plan, const ForwardRequest& request, const PlanTarget& target, const Problem& problem) {
   plan.spec.tile = request.tile ? *request.tile : target.tiles.choose(plan.spec, problem);
   if (plan.spec.tile.block_m < 1) throw UnsupportedError(check(plan.spec, target.arch).value());
+  if (!fits_mask_blocks(plan.spec, plan.spec.tile, problem))
+    throw UnsupportedError("tile '" + plan.spec.tile.text() + "' does not fit a block_mask with blocks of " +
+                           std::to_string(problem.mask_block_q) + " queries and " +
+                           std::to_string(problem.mask_block_k) + " keys; accepted: rows and columns that divide them");
   const ProblemShape shape = problem_shape(request.q, request.k, request.options);
   const std::int64_t num_m_blocks = ceil_div(shape.seqlen_q, plan.spec.tile.block_m);
   plan.params.num_m_blocks = static_cast<int>(num_m_blocks);
