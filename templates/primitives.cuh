@@ -7,13 +7,15 @@
 //   reread_thread_in_block(), reread_block_in_grid()  the same, read anew: what is computed from them after the main
 //                                                 loop is not kept in registers across it
 //
-// Global memory (addresses are ordinary pointers; every load stays where it is written: the compiler may not sink it)
+// Global memory (addresses are ordinary pointers; every load but load_constant_* stays where it is written: the compiler
+// may not sink it)
 //   load_global_16B(Vec16&, ptr)                  16 bytes, ptr 16-byte aligned
 //   load_global_8B(unsigned&, unsigned&, ptr)     8 bytes, ptr 8-byte aligned
 //   load_global_2B(ptr) -> unsigned               one element, in the low half
 //   load_global_1B(ptr) -> unsigned
 //   load_global_f32(ptr) -> float
 //   load_global_i32(ptr) -> int
+//   load_constant_f32, _i32, _i64, _2B, _1B       of what no kernel writes: the compiler may move and merge these
 //   store_global_16B(ptr, Vec16)
 //   store_global_2B(ptr, unsigned)                the low half
 //   store_global_f32(ptr, float)
@@ -42,6 +44,10 @@
 // Arithmetic
 //   exp2_approx(float), log2_approx(float)        ex2.approx.ftz, lg2.approx
 //   reciprocal(float)                             rcp.approx.ftz: 1/x to 1 ulp; 1/0 is inf
+//   sqrt_approx(float), rsqrt_approx(float)       to 1 and 2 ulp
+//   absolute(float)
+//   round_down, round_up, round_to_zero, round_to_even(float) -> float   to a whole number
+//   to_int(float) -> int                          towards 0; beyond int's range its end, NaN to 0
 //   max_ignoring_nan(float, float)
 //   saturate(float)                               to 0 ... 1; NaN to 0
 //   fma_rounded(a, b, c)                          one rounding

@@ -61,6 +61,17 @@ inline int load_global_i32(const int* p, FLASH_ATTN_JIT_SITE) {
   return v;
 }
 
+inline float load_constant_f32(const float* p, FLASH_ATTN_JIT_SITE) { return load_global_f32(p, file, line); }
+inline int load_constant_i32(const int* p, FLASH_ATTN_JIT_SITE) { return load_global_i32(p, file, line); }
+inline unsigned load_constant_2B(const void* p, FLASH_ATTN_JIT_SITE) { return load_global_2B(p, file, line); }
+inline unsigned load_constant_1B(const void* p, FLASH_ATTN_JIT_SITE) { return load_global_1B(p, file, line); }
+
+inline long long load_constant_i64(const long long* p, FLASH_ATTN_JIT_SITE) {
+  long long v;
+  flash_attn_jit_engine.load_global(HostAccess::kLoadGlobal8B, &v, p, file, line);
+  return v;
+}
+
 inline void store_global_16B(void* p, const Vec16& v, FLASH_ATTN_JIT_SITE) {
   flash_attn_jit_engine.store_global(HostAccess::kStoreGlobal16B, p, &v, file, line);
 }
@@ -166,6 +177,20 @@ inline float flush_subnormal(float x) { return __builtin_fabsf(x) < 0x1p-126f ? 
 inline float exp2_approx(float x) { return flush_subnormal(__builtin_exp2f(flush_subnormal(x))); }
 inline float log2_approx(float x) { return __builtin_log2f(x); }
 inline float reciprocal(float x) { return flush_subnormal(1.0f / flush_subnormal(x)); }
+inline float sqrt_approx(float x) { return __builtin_sqrtf(x); }
+inline float rsqrt_approx(float x) { return 1.0f / __builtin_sqrtf(x); }
+inline float absolute(float x) { return __builtin_fabsf(x); }
+inline float round_down(float x) { return __builtin_floorf(x); }
+inline float round_up(float x) { return __builtin_ceilf(x); }
+inline float round_to_zero(float x) { return __builtin_truncf(x); }
+inline float round_to_even(float x) { return __builtin_nearbyintf(x); }
+
+inline int to_int(float x) {
+  if (x != x) return 0;
+  if (x >= 0x1p31f) return 2147483647;
+  return x > -0x1p31f ? static_cast<int>(x) : -2147483647 - 1;
+}
+
 inline float saturate(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
 inline float multiply_rounded(float a, float b) {
   volatile float product = a * b;

@@ -5,6 +5,7 @@
 #include "attention_params.cuh"
 #include "primitives.cuh"
 #include "score_feature.cuh"
+#include "transcendental.cuh"
 
 class Softcap : public ScoreFeature {
  public:
@@ -28,16 +29,5 @@ class Softcap : public ScoreFeature {
   }
 
  private:
-  // tanh, to about 2^-21 of its value, where the hardware's own approximation is off by up to 2^-11: near 0 the first
-  // terms of its series, which the exponential would cancel.
-  static __device__ __forceinline__ float tanh_of(float x) {
-    const float square = x * x;
-    float series = fma_rounded(square, -17.0f / 315, 2.0f / 15);
-    series = fma_rounded(square, series, -1.0f / 3);
-    series = fma_rounded(square * x, series, x);
-    const float by_exponential = fma_rounded(-2.0f, reciprocal(1.0f + exp2_approx(x * (2 * kLog2E))), 1.0f);
-    return square < 0.04f ? series : by_exponential;
-  }
-
   float product_scale_;
 };

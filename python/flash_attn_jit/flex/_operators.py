@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ._expressions import BOOL, FLOAT, RANGES
-from ._trace import _PROMOTED, DTYPE_NAMES, Part, Recorder, Value, _kind_of, refuse_operator, refuse_part
+from ._recording import _PROMOTED, DTYPE_NAMES, Part, Recorder, Value, _kind_of, refuse_operator, refuse_part
 
 OPERATORS = (
     "+ - * / // % ** -x abs(x), == != < <= > >=, & | ^ ~ << >>, "

@@ -1,0 +1,438 @@
+"""A user's function, run once on values that write down what is done to them."""
+
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ..errors import Refusal
+from ._expressions import BOOL, FLOAT, INT32, RANGES
+
+MOST_TENSORS, MOST_DIMS = 8, 4
+
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.bool: BOOL,
+    torch.uint8: "uint8",
+    torch.int8: "int8",
+    torch.int16: "int16",
+    torch.int32: "int32",
+    torch.int64: "int64",
+    torch.float32: FLOAT,
+}
+# Of tensors; these two are read as float32.
+_HALVES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+STORED_NAMES = DTYPE_NAMES | _HALVES
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+_PROMOTED: dict[tuple[str, str], str] = {
+    (one, other): DTYPE_NAMES[torch.promote_types(TORCH_DTYPES[one], TORCH_DTYPES[other])]
+    for one in TORCH_DTYPES
+    for other in TORCH_DTYPES
+}
+_NUMBERS = (bool, int, float)
+
+Entry = tuple[Any, ...]
+
+
+class Recorder:
+    """What a function does, as a list of entries: (operator, type, numbers of the entries that it takes...)."""
+
+    def __init__(self, argument: str, device: torch.device, tensors: "Tensors"):
+        self.argument, self.device, self.tensors = argument, device, tensors
+        self.entries: list[Entry] = []
+        self.made_here: dict[int, torch.Tensor] = {}  # numbers that the function made tensors of
+
+    def record(self, op: str, dtype: str, *operands: Any) -> "Value":
+        entries = self.entries
+        entries.append((op, dtype, *operands))
+        return Value(self, len(entries) - 1, dtype)
+
+    def constant(self, value: Any, dtype: str) -> "Value":
+        if dtype == FLOAT:
+            try:
+                value = float(value).hex()
+            except OverflowError:
+                value = (float("inf") if value > 0 else float("-inf")).hex()
+        return self.record("constant", dtype, value if type(value) is not bool else int(value))
+
+    def converted(self, value: "Value", dtype: str) -> "Value":
+        return value if value.kind == dtype else self.record("convert", dtype, value.number)
+
+    # ---- what the function is given that is no value yet ----
+
+    def taken(self, operand: Any) -> Any:
+        """A value of a tensor, or one that has to be indexed first; all else as it is."""
+        if not isinstance(operand, torch.Tensor):
+            return operand
+        if id(operand) in self.made_here:
+            return self.constant_of(operand)
+        return Part(self, operand).whole_or_self()
+
+    def constant_of(self, tensor: torch.Tensor) -> "Value":
+        dtype = DTYPE_NAMES.get(tensor.dtype)
+        if dtype is None and tensor.dtype in (torch.float16, torch.bfloat16, torch.float64):
+            dtype = FLOAT
+        if dtype is None:
+            self.refuse(f"makes a tensor of {tensor.dtype}", "numbers that are real")
+        return self.constant(tensor.item(), dtype)
+
+    # ---- errors ----
+
+    def refuse(self, what: str, accepted: str, advice: str = "", error: type[Exception] = NotImplementedError) -> NoReturn:
+        """`what` the function does, at the user's line that does it."""
+        raise Refusal(self.argument, f"{what}{_place(_user_frame())}", accepted, advice, error).exception()
+
+
+def _user_frame() -> Any:
+    """The innermost that is neither this package's nor torch's."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("flash_attn_jit", "torch"):
+        frame = frame.f_back
+    return frame
+
+
+def _place(frame: Any) -> str:
+    return "" if frame is None else f" ({frame.f_code.co_filename}, line {frame.f_lineno})"
+
+
+class Tensors:
+    """Those that functions capture, in the order in which they are first read, each once."""
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self._numbers: dict[Any, int] = {}
+        self.known: list[Entry] = []  # what the code knows of each
+
+    def number_of(self, recorder: Recorder, tensor: torch.Tensor) -> int:
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        number = self._numbers.get(key)
+        if number is None:
+            _check_captured(recorder, tensor)
+            number = self._numbers[key] = len(self.tensors)
+            self.tensors.append(tensor)
+            self.known.append(_known_of(tensor))
+        return number
+
+
+def _known_of(tensor: torch.Tensor) -> Entry:
+    """(type, the dimensions whose neighbours are neighbours in memory, whether 32 bits count its elements)."""
+    strides = tensor.stride()
+    most = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides))
+    return STORED_NAMES[tensor.dtype], tuple(stride == 1 for stride in strides), most <= INT32[1]
+
+
+def _check_captured(recorder: Recorder, tensor: torch.Tensor) -> None:
+    name = name_of(tensor)
+    if tensor.requires_grad and torch.is_grad_enabled():
+        advice = (
+            "A bias that is learned can be given to flash_attn_func as attn_bias=, which has its gradient"
+        )
+        recorder.refuse(f"captures {name}, which requires a gradient", f"{name}.detach()", advice)
+    if tensor.dtype not in STORED_NAMES:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in STORED_NAMES)
+        recorder.refuse(f"captures {name}, whose dtype is {tensor.dtype}", accepted, error=ValueError)
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        recorder.refuse(f"captures {name}, whose layout is {tensor.layout}", "strided tensors", error=ValueError)
+    if tensor.device != recorder.device:
+        recorder.refuse(f"captures {name} on {tensor.device}", f"tensors on {recorder.device}", error=ValueError)
+    if tensor.dim() > MOST_DIMS:
+        recorder.refuse(f"captures {name}, which has {tensor.dim()} dimensions", f"at most {MOST_DIMS}")
+    if tensor.numel() == 0:
+        recorder.refuse(f"captures {name}, which has no elements", "tensors of one element at least", error=ValueError)
+    if len(recorder.tensors.tensors) == MOST_TENSORS:
+        advice = "Put tensors of one type and shape together with torch.stack"
+        accepted = f"at most {MOST_TENSORS} tensors in score_mod and mask_mod together"
+        recorder.refuse(f"captures {name}, one tensor too many", accepted, advice)
+
+
+def name_of(tensor: torch.Tensor) -> str:
+    """The user's name of a tensor, or what it is."""
+    frame = _user_frame()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] != "flash_attn_jit":
+        names = frame.f_code.co_names
+        for name, value in frame.f_locals.items():
+            if value is tensor:
+                return str(name)
+        for name in names:
+            if frame.f_globals.get(name) is tensor:
+                return str(name)
+        for owner, value in frame.f_locals.items():
+            for name in names:
+                if not isinstance(value, (Value, torch.Tensor)) and getattr(value, name, None) is tensor:
+                    return f"{owner}.{name}"
+        frame = frame.f_back
+    return f"a tensor of shape {tuple(tensor.shape)}"
+
+
+class Part:
+    """A captured tensor, some of whose dimensions are indexed by values."""
+
+    __slots__ = ("indices", "recorder", "tensor")
+
+    def __init__(self, recorder: Recorder, tensor: torch.Tensor, indices: dict[int, "Value"] | None = None):
+        self.recorder, self.tensor, self.indices = recorder, tensor, indices or {}
+
+    def whole_or_self(self) -> Any:
+        """The element, where every dimension is indexed."""
+        tensor, indices, recorder = self.tensor, self.indices, self.recorder
+        if len(indices) < tensor.dim():
+            return self
+        number = recorder.tensors.number_of(recorder, tensor)
+        dtype = DTYPE_NAMES.get(tensor.dtype, FLOAT)
+        return recorder.record("load", dtype, number, *(indices[dim].number for dim in range(tensor.dim())))
+
+    def __getitem__(self, index: Any) -> Any:
+        recorder, tensor = self.recorder, self.tensor
+        given = list(index) if isinstance(index, tuple) else [index]
+        open_dims = [dim for dim in range(tensor.dim()) if dim not in self.indices]
+        missing = len(open_dims) - sum(each is not Ellipsis for each in given)
+        if Ellipsis in [each for each in given if each is Ellipsis]:
+            at = next(i for i, each in enumerate(given) if each is Ellipsis)
+            given[at : at + 1] = [slice(None)] * missing
+        if len(given) > len(open_dims):
+            what = f"indexes {name_of(tensor)}, of {len(open_dims)} dimensions, with {len(given)} indices"
+            recorder.refuse(what, "an index for each dimension", error=ValueError)
+        indices = dict(self.indices)
+        for dim, each in zip(open_dims, given):
+            each = recorder.taken(each)
+            if type(each) is slice and not any(isinstance(end, Value) for end in (each.start, each.stop, each.step)):
+                tensor = tensor[(slice(None),) * dim + (each,)]
+            elif isinstance(each, Value) and each.kind not in (FLOAT, BOOL):
+                indices[dim] = each
+            elif type(each) is int:
+                size = tensor.shape[dim]
+                if not -size <= each < size:
+                    what = f"indexes dimension {dim} of {name_of(tensor)}, of size {size}, with {each}"
+                    recorder.refuse(what, f"{-size} to {size - 1}", error=IndexError)
+                indices[dim] = recorder.constant(each % size, "int64")
+            else:
+                what = f"indexes {name_of(tensor)} with {_kind_of(each)}"
+                recorder.refuse(what, "integers, values of integers, and slices of numbers")
+        return Part(recorder, tensor, indices).whole_or_self()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _dispatch(_any_recorder(args, kwargs), func, args, kwargs or {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return refuse_part(self)
+
+
+def refuse_part(part: Part) -> NoReturn:
+    left = part.tensor.dim() - len(part.indices)
+    what = f"computes with {name_of(part.tensor)}, of which {left} dimension{'s are' if left > 1 else ' is'} not indexed"
+    part.recorder.refuse(what, "its elements: an index for each dimension")
+
+
+def _kind_of(value: Any) -> str:
+    if isinstance(value, Value):
+        return f"a value of {value.kind}"
+    return f"{value!r}" if isinstance(value, (*_NUMBERS, slice, type(None))) else f"a {type(value).__name__}"
+
+
+class Value:
+    """What a function computes with: a scalar to it, as under torch.vmap. Its operators are those of _operators.py."""
+
+    __slots__ = ("kind", "number", "recorder")
+
+    def __init__(self, recorder: Recorder, number: int, kind: str):
+        self.recorder, self.number, self.kind = recorder, number, kind
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _dispatch(_any_recorder(args, kwargs), func, args, kwargs or {})
+
+    # ---- what a tensor of no dimensions says of itself ----
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.kind]
+
+    @property
+    def device(self) -> torch.device:
+        return self.recorder.device
+
+    shape, ndim, requires_grad, is_cuda = torch.Size(()), 0, False, property(lambda self: self.device.type == "cuda")
+
+    def dim(self) -> int:
+        return 0
+
+    def numel(self) -> int:
+        return 1
+
+    def size(self) -> torch.Size:
+        return self.shape
+
+    def is_floating_point(self) -> bool:
+        return self.kind == FLOAT
+
+    # ---- what has no answer while a function is traced ----
+
+    def _refuse(self, what: str, advice: str) -> NoReturn:
+        self.recorder.refuse(f"{what} of a value that differs from pair to pair", "operators of tensors", advice)
+
+    def __bool__(self) -> bool:
+        self._refuse(
+            "asks for the truth (if, and, or, not, min, max, a < b < c)",
+            "Write torch.where(condition, a, b) for if, & | ~ for and, or, not, torch.minimum for min",
+        )
+
+    def __int__(self) -> int:
+        self._refuse("asks for the int", "Write x.long(), or torch.floor(x)")
+
+    def __index__(self) -> int:
+        self._refuse(
+            "asks for the number (range(), an index of a list)",
+            "Index a tensor; a loop may run over Python's own numbers",
+        )
+
+    def __float__(self) -> float:
+        self._refuse("asks for the float (float(), a function of the module math)", "Write x.float(), torch.exp(x)")
+
+    def item(self) -> NoReturn:
+        self._refuse("asks for the item()", "Compute with the value itself")
+
+    def __len__(self) -> int:
+        self._refuse("asks for the length", "A value is a tensor of no dimensions")
+
+    def __iter__(self) -> Any:
+        self._refuse("goes through the elements", "A value is a tensor of no dimensions")
+
+    def __getitem__(self, index: Any) -> "Value":
+        if index is Ellipsis or index == ():
+            return self
+        self.recorder.refuse("indexes a value, which has no dimensions", "indices of captured tensors")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return refuse_operator(self.recorder, f".{name}")
+
+    __hash__ = object.__hash__
+
+
+def refuse_operator(recorder: Recorder, name: str) -> NoReturn:
+    from ._operators import OPERATORS
+
+    recorder.refuse(f"uses {name}, which is no operator of score functions", OPERATORS)
+
+
+def _any_recorder(args: Any, kwargs: Any) -> Recorder:
+    for each in (*args, *(kwargs or {}).values()):
+        if isinstance(each, (Value, Part)):
+            return each.recorder
+        if isinstance(each, (tuple, list)):
+            found = _any_recorder(each, None)
+            if found is not None:
+                return found
+    return None  # type: ignore[return-value]
+
+
+def has_value(args: Any) -> bool:
+    """Whether a value stands among arguments, or in a tuple or list of them."""
+    for each in args:
+        kind = type(each)
+        if kind is Value or kind is Part or (kind in (tuple, list) and has_value(each)):
+            return True
+    return False
+
+
+def _dispatch(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    from ._operators import handler_of
+
+    name = func.__name__
+    if name == "__getitem__" and isinstance(args[0], torch.Tensor):
+        return Part(recorder, args[0])[args[1]]
+    handler = handler_of(func)
+    if handler is None:
+        refuse_operator(recorder, _name_of_function(func))
+    args = [recorder.taken(each) for each in args]
+    kwargs = {name: recorder.taken(each) for name, each in kwargs.items()}
+    try:
+        return handler(*args, **kwargs)
+    except TypeError as error:
+        if error.__traceback__ is not None and error.__traceback__.tb_next is None:  # an argument that it has not
+            recorder.refuse(f"gives {_name_of_function(func)} arguments that are not known ({error})", "its operands")
+        raise
+
+
+def _name_of_function(func: Any) -> str:
+    return torch.overrides.resolve_name(func) or getattr(func, "__qualname__", repr(func))
+
+
+_FACTORIES = {"tensor", "scalar_tensor", "full", "zeros", "ones", "as_tensor"}
+
+
+class Recording(TorchFunctionMode):
+    """Brings what torch does to values to the recorder."""
+
+    def __init__(self, recorder: Recorder):
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if has_value(args) or (kwargs and has_value(kwargs.values())):
+            return _dispatch(self._recorder, func, args, kwargs)
+        if getattr(func, "__name__", "") in _FACTORIES and not any(isinstance(each, torch.Tensor) for each in args):
+            return self._number(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _number(self, func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+        """A tensor that the function makes of Python's numbers: of no dimensions it is a constant, which is never
+        waited for on a device."""
+        made: torch.Tensor = func(*args, **kwargs)
+        if made.dim() != 0:
+            return made
+        if made.device.type != "cpu":
+            made = func(*args, **{**kwargs, "device": "cpu"})
+        self._recorder.made_here[id(made)] = made
+        return made
+
+
+def run(function: Callable[..., Any], recorder: Recorder, places: tuple[str, ...]) -> Value:
+    """The value that a function has of those at the places."""
+    recorder.entries.extend((place, FLOAT if place == "score" else "int64") for place in places)
+    values = [Value(recorder, number, entry[1]) for number, entry in enumerate(recorder.entries)]
+    signature = "score, b, h, q_idx, kv_idx" if len(places) == 5 else "b, h, q_idx, kv_idx"
+    accepted = f"a function of ({signature})"
+    if not callable(function):
+        raise Refusal(recorder.argument, f"is {_kind_of(function)}", accepted).exception()
+    try:
+        with Recording(recorder):
+            result = function(*values)
+    except TypeError as error:
+        if error.__traceback__ is not None and error.__traceback__.tb_next is None:
+            raise Refusal(recorder.argument, f"cannot be called ({error})", accepted).exception() from None
+        raise
+    return _value_of_result(recorder, function, result)
+
+
+def _value_of_result(recorder: Recorder, function: Any, result: Any) -> Value:
+    is_score = recorder.argument == "score_mod"
+    accepted = "a number for each pair" if is_score else "a bool for each pair"
+    if type(result) in _NUMBERS:
+        kind = FLOAT if is_score else BOOL if type(result) is bool else "int64"
+        result = recorder.constant(result, kind)
+    else:
+        result = recorder.taken(result)
+    if isinstance(result, Part):
+        came = f"returns a tensor of {result.tensor.dim() - len(result.indices)} dimensions"
+    elif not isinstance(result, Value):
+        came = f"returns {_kind_of(result)}"
+    elif not is_score and result.kind != BOOL:
+        came = f"returns {result.kind}"
+    else:
+        return recorder.converted(result, FLOAT) if is_score else result
+    code = getattr(function, "__code__", None)
+    at = "" if code is None else f" ({code.co_filename}, line {code.co_firstlineno})"
+    advice = "" if is_score or not isinstance(result, Value) else "Compare it: x != 0"
+    raise Refusal(recorder.argument, came + at, accepted, advice).exception()
+
+
+def ranges_hold(value: int, dtype: str) -> bool:
+    return RANGES[dtype][0] <= value <= RANGES[dtype][1]
