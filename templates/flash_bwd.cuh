@@ -246,8 +246,12 @@ class FlashBwd {
   static __device__ __forceinline__ float scaled_lse(float lse) { return lse * kLog2E; }
   __device__ __forceinline__ float scaled_delta(float delta) const { return delta * params_.softmax_scale; }
 
-  // The tile of the next iteration, and the one that it prefetches. Iteration 0 prefetches tile 0 once more and does not
+  // The tile whose last step waits, that of the next iteration, and the one that this prefetches. Iteration 0 prefetches tile 0 once more and does not
   // use it: that costs less than a branch.
+  __device__ __forceinline__ int waiting_tile() const {
+    if constexpr (kHasBlockMask) return listed_.previous();
+    return n_block_;
+  }
   __device__ __forceinline__ int tile() const {
     if constexpr (kHasBlockMask) return listed_.current();
     return n_block_ - 1;
@@ -434,7 +438,7 @@ class FlashBwd {
         const float delta = Side::kColumnsAreQueries ? columns.delta[c] : row_statistics_[r / 2].delta[r % 2];
         const float score = s[r / 2][0][r % 2 * 2 + c];
         const int row = lane_row(r), column = lane_column(n, step) + c;
-        float exponent = fma_rounded(score, params_.softmax_scale_log2, -lse);
+        float exponent = fma_rounded(score, exponent_scale<Variant>(params_), -lse);
         if constexpr (!kStartsScores)
           exponent = variant_.bias(exponent, fetched[fetched_query(r, c)], fetched_key(r, step, c), sequence_,
                                    Side::query(row, column), Side::key(row, column));
@@ -509,8 +513,8 @@ class FlashBwd {
     masked_iterations(Sequence<Traits>::maximum(whole_end, columns.begin));
     unmasked_iterations(Sequence<Traits>::maximum(columns.whole_begin, columns.begin));
     if (Side::kHasFirstColumn) masked_iterations(columns.begin);
-    use_step(n_block_, slot_, kSteps - 1);  // the epilogue
-    block_barrier();                        // the slots' memory is free
+    use_step(waiting_tile(), slot_, kSteps - 1);  // the epilogue
+    block_barrier();                              // the slots' memory is free
     if constexpr (Side::kMakesDq) {
       write_dq();
       block_barrier();
@@ -545,9 +549,9 @@ class FlashBwd {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         if (step > 0)
-          use_step(n_block_ - 1, slot, step - 1);
+          use_step(tile(), slot, step - 1);
         else if (has_step_)
-          use_step(n_block_, slot_, kSteps - 1);
+          use_step(waiting_tile(), slot_, kSteps - 1);
         fetch_pairs_before<false>(step);
         scores(slot, step);
         fetch_pairs_behind<false>(step);
@@ -603,7 +607,7 @@ class FlashBwd {
 #pragma unroll
         for (int i = 0; i < kFetchedQueries; ++i) fetched[i] = fetched_[i];
       fetch_pairs_before<true>(step);
-      differentiate(s, dp, derivative, fetched, step == 0 ? n_block_ : n_block_ - 1, step_slot, previous, p, ds);
+      differentiate(s, dp, derivative, fetched, step == 0 ? waiting_tile() : tile(), step_slot, previous, p, ds);
       scores(slot, step);
       fetch_pairs_behind<true>(step);
       transform_scores(step);

@@ -56,8 +56,9 @@ struct QueryRows {
   static constexpr bool kMakesDv = false;
   static constexpr bool kMakesDq = false;  // beside its rows' gradients
   static constexpr int kQueryHeads = 1;    // whose gradients are summed
-  // Causal blocks with the most columns go first, so that the short ones fill the last wave.
-  static constexpr bool kLastRowsFirst = Traits::kIsCausal;
+  // Causal blocks with the most columns go first, so that the short ones fill the last wave; most block masks hide what
+  // a causal mask does.
+  static constexpr bool kLastRowsFirst = Traits::kIsCausal || Traits::kHasBlockMask;
   // May a tile begin before the first column that some row of the block sees in it?
   static constexpr bool kHasFirstColumn = Traits::kIsLocal;
 

@@ -96,7 +96,7 @@ class FlashFwd {
         block_(params, block_in_grid()),
         lane_(thread_in_block() % 32),
         warp_(thread_in_block() / 32),
-        softmax_(params.softmax_scale_log2),
+        softmax_(exponent_scale<Variant>(params)),
         k_stream_(keys(params.k, params.k_strides)),
         v_stream_(keys(params.v, params.v_strides)) {
     variant_.prepare(params, block_.sequence, block_.head, reciprocal(params.softmax_scale_log2));

@@ -25,6 +25,8 @@ struct ScoreFeature {
   // Whether the feature has score() and gradient(). One of a kernel's features may: only the last score is kept.
   static constexpr bool kIsNonlinear = false;
   static constexpr bool kHasDerivative = false;
+  // Whether what score() makes is scaled already: its exponent is it x log2(e).
+  static constexpr bool kScales = false;
 
   // Whether it may hide all keys of a row; and whether it reads a tensor of pairs.
   static constexpr bool kMayHideRows = false, kReadsPairs = false;
@@ -78,6 +80,7 @@ class ScoreFeatures<First, Rest...> {
 
  public:
   static constexpr bool kIsNonlinear = First::kIsNonlinear || ScoreFeatures<Rest...>::kIsNonlinear;
+  static constexpr bool kScales = First::kScales || ScoreFeatures<Rest...>::kScales;
   static constexpr bool kHasDerivative = First::kHasDerivative || ScoreFeatures<Rest...>::kHasDerivative;
   static constexpr bool kMayHideRows = First::kMayHideRows || ScoreFeatures<Rest...>::kMayHideRows;
   static constexpr bool kReadsPairs = First::kReadsPairs || ScoreFeatures<Rest...>::kReadsPairs;
@@ -150,6 +153,12 @@ using FeatureIf = typename OptionalFeature<kIsOn, Feature>::Type;
 template <int kMTiles, int kNTiles, class Features, class Columns>
 using FetchedTile =
     typename Features::template Fetched<2 * kNTiles, Columns::Keys::kAtOnce>[Features::kIsOneRow ? 1 : 2 * kMTiles];
+
+// What a score is multiplied by to become an exponent, in base 2.
+template <class Features>
+__device__ __forceinline__ float exponent_scale(const AttentionParams& params) {
+  return Features::kScales ? kLog2E : params.softmax_scale_log2;
+}
 
 // Here and below, `query` and `key` are the lane's first row and column. `kIsWhole`: all keys of the tile exist.
 template <bool kIsWhole, class Columns, int kMTiles, int kNTiles, class Features, class Sequence>

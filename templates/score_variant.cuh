@@ -5,6 +5,7 @@
 #include "pair_bias.cuh"
 #include "score_feature.cuh"
 #include "softcap.cuh"
+#include "user_functions.cuh"
 #include "user_score.cuh"
 
 template <class Traits>
@@ -13,7 +14,7 @@ using ScoreVariant =
                   FeatureIf<Traits::kHasBias16, PairBias<HalfBias, Traits::kIsUnpaired, Traits::kIsOneRow>>,
                   FeatureIf<Traits::kHasBias32, PairBias<FloatBias, Traits::kIsUnpaired, Traits::kIsOneRow>>,
                   FeatureIf<Traits::kHasBoolMask, PairBias<BoolMask, Traits::kIsUnpaired, Traits::kIsOneRow>>,
-                  FeatureIf<Traits::kHasUserScore, UserScoreFeature>>;
+                  FeatureIf<Traits::kHasUserScore, UserScoreFeature<UserScore>>>;
 
 // Whether a lane should have neighbours in memory: see lane_order.cuh. With dropout they have to fill its cells.
 template <class Traits>

@@ -8,16 +8,18 @@
 // score_mod: b, h, q and k are the places of a pair in its batch, query heads and sequences, some of which may lie
 // beyond the last.
 struct UserScore {
-  static constexpr bool kIsIdentity = true;      // it does nothing
-  static constexpr bool kIsAdditive = true;      // it adds addend(), in which the score takes no part
+  static constexpr bool kIsAdditive = true;      // it adds to the score something that the score has no part in
+  static constexpr bool kIsLarge = false;        // what it makes may be so large that a product's own digits are gone
   static constexpr bool kHasDerivative = false;  // its derivative is not 1 everywhere
 
-  // What depends on the batch and the head alone, once for a block.
-  __device__ __forceinline__ void prepare(const UserTensors&, int /*b*/, int /*h*/) {}
+  // What depends on the batch and the head alone, once for a block. scaled_sum() counts in units: 1 / softmax_scale.
+  __device__ __forceinline__ void prepare(const UserTensors&, int /*b*/, int /*h*/, float /*unit*/) {}
 
-  __device__ __forceinline__ float addend(const UserTensors&, int /*b*/, int /*h*/, int /*q*/, int /*k*/) const {
-    return 0.0f;
+  __device__ __forceinline__ float scaled_sum(const UserTensors&, float score, int /*b*/, int /*h*/, int /*q*/,
+                                              int /*k*/) const {
+    return score;
   }
+  // Of those that do not only add.
   __device__ __forceinline__ float score(const UserTensors&, float score, int /*b*/, int /*h*/, int /*q*/,
                                          int /*k*/) const {
     return score;

@@ -39,6 +39,7 @@ from .errors import (
     MissingKernelError,
     UnsupportedError,
 )
+from .flex import flex_attention
 from .integrations.flash_attn import as_flash_attn
 from .interface import (
     flash_attn_func,
@@ -74,6 +75,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "flex_attention",
     "interpreter_report",
     "route_sdpa",
     "sdpa",

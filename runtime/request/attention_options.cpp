@@ -246,8 +246,7 @@ AttentionParams attention_params(const TensorView& q, const TensorView& k, const
   params.window_right = window_width(options.window.right);
   const float scale = static_cast<float>(std::fabs(options.softmax_scale));
   const float softcap = static_cast<float>(options.softcap);
-  const bool is_natural = options.user && options.user->has_score;  // see user_score.cuh
-  params.softmax_scale_log2 = std::max((is_natural ? 1 : softcap > 0 ? softcap : scale) * kLog2E, kLeastScale);
+  params.softmax_scale_log2 = std::max((softcap > 0 ? softcap : scale) * kLog2E, kLeastScale);
   params.sign = options.softmax_scale < 0 ? kFlipBothSigns : 0;
   if (softcap > 0) params.softcap.product_scale = scale / softcap;
   if (options.alibi) params.alibi = {options.alibi->data, options.alibi->batch_stride};

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from .. import __version__, _core
-from . import accuracy, beside, decode, host_cost, memory, model, plot, prediction, timing
+from . import accuracy, beside, decode, flex, host_cost, memory, model, plot, prediction, timing
 from .backends import KNOWS_ENABLE_GQA, default_names
 from .options import (
     ACCURACY,
     BESIDE,
     DECODE,
+    FLEX,
     HOST_COST,
     MEMORY,
     MODEL,
@@ -83,6 +84,8 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         return _measure_model(options)
     if options.kind == DECODE:
         return _measure_decode(options)
+    if options.kind == FLEX:
+        return _measure_flex(options)
     rows: list[dict[str, Any]] = []
     for problem in _problems(options):
         if options.kind == PREDICT:
@@ -124,6 +127,14 @@ def _measure_decode(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [{**row, "copied_bytes_per_second": copied} for row in rows]
 
 
+def _measure_flex(options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for problem in sweep(options.batch, (options.heads, options.heads), options.head_dims, options.seqlens, [False]):
+        for row in flex.run(problem, options.passes, options.rounds, options.burst_ms):
+            rows += _print_rows(str(problem), [row])
+    return rows
+
+
 def _measure_model(options: argparse.Namespace) -> list[dict[str, Any]]:
     if not KNOWS_ENABLE_GQA:
         raise SystemExit(f"--model needs torch 2.5, whose SDPA has enable_gqa, or newer; this is {torch.__version__}.")
@@ -158,6 +169,9 @@ def _figures(row: dict[str, Any]) -> str:
     if "share_of_copies" in row:
         text = f"{row['us_a_call']:9.2f} us  {row['share_of_copies']:.3f} of a copy's bandwidth"
         return text + (f"  {row['times_as_long']:6.2f} times as long" if "times_as_long" in row else "")
+    if "ms_users" in row:
+        text = f"{row['ms_users']:9.3f} ms, built in {row['ms_built_in']:9.3f} ms"
+        return f"{text}  {row['times_as_long']:.3f} times as long"
     if "us_median" in row:
         return (
             f"{row['device']:4} {row['mode']:30} {row['us_median']:8.2f} us a call"

@@ -10,9 +10,10 @@ from .problem import BACKWARD, FORWARD, MASKS, NO_MASK, PASSES
 
 TARGET_VARIABLE = "FLASH_ATTN_JIT_TARGET"
 
-TIMING, DECODE, MODEL, PREDICT, ACCURACY, MEMORY, HOST_COST, BESIDE, PLOT = KINDS = (
+TIMING, DECODE, FLEX, MODEL, PREDICT, ACCURACY, MEMORY, HOST_COST, BESIDE, PLOT = KINDS = (
     "timing",
     "decode",
+    "flex",
     "model",
     "predict",
     "accuracy",
@@ -48,6 +49,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "queries": [1, 16],
         "keys": [2048, 8192, 32768],
         "page_size": None,
+        "rounds": 5,
+        "burst_ms": 50.0,
+    },
+    FLEX: {
+        "batch": 4,
+        "heads": 16,
+        "head_dims": [64, 128],
+        "seqlens": [4096],
+        "passes": [FORWARD, BACKWARD],
         "rounds": 5,
         "burst_ms": 50.0,
     },
@@ -160,6 +170,12 @@ def _add_kinds(parser: argparse.ArgumentParser) -> None:
         "calls have causal=True and are checked against float64; SDPA's flash backend, and its memory-efficient one "
         "with k and v repeated for every head beforehand, run without a mask: their is_causal is aligned top-left, so "
         "that queries would see next to nothing",
+    )
+    what.add_argument(
+        "--flex",
+        action="store_true",
+        help="flex_attention instead, whose functions say ALiBi, a softcap, a causal mask and a window of 1024 on either "
+        "side, beside flash_attn_func's arguments for the same",
     )
     what.add_argument(
         "--model",

@@ -4,6 +4,7 @@
 `_expressions.py` makes expressions of that, simplified, `_derivative.py` what a score function does to a score,
 `_lowering.py` what the machine should compute, and `_code.py` its text."""
 
+from ._attention import flex_attention
 from ._trace import Traced, trace
 
-__all__ = ["Traced", "trace"]
+__all__ = ["Traced", "flex_attention", "trace"]

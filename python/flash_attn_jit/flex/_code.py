@@ -34,6 +34,7 @@ def score_code(x: Expressions, root: Node | None) -> str:
     constants = {
         "kIsIdentity": root is score,
         "kIsAdditive": addend is not None,
+        "kIsLarge": False,
         "kHasDerivative": addend is None and not is_one,
     }
     struct = _Struct("UserScore", constants)

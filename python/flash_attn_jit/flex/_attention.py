@@ -1,0 +1,178 @@
+"""flex_attention: attention with a user's functions of scores and pairs inside of the kernel."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import Function
+
+from .. import _core
+from .._arguments import number, reject_nested, reject_what_is_no_tensor, truth
+from .._autograd import cast_for_autocast
+from .._options import Options
+from .._torch_internals import transforms_are_active
+from ..errors import Refusal
+from ._block_mask import BlockLists, read_block_mask
+from ._trace import trace
+
+_NAMES = ("query", "key", "value")
+_Gradient = torch.Tensor | None
+
+
+class UserFunctions(NamedTuple):
+    """What kernels are told of a call's functions. The compiled module reads the fields by name."""
+
+    code: int  # the number of what they compute
+    has_score: bool
+    tensors: tuple[torch.Tensor, ...]  # captured
+    block_mask: BlockLists | None
+
+
+# The compiled module keeps a code for the life of the process.
+_number_of = functools.lru_cache(maxsize=4096)(_core.keep_user_functions)
+
+
+class _FlexAttention(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, user: UserFunctions, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, seqlen_q, num_heads, _ = q.shape
+        options = Options(softmax_scale=scale, has_backward=any(ctx.needs_input_grad[:3]))
+        out = torch.empty(batch, seqlen_q, num_heads, v.shape[-1], dtype=q.dtype, device=q.device)
+        softmax_lse = torch.empty(batch, num_heads, seqlen_q, dtype=torch.float32, device=q.device)
+        _core.forward(q, k, v, out, softmax_lse, options, user=user)
+        ctx.save_for_backward(q, k, v, out, softmax_lse, *user.tensors)
+        ctx.user, ctx.options = user._replace(tensors=()), options
+        ctx.set_materialize_grads(False)
+        return out, softmax_lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: _Gradient, dlse: _Gradient) -> tuple[_Gradient, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "create_graph=True asks for gradients of gradients, which are not built yet; accepted: "
+                "create_graph=False"
+            )
+        if dout is None and dlse is None:
+            return (None,) * 5
+        q, k, v, out, softmax_lse, *tensors = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        user = ctx.user._replace(tensors=tuple(tensors))
+        wants_q, wants_k, wants_v = ctx.needs_input_grad[:3]
+        dq = _empty_like(q) if wants_q else None
+        dk, dv = (_empty_like(k), _empty_like(v)) if wants_k or wants_v else (None, None)
+        delta = torch.empty_like(softmax_lse)
+        dlse = None if dlse is None else dlse.contiguous()
+        _core.backward(dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv, None, delta, ctx.options, user=user)
+        return dq, dk if wants_k else None, dv if wants_v else None, None, None
+
+
+def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+@torch.compiler.disable
+def flex_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score_mod: Callable[..., Any] | None = None,
+    block_mask: Any = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention whose scores go through a function of yours, as torch.nn.attention.flex_attention.flex_attention
+    defines it: softmax(score_mod(query key^T * scale) + mask) value, in one kernel, forward and backward.
+
+    ``score_mod(score, b, h, q_idx, kv_idx)`` and the block mask's ``mask_mod(b, h, q_idx, kv_idx)`` are called once a
+    call, with stand-ins for their arguments, and become part of the kernel: it is compiled at the first call of a
+    function that computes something new, whatever its name. Python numbers that they use are constants of the kernel;
+    tensors that they capture are read by it, on the device. ``flash_attn_jit.flex.OPERATORS`` lists what they may use.
+    Under torch.compile the call is a graph break.
+
+    Args:
+        query: (batch, num_heads, seqlen_q, head_dim), of the dtypes of flash_attn_func. Only the last dimension must be
+            contiguous.
+        key: (batch, num_heads_k, seqlen_k, head_dim); or with a batch of 1, for all.
+        value: (batch, num_heads_k, seqlen_k, head_dim of value); or with a batch of 1, for all.
+        score_mod: returns the score that takes the place of `score`, in float32; -inf hides the pair. Its derivative is
+            made by rule. A tensor that it captures has no gradient: one that needs it is refused (flash_attn_func's
+            ``attn_bias`` has one).
+        block_mask: a BlockMask of torch.nn.attention.flex_attention.create_block_mask(): blocks that it does not list
+            are left out, and its mask_mod is asked of those alone that it does not list as full. BLOCK_SIZE: multiples
+            of 64; 128, the default, is fastest. What a list holds is not checked on a GPU, but no row beyond the
+            tensors is read.
+        scale: a factor for the scores, from -1e17 to 1e17; 1/sqrt(head_dim) where None.
+        enable_gqa: num_heads may be a multiple of num_heads_k.
+        return_lse: also return the natural logarithm of the softmax's denominator, -inf where a query sees no key. It
+            has a gradient.
+
+    Returns:
+        out (batch, num_heads, seqlen_q, head_dim of value), of query's dtype, 0 where a query sees no key; or
+        (out, lse), lse (batch, num_heads, seqlen_q), float32.
+
+    Raises:
+        ValueError: an argument that does not fit.
+        UnsupportedError: a ValueError for what the device or a kernel cannot do.
+        NotImplementedError: a function that cannot become part of a kernel: names the operator and its line; a tensor
+            that it captures and that needs a gradient.
+        CompileError, MissingKernelError, DriverError, InterpreterError, ConfigError: RuntimeErrors, see
+            ``flash_attn_jit.errors``.
+    """
+    query, key, value = _read_tensors(query, key, value, enable_gqa)
+    lists = read_block_mask(block_mask, query, key)
+    key, value = _with_batch(query, lists, key, value)
+    traced = trace(score_mod, None if lists is None else block_mask.mask_mod, query.device)
+    has_score = score_mod is not None
+    if not has_score and lists is None:
+        user = UserFunctions(0, False, (), None)
+    else:
+        user = UserFunctions(_number_of(traced.code), has_score, traced.tensors, lists)
+    if lists is not None and lists.q_num_blocks is None:
+        _refuse_gradient_without_queries(query, key, value)
+    scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else number("scale", scale)
+    out, lse = _FlexAttention.apply(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), user, scale)
+    out = out.transpose(1, 2)
+    if not truth("return_lse", return_lse):
+        return out
+    return out, lse.masked_fill(lse == math.inf, -math.inf)
+
+
+def _read_tensors(query: Any, key: Any, value: Any, enable_gqa: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tensors = (query, key, value)
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        reject_what_is_no_tensor(**dict(zip(_NAMES, tensors)))
+    if transforms_are_active():
+        raise NotImplementedError("flex_attention is not built yet inside of the transforms of torch.func")
+    reject_nested(_NAMES, tensors)
+    for name, tensor in zip(_NAMES, tensors):
+        if tensor.dim() != 4:
+            came = f"has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}"
+            raise Refusal(name, came, "4, (batch, num_heads, seqlen, head_dim)").exception()
+    heads, heads_k = query.shape[1], key.shape[1]
+    if not truth("enable_gqa", enable_gqa) and heads != heads_k:
+        accepted = f"key's, {heads_k}; or with enable_gqa=True a multiple of it"
+        raise Refusal("query", f"has {heads} heads", accepted).exception()
+    return cast_for_autocast(query), cast_for_autocast(key), cast_for_autocast(value)
+
+
+def _with_batch(
+    query: torch.Tensor, lists: BlockLists | None, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values that all sequences share, as torch has it: with a block mask alone, which tells them apart."""
+    batch = query.shape[0]
+    if key.shape[0] == batch or key.shape[0] != 1 or lists is None or lists.kv_num_blocks.shape[0] != batch:
+        return key, value
+    return key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
+
+
+def _refuse_gradient_without_queries(*tensors: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        came = "has no q_num_blocks, which a backward pass reads"
+        accepted = "a BlockMask with them: BlockMask.from_kv_blocks(..., compute_q_blocks=True)"
+        raise Refusal("block_mask", came, accepted).exception()
