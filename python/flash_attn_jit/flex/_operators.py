@@ -29,7 +29,9 @@ _INTEGERS = [name for name in RANGES if name != BOOL]
 
 
 def handler_of(function: Any) -> _Handler | None:
-    return _HANDLERS.get(function.__name__)
+    if function is torch.Tensor.where:
+        return _chosen_where
+    return _HANDLERS.get(function.__name__.removeprefix("special_"))
 
 
 def _handles(*names: str) -> Callable[[_Handler], _Handler]:
@@ -409,6 +411,11 @@ def _where(condition: Any, input: Any, other: Any) -> Value:
     return recorder.record("where", kind, chosen.number, first.number, second.number)
 
 
+def _chosen_where(input: Any, condition: Any, other: Any) -> Value:
+    """The method."""
+    return _where(condition, input, other)
+
+
 @_handles("masked_fill")
 def _masked_fill(input: Any, mask: Any, value: Any) -> Value:
     recorder = _recorder(input)
@@ -633,3 +640,4 @@ def _method(handler: _Handler) -> _Handler:
 for _name, _handler in _HANDLERS.items():
     if _name not in vars(Value) or _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
         setattr(Value, _name, _method(_handler))
+Value.where = _method(_chosen_where)  # type: ignore[attr-defined]
