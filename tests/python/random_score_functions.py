@@ -125,7 +125,7 @@ class _Maker:
                 "of_query[kv_idx]",
                 "((q_idx - kv_idx) * 0.01)",
                 "(kv_idx / 64)",
-                f"buckets[({self.whole(1)}) % 32, h]",
+                f"buckets[({self.whole(1)}).long() % 32, h]",
                 "temperature",
                 self.number(-2, 2),
             )
@@ -168,7 +168,7 @@ class _Maker:
     def function(self, is_mask: bool) -> str:
         if is_mask:
             return f"def function(b, h, q_idx, kv_idx):\n    return {self.truth(3)}\n"
-        value = self.value(self.pick(1, 2, 3), True)
+        value = self.value(self.pick(2, 3, 4), True)
         form = self.pick("score + {0}", "torch.tanh({0}) * 4 + score * 0.5", "{0}", "torch.where({1}, {0}, -float('inf'))")
         result = form.format(value, f"(q_idx == kv_idx) | {self.truth(2)}")
         return f"def function(score, b, h, q_idx, kv_idx):\n    return {result}\n"

@@ -190,3 +190,36 @@ def test_divisions_of_no_derivative(tmp_path: Path) -> None:
         found = function(scores(400), places(400)).score
         values = vmap_in_torch(function_of(expression, torch.float32), scores(400), places(400))
         close(found, values.double(), 19, f"{expression}\n{function.traced.code}")
+
+
+# ---- random functions ----
+
+SEEDS = range(80)
+
+
+def test_random_functions(tmp_path: Path) -> None:
+    functions = [random_score_function(seed) for seed in SEEDS]
+    traced = [trace(each.over(TENSORS), None, CPU) for each in functions]
+    of_float64 = captured_tensors(1, torch.float64)
+    for i, (function, code) in enumerate(zip(functions, compiled(traced, tmp_path))):
+        try:
+            check(code, function.over(of_float64), scores(300, i), places(300, i), digits=15)
+        except AssertionError as error:
+            raise AssertionError(f"seed {SEEDS[i]}:\n{function.text}") from error
+
+
+def test_random_masks(tmp_path: Path) -> None:
+    functions = [random_mask(seed) for seed in SEEDS]
+    traced = [trace(None, each.over(TENSORS), CPU) for each in functions]
+    for i, (function, code) in enumerate(zip(functions, compiled(traced, tmp_path))):
+        at = places(300, i)
+        found, expected = code(scores(300), at).shown, vmap_in_torch(function.over(TENSORS), at)
+        assert torch.equal(found, expected.expand(300)), f"seed {SEEDS[i]}:\n{function.text}\n{code.traced.code}"
+        assert code.is_identity and code.is_additive
+
+
+def test_generators_are_varied() -> None:
+    """What functions are made of: all tensors, and several kinds of results."""
+    texts = [random_score_function(seed) for seed in SEEDS] + [random_mask(seed) for seed in SEEDS]
+    assert len({each.text for each in texts}) > 0.9 * len(texts)
+    assert set().union(*(each.named() for each in texts)) == set(TENSORS)

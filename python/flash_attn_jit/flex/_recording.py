@@ -32,6 +32,7 @@ _PROMOTED: dict[tuple[str, str], str] = {
     for other in TORCH_DTYPES
 }
 _NUMBERS = (bool, int, float)
+_NO_INDICES = (FLOAT, BOOL, "uint8")
 
 Entry = tuple[Any, ...]
 
@@ -199,7 +200,7 @@ class Part:
             each = recorder.taken(each)
             if type(each) is slice and not any(isinstance(end, Value) for end in (each.start, each.stop, each.step)):
                 tensor = tensor[(slice(None),) * dim + (each,)]
-            elif isinstance(each, Value) and each.kind not in (FLOAT, BOOL):
+            elif isinstance(each, Value) and each.kind not in _NO_INDICES:
                 indices[dim] = each
             elif type(each) is int:
                 size = tensor.shape[dim]
@@ -209,7 +210,8 @@ class Part:
                 indices[dim] = recorder.constant(each % size, "int64")
             else:
                 what = f"indexes {name_of(tensor)} with {_kind_of(each)}"
-                recorder.refuse(what, "integers, values of integers, and slices of numbers")
+                accepted = "integers, values of integers but uint8, which torch takes for a mask, and slices of numbers"
+                recorder.refuse(what, accepted, "Write x.long()" if isinstance(each, Value) else "")
         return Part(recorder, tensor, indices).whole_or_self()
 
     @classmethod
