@@ -26,6 +26,7 @@ enum class Feature : std::uint8_t {
   kPaged,
   kSink,
   kUserScore,
+  kUserBias,
   kBlockMask,
 };
 
@@ -60,6 +61,8 @@ inline constexpr std::array kFeatures = {
     FeatureInfo{Feature::kPaged, "paged", "kIsPaged", "for a block_table", false, false, true},
     FeatureInfo{Feature::kSink, "sink", "kHasSink", "with a sink of each head", false, false, false, true},
     FeatureInfo{Feature::kUserScore, "userscore", "kHasUserScore", "with a score_mod", true, true, false, false, true},
+    FeatureInfo{Feature::kUserBias, "userbias", "kHasUserBias", "with a score_mod that only adds", true, true, false,
+                false, true},
     FeatureInfo{Feature::kBlockMask, "blockmask", "kHasBlockMask", "with a block_mask", false, true, false, false,
                 true},
 };
@@ -81,7 +84,9 @@ class FeatureSet {
   // Whether there is such a kernel: at most one tensor of pairs, and a way to read one only where there is one; a
   // user's functions say all that there is to say of scores and masks.
   constexpr bool go_together() const {
-    if (are_users()) return (bits_ & ~(bit(Feature::kUserScore) | bit(Feature::kBlockMask))) == 0;
+    if (are_users())
+      return (bits_ & ~(bit(Feature::kUserScore) | bit(Feature::kUserBias) | bit(Feature::kBlockMask))) == 0 &&
+             !(has(Feature::kUserScore) && has(Feature::kUserBias));
     const int pairs = has(Feature::kBias16) + has(Feature::kBias32) + has(Feature::kBoolMask);
     return pairs <= 1 && (pairs == 1 || !(has(Feature::kUnpaired) || has(Feature::kOneRow)));
   }

@@ -46,7 +46,8 @@ std::optional<std::string> check_problem(const KernelSpec& spec, const ArchLimit
            "these";
   if (spec.features.are_users() != (spec.functions != 0))
     return "the functions of " + spec.text() +
-           " stand alone; accepted: userscore or blockmask with the word of their code, and neither without it";
+           " stand alone; accepted: userscore, userbias or blockmask with the word of their code, and neither without "
+           "it";
   if (spec.features.are_users() && family_of(spec.kind).warps_share_rows)
     return "kind " + std::string(to_text(spec.kind)) + " comes with a user's functions; accepted: kind fwd";
   if (spec.has(Feature::kBlockMask) && (family_of(spec.kind).has_all_rows || spec.mask != Mask::kNone))

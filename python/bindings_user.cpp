@@ -73,6 +73,7 @@ std::shared_ptr<const UserFunctions> read_user_functions(py::handle functions, c
   auto read = std::make_shared<UserFunctions>();
   read->code = functions.attr("code").cast<std::uint64_t>();
   read->has_score = functions.attr("has_score").cast<bool>();
+  read->only_adds = functions.attr("only_adds").cast<bool>();
   for (const py::handle tensor : functions.attr("tensors")) read->tensors.push_back(read_captured(tensor, q));
   const py::object mask = functions.attr("block_mask");
   if (!mask.is_none()) read->block_mask = read_block_mask(mask, q);

@@ -14,7 +14,7 @@ using ScoreVariant =
                   FeatureIf<Traits::kHasBias16, PairBias<HalfBias, Traits::kIsUnpaired, Traits::kIsOneRow>>,
                   FeatureIf<Traits::kHasBias32, PairBias<FloatBias, Traits::kIsUnpaired, Traits::kIsOneRow>>,
                   FeatureIf<Traits::kHasBoolMask, PairBias<BoolMask, Traits::kIsUnpaired, Traits::kIsOneRow>>,
-                  FeatureIf<Traits::kHasUserScore, UserScoreFeature<UserScore>>>;
+                  FeatureIf<Traits::kHasUserScore || Traits::kHasUserBias, UserScoreFeature<UserScore>>>;
 
 // Whether a lane should have neighbours in memory: see lane_order.cuh. With dropout they have to fill its cells.
 template <class Traits>

@@ -114,10 +114,24 @@ constexpr std::array kLargeFullKeyMask = {
     TileRow{128, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 128, .schedule = {7, 8, 8}}},
 };
 
+// A user's functions, judged as forward's. Their tiles spill up to 80 bytes, as much as all that are as fast.
+constexpr std::array kLargeUserScores = {
+    TileRow{112, kElsewhere},
+    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {7, 8, 8}}},
+};
+constexpr std::array kLargeBlockMask = {
+    TileRow{48, kElsewhere},
+    TileRow{64, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 64, .schedule = {0, 4, 8}}},
+    TileRow{112, kElsewhere},
+    TileRow{128, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 128, .schedule = {0, 7, 8}}},
+};
+
 TileTable full_feature(const FeatureSet& features) {
   if (features.has(Feature::kBoolMask))
     return features.has(Feature::kOneRow) ? TileTable(kLargeFullKeyMask) : kLargeFullBoolMask;
   if (features.read_pairs()) return kLargeFullBias;
+  if (features.has(Feature::kBlockMask)) return kLargeBlockMask;
+  if (features.are_users()) return kLargeUserScores;
   if (features.only(Feature::kSoftcap)) return kLargeFullSoftcap;
   if (features.only(Feature::kAlibi)) return kLargeFullAlibi;
   return only_if(features.only(Feature::kVarlen), kLargeFullVarlen);

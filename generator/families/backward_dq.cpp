@@ -81,12 +81,30 @@ constexpr std::array kLargeFullBias = {
     TileRow{64, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 64, .schedule = {3, 5, 8}}},
 };
 
+// A user's functions, judged as forward's. With a block mask what is fastest at 128 spills 80 bytes.
+constexpr std::array kLargeUserScores = {
+    TileRow{48, kElsewhere},
+    TileRow{64, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 64, .schedule = {2, 5, 8}}},
+    TileRow{112, kElsewhere},
+    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {0, 5, 8}}},
+};
+constexpr std::array kLargeBlockMask = {
+    TileRow{48, kElsewhere},
+    TileRow{64, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 64, .schedule = {0, 4, 8}}},
+    TileRow{112, kElsewhere},
+    TileRow{128, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 128, .schedule = {0, 8, 8}}},
+};
+
+TileTable one_feature(const KernelSpec& spec) {
+  if (spec.has(Feature::kBlockMask)) return kLargeBlockMask;
+  if (spec.features.are_users()) return kLargeUserScores;
+  return only_if(spec.mask == Mask::kNone && spec.features.read_numbers(), kLargeFullBias);
+}
+
 TileTables tiles(const KernelSpec& spec) {
   const bool scores = spec.features.change_scores(), window = spec.mask == Mask::kWindow;
   return {TileTableList{
-              only_if(spec.access == GlobalAccess::kElement2B, kElementGradients),
-              only_if(spec.mask == Mask::kNone && spec.features.read_pairs() && !spec.has(Feature::kBoolMask),
-                      kLargeFullBias),
+              only_if(spec.access == GlobalAccess::kElement2B, kElementGradients), one_feature(spec),
               only_if(scores && spec.mask != Mask::kCausal, window ? TileTable(kLargeWindowScores) : kLargeFullScores),
               only_if(scores, kLargeScores), only_if(window, kLargeWindow),
               only_if(spec.has(Feature::kVarlen), kLargeVarlen),

@@ -63,6 +63,25 @@ constexpr std::array kLargeWindowPositions = {
     TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {2, 5, 7}}},
 };
 
+// A user's functions: ALiBi and a softcap were what these were judged by. With a block mask a block has the rows of one of
+// the mask's.
+constexpr std::array kLargeUserBias = {
+    TileRow{48, kElsewhere},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 4, 7}}},
+    TileRow{112, kElsewhere},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 5, 7}}},
+};
+constexpr std::array kLargeUserScore = {
+    TileRow{48, kElsewhere},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 7, 8}}},
+    TileRow{112, kElsewhere},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 1, 5}}},
+};
+constexpr std::array kMediumBlockMask = {
+    TileRow{48, kElsewhere},
+    TileRow{64, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 64, .schedule = {2, 8, 8}}},
+};
+
 // Where a feature gains so much from other schedules that it has rows of its own.
 constexpr std::array kLargeFullSoftcap = {
     TileRow{64, kElsewhere},
@@ -110,6 +129,8 @@ TileTable one_feature(const KernelSpec& spec) {
   const bool full = spec.mask == Mask::kNone;
   if (spec.features.only(Feature::kSoftcap) && spec.mask != Mask::kWindow)
     return full ? TileTable(kLargeFullSoftcap) : kLargeCausalSoftcap;
+  if (spec.has(Feature::kUserBias)) return kLargeUserBias;
+  if (spec.has(Feature::kUserScore)) return kLargeUserScore;
   if (full && spec.has(Feature::kBoolMask))
     return spec.has(Feature::kOneRow) ? TileTable(kLargeFullKeyMask) : kLargeFullBoolMask;
   if (full && spec.features.read_pairs()) return kLargeFullBias;
@@ -147,7 +168,8 @@ TileTables tiles(const KernelSpec& spec) {
   return {TileTableList{one_feature(spec), only_if(positions && window, kLargeWindowPositions),
                         only_if(positions, masked ? TileTable(kLargeMaskedPositions) : kLargePositions),
                         only_if(window, kLargeWindow), masked ? TileTable(kLargeCausal) : kLargeFull},
-          TileTableList{only_if(takes_medium(spec), kMedium)}, TileTableList{kSmall}};
+          TileTableList{only_if(spec.has(Feature::kBlockMask), kMediumBlockMask), only_if(takes_medium(spec), kMedium)},
+          TileTableList{kSmall}};
 }
 
 std::optional<std::string> check_tile(const KernelSpec& spec) {

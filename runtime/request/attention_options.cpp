@@ -221,7 +221,9 @@ KernelSpec problem_spec(const TensorView& q, const TensorView& k, const Attentio
   spec.features.set(Feature::kPaged, options.pages.has_value());
   spec.features.set(Feature::kSink, options.sinks != nullptr);
   if (options.user) {
-    spec.features.set(Feature::kUserScore, options.user->has_score);
+    const bool has_score = options.user->has_score, only_adds = options.user->only_adds;
+    spec.features.set(Feature::kUserScore, has_score && !only_adds);
+    spec.features.set(Feature::kUserBias, has_score && only_adds);
     spec.features.set(Feature::kBlockMask, options.user->block_mask.has_value());
     spec.functions = options.user->code;
   }

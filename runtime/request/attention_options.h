@@ -91,7 +91,7 @@ struct BlockMask {
 
 struct UserFunctions {
   std::uint64_t code = 0;
-  bool has_score = false;
+  bool has_score = false, only_adds = false;  // to a score something that the score has no part in
   std::vector<UserTensorView> tensors;
   std::optional<BlockMask> block_mask;
 };

@@ -51,9 +51,7 @@ def _pairs(problem: Problem, device: str) -> Iterator[Pair]:
         partial(_flex, lambda score, b, h, q, k: _SOFTCAP * torch.tanh(score / _SOFTCAP), None),
     )
     yield Pair("causal", partial(flash_attn_func, causal=True), partial(_flex, None, causal))
-    yield Pair(
-        "window", partial(flash_attn_func, window_size=(_WINDOW, _WINDOW)), partial(_flex, None, window)
-    )
+    yield Pair("window", partial(flash_attn_func, window_size=(_WINDOW, _WINDOW)), partial(_flex, None, window))
 
 
 def _calls(call: _Call, problem: Problem, which: str) -> list[Callable[[], object]]:

@@ -26,6 +26,7 @@ class UserFunctions(NamedTuple):
 
     code: int  # the number of what they compute
     has_score: bool
+    only_adds: bool  # to a score something that the score has no part in
     tensors: tuple[torch.Tensor, ...]  # captured
     block_mask: BlockLists | None
 
@@ -130,9 +131,9 @@ def flex_attention(
     traced = trace(score_mod, None if lists is None else block_mask.mask_mod, query.device)
     has_score = score_mod is not None
     if not has_score and lists is None:
-        user = UserFunctions(0, False, (), None)
+        user = UserFunctions(0, False, False, (), None)
     else:
-        user = UserFunctions(_number_of(traced.code), has_score, traced.tensors, lists)
+        user = UserFunctions(_number_of(traced.code), has_score, traced.only_adds, traced.tensors, lists)
     if lists is not None and lists.q_num_blocks is None:
         _refuse_gradient_without_queries(query, key, value)
     scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else number("scale", scale)

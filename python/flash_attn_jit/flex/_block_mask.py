@@ -6,7 +6,9 @@ import torch
 
 from ..errors import Refusal, kind_text
 
-_ACCEPTED = "None, or a BlockMask of torch.nn.attention.flex_attention: create_block_mask(mask_mod, B, H, Q_LEN, KV_LEN)"
+_ACCEPTED = (
+    "None, or a BlockMask of torch.nn.attention.flex_attention: create_block_mask(mask_mod, B, H, Q_LEN, KV_LEN)"
+)
 
 # torch's own mask for "everything" has one block that is longer than any sequence.
 _LONGER_THAN_ANY = 1 << 30
@@ -68,5 +70,7 @@ def _check_lengths(block_mask: Any, lists: BlockLists, seqlen_q: int, seqlen_k: 
     if lists.q_num_blocks is not None:
         fits = fits and lists.q_num_blocks.shape[-1] == -(-seqlen_k // lists.block_k)
     if not fits:
-        accepted = f"one for the tensors' {seqlen_q} queries and {seqlen_k} keys: create_block_mask() with these lengths"
+        accepted = (
+            f"one for the tensors' {seqlen_q} queries and {seqlen_k} keys: create_block_mask() with these lengths"
+        )
         raise Refusal("block_mask", came, accepted).exception()

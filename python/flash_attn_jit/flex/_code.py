@@ -6,7 +6,20 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from ._derivative import addend_of, derivative_of, scaled_sum
-from ._expressions import _RANGE_RULES, BOOL, COMPARISONS, FLOAT, INT32, PLACES, RANGES, Expressions, Node, in_order
+from ._expressions import (
+    _RANGE_RULES,
+    BOOL,
+    COMPARISONS,
+    FLOAT,
+    INT32,
+    KEY,
+    PLACES,
+    QUERY,
+    RANGES,
+    Expressions,
+    Node,
+    in_order,
+)
 from ._lowering import lowered
 
 _PLACE_ARGUMENTS = "int b, int h, int q, int k"
@@ -24,6 +37,21 @@ _ELEMENTS = {
 }
 
 
+# A product's digits are below 1e-3 of what is greater; numbers that are put in the place of -inf are.
+_LARGE = 1e4
+
+
+def may_be_large(root: Node) -> bool:
+    """Whether a score may become so large that its own digits are gone: by a constant, or by numbers that a tensor has
+    for places of queries or keys, where masks keep theirs. What float16 holds is not."""
+    for node in in_order([root]):
+        if node.is_constant and math.isfinite(node.value) and abs(node.value) >= _LARGE:
+            return True
+        if node.op == "load" and node.value[1][0] in ("float32", "bfloat16") and node.depends & (QUERY | KEY):
+            return True
+    return False
+
+
 def score_code(x: Expressions, root: Node | None) -> str:
     """The struct UserScore. None: a score stays what it is."""
     score = x.score()
@@ -34,11 +62,13 @@ def score_code(x: Expressions, root: Node | None) -> str:
     constants = {
         "kIsIdentity": root is score,
         "kIsAdditive": addend is not None,
-        "kIsLarge": False,
+        "kIsLarge": may_be_large(root),
         "kHasDerivative": addend is None and not is_one,
     }
     struct = _Struct("UserScore", constants)
-    struct.function("float score(const UserTensors& tensors, float score, " + _PLACE_ARGUMENTS + ") const", lowered(x, [root]))
+    struct.function(
+        "float score(const UserTensors& tensors, float score, " + _PLACE_ARGUMENTS + ") const", lowered(x, [root])
+    )
     slope = x.constant(1.0, FLOAT) if addend is not None else derivative
     struct.function(
         f"float score(const UserTensors& tensors, float score, {_PLACE_ARGUMENTS}, float& derivative) const",

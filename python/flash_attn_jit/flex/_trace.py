@@ -7,21 +7,24 @@ import torch
 
 from . import _operators  # noqa: F401 (gives values their operators)
 from ._code import mask_code, score_code
+from ._derivative import addend_of
 from ._expressions import FLOAT, PLACES, Expressions, Node, in_order
 from ._recording import Entry, Recorder, Tensors, run
 
 
 class Traced(NamedTuple):
     """`code`: the structs UserScore and UserMask, the same for functions that compute the same. `tensors`: those that
-    it reads, by their numbers there."""
+    it reads, by their numbers there. `only_adds`: whether the score has no part in what is added to it."""
 
     code: str
     tensors: tuple[torch.Tensor, ...]
+    only_adds: bool
 
 
 class _Made(NamedTuple):
     code: str
     read: tuple[int, ...]  # which of the tensors that were captured
+    only_adds: bool
 
 
 # It takes the place of templates/user_functions.cuh.
@@ -47,7 +50,7 @@ def trace(score_mod: Callable[..., Any] | None, mask_mod: Callable[..., Any] | N
         if len(_made) >= _MOST_KEPT:
             _made.clear()
         made = _made[key] = _make(score, mask, tensors.known)
-    return Traced(made.code, tuple(tensors.tensors[number] for number in made.read))
+    return Traced(made.code, tuple(tensors.tensors[number] for number in made.read), made.only_adds)
 
 
 def _recorded(
@@ -66,7 +69,8 @@ def _make(score: tuple[Any, ...] | None, mask: tuple[Any, ...] | None, known: li
     if len(read) < len(known):
         roots = _roots(score, mask, known, [read.index(number) if number in read else -1 for number in numbers])
     x, score_root, mask_root = roots
-    return _Made(_HEAD + score_code(x, score_root) + mask_code(x, mask_root), tuple(read))
+    only_adds = score_root is None or addend_of(x, score_root) is not None
+    return _Made(_HEAD + score_code(x, score_root) + mask_code(x, mask_root), tuple(read), only_adds)
 
 
 def _roots(
