@@ -68,7 +68,9 @@ class _Maker:
 
     def whole(self, depth: int) -> str:
         if depth <= 0:
-            return self.pick("q_idx", "kv_idx", "q_idx", "kv_idx", "h", "b", "shift[h]", "kinds[kv_idx]", "document[q_idx]")
+            return self.pick(
+                "q_idx", "kv_idx", "q_idx", "kv_idx", "h", "b", "shift[h]", "kinds[kv_idx]", "document[q_idx]"
+            )
         a, b = self.whole(depth - 1), self.whole(depth - 2)
         constant = self._random.randint(1, 17)
         return self.pick(
@@ -169,7 +171,9 @@ class _Maker:
         if is_mask:
             return f"def function(b, h, q_idx, kv_idx):\n    return {self.truth(3)}\n"
         value = self.value(self.pick(2, 3, 4), True)
-        form = self.pick("score + {0}", "torch.tanh({0}) * 4 + score * 0.5", "{0}", "torch.where({1}, {0}, -float('inf'))")
+        form = self.pick(
+            "score + {0}", "torch.tanh({0}) * 4 + score * 0.5", "{0}", "torch.where({1}, {0}, -float('inf'))"
+        )
         result = form.format(value, f"(q_idx == kv_idx) | {self.truth(2)}")
         return f"def function(score, b, h, q_idx, kv_idx):\n    return {result}\n"
 

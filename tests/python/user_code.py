@@ -99,8 +99,8 @@ FLASH_ATTN_JIT_EXPORT int run_sum(int which, const UserTensors* tensors, int cou
 # The interpreter's, of runtime/compile/host_compiler.cpp.
 _FLAGS = [
     *"-std=c++17 -DFLASH_ATTN_JIT_HOST -w -fPIC -shared -fno-exceptions -fno-rtti -Og -ffp-contract=off".split(),
-    "-fsanitize=shift,integer-divide-by-zero,unreachable,return,signed-integer-overflow,bounds,"
-    "float-cast-overflow,bool,enum,pointer-overflow",
+    "-fsanitize=shift,integer-divide-by-zero,unreachable,return,signed-integer-overflow,bounds,float-cast-overflow",
+    "-fsanitize=bool,enum,pointer-overflow",
     "-nodefaultlibs",
 ]
 
@@ -134,7 +134,7 @@ class CompiledFunction:
             *(_at(each) for each in (*floats, shown)),
         )
         assert faults == 0, f"undefined behaviour, or reads outside of the tensors:\n{self.traced.code}"
-        return Evaluated(*floats, shown)
+        return Evaluated(floats[0], floats[1], floats[2], shown)
 
     def sums(self, score: torch.Tensor, places: torch.Tensor, unit: float) -> tuple[torch.Tensor, torch.Tensor]:
         """What is added, and the scaled sum."""
@@ -186,7 +186,7 @@ def compiled(functions: Sequence[Traced], folder: Path) -> list[CompiledFunction
     )
     source, target = folder / "functions.cpp", folder / "functions.so"
     source.write_text("\n".join(parts))
-    command = [_compiler(), *_FLAGS, f"-I{_REPOSITORY}", "-o", target, source, "-lm", "-lc"]
+    command = [_compiler(), *_FLAGS, f"-I{_REPOSITORY}", "-o", str(target), str(source), "-lm", "-lc"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     library = ctypes.CDLL(str(target))

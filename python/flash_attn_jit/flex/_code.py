@@ -1,4 +1,4 @@
-"""CUDA C++ of expressions: the structs UserScore and UserMask, as templates/user_reads.cuh and its neighbours serve them.
+"""CUDA C++ of expressions: the structs UserScore and UserMask, made of what templates/user_reads.cuh includes.
 
 What depends on a block's batch entry and head alone is computed in prepare() and kept in members."""
 

@@ -33,9 +33,9 @@ def _addend(x: Expressions, node: Node, addends: dict[int, Derivative]) -> Deriv
         addend = addends[id(node.args[0])]
         return None if addend is None else x.make("sub", addend, node.args[1])
     if node.op == "where" and not node.args[0].depends & SCORE:
-        chosen = [_hidden_or(each, addends[id(each)]) for each in node.args[1:]]
-        if chosen[0] is not None and chosen[1] is not None and node.depends & SCORE:
-            return x.make("where", node.args[0], *chosen)
+        first, second = (_hidden_or(each, addends[id(each)]) for each in node.args[1:])
+        if first is not None and second is not None and node.depends & SCORE:
+            return x.make("where", node.args[0], first, second)
     return None
 
 

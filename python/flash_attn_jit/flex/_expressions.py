@@ -13,7 +13,10 @@ BOOL, FLOAT = "bool", "float32"
 _BITS = {"uint8": (0, 8), "int8": (1, 8), "int16": (1, 16), "int32": (1, 32), "int64": (1, 64)}
 RANGES: dict[str, tuple[int, int]] = {
     BOOL: (0, 1),
-    **{name: (-(1 << bits - 1), (1 << bits - 1) - 1) if sign else (0, 2**bits - 1) for name, (sign, bits) in _BITS.items()},
+    **{
+        name: (-(1 << bits - 1), (1 << bits - 1) - 1) if sign else (0, 2**bits - 1)
+        for name, (sign, bits) in _BITS.items()
+    },
 }
 INT32 = RANGES["int32"]
 PLACES = ("b", "h", "q", "k")
@@ -35,12 +38,12 @@ class Node:
 
     def __init__(self, op: str, args: tuple["Node", ...], dtype: str, value: Any, least: int, most: int):
         self.op, self.args, self.dtype, self.value, self.least, self.most = op, args, dtype, value, least, most
-        depends = _DEPENDS.get(op, 0)
+        depends: int = _DEPENDS.get(op, 0)
         for arg in args:
             depends |= arg.depends
-        self.depends = depends
+        self.depends: int = depends
         text = f"{op} {dtype} {_text(value)} {' '.join(arg.digest for arg in args)}"
-        self.digest = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+        self.digest: str = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
     @property
     def is_float(self) -> bool:
@@ -150,9 +153,7 @@ class Expressions:
         least, most = (0, 0) if dtype == FLOAT else self._range(op, args, dtype)
         return self._node(op, args, dtype, None, least, most)
 
-    def _node(
-        self, op: str, args: tuple[Node, ...], dtype: str, value: Any, least: int = 0, most: int = 0
-    ) -> Node:
+    def _node(self, op: str, args: tuple[Node, ...], dtype: str, value: Any, least: int = 0, most: int = 0) -> Node:
         key = (op, dtype, _text(value), *map(id, args))
         node = self._nodes.get(key)
         if node is None:
@@ -415,11 +416,11 @@ def _and_range(a: Node, b: Node) -> tuple[int, int]:
 
 
 def _left_shift_range(a: Node, b: Node) -> tuple[int, int]:
-    return _corners(lambda x, y: x << y)(a, b) if 0 <= b.least and b.most < 64 else RANGES["int64"]
+    return _corners(lambda x, y: x << y)(a, b) if b.least >= 0 and b.most < 64 else RANGES["int64"]
 
 
 def _right_shift_range(a: Node, b: Node) -> tuple[int, int]:
-    return _corners(lambda x, y: x >> y)(a, b) if 0 <= b.least and b.most < 64 else (min(a.least, -1), max(a.most, 0))
+    return _corners(lambda x, y: x >> y)(a, b) if b.least >= 0 and b.most < 64 else (min(a.least, -1), max(a.most, 0))
 
 
 _RANGE_RULES: dict[str, Callable[..., tuple[int, int]]] = {
@@ -511,5 +512,5 @@ FOLDS: dict[str, Callable[..., Any]] = {
     "relu": lambda a: 0.0 if a < 0 else a,
     "clamp_min": _nan_first(max),
     "clamp_max": _nan_first(min),
-    "pow": lambda a, b: math.pow(a, b),
+    "pow": math.pow,
 }

@@ -3,12 +3,12 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ._expressions import BOOL, FLOAT, RANGES
-from ._recording import _PROMOTED, DTYPE_NAMES, Part, Recorder, Value, _kind_of, refuse_operator, refuse_part
+from ._recording import DTYPE_NAMES, PROMOTED, Part, Recorder, Value, call, kind_of, operator_refusal, part_refusal
 
 OPERATORS = (
     "+ - * / // % ** -x abs(x), == != < <= > >=, & | ^ ~ << >>, "
@@ -23,6 +23,7 @@ OPERATORS = (
 )
 
 _Handler = Callable[..., Any]
+_AnyHandler = TypeVar("_AnyHandler", bound=_Handler)
 _HANDLERS: dict[str, _Handler] = {}
 _NUMBERS = (bool, int, float)
 _INTEGERS = [name for name in RANGES if name != BOOL]
@@ -34,8 +35,8 @@ def handler_of(function: Any) -> _Handler | None:
     return _HANDLERS.get(function.__name__.removeprefix("special_"))
 
 
-def _handles(*names: str) -> Callable[[_Handler], _Handler]:
-    def keep(handler: _Handler) -> _Handler:
+def _handles(*names: str) -> Callable[[_AnyHandler], _AnyHandler]:
+    def keep(handler: _AnyHandler) -> _AnyHandler:
         for name in names:
             _HANDLERS[name] = handler
         return handler
@@ -51,14 +52,14 @@ def _recorder(*operands: Any) -> Recorder:
         if isinstance(each, Value):
             return each.recorder
         if isinstance(each, Part):
-            refuse_part(each)
+            raise part_refusal(each)
     raise TypeError("no operand is a value")
 
 
 def _kind_with(kind: str | None, operand: Any) -> str | None:
     """The type of operands so far, and of one more. Python's numbers have but a category."""
     if isinstance(operand, Value):
-        return operand.kind if kind is None else _PROMOTED[kind, operand.kind]
+        return operand.kind if kind is None else PROMOTED[kind, operand.kind]
     return kind
 
 
@@ -70,7 +71,7 @@ def _promoted(recorder: Recorder, *operands: Any) -> str:
         if isinstance(each, Value):
             continue
         if isinstance(each, Part):
-            refuse_part(each)
+            raise part_refusal(each)
         if isinstance(each, float):
             kind = FLOAT
         elif isinstance(each, bool):
@@ -78,7 +79,9 @@ def _promoted(recorder: Recorder, *operands: Any) -> str:
         elif isinstance(each, int):
             kind = "int64" if kind in (None, BOOL) else kind
         else:
-            recorder.refuse(f"computes with {_kind_of(each)}", "values, captured tensors' elements, Python's numbers")
+            raise recorder.refusal(
+                f"computes with {kind_of(each)}", "values, captured tensors' elements, Python's numbers"
+            )
     assert kind is not None
     return kind
 
@@ -87,10 +90,18 @@ def _as(recorder: Recorder, operand: Any, kind: str) -> Value:
     if isinstance(operand, Value):
         return operand if operand.kind == kind else recorder.record("convert", kind, operand.number)
     if isinstance(operand, Part):
-        refuse_part(operand)
+        raise part_refusal(operand)
     if not isinstance(operand, _NUMBERS):
-        recorder.refuse(f"computes with {_kind_of(operand)}", "values, captured tensors' elements, Python's numbers")
+        raise recorder.refusal(
+            f"computes with {kind_of(operand)}", "values, captured tensors' elements, Python's numbers"
+        )
     return recorder.constant(operand, kind)
+
+
+def _value(operand: Any) -> Value:
+    if isinstance(operand, Value):
+        return operand
+    raise part_refusal(operand) if isinstance(operand, Part) else TypeError("the operand is no value")
 
 
 def _binary(op: str, a: Any, b: Any, kind: str | None = None, result: str | None = None) -> Value:
@@ -111,7 +122,7 @@ def _unary(op: str, a: Any, kind: str | None = None) -> Value:
 def _refuse_bool(name: str, *operands: Any) -> None:
     recorder = _recorder(*operands)
     if _promoted(recorder, *operands) == BOOL:
-        recorder.refuse(f"uses {name} of bools", "numbers", "Write x.int(), or the operators & | ^ ~", TypeError)
+        raise recorder.refusal(f"uses {name} of bools", "numbers", "Write x.int(), or the operators & | ^ ~", TypeError)
 
 
 # ---- arithmetic ----
@@ -154,7 +165,7 @@ def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Value:
         _refuse_bool("div", input, other)
         return _binary("truncdiv", input, other)
     if rounding_mode is not None:
-        _recorder(input, other).refuse(f"divides with rounding_mode={rounding_mode!r}", "None, 'floor', 'trunc'")
+        raise _recorder(input, other).refusal(f"divides with rounding_mode={rounding_mode!r}", "None, 'floor', 'trunc'")
     return _binary("div", input, other, FLOAT)
 
 
@@ -200,7 +211,7 @@ def _pow(input: Any, exponent: Any) -> Value:
     if type(exponent) is int and 0 <= exponent <= 64 and kind != BOOL:
         return _whole_power(_as(recorder, input, kind), exponent)
     accepted = "floats, and of integers exponents from 0 to 64 that are Python's"
-    recorder.refuse("raises integers to a power", accepted, "Write x.float() ** y")
+    raise recorder.refusal("raises integers to a power", accepted, "Write x.float() ** y")
 
 
 def _whole_power(base: Value, exponent: int) -> Value:
@@ -224,8 +235,7 @@ def _neg(input: Any) -> Value:
 
 @_handles("positive", "__pos__", "contiguous", "clone")
 def _same(input: Any, **_: Any) -> Value:
-    _recorder(input)
-    return input
+    return _value(input)
 
 
 @_handles("abs", "absolute", "__abs__")
@@ -236,7 +246,7 @@ def _abs(input: Any) -> Value:
 
 @_handles("sign", "sgn")
 def _sign(input: Any) -> Value:
-    return input if _recorder(input) and input.kind == BOOL else _unary("sign", input)
+    return input if _value(input).kind == BOOL else _unary("sign", input)
 
 
 @_handles("square")
@@ -267,12 +277,16 @@ def _choice(op: str, a: Any, b: Any) -> Value:
 
 @_handles("max")
 def _max(input: Any, other: Any = None) -> Value:
-    return _maximum(input, other) if other is not None else refuse_operator(_recorder(input), "max of one value")
+    if other is None:
+        raise operator_refusal(_recorder(input), "torch.max of one value")
+    return _maximum(input, other)
 
 
 @_handles("min")
 def _min(input: Any, other: Any = None) -> Value:
-    return _minimum(input, other) if other is not None else refuse_operator(_recorder(input), "min of one value")
+    if other is None:
+        raise operator_refusal(_recorder(input), "torch.min of one value")
+    return _minimum(input, other)
 
 
 @_handles("clamp", "clip")
@@ -280,7 +294,7 @@ def _clamp(input: Any, min: Any = None, max: Any = None) -> Value:
     recorder = _recorder(input, min, max)
     ends = [end for end in (min, max) if end is not None]
     if not ends:
-        recorder.refuse("clamps to nothing", "min=, max= or both", error=ValueError)
+        raise recorder.refusal("clamps to nothing", "min=, max= or both", error=ValueError)
     kind = _promoted(recorder, input, *ends)
     value = _as(recorder, input, kind)
     for op, end in (("clamp_min", min), ("clamp_max", max)):
@@ -348,7 +362,7 @@ def _bits(op: str, input: Any, other: Any) -> Value:
     recorder = _recorder(input, other)
     kind = _promoted(recorder, input, other)
     if kind == FLOAT:
-        recorder.refuse("uses & | ^ of floats", "bools and integers", "Compare them first: x > 0", TypeError)
+        raise recorder.refusal("uses & | ^ of floats", "bools and integers", "Compare them first: x > 0", TypeError)
     return _binary(op, input, other)
 
 
@@ -371,7 +385,7 @@ for _op in ("and", "or", "xor"):
 def _not(input: Any) -> Value:
     recorder = _recorder(input)
     if input.kind == FLOAT:
-        recorder.refuse("uses ~ of a float", "bools and integers", "Compare it first: x > 0", TypeError)
+        raise recorder.refusal("uses ~ of a float", "bools and integers", "Compare it first: x > 0", TypeError)
     return _unary("not", input)
 
 
@@ -386,7 +400,7 @@ def _shifted(op: str, is_swapped: bool, input: Any, other: Any) -> Value:
     recorder = _recorder(a, b)
     kind = _promoted(recorder, a, b)
     if kind not in _INTEGERS:
-        recorder.refuse("shifts what is no integer", "integers", error=TypeError)
+        raise recorder.refusal("shifts what is no integer", "integers", error=TypeError)
     return _binary(op, a, b)
 
 
@@ -405,7 +419,7 @@ def _where(condition: Any, input: Any, other: Any) -> Value:
     recorder = _recorder(condition, input, other)
     chosen = _as(recorder, condition, BOOL)
     if isinstance(condition, Value) and condition.kind != BOOL:
-        recorder.refuse(f"chooses by {_kind_of(condition)}", "a bool", "Compare it: x != 0", TypeError)
+        raise recorder.refusal(f"chooses by {kind_of(condition)}", "a bool", "Compare it: x != 0", TypeError)
     kind = _promoted(recorder, input, other)
     first, second = _as(recorder, input, kind), _as(recorder, other, kind)
     return recorder.record("where", kind, chosen.number, first.number, second.number)
@@ -431,7 +445,7 @@ for _name in ("exp", "exp2", "log", "log2", "log1p", "sqrt", "rsqrt", "tanh", "s
 def _rounded(op: str, input: Any) -> Value:
     recorder = _recorder(input)
     if input.kind == BOOL:
-        recorder.refuse(f"uses torch.{op} of a bool", "numbers", error=TypeError)
+        raise recorder.refusal(f"uses torch.{op} of a bool", "numbers", error=TypeError)
     return _unary(op, input) if input.kind == FLOAT else input
 
 
@@ -443,7 +457,7 @@ _handles("fix")(functools.partial(_rounded, "trunc"))
 @_handles("round")
 def _round(input: Any, *, decimals: int = 0) -> Value:
     if decimals != 0:
-        refuse_operator(_recorder(input), f"torch.round with decimals={decimals}")
+        raise operator_refusal(_recorder(input), f"torch.round with decimals={decimals}")
     return _rounded("round", input)
 
 
@@ -461,7 +475,9 @@ def _expit(input: Any) -> Value:
 def _expm1(input: Any) -> Value:
     """tanh(x/2) (exp(x) + 1), which keeps its digits near 0."""
     x = _float(input)
-    return _where(_compared("lt", True, _abs(x), 1.0), _sub(_exp(x), 1.0), _mul(_tanh(_mul(x, 0.5)), _add(_exp(x), 1.0)))
+    return _where(
+        _compared("lt", True, _abs(x), 1.0), _sub(_exp(x), 1.0), _mul(_tanh(_mul(x, 0.5)), _add(_exp(x), 1.0))
+    )
 
 
 def _exp(input: Any) -> Value:
@@ -537,7 +553,7 @@ def _converted(input: Any, kind: str) -> Value:
 
 
 def _float(input: Any) -> Value:
-    return input if isinstance(input, float) else _converted(input, FLOAT)
+    return _converted(input, FLOAT)
 
 
 for _name, _kind in (
@@ -557,35 +573,35 @@ def _kind_of_dtype(recorder: Recorder, dtype: torch.dtype) -> str:
     if kind is None:
         accepted = ", ".join(str(each) for each in DTYPE_NAMES)
         advice = "Scores are computed in float32"
-        recorder.refuse(f"converts to {dtype}", accepted, advice)
+        raise recorder.refusal(f"converts to {dtype}", accepted, advice)
     return kind
 
 
 @_handles("to", "type")
 def _to(input: Any, *targets: Any, dtype: Any = None, **_: Any) -> Value:
-    recorder = _recorder(input)
+    value = _value(input)
     for each in (*targets, dtype):
         if isinstance(each, torch.dtype):
-            return recorder.converted(input, _kind_of_dtype(recorder, each))
+            return _converted(value, _kind_of_dtype(value.recorder, each))
         if isinstance(each, Value):
-            return recorder.converted(input, each.kind)
-    return input
+            return _converted(value, each.kind)
+    return value
 
 
 @_handles("type_as")
 def _type_as(input: Any, other: Any) -> Value:
-    return _to(input, _recorder(other) and other.dtype)
+    return _converted(input, _value(other).kind)
 
 
 @_handles("double", "half", "bfloat16")
 def _refuse_type(input: Any) -> Value:
     recorder = _recorder(input)
-    recorder.refuse("converts to a float that is not float32", "x.float()", "Scores are computed in float32")
+    raise recorder.refusal("converts to a float that is not float32", "x.float()", "Scores are computed in float32")
 
 
 @_handles("detach")
 def _detach(input: Any) -> Value:
-    return _unary("detach", input) if _recorder(input) and input.kind == FLOAT else input
+    return _unary("detach", input) if _value(input).kind == FLOAT else input
 
 
 @_handles("full_like", "new_full")
@@ -624,7 +640,7 @@ def _embedding(input: Any, weight: Any, *_: Any, **__: Any) -> Any:
 _KNOWN = {Value, bool, int, float}
 
 
-def _method(handler: _Handler) -> _Handler:
+def _method(name: str, handler: _Handler) -> _Handler:
     def method(self: Value, *args: Any, **kwargs: Any) -> Any:
         for each in args:
             if type(each) not in _KNOWN:
@@ -632,12 +648,12 @@ def _method(handler: _Handler) -> _Handler:
                 break
         if kwargs:
             kwargs = {name: self.recorder.taken(each) for name, each in kwargs.items()}
-        return handler(self, *args, **kwargs)
+        return call(self.recorder, handler, f".{name}", (self, *args), kwargs)
 
     return method
 
 
 for _name, _handler in _HANDLERS.items():
     if _name not in vars(Value) or _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
-        setattr(Value, _name, _method(_handler))
-Value.where = _method(_chosen_where)  # type: ignore[attr-defined]
+        setattr(Value, _name, _method(_name, _handler))
+Value.where = _method("where", _chosen_where)  # type: ignore[attr-defined]

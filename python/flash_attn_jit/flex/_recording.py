@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..errors import Refusal
-from ._expressions import BOOL, FLOAT, INT32, RANGES
+from ._expressions import BOOL, FLOAT, INT32
 
 MOST_TENSORS, MOST_DIMS = 8, 4
 
@@ -26,7 +26,7 @@ _HALVES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 STORED_NAMES = DTYPE_NAMES | _HALVES
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
-_PROMOTED: dict[tuple[str, str], str] = {
+PROMOTED: dict[tuple[str, str], str] = {
     (one, other): DTYPE_NAMES[torch.promote_types(TORCH_DTYPES[one], TORCH_DTYPES[other])]
     for one in TORCH_DTYPES
     for other in TORCH_DTYPES
@@ -63,11 +63,14 @@ class Recorder:
 
     # ---- what the function is given that is no value yet ----
 
+    def is_made_here(self, operand: Any) -> bool:
+        return isinstance(operand, torch.Tensor) and id(operand) in self.made_here
+
     def taken(self, operand: Any) -> Any:
         """A value of a tensor, or one that has to be indexed first; all else as it is."""
         if not isinstance(operand, torch.Tensor):
             return operand
-        if id(operand) in self.made_here:
+        if operand.dim() == 0 and id(operand) in self.made_here:
             return self.constant_of(operand)
         return Part(self, operand).whole_or_self()
 
@@ -76,19 +79,21 @@ class Recorder:
         if dtype is None and tensor.dtype in (torch.float16, torch.bfloat16, torch.float64):
             dtype = FLOAT
         if dtype is None:
-            self.refuse(f"makes a tensor of {tensor.dtype}", "numbers that are real")
+            raise self.refusal(f"makes a tensor of {tensor.dtype}", "numbers that are real")
         return self.constant(tensor.item(), dtype)
 
     # ---- errors ----
 
-    def refuse(self, what: str, accepted: str, advice: str = "", error: type[Exception] = NotImplementedError) -> NoReturn:
+    def refusal(
+        self, what: str, accepted: str, advice: str = "", error: type[Exception] = NotImplementedError
+    ) -> Exception:
         """`what` the function does, at the user's line that does it."""
-        raise Refusal(self.argument, f"{what}{_place(_user_frame())}", accepted, advice, error).exception()
+        return Refusal(self.argument, f"{what}{_place(_user_frame())}", accepted, advice, error).exception()
 
 
 def _user_frame() -> Any:
     """The innermost that is neither this package's nor torch's."""
-    frame = sys._getframe(1)
+    frame: Any = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("flash_attn_jit", "torch"):
         frame = frame.f_back
     return frame
@@ -125,27 +130,34 @@ def _known_of(tensor: torch.Tensor) -> Entry:
 
 
 def _check_captured(recorder: Recorder, tensor: torch.Tensor) -> None:
-    name = name_of(tensor)
+    found = _problem_of(recorder, tensor)
+    if found is not None:
+        name = name_of(tensor)
+        what, accepted, advice, error = found
+        raise recorder.refusal(f"captures {name}, {what}", accepted.format(name=name), advice, error)
+
+
+def _problem_of(recorder: Recorder, tensor: torch.Tensor) -> tuple[str, str, str, type[Exception]] | None:
+    """What is wrong with it, what is accepted, what to do and the error's type."""
     if tensor.requires_grad and torch.is_grad_enabled():
-        advice = (
-            "A bias that is learned can be given to flash_attn_func as attn_bias=, which has its gradient"
-        )
-        recorder.refuse(f"captures {name}, which requires a gradient", f"{name}.detach()", advice)
+        advice = "The gradient of a bias is that of flash_attn_func's attn_bias="
+        return "which requires a gradient", "{name}.detach()", advice, NotImplementedError
     if tensor.dtype not in STORED_NAMES:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in STORED_NAMES)
-        recorder.refuse(f"captures {name}, whose dtype is {tensor.dtype}", accepted, error=ValueError)
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in STORED_NAMES)
+        return f"whose dtype is {tensor.dtype}", names, "", ValueError
     if tensor.layout is not torch.strided or tensor.is_nested:
-        recorder.refuse(f"captures {name}, whose layout is {tensor.layout}", "strided tensors", error=ValueError)
+        return f"whose layout is {tensor.layout}", "strided tensors", "", ValueError
     if tensor.device != recorder.device:
-        recorder.refuse(f"captures {name} on {tensor.device}", f"tensors on {recorder.device}", error=ValueError)
+        return f"which is on {tensor.device}", f"tensors on {recorder.device}, as query is", "", ValueError
     if tensor.dim() > MOST_DIMS:
-        recorder.refuse(f"captures {name}, which has {tensor.dim()} dimensions", f"at most {MOST_DIMS}")
+        return f"which has {tensor.dim()} dimensions", f"at most {MOST_DIMS}", "", NotImplementedError
     if tensor.numel() == 0:
-        recorder.refuse(f"captures {name}, which has no elements", "tensors of one element at least", error=ValueError)
+        return "which has no elements", "tensors of one element at least", "", ValueError
     if len(recorder.tensors.tensors) == MOST_TENSORS:
+        accepted = f"at most {MOST_TENSORS} in score_mod and mask_mod together"
         advice = "Put tensors of one type and shape together with torch.stack"
-        accepted = f"at most {MOST_TENSORS} tensors in score_mod and mask_mod together"
-        recorder.refuse(f"captures {name}, one tensor too many", accepted, advice)
+        return "one tensor too many", accepted, advice, NotImplementedError
+    return None
 
 
 def name_of(tensor: torch.Tensor) -> str:
@@ -194,10 +206,9 @@ class Part:
             given[at : at + 1] = [slice(None)] * missing
         if len(given) > len(open_dims):
             what = f"indexes {name_of(tensor)}, of {len(open_dims)} dimensions, with {len(given)} indices"
-            recorder.refuse(what, "an index for each dimension", error=ValueError)
+            raise recorder.refusal(what, "an index for each dimension", error=ValueError)
         indices = dict(self.indices)
-        for dim, each in zip(open_dims, given):
-            each = recorder.taken(each)
+        for dim, each in zip(open_dims, map(recorder.taken, given)):
             if type(each) is slice and not any(isinstance(end, Value) for end in (each.start, each.stop, each.step)):
                 tensor = tensor[(slice(None),) * dim + (each,)]
             elif isinstance(each, Value) and each.kind not in _NO_INDICES:
@@ -206,12 +217,12 @@ class Part:
                 size = tensor.shape[dim]
                 if not -size <= each < size:
                     what = f"indexes dimension {dim} of {name_of(tensor)}, of size {size}, with {each}"
-                    recorder.refuse(what, f"{-size} to {size - 1}", error=IndexError)
+                    raise recorder.refusal(what, f"{-size} to {size - 1}", error=IndexError)
                 indices[dim] = recorder.constant(each % size, "int64")
             else:
-                what = f"indexes {name_of(tensor)} with {_kind_of(each)}"
+                what = f"indexes {name_of(tensor)} with {kind_of(each)}"
                 accepted = "integers, values of integers but uint8, which torch takes for a mask, and slices of numbers"
-                recorder.refuse(what, accepted, "Write x.long()" if isinstance(each, Value) else "")
+                raise recorder.refusal(what, accepted, "Write x.long()" if isinstance(each, Value) else "")
         return Part(recorder, tensor, indices).whole_or_self()
 
     @classmethod
@@ -221,16 +232,18 @@ class Part:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return refuse_part(self)
+        raise part_refusal(self)
 
 
-def refuse_part(part: Part) -> NoReturn:
+def part_refusal(part: Part) -> Exception:
     left = part.tensor.dim() - len(part.indices)
-    what = f"computes with {name_of(part.tensor)}, of which {left} dimension{'s are' if left > 1 else ' is'} not indexed"
-    part.recorder.refuse(what, "its elements: an index for each dimension")
+    what = (
+        f"computes with {name_of(part.tensor)}, of which {left} dimension{'s are' if left > 1 else ' is'} not indexed"
+    )
+    return part.recorder.refusal(what, "its elements: an index for each dimension")
 
 
-def _kind_of(value: Any) -> str:
+def kind_of(value: Any) -> str:
     if isinstance(value, Value):
         return f"a value of {value.kind}"
     return f"{value!r}" if isinstance(value, (*_NUMBERS, slice, type(None))) else f"a {type(value).__name__}"
@@ -274,53 +287,57 @@ class Value:
 
     # ---- what has no answer while a function is traced ----
 
-    def _refuse(self, what: str, advice: str) -> NoReturn:
-        self.recorder.refuse(f"{what} of a value that differs from pair to pair", "operators of tensors", advice)
+    def _refusal(self, what: str, advice: str) -> Exception:
+        return self.recorder.refusal(
+            f"{what} of a value that differs from pair to pair", "operators of tensors", advice
+        )
 
     def __bool__(self) -> bool:
-        self._refuse(
+        raise self._refusal(
             "asks for the truth (if, and, or, not, min, max, a < b < c)",
             "Write torch.where(condition, a, b) for if, & | ~ for and, or, not, torch.minimum for min",
         )
 
     def __int__(self) -> int:
-        self._refuse("asks for the int", "Write x.long(), or torch.floor(x)")
+        raise self._refusal("asks for the int", "Write x.long(), or torch.floor(x)")
 
     def __index__(self) -> int:
-        self._refuse(
+        raise self._refusal(
             "asks for the number (range(), an index of a list)",
             "Index a tensor; a loop may run over Python's own numbers",
         )
 
     def __float__(self) -> float:
-        self._refuse("asks for the float (float(), a function of the module math)", "Write x.float(), torch.exp(x)")
+        raise self._refusal(
+            "asks for the float (float(), a function of the module math)", "Write x.float(), torch.exp(x)"
+        )
 
     def item(self) -> NoReturn:
-        self._refuse("asks for the item()", "Compute with the value itself")
+        raise self._refusal("asks for the item()", "Compute with the value itself")
 
     def __len__(self) -> int:
-        self._refuse("asks for the length", "A value is a tensor of no dimensions")
+        raise self._refusal("asks for the length", "A value is a tensor of no dimensions")
 
     def __iter__(self) -> Any:
-        self._refuse("goes through the elements", "A value is a tensor of no dimensions")
+        raise self._refusal("goes through the elements", "A value is a tensor of no dimensions")
 
     def __getitem__(self, index: Any) -> "Value":
         if index is Ellipsis or index == ():
             return self
-        self.recorder.refuse("indexes a value, which has no dimensions", "indices of captured tensors")
+        raise self.recorder.refusal("indexes a value, which has no dimensions", "indices of captured tensors")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return refuse_operator(self.recorder, f".{name}")
+        raise operator_refusal(self.recorder, f".{name}")
 
     __hash__ = object.__hash__
 
 
-def refuse_operator(recorder: Recorder, name: str) -> NoReturn:
+def operator_refusal(recorder: Recorder, name: str) -> Exception:
     from ._operators import OPERATORS
 
-    recorder.refuse(f"uses {name}, which is no operator of score functions", OPERATORS)
+    return recorder.refusal(f"uses {name}, which is no operator of score functions", OPERATORS)
 
 
 def _any_recorder(args: Any, kwargs: Any) -> Recorder:
@@ -351,19 +368,26 @@ def _dispatch(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) 
         return Part(recorder, args[0])[args[1]]
     handler = handler_of(func)
     if handler is None:
-        refuse_operator(recorder, _name_of_function(func))
+        raise operator_refusal(recorder, _name_of_function(func))
     args = [recorder.taken(each) for each in args]
     kwargs = {name: recorder.taken(each) for name, each in kwargs.items()}
+    return call(recorder, handler, _name_of_function(func), args, kwargs)
+
+
+def call(recorder: Recorder, handler: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     try:
         return handler(*args, **kwargs)
     except TypeError as error:
-        if error.__traceback__ is not None and error.__traceback__.tb_next is None:  # an argument that it has not
-            recorder.refuse(f"gives {_name_of_function(func)} arguments that are not known ({error})", "its operands")
-        raise
+        # Of the call itself, an argument that it has not: no frame is below this one but a partial's.
+        trace = error.__traceback__
+        if trace is None or trace.tb_next is not None:
+            raise
+        what, accepted = f"gives {name} arguments that it does not take here", "what torch documents, but for out="
+        raise recorder.refusal(what, accepted, f"Python says: {error}", TypeError) from None
 
 
 def _name_of_function(func: Any) -> str:
-    return torch.overrides.resolve_name(func) or getattr(func, "__qualname__", repr(func))
+    return str(torch.overrides.resolve_name(func) or getattr(func, "__qualname__", repr(func)))
 
 
 _FACTORIES = {"tensor", "scalar_tensor", "full", "zeros", "ones", "as_tensor"}
@@ -382,7 +406,11 @@ class Recording(TorchFunctionMode):
             return _dispatch(self._recorder, func, args, kwargs)
         if getattr(func, "__name__", "") in _FACTORIES and not any(isinstance(each, torch.Tensor) for each in args):
             return self._number(func, args, kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        recorder = self._recorder
+        if recorder.made_here and any(map(recorder.is_made_here, args)) and isinstance(result, torch.Tensor):
+            recorder.made_here[id(result)] = result
+        return result
 
     def _number(self, func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
         """A tensor that the function makes of Python's numbers: of no dimensions it is a constant, which is never
@@ -403,7 +431,7 @@ def run(function: Callable[..., Any], recorder: Recorder, places: tuple[str, ...
     signature = "score, b, h, q_idx, kv_idx" if len(places) == 5 else "b, h, q_idx, kv_idx"
     accepted = f"a function of ({signature})"
     if not callable(function):
-        raise Refusal(recorder.argument, f"is {_kind_of(function)}", accepted).exception()
+        raise Refusal(recorder.argument, f"is {kind_of(function)}", accepted).exception()
     try:
         with Recording(recorder):
             result = function(*values)
@@ -425,7 +453,7 @@ def _value_of_result(recorder: Recorder, function: Any, result: Any) -> Value:
     if isinstance(result, Part):
         came = f"returns a tensor of {result.tensor.dim() - len(result.indices)} dimensions"
     elif not isinstance(result, Value):
-        came = f"returns {_kind_of(result)}"
+        came = f"returns {kind_of(result)}"
     elif not is_score and result.kind != BOOL:
         came = f"returns {result.kind}"
     else:
@@ -434,7 +462,3 @@ def _value_of_result(recorder: Recorder, function: Any, result: Any) -> Value:
     at = "" if code is None else f" ({code.co_filename}, line {code.co_firstlineno})"
     advice = "" if is_score or not isinstance(result, Value) else "Compare it: x != 0"
     raise Refusal(recorder.argument, came + at, accepted, advice).exception()
-
-
-def ranges_hold(value: int, dtype: str) -> bool:
-    return RANGES[dtype][0] <= value <= RANGES[dtype][1]

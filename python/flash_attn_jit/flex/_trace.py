@@ -40,7 +40,7 @@ _made: dict[tuple[Any, ...], _Made] = {}
 
 
 def trace(score_mod: Callable[..., Any] | None, mask_mod: Callable[..., Any] | None, device: torch.device) -> Traced:
-    """Code of functions with the signatures of flex_attention's; None leaves scores as they are, and shows all pairs."""
+    """Code of functions with flex_attention's signatures. None leaves scores as they are, and shows all pairs."""
     tensors = Tensors()
     score = None if score_mod is None else _recorded(score_mod, "score_mod", ("score", *PLACES), device, tensors)
     mask = None if mask_mod is None else _recorded(mask_mod, "mask_mod", PLACES, device, tensors)
