@@ -490,7 +490,7 @@ def line_of(function: Any, text: str) -> str:
 
 def refused(function: Any, error: type[Exception], *parts: str, is_mask: bool = False) -> str:
     with pytest.raises(error) as caught:
-        trace(*(None, function) if is_mask else (function, None), CPU)
+        trace(None if is_mask else function, function if is_mask else None, CPU)
     message = str(caught.value)
     for part in ("mask_mod" if is_mask else "score_mod", "; accepted: ", *parts):
         assert part in message, message

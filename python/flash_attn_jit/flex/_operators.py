@@ -641,6 +641,8 @@ _KNOWN = {Value, bool, int, float}
 
 
 def _method(name: str, handler: _Handler) -> _Handler:
+    shown = f".{name}"
+
     def method(self: Value, *args: Any, **kwargs: Any) -> Any:
         for each in args:
             if type(each) not in _KNOWN:
@@ -648,7 +650,7 @@ def _method(name: str, handler: _Handler) -> _Handler:
                 break
         if kwargs:
             kwargs = {name: self.recorder.taken(each) for name, each in kwargs.items()}
-        return call(self.recorder, handler, f".{name}", (self, *args), kwargs)
+        return call(self.recorder, handler, shown, (self, *args), kwargs)
 
     return method
 

@@ -125,7 +125,9 @@ class Tensors:
 def _known_of(tensor: torch.Tensor) -> Entry:
     """(type, the dimensions whose neighbours are neighbours in memory, whether 32 bits count its elements)."""
     strides = tensor.stride()
-    most = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides))
+    most = 0
+    for size, stride in zip(tensor.shape, strides):
+        most += (size - 1) * stride
     return STORED_NAMES[tensor.dtype], tuple(stride == 1 for stride in strides), most <= INT32[1]
 
 
@@ -371,10 +373,11 @@ def _dispatch(recorder: Recorder, func: Any, args: Any, kwargs: dict[str, Any]) 
         raise operator_refusal(recorder, _name_of_function(func))
     args = [recorder.taken(each) for each in args]
     kwargs = {name: recorder.taken(each) for name, each in kwargs.items()}
-    return call(recorder, handler, _name_of_function(func), args, kwargs)
+    return call(recorder, handler, func, args, kwargs)
 
 
-def call(recorder: Recorder, handler: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+def call(recorder: Recorder, handler: Callable[..., Any], named: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What stands for torch's function, or for the method of that name."""
     try:
         return handler(*args, **kwargs)
     except TypeError as error:
@@ -382,6 +385,7 @@ def call(recorder: Recorder, handler: Callable[..., Any], name: str, args: Any, 
         trace = error.__traceback__
         if trace is None or trace.tb_next is not None:
             raise
+        name = named if isinstance(named, str) else _name_of_function(named)
         what, accepted = f"gives {name} arguments that it does not take here", "what torch documents, but for out="
         raise recorder.refusal(what, accepted, f"Python says: {error}", TypeError) from None
 
