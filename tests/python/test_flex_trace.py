@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,10 @@ def close(found: torch.Tensor, expected: torch.Tensor, digits: int, code: str) -
 # ---- operators: each with its digits where it has fewer ----
 
 SCORES = """
-score + 1.5; 1.5 + score; score - 1; 1 - score; 3 * score; score * score; score / 3; score / 7.3; 2 / (score + 9)
--score; +score; abs(score); score.abs(); torch.abs(score); score.square(); torch.square(score); score ** 2; score ** 3
-score ** 5; score.pow(4); (score.abs() + 1) ** -2; (score.abs() + 1) ** 0.5; (score.abs() + 1) ** 2.5
-(score.abs() + 1) ** -0.5; 1.5 ** score; 2 ** score; (score.abs() + 1) ** (score * 0.5)
+score + 1.5; 1.5 + score; torch.neg(score); score - 1; 1 - score; 3 * score; score * score; score / 3; score / 7.3
+2 / (score + 9); -score; +score; abs(score); score.abs(); torch.abs(score); score.square(); torch.square(score)
+score ** 2; score ** 3; score ** 5; score.pow(4); (score.abs() + 1) ** -2; (score.abs() + 1) ** 0.5
+(score.abs() + 1) ** 2.5; (score.abs() + 1) ** -0.5; 1.5 ** score; 2 ** score; (score.abs() + 1) ** (score * 0.5)
 torch.pow(score.abs() + 1, 1.7); torch.pow(2.5, score); score ** 0; score ** 1; torch.exp(score); score.exp()
 torch.exp2(score); torch.expm1(score); torch.expm1(score * 0.01); torch.log(score.abs() + 0.01)
 torch.log2(score.abs() + 0.01); torch.log10(score.abs() + 0.1); torch.log1p(score.abs()); torch.log1p(score * 0.001)
@@ -359,6 +360,24 @@ def test_named_masks(tmp_path: Path) -> None:
         assert code.is_trivial == (name == "noop_mask")
 
 
+def test_operators_of_bools(tmp_path: Path) -> None:
+    masks = [
+        lambda b, h, q, k: torch.logical_and(q > k, h) | torch.bitwise_xor(q > 5, k.gt(3)),
+        lambda b, h, q, k: torch.logical_or(q < k, h) & torch.bitwise_not(q.ge(5)),
+        lambda b, h, q, k: torch.logical_xor(q < k, h) & torch.bitwise_or(q.le(90), k.ne(3)),
+        lambda b, h, q, k: torch.logical_not(torch.bitwise_and(q, 3)) | torch.eq(k, 7) | q.lt(5),
+        lambda b, h, q, k: torch.maximum(q > k, h == 1) + torch.minimum(q < 9, k > 4),
+        lambda b, h, q, k: (q > k) * (h != 1) | torch.where(h > 3, q > 3, k.long() > 50),
+        lambda b, h, q, k: (q > k) != (h > 2),
+        lambda b, h, q, k: ((q > k) == (h > 2)) & ~((q - k) > 30),
+        lambda b, h, q, k: (q > k) < (h > 2),
+        lambda b, h, q, k: torch.isnan(torch.log(q - k)) ^ torch.isinf(1 / h) ^ torch.isfinite(1 / b),
+    ]
+    at = places(1000)
+    for i, code in enumerate(compiled([trace(None, each, CPU) for each in masks], tmp_path)):
+        assert torch.equal(code(scores(len(at)), at).shown, vmap_in_torch(masks[i], at)), i
+
+
 def test_places_beyond_the_tensors_read_nothing_else(tmp_path: Path) -> None:
     """Rows of a tile may lie behind a sequence's last: what they are is of no account."""
 
@@ -469,6 +488,23 @@ def test_alibi_is_one_conversion_and_one_multiply_add_a_pair() -> None:
         assert "fma_rounded(m" in lines[2]
 
 
+@pytest.mark.parametrize(
+    ("expression", "count"),
+    {
+        "score + slopes[h] * (kv_idx - q_idx)": 1,
+        "score - slopes[h] * (kv_idx - q_idx).abs()": 1,
+        "score + (kv_idx - q_idx) / 7": 1,
+        "score + relative[h, kv_idx] + relative[h, q_idx] - slopes[h] * kv_idx": 3,
+        "torch.where(q_idx >= kv_idx, score + relative[h, kv_idx], -float('inf'))": 1,
+    }.items(),
+)
+def test_terms_of_a_sum_are_one_operation_each(expression: str, count: int) -> None:
+    code = code_of(function_of(expression, torch.float32))
+    code = code[code.index("scaled_sum(") :].split("}")[0]
+    assert code.count("fma_rounded(") == count, code
+    assert " * " not in code and "float v" in code, code
+
+
 def test_many_operators() -> None:
     def deep(score, b, h, q, k):
         for i in range(3000):
@@ -476,6 +512,20 @@ def test_many_operators() -> None:
         return score
 
     assert code_of(deep).count("tanh_of") > 3000
+
+
+def test_each_operator_that_errors_name_is_tested() -> None:
+    names = set(re.findall(r"\b[a-z][a-z_0-9]+\b", OPERATORS)) - {
+        "and",
+        "captured",
+        "tensors",
+        "indexed",
+        "by",
+        "values",
+    }
+    assert len(names) > 50
+    texts = SCORES + VALUES + inspect.getsource(named_masks) + inspect.getsource(test_operators_of_bools)
+    assert not {name for name in names - {"torch"} if not re.search(rf"\b{name}\(", texts)}
 
 
 # ---- errors ----

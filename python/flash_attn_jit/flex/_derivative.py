@@ -45,41 +45,47 @@ def _hidden_or(node: Node, addend: Derivative) -> Derivative:
 
 def scaled_sum(x: Expressions, addend: Node) -> Node:
     """score + addend x unit, of a score in units."""
-    done: dict[int, Node] = {}
-    for node in in_order([addend]):
-        if node.op == "where" and node.is_float:
-            chosen = (_hidden_or(arg, None) or done[id(arg)] for arg in node.args[1:])
-            done[id(node)] = x.make("where", node.args[0], *chosen)
-        elif node.is_float:
-            done[id(node)] = x.make("add", x.score(), _scaled_value(x, node))
-    return done[id(addend)]
+    return _with_addend(x, x.score(), addend, _MOST_TERMS)
 
 
-def _scaled_value(x: Expressions, node: Node) -> Node:
-    """A value that score takes no part in, times unit: what a block knows is multiplied, rather than each pair's."""
-    done: dict[int, Node] = {}
-    for each in in_order([node]):
-        done[id(each)] = _scaled(x, each, done) if each.is_float else each
-    return done[id(node)]
+_MOST_TERMS = 50  # one after the other, each a product and a sum in one
 
 
-def _scaled(x: Expressions, node: Node, done: dict[int, Node]) -> Node:
+def _with_addend(x: Expressions, total: Node, node: Node, depth: int) -> Node:
+    if depth > 0 and not node.is_of_block:
+        if node.op in ("add", "sub"):
+            a, b = node.args
+            total = _with_addend(x, total, a, depth - 1)
+            return _with_addend(x, total, b if node.op == "add" else x.make("neg", b), depth - 1)
+        if node.op == "where" and any(_ends_a_sum(arg) for arg in node.args[1:]):
+            chosen = (_chosen_addend(x, total, arg, depth - 1) for arg in node.args[1:])
+            return x.make("where", node.args[0], *chosen)
+    return x.make("add", total, _in_units(x, node))
+
+
+def _ends_a_sum(node: Node) -> bool:
+    return node.is_constant and node.value in (0, -math.inf)
+
+
+def _chosen_addend(x: Expressions, total: Node, node: Node, depth: int) -> Node:
+    if not _ends_a_sum(node):
+        return _with_addend(x, total, node, depth)
+    return node if node.value else total
+
+
+def _in_units(x: Expressions, node: Node) -> Node:
+    """A value times unit: what a block knows is multiplied, rather than each pair's."""
     unit = x.unit()
     if node.is_constant and (node.value == 0 or math.isinf(node.value)):
         return node
-    if node.is_of_block:
-        return x.make("mul", unit, node)
-    if node.op in ("add", "sub", "neg"):
-        return x.make(node.op, *(done[id(arg)] for arg in node.args))
-    if node.op == "where":
-        return x.make("where", node.args[0], *(done[id(arg)] for arg in node.args[1:]))
+    if node.op == "neg":
+        return x.make("neg", _in_units(x, node.args[0]))
     if node.op == "mul":
-        a, b = node.args
-        factor, other = (a, b) if a.is_of_block or not b.is_of_block else (b, a)
-        if factor.is_of_block or not (done[id(a)].op == "mul" and done[id(a)].args[0] is unit):
-            return x.make("mul", done[id(factor)], other)
-    if node.op == "div":
-        return x.make("div", done[id(node.args[0])], node.args[1])
+        for factor, other in (node.args, node.args[::-1]):
+            if factor.is_of_block and not other.is_of_block:
+                return x.make("mul", x.make("mul", unit, factor), other)
+    if node.op == "div" and node.args[1].is_of_block and not node.args[0].is_of_block:
+        return x.make("mul", node.args[0], x.make("div", unit, node.args[1]))
     return x.make("mul", unit, node)
 
 
