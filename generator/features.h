@@ -48,7 +48,7 @@ struct FeatureInfo {
 inline constexpr std::array kFeatures = {
     FeatureInfo{Feature::kSoftcap, "softcap", "kIsSoftcap", "with softcap", true, false, false},
     FeatureInfo{Feature::kAlibi, "alibi", "kHasAlibi", "with ALiBi slopes", true, true, false},
-    FeatureInfo{Feature::kBias16, "bias16", "kHasBias16", "with a float16 attn_bias", true, true, false},
+    FeatureInfo{Feature::kBias16, "bias16", "kHasBias16", "with an attn_bias of q's dtype", true, true, false},
     FeatureInfo{Feature::kBias32, "bias32", "kHasBias32", "with a float32 attn_bias", true, true, false},
     FeatureInfo{Feature::kBoolMask, "boolmask", "kHasBoolMask", "with a bool attn_bias", true, true, false},
     FeatureInfo{Feature::kUnpaired, "unpaired", "kIsUnpaired", "whose attn_bias is read one element at a time", false,

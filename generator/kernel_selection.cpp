@@ -66,6 +66,7 @@ KernelSelection default_pack() {
 std::vector<KernelSpec> select_kernels(const KernelSelection& selection, const ArchLimits& arch) {
   std::vector<KernelSpec> problems{KernelSpec{}};
   cross(problems, selection.kinds, &KernelSpec::kind);
+  cross(problems, selection.dtypes, &KernelSpec::dtype);
   cross(problems, selection.head_dims, &KernelSpec::head_dim);
   cross(problems, selection.masks, &KernelSpec::mask);
   cross(problems, feature_sets(selection), &KernelSpec::features);

@@ -16,6 +16,7 @@ struct Switch {
 
 struct KernelSelection {
   std::vector<KernelKind> kinds{KernelKind::kForward};
+  std::vector<DType> dtypes{DType::kFloat16};
   std::vector<int> head_dims;
   std::vector<Mask> masks;
   std::vector<int> group_sizes;

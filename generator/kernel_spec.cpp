@@ -117,6 +117,7 @@ bool take(std::vector<std::string_view>& words, std::size_t at, std::string_view
 }  // namespace
 
 KernelKind parse_kind(std::string_view text) { return parse_word(text, kKernelKinds, "kind"); }
+DType parse_dtype(std::string_view text) { return parse_word(text, kDTypes, "dtype"); }
 
 std::string_view to_text(DType dtype) { return dtype == DType::kFloat16 ? "fp16" : "bf16"; }
 std::string_view to_text(Mask mask) {
@@ -175,7 +176,7 @@ KernelSpec KernelSpec::parse(std::string_view text) {
                     feature_words() + " behind the mask where they are on, in this order");
   spec.kind = parse_kind(words[0]);
   spec.head_dim = parse_numbered(words[1], "hdim", "head_dim");
-  spec.dtype = parse_word(words[2], std::array{DType::kFloat16, DType::kBFloat16}, "dtype");
+  spec.dtype = parse_dtype(words[2]);
   spec.mask = parse_word(words[3], kAllMasks, "mask");
   spec.group_size = parse_numbered(words[4], "gqa", "group_size");
   spec.access = parse_word(words[5], std::array{GlobalAccess::kVector16B, GlobalAccess::kElement2B}, "access");

@@ -33,7 +33,9 @@ inline constexpr std::array kKernelKinds = {
 
 inline constexpr int kMostHeadDim = 256;
 
+// What q, k, v, out and their gradients are made of. Products are of float16 either way: see templates/stored.cuh.
 enum class DType : std::uint8_t { kFloat16, kBFloat16 };
+inline constexpr std::array kDTypes = {DType::kFloat16, DType::kBFloat16};
 
 // Which keys a query sees: all, those up to its place on the diagonal, or a window around that place whose two widths
 // are arguments of the launch.
@@ -101,6 +103,7 @@ struct KernelSpec {
 };
 
 KernelKind parse_kind(std::string_view text);  // throws SpecError
+DType parse_dtype(std::string_view text);      // throws SpecError
 std::string_view to_text(KernelKind);          // its family's word: "fwd", "bwd_dq"
 std::string_view to_text(DType);               // "fp16", "bf16"
 std::string_view to_text(Mask);                // "full", "causal", "window"

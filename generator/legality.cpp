@@ -31,11 +31,7 @@ std::optional<std::string> check_head_dim(std::int64_t head_dim) {
   return "head_dim is " + std::to_string(head_dim) + "; accepted: " + accepted_head_dims();
 }
 
-std::optional<std::string> check_problem(const KernelSpec& spec, const ArchLimits& arch) {
-  if (spec.dtype == DType::kBFloat16)
-    return arch.sm < 80 ? "dtype is bfloat16, which " + arch_name(arch) +
-                              " (Turing) has no instructions for; accepted: float16. Cast with .to(torch.float16)"
-                        : "dtype is bfloat16, which is not built yet; accepted: float16. Cast with .to(torch.float16)";
+std::optional<std::string> check_problem(const KernelSpec& spec) {
   if (auto reason = check_head_dim(spec.head_dim)) return reason;
   if (const int most = family_of(spec.kind).most_head_dim; spec.head_dim > most)
     return "head_dim is " + std::to_string(spec.head_dim) + " with kind " + std::string(to_text(spec.kind)) +
@@ -114,7 +110,7 @@ int parse_arch(std::string_view text) {
 }
 
 std::optional<std::string> check(const KernelSpec& spec, const ArchLimits& arch) {
-  if (auto reason = check_problem(spec, arch)) return reason;
+  if (auto reason = check_problem(spec)) return reason;
   if (auto reason = check_warps(spec)) return reason;
   if (auto reason = family_of(spec.kind).check_tile(spec)) return reason;
   return check_resources(spec, arch);

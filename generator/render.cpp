@@ -40,16 +40,8 @@ void inline_template(std::string_view file, const std::string& asked_by, const T
   }
 }
 
-// The templates' class of an element type: primitives.cuh.
-const char* element_class(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return "Fp16";
-    case DType::kBFloat16:
-      break;  // check() refuses it
-  }
-  throw Error("the templates have no class for elements of " + std::string(to_text(dtype)));
-}
+// The templates' class of what tensors are made of: stored.cuh.
+const char* stored_class(DType dtype) { return dtype == DType::kFloat16 ? "Fp16" : "Bf16"; }
 
 // The traits struct that specialises the kernel template: every number that the generator decided.
 std::string traits(const KernelSpec& spec) {
@@ -64,7 +56,8 @@ std::string traits(const KernelSpec& spec) {
   const auto flag = [&](std::string_view name, bool value) { return constant("bool", name, value ? "true" : "false"); };
   std::string features;
   for (const FeatureInfo& info : kFeatures) features += flag(info.trait, spec.has(info.feature));
-  return "// " + spec.text() + "\nstruct Traits {\n" + type("Element", element_class(spec.dtype)) +
+  return "// " + spec.text() + "\nstruct Traits {\n" + type("Element", "Fp16") +
+         type("Stored", stored_class(spec.dtype)) +
          type("Copy", spec.has(Feature::kPaged) ? "PagedCopy" : "RegisterStagedCopy") +
          number("kHeadDim", spec.head_dim) + number("kTileDims", kernel_dims(spec)) +
          number("kGroupSize", spec.group_size) + flag("kIsCausal", spec.mask == Mask::kCausal) +

@@ -221,7 +221,7 @@ void bind_attention(py::module_& module) {
   module.def("backward", &bindings::backward, py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
              py::arg("softmax_lse"), py::arg("dlse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("dbias"),
              py::arg("delta"), py::arg("options"), py::arg("dkdv_tile") = py::none(), py::arg("dq_tile") = py::none(),
-             py::arg("all_keys_tile") = py::none(), py::arg("user") = py::none());
+             py::arg("all_keys_tile") = py::none(), py::arg("peaks") = py::none(), py::arg("user") = py::none());
   module.def("keep_user_functions", &keep_user_functions, py::arg("code"));
   module.def("append", &bindings::append, py::arg("k"), py::arg("v"), py::arg("k_cache"), py::arg("v_cache"),
              py::arg("cache_seqlens"), py::arg("block_table"), py::arg("q"), py::arg("q_turned"), py::arg("rotary_cos"),
@@ -254,6 +254,7 @@ PYBIND11_MODULE(_core, module) {
   bind_limits(module);
   bindings::bind_tuning(module);
   module.def("interprets", [] { return config().interpret; }, "Whether CPU tensors are run by the interpreter.");
+  module.def("refuses_bfloat16", [] { return config().refuses_bfloat16; }, "Whether bfloat16 tensors are an error.");
   module.def("interpreter_report", &last_interpreter_report);
   module.def("devices", &devices);
   module.def("loaded_kernels", &loaded_kernels, py::arg("device"));

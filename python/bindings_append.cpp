@@ -10,12 +10,12 @@ namespace py = pybind11;
 namespace flash_attn_jit::bindings {
 namespace {
 
-constexpr const char* kAcceptedRotary = "(places, dims / 2), torch.float16, contiguous in the last dimension";
+constexpr const char* kAcceptedRotary = "(places, dims / 2), of k's dtype, contiguous in the last dimension";
 
 Rotary read_rotary(py::handle cos_object, py::handle sin_object, const Argument& k, bool interleaved) {
   const Argument cos("rotary_cos", cos_object), sin("rotary_sin", sin_object);
   for (const Argument* each : {&cos, &sin})
-    check_small_tensor(*each, k, ElementType::kFloat16, each->info.rank == 2, kAcceptedRotary);
+    check_small_tensor(*each, k, k.info.dtype, each->info.rank == 2, kAcceptedRotary);
   if (sin.info.shape != cos.info.shape)
     throw ArgumentError(
         {"rotary_sin", "has shape " + shape_text(sin.object), "rotary_cos's, " + shape_text(cos.object)});
@@ -43,6 +43,7 @@ void append(py::handle k_object, py::handle v_object, py::handle k_cache_object,
   check_small_tensor(cache_seqlens, k, ElementType::kInt32,
                      cache_seqlens.info.rank == 1 && cache_seqlens.info.shape[0] == batch, kAcceptedOfBatch);
   AppendRequest request;
+  request.dtype = dtype_of(k);
   request.k_new = view(k);
   request.v_new = view(v);
   request.k = view(k_cache);

@@ -3,9 +3,7 @@
 #include <string>
 
 #include "generator/errors.h"
-#include "python/bindings_errors.h"
 #include "runtime/launch/process.h"
-#include "runtime/system/errors.h"
 
 namespace py = pybind11;
 
@@ -27,34 +25,17 @@ void check_device(const Argument& argument) {
   throw ArgumentError({argument.name, device_came(argument), kAcceptedDevice});
 }
 
-// Where the kernels of a device's tensors run, in words, and its compute capability x 10.
-struct Chip {
-  std::string name;
-  int sm;
-};
-
-Chip chip_of(const Device& device) {
-  if (device.kind == DeviceKind::kCpu) return {"the interpreter, which plays sm_75", 75};
-  const py::gil_scoped_release without_gil;
-  Driver* driver = process_driver();
-  if (!driver) throw DriverError(process_driver_absence());
-  const DeviceInfo info = driver->device_info(device.ordinal);
-  return {info.name + " (sm_" + std::to_string(info.sm) + ")", info.sm};
-}
-
-void check_dtype(const Argument& argument) {
-  if (argument.info.dtype == ElementType::kFloat16) return;
-  const std::string name = argument.name;
-  Refusal refusal{name, "has dtype " + dtype_text(argument.object), kAcceptedDtype,
-                  "Cast it: " + name + ".to(torch.float16)"};
-  if (argument.info.dtype != ElementType::kBFloat16) throw ArgumentError(refusal);
-  const Chip chip = chip_of(argument.info.device);
-  if (chip.sm < 80) {
-    refusal.came += ", which has no hardware support on " + chip.name;
-    throw UnsupportedError(refusal);
-  }
-  refusal.came += ", which is not built yet for " + chip.name;
-  throw NotBuiltError(refusal);
+void check_dtype(const Argument& argument, const Argument& q) {
+  const ElementType dtype = argument.info.dtype;
+  const std::string name = argument.name, came = "has dtype " + dtype_text(argument.object);
+  if (dtype == ElementType::kBFloat16 && config().refuses_bfloat16)
+    throw UnsupportedError({name, came + ", and FLASH_ATTN_JIT_BFLOAT16 is refuse", "torch.float16",
+                            "Cast it: " + name + ".to(torch.float16)"});
+  if (dtype != ElementType::kFloat16 && dtype != ElementType::kBFloat16)
+    throw ArgumentError({name, came, kAcceptedDtype, "Cast it: " + name + ".to(torch.float16)"});
+  if (dtype != q.info.dtype)
+    throw ArgumentError({name, came + " and " + q.name + " " + dtype_text(q.object), std::string(q.name) + "'s dtype",
+                         "Cast it: " + name + ".to(" + dtype_text(q.object) + ")"});
 }
 
 }  // namespace
@@ -85,7 +66,11 @@ void check_input(const Argument& argument, const Argument& q, Layout layout) {
   if (argument.info.rank != (layout == Layout::kTotal ? 3 : 4)) refuse_rank(argument.name, argument.object, layout);
   check_device(argument);
   check_same_device(argument, q);
-  check_dtype(argument);
+  check_dtype(argument, q);
+}
+
+DType dtype_of(const Argument& argument) {
+  return argument.info.dtype == ElementType::kBFloat16 ? DType::kBFloat16 : DType::kFloat16;
 }
 
 void check_rows(const Argument& argument, const Argument& q) {

@@ -27,10 +27,10 @@ BiasGradient bias_gradient(py::handle object, const Argument& q) {
   check_same_device(argument, q);
   const TensorInfo& info = argument.info;
   const bool is_float32 = info.dtype == ElementType::kFloat32;
-  if (info.rank == 4 && (is_float32 || info.dtype == ElementType::kFloat16) && is_contiguous(info))
-    return {info.data, is_float32 ? PairType::kFloat32 : PairType::kFloat16, info.shape};
+  if (info.rank == 4 && (is_float32 || info.dtype == q.info.dtype) && is_contiguous(info))
+    return {info.data, is_float32 ? PairType::kFloat32 : pair_type_of(dtype_of(q)), info.shape};
   throw ArgumentError({argument.name, "has shape " + shape_text(object) + " and dtype " + dtype_text(object),
-                       "None, or (batches, heads, rows, keys), torch.float16 or torch.float32, contiguous"});
+                       "None, or (batches, heads, rows, keys), q's dtype or torch.float32, contiguous"});
 }
 
 }  // namespace
@@ -40,7 +40,7 @@ void backward(py::handle dout_object, py::handle q_object, py::handle k_object, 
               py::handle dk_object, py::handle dv_object, py::handle dbias_object, py::handle delta_object,
               py::handle options, const std::optional<std::string>& dkdv_tile,
               const std::optional<std::string>& dq_tile, const std::optional<std::string>& all_keys_tile,
-              py::handle user) {
+              py::handle peaks_object, py::handle user) {
   const Layout layout = layout_of(options);
   const Argument q("q", q_object), k("k", k_object), v("v", v_object), out("out", out_object),
       dout("dout", dout_object);
@@ -61,6 +61,11 @@ void backward(py::handle dout_object, py::handle q_object, py::handle k_object, 
     const Argument dlse("dlse", dlse_object);
     check_rows(dlse, q);
     request.dlse = static_cast<const float*>(dlse.info.data);
+  }
+  if (!peaks_object.is_none()) {
+    const Argument peaks("peaks", peaks_object);
+    check_rows(peaks, q);
+    request.peaks = static_cast<float*>(peaks.info.data);
   }
   request.options = read_options(options, q);
   request.options.user = read_user_functions(user, q);

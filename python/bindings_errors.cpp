@@ -67,8 +67,6 @@ void translate(std::exception_ptr pointer) {
     raise_refusal(error_class("UnsupportedError"), error);
   } catch (const ConfigError& error) {
     raise("ConfigError", error);
-  } catch (const NotBuiltError& error) {
-    raise_refusal(builtin(PyExc_NotImplementedError), error);
   } catch (const ArgumentError& error) {
     raise_refusal(builtin(PyExc_ValueError), error);
   } catch (const SpecError& error) {

@@ -5,14 +5,7 @@
 
 #include <string>
 
-#include "generator/errors.h"
-
 namespace flash_attn_jit::bindings {
-
-// What this library will do but does not do yet; NotImplementedError in Python.
-struct NotBuiltError : RefusalError {
-  using RefusalError::RefusalError;
-};
 
 // For people to read: a path or a compiler's words may hold bytes that are no UTF-8, which come out as U+FFFD.
 pybind11::str readable(const std::string& text);

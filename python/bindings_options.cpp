@@ -23,10 +23,11 @@ constexpr const char* kAcceptedCuSeqlens =
     "(batch + 1), torch.int32, contiguous: where each sequence begins, and where the last ends";
 
 constexpr const char* kAcceptedBias =
-    "None, or torch.bool, torch.float16 or torch.float32, of 1 to 4 dimensions that broadcast to (batch, num_heads, "
+    "None, or torch.bool, torch.float32 or q's dtype, of 1 to 4 dimensions that broadcast to (batch, num_heads, "
     "seqlen_q, seqlen_k)";
 constexpr const char* kAcceptedSeed = "(2), torch.int32, contiguous, where dropout_p is not 0.0";
-constexpr const char* kAcceptedSinks = "None, or (num_heads), torch.float32 or torch.float16, contiguous";
+constexpr const char* kAcceptedSinks =
+    "None, or (num_heads), torch.float32, torch.float16 or torch.bfloat16, contiguous";
 constexpr const char* kAcceptedBlockTable =
     "None, or (batch, pages of a sequence), torch.int32, contiguous in the last dimension: page numbers";
 
@@ -118,10 +119,11 @@ std::optional<PairTensor> read_bias(py::handle options, const Argument& q) {
   const Argument argument(field.attn_bias.name, field.attn_bias(options));
   check_same_device(argument, q);
   const TensorInfo& info = argument.info;
-  PairTensor bias{info.data, PairType::kFloat16, {1, 1, 1, 1}, {}};
+  const bool is_like_q = info.dtype == q.info.dtype;
+  PairTensor bias{info.data, pair_type_of(dtype_of(q)), {1, 1, 1, 1}, {}};
   if (info.dtype == ElementType::kFloat32) bias.type = PairType::kFloat32;
   if (info.dtype == ElementType::kBool) bias.type = PairType::kBool;
-  const bool is_known = info.dtype == ElementType::kFloat16 || bias.type != PairType::kFloat16;
+  const bool is_known = is_like_q || info.dtype == ElementType::kFloat32 || info.dtype == ElementType::kBool;
   if (!is_known || info.rank < 1 || info.rank > 4)
     throw ArgumentError({argument.name,
                          "has shape " + shape_text(argument.object) + " and dtype " + dtype_text(argument.object),
@@ -217,6 +219,7 @@ std::int64_t num_splits(py::handle options) { return field.num_splits(options); 
 
 AttentionOptions read_options(py::handle options, const Argument& q) {
   AttentionOptions read;
+  read.dtype = dtype_of(q);
   read.softmax_scale = field.softmax_scale(options).value_or(default_softmax_scale(q.info.shape[q.info.rank - 1]));
   set_mask(read, field.causal(options), {field.window_left(options), field.window_right(options)});
   read.softcap = field.softcap(options);

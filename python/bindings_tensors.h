@@ -51,7 +51,7 @@ pybind11::object empty_floats(std::int64_t count, pybind11::handle like);
 bool uses_exchange_api();
 
 // What is accepted, in words.
-inline constexpr const char* kAcceptedDtype = "torch.float16";
+inline constexpr const char* kAcceptedDtype = "torch.float16 or torch.bfloat16";
 inline constexpr const char* kAcceptedDevice =
     "a CUDA device, or the CPU in the interpreter, slow and checked: set FLASH_ATTN_JIT_INTERPRET=1 before Python "
     "starts";

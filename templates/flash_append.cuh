@@ -9,8 +9,8 @@
 
 template <class Traits>
 class FlashAppend {
-  using Element = typename Traits::Element;
-  using Bits = typename Element::Bits;
+  using Stored = typename Traits::Stored;
+  using Bits = typename Stored::Bits;
 
  public:
   __device__ __forceinline__ explicit FlashAppend(const FlashAppendParams& params) : params_(params) {}
@@ -77,13 +77,13 @@ class FlashAppend {
     const int row = place < 0 ? 0 : place < rotary.rows ? place : rotary.rows - 1;
     const float cos = number(rotary.cos, row * rotary.cos_stride + pair);
     const float sin = number(rotary.sin, row * rotary.sin_stride + pair);
-    const float own = Element::low(load_global_2B(x + dim));
-    const float other = Element::low(load_global_2B(x + (is_first ? dim + apart : dim - apart)));
-    return Element::pack(fma_rounded(own, cos, is_first ? -other * sin : other * sin), 0.0f);
+    const float own = Stored::low(load_global_2B(x + dim));
+    const float other = Stored::low(load_global_2B(x + (is_first ? dim + apart : dim - apart)));
+    return Stored::pack(fma_rounded(own, cos, is_first ? -other * sin : other * sin), 0.0f);
   }
 
   static __device__ __forceinline__ float number(const void* numbers, long long at) {
-    return Element::low(load_global_2B(static_cast<const Bits*>(numbers) + at));
+    return Stored::low(load_global_2B(static_cast<const Bits*>(numbers) + at));
   }
 
   const FlashAppendParams& params_;

@@ -24,6 +24,7 @@
 #include "flash_bwd_all_keys.cuh"
 #include "flash_bwd_params.cuh"
 #include "flash_bwd_side.cuh"
+#include "gradient_scale.cuh"
 #include "primitives.cuh"
 #include "query_statistics.cuh"
 #include "row_fragments.cuh"
@@ -91,8 +92,8 @@ template <class Traits>
 class FlashBwd {
   using Tile = FlashBwdTile<Traits>;
   using Element = typename Traits::Element;
-  using Bits = typename Element::Bits;
-  using Matrix = GlobalMatrix<Element>;
+  using Bits = typename Traits::Stored::Bits;
+  using Matrix = GlobalMatrix<typename Traits::Stored>;
   using Side = typename Tile::Side;
   static constexpr int kMTiles = Tile::kMTiles, kDTiles = Tile::kDims / 8, kSteps = Tile::kSteps;
   static constexpr int kOutputDTiles = Tile::kOutputDims / 8;
@@ -154,6 +155,7 @@ class FlashBwd {
     if (!sees_rows()) return write_out();
     const TileRange columns = column_tiles();
     if (columns.begin < columns.end) {
+      if constexpr (kConverts<Traits> && Side::kColumnsAreQueries) find_scale(columns);
       load_rows();
       for (int i = 0; i < Side::kQueryHeads; ++i) {
         locate(reread_thread_in_block(), reread_block_in_grid());
@@ -193,6 +195,38 @@ class FlashBwd {
     return any_in_block(is_shown);
   }
 
+  // ---- what gradients are scaled by: see gradient_scale.cuh ----
+
+  // That of all queries whose gradients the block adds up.
+  __device__ __forceinline__ void find_scale(const TileRange& columns) {
+    if constexpr (Side::kMakesDq) {
+      for (int i = 0; i < Side::kQueryHeads; ++i)
+        Tile::Dq::write_delta(tensors(), head_ * Side::kQueryHeads + i, warp_, lane_);
+      block_barrier();
+    }
+    const int begin = columns.begin * Traits::kBlockN;
+    const int end = Sequence<Traits>::minimum(columns.end * Traits::kBlockN, seqlen_columns());
+    float peak = 0.0f;
+    for (int i = 0; i < Side::kQueryHeads; ++i)
+#pragma unroll 4
+      for (int query = begin + thread_in_block(); query < end; query += Tile::kThreads)
+        peak = max_ignoring_nan(
+            peak, load_peak(params_, sequence_.statistics_offset(head_ * Side::kQueryHeads + i, query), true));
+    scale_ = GradientScale<Traits>(greatest_in_block<Traits::kNWarps>(peak));
+  }
+
+  // That of the warp's rows, where these are queries. Found twice: keeping it would take a register from the main loop.
+  __device__ __forceinline__ void find_scale_of_rows() {
+    float peak = 0.0f;
+#pragma unroll
+    for (int r = 0; r < 2 * kMTiles; ++r) {
+      const int row = lane_row(r);
+      peak = max_ignoring_nan(peak,
+                              load_peak(params_, sequence_.statistics_offset(head_, row), row < sequence_.seqlen_q()));
+    }
+    scale_ = GradientScale<Traits>(greatest_in_warp<4>(peak));
+  }
+
   // ---- memory ----
 
   __device__ __forceinline__ FlashBwdTensors<Traits> tensors() const { return {params_, sequence_}; }
@@ -208,9 +242,11 @@ class FlashBwd {
     const Matrix s_rows = Side::s_rows(tensors(), head_), dp_rows = Side::dp_rows(tensors(), head_);
     const SharedAddress staging = warp_ * Tile::kStagingWarpBytes;
     const SharedAddress rows = Tile::kRowsBegin + warp_ * Tile::kWarpRowsBytes;
+    if constexpr (kConverts<Traits> && !Side::kColumnsAreQueries) find_scale_of_rows();
     s_rows_.template load<Rows>(s_rows, first_row(), seqlen_rows(), params_.sign, lane_, staging, rows);
     dp_rows_.template load<Rows>(dp_rows, first_row(), seqlen_rows(), 0, lane_, staging,
-                                 rows + Tile::SFragments::kSharedBytes);
+                                 rows + Tile::SFragments::kSharedBytes,
+                                 Side::kColumnsAreQueries ? 1.0f : scale_.factor());
     if (!Side::kColumnsAreQueries) {
 #pragma unroll
       for (int r = 0; r < 2 * kMTiles; ++r) {
@@ -244,7 +280,9 @@ class FlashBwd {
 
   // As they are multiplied.
   static __device__ __forceinline__ float scaled_lse(float lse) { return lse * kLog2E; }
-  __device__ __forceinline__ float scaled_delta(float delta) const { return delta * params_.softmax_scale; }
+  __device__ __forceinline__ float scaled_delta(float delta) const {
+    return delta * params_.softmax_scale * scale_.factor();
+  }
 
   // The tile whose last step waits, that of the next iteration, and the one that this prefetches. Iteration 0 prefetches tile 0 once more and does not
   // use it: that costs less than a branch.
@@ -302,7 +340,8 @@ class FlashBwd {
 
   __device__ __forceinline__ void commit(const InFlight& in, SharedAddress slot) const {
     Stream::template commit<Columns>(in.s_columns, slot);
-    Stream::template commit<Columns>(in.dp_columns, slot + Tile::kTileBytes);
+    Stream::template commit<Columns>(in.dp_columns, slot + Tile::kTileBytes,
+                                     Side::kColumnsAreQueries ? scale_.factor() : 1.0f);
     if (Side::kColumnsAreQueries && has_column())
       store_statistics(slot + 2 * Tile::kTileBytes, thread_in_block(), scaled_lse(in.lse), scaled_delta(in.delta));
     block_barrier();
@@ -452,8 +491,13 @@ class FlashBwd {
         if (!keeps) row_p[c] = 0.0f;
       }
       p[r / 2][r % 2] = Element::pack(row_p[0], row_p[1]);
-      ds[r / 2][r % 2] = Element::pack(row_ds[0], row_ds[1]);
+      ds[r / 2][r % 2] = pack_ds(row_ds[0], row_ds[1]);
     }
+  }
+
+  // Where dout is scaled here, nobody would see that it was by too much.
+  static __device__ __forceinline__ unsigned pack_ds(float lo, float hi) {
+    return kConverts<Traits> ? Element::pack_toward_zero(lo, hi) : Element::pack(lo, hi);
   }
 
   // gradient += operands x the step's columns of a tile.
@@ -492,7 +536,7 @@ class FlashBwd {
     variant_.prepare(params_, sequence_, head_q, kStartsScores ? reciprocal(params_.softmax_scale_log2) : 1.0f);
     if constexpr (Traits::kHasDropout)
       dropout_.prepare(params_.dropout, sequence_.batch() * params_.num_heads + head_q);
-    if constexpr (Side::kMakesDq) {
+    if constexpr (Side::kMakesDq && !kConverts<Traits>) {  // else find_scale() has
       Tile::Dq::write_delta(tensors(), head_q, warp_, lane_);
       block_barrier();
     }
@@ -665,11 +709,12 @@ class FlashBwd {
 
   __device__ __forceinline__ void write_out() {
     locate(reread_thread_in_block(), reread_block_in_grid());
-    write_gradient(ds_gradient_, Side::ds_gradient(tensors(), head_), 1.0f);
+    if constexpr (kConverts<Traits> && !Side::kColumnsAreQueries) find_scale_of_rows();
+    write_gradient(ds_gradient_, Side::ds_gradient(tensors(), head_), scale_.inverse());
     if constexpr (Side::kMakesDv) {
       float factor = has_nan_probabilities() ? not_a_number() : 1.0f;
       if constexpr (Traits::kHasDropout) factor *= params_.dropout.scale;
-      write_gradient(p_gradient_, tensors().dv(head_), factor);
+      write_gradient(p_gradient_, tensors().dv(head_), factor * scale_.inverse());
     }
   }
 
@@ -693,7 +738,7 @@ class FlashBwd {
   // Of tile n_block_, behind the barrier that all its dS stand before.
   __device__ __forceinline__ void write_dq() const {
     dq_.write_tile(slot_ + Tile::kDsBegin, sequence_, tensors().dq(head_q_), n_block_ * Traits::kBlockN,
-                   params_.sign == 0 ? 1.0f : -1.0f, warp_, lane_);
+                   (params_.sign == 0 ? 1.0f : -1.0f) * scale_.inverse(), warp_, lane_);
   }
 
   // What is made of a sequence's queries where it has no keys: there are none to read a tensor of pairs at.
@@ -729,6 +774,7 @@ class FlashBwd {
   int lane_, warp_;
   Sequence<Traits> sequence_;
   int row_begin_, head_, head_q_, first_output_dim_;
+  GradientScale<Traits> scale_;
   Variant variant_;
   Dropout dropout_;
   ListedTiles<Traits::kBlockN> listed_;

@@ -23,7 +23,8 @@
 template <class Traits, class Tile>
 class AllKeysDq {
   using Element = typename Traits::Element;
-  using Matrix = GlobalMatrix<Element>;
+  using Stored = typename Traits::Stored;
+  using Matrix = GlobalMatrix<Stored>;
   // Out of Traits: Tile asks for its sizes.
   static constexpr int kSteps = Traits::kBlockN / 8, kMTiles = Traits::kBlockM / Traits::kNWarps / 16;
   static constexpr int kDims = Traits::kTileDims, kDimParts = kDims / 16;
@@ -62,7 +63,7 @@ class AllKeysDq {
     for (int i = 0; i < Traits::kBlockM / 16; ++i) load_k(kept_[i], 16 * i, warp % kDimParts * 16, lane);
   }
 
-  // dQ of the queries from `query` on, from their dS and K's rows, whose sign `factor` sets right.
+  // dQ of the queries from `query` on, from their dS and K's rows, whose sign and scale `factor` sets right.
   __device__ __forceinline__ void write_tile(SharedAddress ds_tile, const Sequence<Traits>& sequence, const Matrix& dq,
                                              int query, float factor, int warp, int lane) const {
     const int end_query = Sequence<Traits>::minimum(query + Traits::kBlockN, sequence.seqlen_q());
@@ -100,14 +101,15 @@ class AllKeysDq {
     constexpr int kRows = RowDelta<Traits>::kRowsAtOnce;
     for (int row = warp * kRows; row < of.sequence.seqlen_q(); row += Traits::kNWarps * kRows)
       RowDelta<Traits>::write(of.out(head), of.dout(head), row, of.sequence.seqlen_q(), lane,
-                              params.softmax_lse + statistics, dlse, params.delta + statistics);
+                              params.softmax_lse + statistics, dlse, params.delta + statistics,
+                              {params.peaks + statistics, params.softmax_scale});
   }
 
  private:
   static constexpr bool kKeepsPart = kKeepsKeys && kParts <= Traits::kNWarps;
 
-  static __device__ __forceinline__ typename Element::Bits* row_of(const Matrix& dq, int row) {
-    return const_cast<typename Element::Bits*>(dq.base) + row * dq.row_stride;
+  static __device__ __forceinline__ typename Stored::Bits* row_of(const Matrix& dq, int row) {
+    return const_cast<typename Stored::Bits*>(dq.base) + row * dq.row_stride;
   }
 
   // K^T's fragments of 16 dims x 16 keys: dims 0-7 and 8-15 of the first 8 keys, then of the last 8.
@@ -148,7 +150,7 @@ class AllKeysDq {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const unsigned pair =
-            Element::pack((acc[s][0][c] + acc[s][1][c]) * factor, (acc[s][0][c + 2] + acc[s][1][c + 2]) * factor);
+            Stored::pack((acc[s][0][c] + acc[s][1][c]) * factor, (acc[s][0][c + 2] + acc[s][1][c + 2]) * factor);
         const SharedAddress at =
             staging + (8 * s + lane_column(lane) + c) * kStagingPitch + lane_row(lane) * kElementBytes;
         store_shared_2B(at, pair);

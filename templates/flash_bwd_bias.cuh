@@ -16,6 +16,7 @@
 #include "dropout.cuh"
 #include "flash_bwd_params.cuh"
 #include "flash_bwd_side.cuh"
+#include "gradient_scale.cuh"
 #include "primitives.cuh"
 #include "query_statistics.cuh"
 #include "row_fragments.cuh"
@@ -140,6 +141,7 @@ class FlashBwdBias {
   struct InFlight {
     typename Stream::InFlight q, dout;
     float lse, delta;
+    float peak;  // of some of its queries
   };
 
  public:
@@ -196,18 +198,27 @@ class FlashBwdBias {
     prefetch(in.dout, tensors.dout(tile.head), tile.query / Traits::kBlockN, queries);
     load_statistics<Variant>(params_, tile.sequence.statistics_offset(tile.head, tile.query + i),
                              i < Traits::kBlockN && i < queries, in.lse, in.delta);
+    if constexpr (kConverts<Traits>) {
+      in.peak = 0.0f;
+#pragma unroll
+      for (int lane = lane_; lane < Traits::kBlockN; lane += 32)
+        in.peak = max_ignoring_nan(
+            in.peak, load_peak(params_, tile.sequence.statistics_offset(tile.head, tile.query + lane), lane < queries));
+    }
   }
 
-  static __device__ __forceinline__ void prefetch(typename Stream::InFlight& in, const GlobalMatrix<Element>& matrix,
-                                                  int tile, int rows) {
+  static __device__ __forceinline__ void prefetch(typename Stream::InFlight& in,
+                                                  const GlobalMatrix<typename Traits::Stored>& matrix, int tile,
+                                                  int rows) {
     Stream stream(matrix);
     stream.go_to(tile);
     stream.prefetch_bounded(in, 0, rows);
   }
 
-  __device__ __forceinline__ void commit(const InFlight& in) const {
+  __device__ __forceinline__ void commit(const InFlight& in) {
+    if constexpr (kConverts<Traits>) scale_ = GradientScale<Traits>(greatest_in_warp(in.peak));
     Stream::template commit<MemoryOrder>(in.q, 0);
-    Stream::template commit<MemoryOrder>(in.dout, Tile::kTileBytes);
+    Stream::template commit<MemoryOrder>(in.dout, Tile::kTileBytes, scale_.factor());
     if (thread_in_block() < Traits::kBlockN)
       store_statistics(Tile::kStatisticsBegin, thread_in_block(), in.lse * kLog2E, in.delta);
     block_barrier();
@@ -313,7 +324,7 @@ class FlashBwdBias {
                                              lane_query(tile, step) + c, lane_key(r));
         const float p = saturate(exp2_approx(exponent));  // see log_sum_exp()
         float& sum = sums_[r / 2][Traits::kIsOneRow ? 0 : step][at];
-        sum = fma_rounded(p, kept(dp[r / 2][0][at], r, step, c) - of.delta[c], sum);
+        sum = fma_rounded(p, kept(dp[r / 2][0][at] * scale_.inverse(), r, step, c) - of.delta[c], sum);
       }
   }
 
@@ -345,12 +356,13 @@ class FlashBwdBias {
     if (dbias.is_float32)
       store_global_f32(static_cast<float*>(dbias.data) + at, sum);
     else
-      store_global_2B(static_cast<typename Element::Bits*>(dbias.data) + at, Element::pack(sum, 0.0f));
+      store_global_2B(static_cast<typename Traits::Stored::Bits*>(dbias.data) + at, Traits::Stored::pack(sum, 0.0f));
   }
 
   const FlashBwdParams& params_;
   SummedTiles<Traits> tiles_;
   const int lane_, warp_;
+  GradientScale<Traits> scale_;  // of the tile's queries: sums are floats
   Variant variant_;
   Dropout dropout_;
   typename Dropout::Kept kept_;

@@ -8,7 +8,7 @@
 // all queries.
 struct BiasGradientParams {
   void* data;
-  bool is_float32;  // or float16
+  bool is_float32;  // or of 16 bits, as tensors are
   int sequences;    // of the problem
   int batches, heads, rows, keys;
 };
@@ -35,5 +35,6 @@ struct FlashBwdParams : AttentionParams {
   const float* dlse;  // softmax_lse's gradient, like it; null: it has none
   BiasGradientParams dbias;
   DropoutParams dropout;
+  float* peaks;  // like delta, where tensors are bfloat16: see gradient_scale.cuh
   UserParams user;
 };

@@ -19,8 +19,8 @@ enum class RowSide { kQueries, kKeys, kAllKeys };
 // Heads of the tensors, from the sequence's first row on.
 template <class Traits>
 struct FlashBwdTensors {
-  using Matrix = GlobalMatrix<typename Traits::Element>;
-  using Bits = typename Traits::Element::Bits;
+  using Matrix = GlobalMatrix<typename Traits::Stored>;
+  using Bits = typename Traits::Stored::Bits;
 
   const FlashBwdParams& params;
   const Sequence<Traits>& sequence;

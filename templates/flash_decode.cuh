@@ -57,7 +57,7 @@ template <class Traits>
 class FlashDecode {
   using Tile = FlashDecodeTile<Traits>;
   using Element = typename Traits::Element;
-  using Bits = typename Element::Bits;
+  using Bits = typename Traits::Stored::Bits;
   using Matrix = KeyMatrix<Traits>;
   static constexpr int kDims = Traits::kHeadDim, kGroup = Traits::kGroupSize;
   static constexpr int kKeys = Traits::kBlockN, kSteps = kKeys / 8;
@@ -142,6 +142,7 @@ class FlashDecode {
     load<32>(chunk, query, 32 * c + lane_ % 4 * kChunkDims, row < rows());
 #pragma unroll
     for (int j = 0; j < 4; ++j) chunk.word[j] ^= params_.sign;
+    to_elements<Traits>(chunk);
   }
 
   __device__ __forceinline__ void load_queries(QueryChunks& q) const {
@@ -211,13 +212,15 @@ class FlashDecode {
 #pragma unroll
       for (int j = 0; j < 4; ++j)
 #pragma unroll
-        for (int n = 0; n < kSteps; ++n)
+        for (int n = 0; n < kSteps; ++n) {
+          const unsigned keys = to_elements<Traits>(k[n][c].word[j]);
 #pragma unroll
           for (int m = 0; m < kMTiles; ++m)
             if (c == 0 && j == 0)
-              Element::multiply(scores.s[m][n], rows[2 * m].word[j], rows[2 * m + 1].word[j], k[n][c].word[j]);
+              Element::multiply(scores.s[m][n], rows[2 * m].word[j], rows[2 * m + 1].word[j], keys);
             else
-              Element::multiply_add(scores.s[m][n], rows[2 * m].word[j], rows[2 * m + 1].word[j], k[n][c].word[j]);
+              Element::multiply_add(scores.s[m][n], rows[2 * m].word[j], rows[2 * m + 1].word[j], keys);
+        }
     }
   }
 
@@ -229,7 +232,8 @@ class FlashDecode {
 #pragma unroll
         for (int j = 0; j < kChunkDims; ++j) {
           const unsigned first = v[n][0][c].word[j / 2], second = v[n][1][c].word[j / 2];
-          const unsigned both = j % 2 == 0 ? low_halves(first, second) : high_halves(first, second);
+          const unsigned both =
+              to_elements<Traits>(j % 2 == 0 ? low_halves(first, second) : high_halves(first, second));
 #pragma unroll
           for (int m = 0; m < kMTiles; ++m) Element::multiply_add(acc_o_[m][8 * c + j], p[m][n][0], p[m][n][1], both);
         }
@@ -463,7 +467,7 @@ class FlashDecode {
     Bits* const out = static_cast<Bits*>(params_.out) + sequence_.query_offset(strides, head_of(row)) +
                       query_of(row) * strides.row + dim;
     Vec16 chunk;
-    pack_chunk<Element>(chunk, o, inverse_sum(all));
+    pack_chunk<typename Traits::Stored>(chunk, o, inverse_sum(all));
     store_chunk<Traits>(out, dim, chunk);
     if (dim == 0) store_global_f32(params_.softmax_lse + statistics_of(row), log_sum_exp(all));
   }

@@ -11,8 +11,8 @@
 
 template <class Traits>
 class FlashDecodeCombine {
-  using Element = typename Traits::Element;
-  using Bits = typename Element::Bits;
+  using Stored = typename Traits::Stored;
+  using Bits = typename Stored::Bits;
 
  public:
   __device__ __forceinline__ FlashDecodeCombine(const FlashDecodeParams& params, int row, int lane)
@@ -69,7 +69,7 @@ class FlashDecodeCombine {
       }
     }
     Vec16 chunk;
-    pack_chunk<Element>(chunk, o, inverse_sum(all));
+    pack_chunk<Stored>(chunk, o, inverse_sum(all));
     const int query = row_ % params_.seqlen_q, batch_head = row_ / params_.seqlen_q;
     const TensorStrides& strides = params_.out_strides;
     Bits* const out = static_cast<Bits*>(params_.out) + batch_head / params_.num_heads * strides.batch +

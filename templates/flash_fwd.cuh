@@ -69,8 +69,8 @@ template <class Traits>
 class FlashFwd {
   using Tile = FlashFwdTile<Traits>;
   using Element = typename Traits::Element;
-  using Bits = typename Element::Bits;
-  using Matrix = GlobalMatrix<Element>;
+  using Bits = typename Traits::Stored::Bits;
+  using Matrix = GlobalMatrix<typename Traits::Stored>;
   static constexpr int kMTiles = Tile::kMTiles, kNTiles = Tile::kNTiles, kDTiles = Tile::kDTiles;
   static constexpr int kPitch = row_pitch(Tile::kDims);
   static constexpr int kProducts = kMTiles * kNTiles * kDTiles;  // tensor instructions of each of the two products

@@ -13,9 +13,9 @@ __device__ __forceinline__ int divided(int n, const Divisor& by) {
 }
 
 // Pages of page_size rows, in the order of a sequence's table. Rows count from the sequence's first key.
-template <class Element>
+template <class Stored>
 struct PagedMatrix {
-  using Bits = typename Element::Bits;
+  using Bits = typename Stored::Bits;
 
   const Bits* base;  // of page 0, row 0
   long long row_stride, page_stride;
@@ -41,22 +41,22 @@ struct PagedMatrix {
   __device__ __forceinline__ bool hold_tiles(int rows) const { return page_size % rows == 0 && first_key % rows == 0; }
 };
 
-template <bool kIsPaged, class Element>
+template <bool kIsPaged, class Stored>
 struct KeyMatrixOf {
-  using Type = GlobalMatrix<Element>;
+  using Type = GlobalMatrix<Stored>;
 };
-template <class Element>
-struct KeyMatrixOf<true, Element> {
-  using Type = PagedMatrix<Element>;
+template <class Stored>
+struct KeyMatrixOf<true, Stored> {
+  using Type = PagedMatrix<Stored>;
 };
 template <class Traits>
-using KeyMatrix = typename KeyMatrixOf<Traits::kIsPaged, typename Traits::Element>::Type;
+using KeyMatrix = typename KeyMatrixOf<Traits::kIsPaged, typename Traits::Stored>::Type;
 
 // K's or V's rows of a sequence and a head; row 0 is the sequence's first key.
 template <class Traits>
 __device__ __forceinline__ KeyMatrix<Traits> key_matrix(const FlashFwdParams& params, const Sequence<Traits>& sequence,
                                                         const void* tensor, const TensorStrides& strides, int head) {
-  const auto* base = static_cast<const typename Traits::Element::Bits*>(tensor) + sequence.key_offset(strides, head);
+  const auto* base = static_cast<const typename Traits::Stored::Bits*>(tensor) + sequence.key_offset(strides, head);
   if constexpr (Traits::kIsPaged) {
     const KeyCacheParams& cache = params.cache;
     const int* const pages = cache.pages + sequence.batch() * cache.pages_stride;
@@ -78,7 +78,7 @@ __device__ __forceinline__ KeyMatrix<Traits> key_matrix(const FlashFwdParams& pa
 template <class Traits, int kRows, bool kIsInOnePage>
 class KeyTile {
   using Matrix = KeyMatrix<Traits>;
-  using Bits = typename Traits::Element::Bits;
+  using Bits = typename Traits::Stored::Bits;
 
  public:
   // From row `first`, a multiple of kRows, which may lie at `end` or beyond: then it is not read.

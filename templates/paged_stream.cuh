@@ -10,7 +10,7 @@ class PagedStream {
   static constexpr int kChunksPerRow = kDims / kChunkDims;
   static constexpr int kChunks = kRows * kChunksPerRow;
   static constexpr int kPasses = (kChunks + kThreads - 1) / kThreads;
-  using Matrix = PagedMatrix<typename Traits::Element>;
+  using Matrix = PagedMatrix<typename Traits::Stored>;
 
  public:
   using InFlight = Vec16[kPasses];

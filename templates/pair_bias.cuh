@@ -9,6 +9,7 @@
 #include "lane_order.cuh"
 #include "primitives.cuh"
 #include "score_feature.cuh"
+#include "stored.cuh"
 
 // ---- what the tensor is made of: an element of what was loaded, and what a score becomes ----
 
@@ -38,6 +39,29 @@ struct FloatBias {
     return fma_rounded(float_of_bits(is_beyond ? (bits & kSign) | bits_of_float(kMostBias) : bits), unit, score);
   }
 };
+
+// The upper halves of floats, which reach as far as these.
+struct BrainBias {
+  static constexpr int kBytes = 2;
+  static constexpr bool kIsLarge = true, kHidesOnly = false;
+
+  static __device__ __forceinline__ unsigned load(const char* at) { return load_global_2B(at); }
+  static __device__ __forceinline__ float apply(float score, unsigned bits, float unit) {
+    return FloatBias::apply(score, bits << 16, unit);
+  }
+};
+
+// 16 bits an element, of the type that the tensors have.
+template <class Stored>
+struct StoredBiasOf {
+  using Type = HalfBias;
+};
+template <>
+struct StoredBiasOf<Bf16> {
+  using Type = BrainBias;
+};
+template <class Stored>
+using StoredBias = typename StoredBiasOf<Stored>::Type;
 
 struct BoolMask {
   static constexpr int kBytes = 1;

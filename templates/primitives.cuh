@@ -57,10 +57,11 @@
 //   low_halves(a, b), high_halves(a, b)           those of a in the low half, of b in the high half
 //   select_bytes(a, b, selector)                  byte i is that of a (0 to 3) or b (4 to 7) in digit i of the selector
 //
-// Elements: what q, k, v, out and their gradients are made of, 16 bits each, two in a register. A struct for every
-// type; the kernels know it as Traits::Element. There is Fp16.
+// Elements: what products are made of, 16 bits each, two in a register. A struct for every type; the kernels know it as
+// Traits::Element. There is Fp16. What tensors are made of may be another type: stored.cuh.
 //   Element::Bits                                 one as it lies in memory
 //   Element::pack(lo, hi) -> unsigned             two floats rounded to nearest even, lo in the low half
+//   Element::pack_toward_zero(lo, hi) -> unsigned  two floats cut off: finite ones beyond 65504 become that
 //   Element::low(unsigned), high(unsigned) -> float  the halves of a pair, exact
 //   Element::multiply_add(float (&c)[4], a0, a1, b)  c += A (16x8) B (8x8), warp-wide, fp32 accumulation: mma_m16n8k8
 //   Element::multiply(float (&c)[4], a0, a1, b)   c  = A B

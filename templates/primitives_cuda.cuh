@@ -349,6 +349,18 @@ struct Fp16 {
     return r;
   }
 
+  static __device__ __forceinline__ unsigned pack_toward_zero(float lo, float hi) {
+    unsigned r;
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rz.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+#else
+    asm("{ .reg .b16 l, h;\n cvt.rz.f16.f32 l, %1;\n cvt.rz.f16.f32 h, %2;\n mov.b32 %0, {l, h}; }"
+        : "=r"(r)
+        : "f"(lo), "f"(hi));
+#endif
+    return r;
+  }
+
   static __device__ __forceinline__ void multiply_add(float (&c)[4], unsigned a0, unsigned a1, unsigned b) {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

@@ -247,7 +247,19 @@ struct Fp16 {
     return sign | (((magnitude + half_way) >> 13) - (112u << 10));
   }
 
+  // As cvt.rz.f16.f32: cut off, so that what is finite stays finite.
+  static unsigned bits_toward_zero(float x) {
+    const unsigned sign = float_bits(x) >> 16 & 0x8000u;
+    const unsigned magnitude = float_bits(x) & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return 0x7fffu;
+    if (magnitude == 0x7f800000u) return sign | 0x7c00u;
+    if (magnitude >= 0x47800000u) return sign | 0x7bffu;
+    if (magnitude < 0x38800000u) return sign | static_cast<unsigned>(bits_float(magnitude) * 0x1p24f);
+    return sign | ((magnitude >> 13) - (112u << 10));
+  }
+
   static unsigned pack(float lo, float hi) { return bits(lo) | bits(hi) << 16; }
+  static unsigned pack_toward_zero(float lo, float hi) { return bits_toward_zero(lo) | bits_toward_zero(hi) << 16; }
 
   static void multiply_add(float (&c)[4], unsigned a0, unsigned a1, unsigned b, FLASH_ATTN_JIT_SITE) {
     flash_attn_jit_engine.mma(1, c, a0, a1, b, file, line);

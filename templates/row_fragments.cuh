@@ -21,18 +21,19 @@ class RowFragments {
   using Step = unsigned[kMTiles][4];
 
   // Rows [row, row + kRows) of the matrix; those from `seqlen` on are zero. The signs of pairs are flipped by
-  // `sign`. `Order` is what a lane has of them. Uses `staging`. A block barrier has to follow, before get() and
+  // `sign`. `Order` is what a lane has of them. `factor`: of to_elements(). Uses `staging`. A block barrier has to follow, before get() and
   // before `staging` is used for anything else.
-  template <class Order>
-  __device__ __forceinline__ void load(const GlobalMatrix<typename Traits::Element>& matrix, int row, int seqlen,
-                                       unsigned sign, int lane, SharedAddress staging, SharedAddress shared) {
+  template <class Order, class... Factor>
+  __device__ __forceinline__ void load(const GlobalMatrix<typename Traits::Stored>& matrix, int row, int seqlen,
+                                       unsigned sign, int lane, SharedAddress staging, SharedAddress shared,
+                                       Factor... factor) {
     typename Staged::Chunks chunks[kDims / 16];
 #pragma unroll
     for (int step = 0; step < kDims / 16; ++step)
       Staged::load(chunks[step], matrix, row, seqlen - row, 16 * step, lane);
 #pragma unroll
     for (int step = 0; step < kRegisterSteps; ++step) {
-      Staged::template store_shared<Order>(staging, row_pitch(16), chunks[step], lane, sign);
+      Staged::template store_shared<Order>(staging, row_pitch(16), chunks[step], lane, sign, factor...);
       warp_barrier();
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m)
@@ -42,7 +43,7 @@ class RowFragments {
 #pragma unroll
     for (int step = kRegisterSteps; step < kDims / 16; ++step)
       Staged::template store_shared<Order>(shared + (step - kRegisterSteps) * 16 * kElementBytes,
-                                           row_pitch(kSharedDims), chunks[step], lane, sign);
+                                           row_pitch(kSharedDims), chunks[step], lane, sign, factor...);
     shared_ = shared + fragment_offset(0, row_pitch(kSharedDims), lane);
   }
 

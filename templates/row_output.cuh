@@ -1,4 +1,4 @@
-// The way out of one warp's accumulators: rounded to elements and written through shared memory, a few dims at a time,
+// The way out of one warp's accumulators: rounded to what is stored and written through shared memory, a few dims at a time,
 // so that whole 32-byte sectors of global memory are written.
 #pragma once
 
@@ -16,7 +16,7 @@ struct RowOutput {
   // rows from `base` on. A lane's row r is multiplied by factor[r]; `Order` is which one that is.
   template <class Order>
   static __device__ __forceinline__ void write(const Accumulator<kMTiles, kDims / 8>& acc,
-                                               const float (&factor)[2 * kMTiles], typename Traits::Element::Bits* base,
+                                               const float (&factor)[2 * kMTiles], typename Traits::Stored::Bits* base,
                                                long long row_stride, int rows, int first_dim, SharedAddress staging,
                                                int lane) {
     const SharedAddress lane_staging =
@@ -29,7 +29,7 @@ struct RowOutput {
         for (int d = 0; d < kStagingDims / 8; ++d) {
           const float* pair = &acc[r / 2][dim / 8 + d][r % 2 * 2];
           store_shared_4B(lane_staging + Order::kStep * r * row_pitch(kStagingDims) + d * kChunkBytes,
-                          Traits::Element::pack(pair[0] * factor[r], pair[1] * factor[r]));
+                          Traits::Stored::pack(pair[0] * factor[r], pair[1] * factor[r]));
         }
       warp_barrier();
       WarpRows<Traits, kRows, kStagingDims>::write_back(base, row_stride, rows, first_dim + dim, staging, lane);

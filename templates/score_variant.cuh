@@ -11,7 +11,8 @@
 template <class Traits>
 using ScoreVariant =
     ScoreFeatures<FeatureIf<Traits::kIsSoftcap, Softcap>, FeatureIf<Traits::kHasAlibi, Alibi>,
-                  FeatureIf<Traits::kHasBias16, PairBias<HalfBias, Traits::kIsUnpaired, Traits::kIsOneRow>>,
+                  FeatureIf<Traits::kHasBias16,
+                            PairBias<StoredBias<typename Traits::Stored>, Traits::kIsUnpaired, Traits::kIsOneRow>>,
                   FeatureIf<Traits::kHasBias32, PairBias<FloatBias, Traits::kIsUnpaired, Traits::kIsOneRow>>,
                   FeatureIf<Traits::kHasBoolMask, PairBias<BoolMask, Traits::kIsUnpaired, Traits::kIsOneRow>>,
                   FeatureIf<Traits::kHasUserScore || Traits::kHasUserBias, UserScoreFeature<UserScore>>>;

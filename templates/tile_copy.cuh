@@ -9,6 +9,7 @@
 
 #include "lane_order.cuh"
 #include "primitives.cuh"
+#include "stored.cuh"
 
 constexpr int kChunkDims = 8;
 constexpr int kChunkBytes = 16;
@@ -18,9 +19,9 @@ constexpr int kElementBytes = kChunkBytes / kChunkDims;
 constexpr int row_pitch(int dims) { return dims * kElementBytes + kChunkBytes; }
 
 // One head of a tensor in global memory. Only element-wise loads know of a dim_stride other than 1.
-template <class Element>
+template <class Stored>
 struct GlobalMatrix {
-  const typename Element::Bits* base;  // of row 0
+  const typename Stored::Bits* base;  // of row 0
   long long row_stride;
   long long dim_stride = 1;
 };
@@ -31,7 +32,7 @@ constexpr bool kHasPaddedDims = Traits::kTileDims != Traits::kHeadDim;
 
 // One chunk of a global row: dims [dim, dim + 8), the first of them at `at`; what lies beyond kHeadDim reads as zero.
 template <class Traits>
-__device__ __forceinline__ void load_chunk(Vec16& chunk, const typename Traits::Element::Bits* at, int dim,
+__device__ __forceinline__ void load_chunk(Vec16& chunk, const typename Traits::Stored::Bits* at, int dim,
                                            long long dim_stride) {
   if constexpr (Traits::kVectorAccess) {
     if (!kHasPaddedDims<Traits> || dim < Traits::kHeadDim)
@@ -49,7 +50,7 @@ __device__ __forceinline__ void load_chunk(Vec16& chunk, const typename Traits::
 }
 
 template <class Traits>
-__device__ __forceinline__ void store_chunk(typename Traits::Element::Bits* at, int dim, const Vec16& chunk) {
+__device__ __forceinline__ void store_chunk(typename Traits::Stored::Bits* at, int dim, const Vec16& chunk) {
   if constexpr (Traits::kVectorAccess) {
     if (!kHasPaddedDims<Traits> || dim < Traits::kHeadDim) store_global_16B(at, chunk);
   } else {
@@ -61,12 +62,11 @@ __device__ __forceinline__ void store_chunk(typename Traits::Element::Bits* at, 
   }
 }
 
-// 8 dims of a row, each multiplied by `factor`, rounded to elements.
-template <class Element>
+// 8 dims of a row, each multiplied by `factor`, rounded to what is stored.
+template <class Stored>
 __device__ __forceinline__ void pack_chunk(Vec16& chunk, const float (&dims)[kChunkDims], float factor) {
 #pragma unroll
-  for (int i = 0; i < kChunkDims / 2; ++i)
-    chunk.word[i] = Element::pack(dims[2 * i] * factor, dims[2 * i + 1] * factor);
+  for (int i = 0; i < kChunkDims / 2; ++i) chunk.word[i] = Stored::pack(dims[2 * i] * factor, dims[2 * i + 1] * factor);
 }
 
 // Bytes between chunks of one tile: 32 bits with vector access, where the launch plan sees to it that a tile spans less
@@ -81,7 +81,8 @@ struct TileOffset<false> {
 };
 
 // A copy policy's Stream moves the tiles of a matrix, kRows x kDims, from global to shared memory, last tile first:
-// prefetch() begins with a tile for a slot, behind products, and commit() ends; a block barrier has to follow.
+// prefetch() begins with a tile for a slot, behind products, and commit() ends; a block barrier has to follow. What
+// arrives is converted there, and not before, where that would wait for it.
 //
 // Here a tile waits in registers until commit(), because sm_75 has no cp.async. Every thread moves kPasses chunks of
 // it.
@@ -90,8 +91,8 @@ class RegisterStagedStream {
   static constexpr int kChunksPerRow = kDims / kChunkDims;
   static constexpr int kChunks = kRows * kChunksPerRow;
   static constexpr int kPasses = (kChunks + kThreads - 1) / kThreads;
-  using Bits = typename Traits::Element::Bits;
-  using Matrix = GlobalMatrix<typename Traits::Element>;
+  using Bits = typename Traits::Stored::Bits;
+  using Matrix = GlobalMatrix<typename Traits::Stored>;
 
  public:
   using InFlight = Vec16[kPasses];  // what a thread has of a tile between prefetch() and commit()
@@ -131,14 +132,16 @@ class RegisterStagedStream {
     }
   }
 
-  // `Order`: where rows are stored, see lane_order.cuh.
-  template <class Order>
-  static __device__ __forceinline__ void commit(const InFlight& chunks, SharedAddress slot) {
+  // `Order`: where rows are stored, see lane_order.cuh. `factor`: of to_elements().
+  template <class Order, class... Factor>
+  static __device__ __forceinline__ void commit(const InFlight& chunks, SharedAddress slot, Factor... factor) {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass)
-      if (participates(pass))
-        store_shared_16B(slot + stored_row<Order>(pass) * row_pitch(kDims) + chunk_dim(pass) * kElementBytes,
-                         chunks[pass]);
+      if (participates(pass)) {
+        Vec16 chunk = chunks[pass];
+        to_elements<Traits>(chunk, factor...);
+        store_shared_16B(slot + stored_row<Order>(pass) * row_pitch(kDims) + chunk_dim(pass) * kElementBytes, chunk);
+      }
   }
 
  private:
@@ -178,7 +181,7 @@ struct WarpRows {
   static constexpr int kPasses = kRows * kChunksPerRow / 32;
   static_assert(kRows * kChunksPerRow % 32 == 0, "a warp copies whole passes of 32 chunks");
   using Chunks = Vec16[kPasses];
-  using Bits = typename Traits::Element::Bits;
+  using Bits = typename Traits::Stored::Bits;
 
   static __device__ __forceinline__ int row(int pass, int lane) { return (lane + pass * 32) / kChunksPerRow; }
   static __device__ __forceinline__ int dim(int pass, int lane) {
@@ -189,7 +192,7 @@ struct WarpRows {
   }
 
   // Dims [first_dim, first_dim + kDims) of the first `rows` rows from `first_row` on; the other rows read as zero.
-  static __device__ __forceinline__ void load(Chunks& chunks, const GlobalMatrix<typename Traits::Element>& matrix,
+  static __device__ __forceinline__ void load(Chunks& chunks, const GlobalMatrix<typename Traits::Stored>& matrix,
                                               int first_row, int rows, int first_dim, int lane) {
     const long long dim_stride = Traits::kVectorAccess ? 1 : matrix.dim_stride;
     const Bits* first = matrix.base + first_row * matrix.row_stride;
@@ -203,14 +206,16 @@ struct WarpRows {
   }
 
   // Stores them at `tile` in shared memory, rows `pitch` bytes apart, the signs of their pairs flipped by `sign`.
-  template <class Order>
+  // `factor`: of to_elements().
+  template <class Order, class... Factor>
   static __device__ __forceinline__ void store_shared(SharedAddress tile, int pitch, const Chunks& chunks, int lane,
-                                                      unsigned sign) {
+                                                      unsigned sign, Factor... factor) {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       Vec16 chunk = chunks[pass];
 #pragma unroll
       for (int i = 0; i < 4; ++i) chunk.word[i] ^= sign;
+      to_elements<Traits>(chunk, factor...);
       if constexpr (Order::kMoves)
         store_shared_16B(tile + Order::position(row(pass, lane)) * pitch + dim(pass, lane) * kElementBytes, chunk);
       else

@@ -9,7 +9,7 @@ from ._options import Options
 # all devices, so that each adds in the same order.
 _TILES, _TILE_SIDE = 160, 64
 
-# See templates/attention_params.cuh: of a row below it a mask of float32 numbers has left nothing.
+# See templates/attention_params.cuh: of a row below it a mask of numbers beyond float16's has left nothing.
 _LEAST_LSE = -1e6
 
 Shape = tuple[int, int, int, int]
@@ -73,7 +73,7 @@ def gradient_of_one_key(
     if share_of_sinks is not None:
         of_rows = of_rows + share_of_sinks * delta
     sees_nothing = softmax_lse == float("inf")
-    if bias.dtype is torch.float32:
+    if bias.dtype is not torch.float16:
         sees_nothing |= softmax_lse < _LEAST_LSE
     of_rows = torch.where(sees_nothing, 0.0, of_rows)
     if options.cu_seqlens_q is not None:

@@ -10,7 +10,7 @@ _LEAST = 2.0**-24  # float16's least number: what was dropped is told by its sig
 
 
 def signed_probabilities(q: torch.Tensor, k: torch.Tensor, softmax_lse: torch.Tensor, options: Options) -> torch.Tensor:
-    """The softmax of a call, (batch, num_heads, seqlen_q, seqlen_k), float16, negative where dropout dropped it; of
+    """The softmax of a call, (batch, num_heads, seqlen_q, seqlen_k), of q's dtype, negative where dropout dropped it; of
     cu_seqlens the longest sequences', 0 beyond a sequence's own lengths.
 
     It is a gradient of attn_bias, P (kept dP scale - delta): where every dP is 1 and delta half of scale, that is half
@@ -36,7 +36,7 @@ def signed_probabilities(q: torch.Tensor, k: torch.Tensor, softmax_lse: torch.Te
         if options.cu_seqlens_q is not None:
             lse = of_sequences(lse, options.cu_seqlens_q, options.max_seqlen_q)
         signed = signed.masked_fill(lse.isnan()[..., None], float("nan"))  # of which the kernel makes 0
-        return signed[..., :seqlen_k].half()
+        return signed[..., :seqlen_k].to(q.dtype)
 
 
 def refuse_caches(options: Options) -> None:

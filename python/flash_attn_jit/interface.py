@@ -150,7 +150,7 @@ def read_options(
         check_tensor("attn_bias", attn_bias)
     if s_aux is not None:
         check_tensor("s_aux", s_aux)
-        if s_aux.dtype is torch.float16:
+        if s_aux.dtype in (torch.float16, torch.bfloat16):
             s_aux = s_aux.float()
     if deterministic is not True and deterministic is not False:
         truth("deterministic", deterministic)

@@ -30,6 +30,7 @@ std::vector<TensorExtent> extents_of(const BackwardRequest& request, const Backw
       row_extent("softmax_lse", request.softmax_lse, request.q, TensorUse::kRead),
       row_extent("delta", request.delta, request.q, delta),
   };
+  if (request.peaks != nullptr) tensors.push_back(row_extent("peaks", request.peaks, request.q, delta));
   if (request.dlse != nullptr) tensors.push_back(row_extent("dlse", request.dlse, request.q, TensorUse::kRead));
   if (request.dq) tensors.push_back(fp16_extent("dq", *request.dq, TensorUse::kWrite));
   if (request.dkdv) {

@@ -59,6 +59,21 @@ KernelKind parse_kind(const std::string& flag, const std::string& text) {
   }
 }
 
+DType parse_dtype(const std::string& flag, const std::string& text) {
+  for (const DType dtype : kDTypes)
+    if (text == to_text(dtype)) return dtype;
+  refuse(flag, text, "fp16, bf16");
+}
+
+std::vector<DType> parse_dtypes(const std::string& flag, const std::vector<std::string>& texts) {
+  std::vector<DType> dtypes;
+  for (const std::string& text : texts) {
+    const DType dtype = parse_dtype(flag, text);
+    if (std::find(dtypes.begin(), dtypes.end(), dtype) == dtypes.end()) dtypes.push_back(dtype);
+  }
+  return dtypes;
+}
+
 std::vector<KernelKind> parse_kinds(const std::string& flag, const std::vector<std::string>& texts) {
   std::vector<KernelKind> kinds;
   const auto add = [&kinds](KernelKind kind) {
@@ -106,6 +121,7 @@ Config config_with_nvrtc(const std::string& flag, const std::string& path) {
 
 void add_kernel_flags(CLI::App& command, KernelFlags& flags, const std::string& automatic) {
   command.add_option("--kind", flags.kind, "Kind of kernel: " + kind_words())->capture_default_str();
+  command.add_option("--dtype", flags.dtype, "Of q, k, v and out: fp16 or bf16")->capture_default_str();
   command.add_option("--head-dim", flags.head_dim, "Head dim, 1 to 256")->required();
   command.add_flag("--causal", flags.causal, "With the causal mask");
   command.add_flag("--window", flags.window, "With a sliding window instead");
@@ -130,6 +146,7 @@ std::filesystem::path existing_file(const std::string& flag, const std::string& 
 KernelSpec parse_kernel(const KernelFlags& flags, const ArchLimits& arch) {
   KernelSpec spec;
   spec.kind = parse_kind("--kind", flags.kind);
+  spec.dtype = parse_dtype("--dtype", flags.dtype);
   spec.head_dim = static_cast<int>(parse_number("--head-dim", flags.head_dim, 1, kMostHeadDim));
   if (flags.causal && flags.window)
     throw UsageError("--causal and --window are both given; accepted: one of them. A causal window is a window");

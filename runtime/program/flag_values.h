@@ -23,12 +23,16 @@ inline constexpr int kMostInt = std::numeric_limits<int>::max();
 // A whole number from `least` to `most`.
 std::int64_t parse_number(const std::string& flag, const std::string& text, std::int64_t least, std::int64_t most);
 
-// As parse_number(), for each element of a list. What is named twice counts once, here and in parse_kinds().
+// As parse_number(), for each element of a list. What is named twice counts once, here, in parse_kinds() and in
+// parse_dtypes().
 std::vector<int> parse_numbers(const std::string& flag, const std::vector<std::string>& texts, int least, int most);
 
 ArchLimits parse_arch_flag(const std::string& flag, const std::string& text);  // "sm_75"
 KernelKind parse_kind(const std::string& flag, const std::string& text);       // "fwd", "bwd_dq" and so on
 std::vector<KernelKind> parse_kinds(const std::string& flag, const std::vector<std::string>& texts);  // "fwd", "bwd"
+
+DType parse_dtype(const std::string& flag, const std::string& text);  // "fp16", "bf16"
+std::vector<DType> parse_dtypes(const std::string& flag, const std::vector<std::string>& texts);
 
 int parse_driver(const std::string& flag, const std::string& text);  // "12.4" -> 12040, as cuDriverGetVersion counts
 
@@ -44,6 +48,7 @@ Config config_with_nvrtc(const std::string& flag, const std::string& path);
 // tile's text.
 struct KernelFlags {
   std::string kind = "fwd";
+  std::string dtype = "fp16";
   std::string head_dim;
   bool causal = false, window = false;
   std::array<bool, kFeatures.size()> features{};

@@ -41,6 +41,7 @@ struct PrebuildFlags {
   std::string arch;
   std::string pack;
   std::vector<std::string> kinds;
+  std::vector<std::string> dtypes{"fp16"};
   std::vector<std::string> head_dims;
   std::string causal;
   std::array<std::string, kFeatures.size()> features;
@@ -72,6 +73,7 @@ KernelSelection parse_selection(const PrebuildFlags& flags) {
   if (!flags.pack.empty()) throw UsageError("--pack is '" + flags.pack + "'; accepted: default");
   KernelSelection selection;
   selection.kinds = parse_kinds("--kinds", flags.kinds);
+  selection.dtypes = parse_dtypes("--dtypes", flags.dtypes);
   selection.head_dims = parse_numbers("--head-dims", flags.head_dims, 1, kMostHeadDim);
   const Switch causal = parse_switch("--causal", flags.causal);
   if (causal.off) selection.masks.push_back(Mask::kNone);
@@ -160,6 +162,7 @@ void require_selection(const CLI::App& command) {
   if (tuned) selecting.emplace_back("--pack");
   const std::string reason = tuned ? " is given with --tuned, whose records say which kernels; accepted: one of them"
                                    : " is given with --pack, which names the kernels; accepted: one of them";
+  selecting.emplace_back("--dtypes");
   for (const std::string& flag : selecting)
     if (command.count(flag) > 0) throw UsageError(flag + reason);
 }
@@ -298,6 +301,9 @@ void add_prebuild(CLI::App& app, Action& chosen) {
       "default: forward, backward and decode, head dims 64 and 128, causal or not, groups of 1, 2, 4 and 8; in "
       "place of --kinds, --head-dims, --causal and --gqa");
   command->add_option("--kinds", flags->kinds, "Kinds of kernels: " + pack_group_words())->delimiter(',');
+  command->add_option("--dtypes", flags->dtypes, "Of q, k, v and out: fp16,bf16")
+      ->delimiter(',')
+      ->capture_default_str();
   command->add_option("--head-dims", flags->head_dims, "Head dims, 1 to 256: 64,128")->delimiter(',');
   command->add_option("--causal", flags->causal, "both, yes or no");
   command->add_flag("--window", flags->window, "Besides those of --causal, the kernels of sliding windows");

@@ -98,6 +98,7 @@ AppendLaunch plan_append(const AppendRequest& request, const PlanTarget& target)
   AppendLaunch launch;
   launch.params = params_of(request);
   launch.spec.kind = KernelKind::kAppend;
+  launch.spec.dtype = request.dtype;
   launch.spec.head_dim = static_cast<int>(request.k.shape[kHeadDim]);
   launch.spec.access = GlobalAccess::kElement2B;  // one kernel for all
   launch.spec.tile = target.tiles.choose(launch.spec, {});

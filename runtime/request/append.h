@@ -12,7 +12,7 @@
 
 namespace flash_attn_jit {
 
-// (rows, dims / 2) each, of fp16; row p is of place p.
+// (rows, dims / 2) each, of the keys' dtype; row p is of place p.
 struct Rotary {
   const void* cos = nullptr;
   const void* sin = nullptr;
@@ -23,10 +23,11 @@ struct Rotary {
 
 // Checked by the caller's language layer for rank, dtype and device, as ForwardRequest is.
 struct AppendRequest {
-  TensorView k_new, v_new;    // (batch, seqlen_new, num_heads_k, head_dim)
-  TensorView q, q_turned;     // (batch, seqlen_q, num_heads, head_dim); read and written with `rotary`
-  TensorView k, v;            // the cache: (batch, rows, num_heads_k, head_dim), or with `pages` the pages
-  const int* used = nullptr;  // (batch): rows that each sequence has already; new row i becomes row used + i
+  DType dtype = DType::kFloat16;  // of all tensors
+  TensorView k_new, v_new;        // (batch, seqlen_new, num_heads_k, head_dim)
+  TensorView q, q_turned;         // (batch, seqlen_q, num_heads, head_dim); read and written with `rotary`
+  TensorView k, v;                // the cache: (batch, rows, num_heads_k, head_dim), or with `pages` the pages
+  const int* used = nullptr;      // (batch): rows that each sequence has already; new row i becomes row used + i
   std::optional<PageTable> pages;
   std::optional<Rotary> rotary;
   bool queries_advance = false;  // query i has place used + i, or all have place used

@@ -53,6 +53,7 @@ void require_lengths(const Varlen& varlen) {
 Feature feature_of(PairType type) {
   switch (type) {
     case PairType::kFloat16:
+    case PairType::kBFloat16:
       return Feature::kBias16;
     case PairType::kFloat32:
       return Feature::kBias32;
@@ -95,7 +96,12 @@ void require_user(const UserFunctions& user, const ProblemShape& shape, std::int
 
 // A mask for shapes that it does not fit is refused, and not read.
 void require_bias(const PairTensor& bias, const std::optional<Varlen>& varlen, const ProblemShape& shape,
-                  std::int64_t num_heads) {
+                  std::int64_t num_heads, DType dtype) {
+  if (bytes_of(bias.type) == 2 && bias.type != pair_type_of(dtype))
+    throw ArgumentError({"attn_bias",
+                         dtype == DType::kFloat16 ? "has dtype torch.bfloat16 and q torch.float16"
+                                                  : "has dtype torch.float16 and q torch.bfloat16",
+                         "torch.bool, torch.float32 or q's dtype"});
   std::array<std::int64_t, 4> whole = {shape.batch, num_heads, shape.seqlen_q, shape.seqlen_k};
   if (varlen) {
     whole[2] = varlen->max_seqlen_q;
@@ -188,7 +194,7 @@ void require_options(const AttentionOptions& options, const ProblemShape& shape,
   if (options.dropout && !(options.dropout->p > 0 && options.dropout->p < 1))
     throw ArgumentError(
         {"dropout_p", "is " + number_text(options.dropout->p), "a number from 0.0, for none, to below 1.0"});
-  if (options.bias) require_bias(*options.bias, options.varlen, shape, num_heads);
+  if (options.bias) require_bias(*options.bias, options.varlen, shape, num_heads, options.dtype);
   if (options.user) require_user(*options.user, shape, num_heads);
   visit_tensors(options, shape, num_heads, require_tensor);
   if (options.varlen) require_lengths(*options.varlen);
@@ -206,6 +212,7 @@ KernelSpec problem_spec(const TensorView& q, const TensorView& k, const Attentio
   require_head_dim(q.shape[kHeadDim]);
   const std::int64_t num_heads_k = k.shape[kHeads];
   KernelSpec spec;
+  spec.dtype = options.dtype;
   spec.head_dim = static_cast<int>(q.shape[kHeadDim]);
   spec.mask = options.mask;
   spec.features.set(Feature::kSoftcap, options.softcap > 0);

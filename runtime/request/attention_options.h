@@ -52,7 +52,7 @@ struct PageTable {
 
 // A tensor that says something of every pair of a query and a key, (batch, num_heads, seqlen_q, seqlen_k); varlen: of
 // the longest sequences. Strides count elements.
-enum class PairType : std::uint8_t { kFloat16, kFloat32, kBool };
+enum class PairType : std::uint8_t { kFloat16, kBFloat16, kFloat32, kBool };
 struct PairTensor {
   const void* data = nullptr;
   PairType type = PairType::kFloat16;
@@ -66,7 +66,12 @@ struct Dropout {
   const int* seed = nullptr;  // 2 of them
 };
 
-constexpr int bytes_of(PairType type) { return type == PairType::kFloat16 ? 2 : type == PairType::kFloat32 ? 4 : 1; }
+constexpr int bytes_of(PairType type) { return type == PairType::kBool ? 1 : type == PairType::kFloat32 ? 4 : 2; }
+
+// Of numbers as the tensors have them.
+constexpr PairType pair_type_of(DType dtype) {
+  return dtype == DType::kFloat16 ? PairType::kFloat16 : PairType::kBFloat16;
+}
 
 // A user's functions of scores and pairs: their code, as the library knows it, and the tensors that it reads.
 struct UserTensorView {
@@ -103,13 +108,15 @@ inline constexpr double kMostScale = 1e17;
 inline constexpr float kLeastSoftcap = 1e-6f;
 
 struct AttentionOptions {
+  DType dtype = DType::kFloat16;  // of q, k, v, out and their gradients
   double softmax_scale = 0;
   Mask mask = Mask::kNone;
   Window window;       // where mask is kWindow
   double softcap = 0;  // softcap * tanh(score / softcap); 0: none
   std::optional<PerHead> alibi;
-  std::optional<PairTensor> bias;  // added to the scores; or of bools: whether the query sees the key
-  const float* sinks = nullptr;    // (num_heads), a logit of each head that takes part in its softmax; null: none
+  std::optional<PairTensor>
+      bias;  // added to the scores, of `dtype` or float32; or of bools: whether the query sees the key
+  const float* sinks = nullptr;  // (num_heads), a logit of each head that takes part in its softmax; null: none
   std::optional<Dropout> dropout;
   std::optional<Varlen> varlen;
   std::optional<KeyLengths> key_lengths;

@@ -34,7 +34,9 @@ void require_bias_gradient(const BackwardRequest& request, const ProblemShape& s
   const std::optional<PairTensor>& bias = request.options.bias;
   if (!bias || bias->type == PairType::kBool || dbias.type == PairType::kBool)
     throw ArgumentError({"dbias", "is given without an attn_bias that has a gradient",
-                         "float16 or float32, with an attn_bias of float16 or float32"});
+                         "q's dtype or float32, with an attn_bias of either"});
+  if (bytes_of(dbias.type) == 2 && dbias.type != pair_type_of(request.options.dtype))
+    throw ArgumentError({"dbias", "has 16 bits an element, not of q's dtype", "q's dtype or float32"});
   const std::int64_t keys = request.options.varlen ? request.options.varlen->max_seqlen_k : shape.seqlen_k;
   const bool fits = may_share_out(dbias.shape[0], bias->shape[0], shape.batch) &&
                     may_share_out(dbias.shape[1], bias->shape[1], request.q.shape[kHeads]) &&
@@ -54,6 +56,7 @@ void require_arguments(const BackwardRequest& request) {
   require_gradients(request);
   require_row_memory("softmax_lse", request.softmax_lse, q);
   require_row_memory("delta", request.delta, q);
+  if (request.options.dtype == DType::kBFloat16) require_row_memory("peaks", request.peaks, q);
   const ProblemShape shape = problem_shape(q, k, request.options);
   require_options(request.options, shape, q.shape[kHeads]);
   require_bias_gradient(request, shape);
@@ -79,6 +82,7 @@ FlashBwdParams params_of(const BackwardRequest& request) {
   params.dout = request.dout.data;
   params.softmax_lse = request.softmax_lse;
   params.delta = request.delta;
+  params.peaks = request.peaks;
   params.q_strides = strides_of(request.q);
   params.k_strides = strides_of(request.k);
   params.v_strides = strides_of(request.v);

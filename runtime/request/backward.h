@@ -17,7 +17,7 @@ struct KeyGradients {
   TensorView dk, dv;  // like k and v
 };
 
-// What attn_bias's gradient is written into: (batches, heads, rows, keys), contiguous, float16 or float32. Rows are
+// What attn_bias's gradient is written into: (batches, heads, rows, keys), contiguous, of the tensors' dtype or float32. Rows are
 // attn_bias's, 1 where it is the same for all queries, and keys the problem's. Where attn_bias is the same for all
 // sequences, or heads, there is 1 for the sum over them, or more, among which they are shared out and which the caller
 // adds.
@@ -37,6 +37,7 @@ struct BackwardRequest {
   const float* softmax_lse = nullptr;  // forward's
   const float* dlse = nullptr;         // like softmax_lse: its gradient; null: it has none
   float* delta = nullptr;              // like softmax_lse: room for what one kernel leaves to the next
+  float* peaks = nullptr;              // the same; of bfloat16 tensors alone: see templates/gradient_scale.cuh
   AttentionOptions options;
   // Force these tiles; none: the target's chooser decides. With the last of these its kernel is taken, without it but
   // with one of the others the other three.

@@ -111,6 +111,13 @@ TargetChoice target_choice(const VariableReader& reader) {
   VariableReader::refuse("TARGET", *value, "native, compute_75");
 }
 
+bool refuses_bfloat16(const VariableReader& reader) {
+  const auto value = reader.own("BFLOAT16");
+  if (!value || *value == "convert") return false;
+  if (*value == "refuse") return true;
+  VariableReader::refuse("BFLOAT16", *value, "convert, refuse");
+}
+
 std::optional<fs::path> existing_folder(const VariableReader& reader, const std::string& name) {
   const auto path = reader.own_path(name);
   std::error_code ignored;
@@ -154,6 +161,7 @@ Config read_config(const EnvironmentLookup& environment) {
   config.target = target_choice(reader);
   config.interpret = flag(reader, "INTERPRET");
   config.nvrtc = existing(reader, "NVRTC", "a file or folder");
+  config.refuses_bfloat16 = refuses_bfloat16(reader);
   config.cxx = reader.with_home("CXX");
   config.offline = flag(reader, "OFFLINE");
   config.prebuilt = existing(reader, "PREBUILT", "a pack's folder or zip file");

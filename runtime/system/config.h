@@ -27,6 +27,7 @@ struct Config {
   std::optional<std::filesystem::path> nvrtc;     // FLASH_ATTN_JIT_NVRTC: libnvrtc itself, or the folder that has it
   std::optional<std::string> cxx;                 // FLASH_ATTN_JIT_CXX: the interpreter's compiler
   std::optional<std::filesystem::path> prebuilt;  // FLASH_ATTN_JIT_PREBUILT: a pack, the first place looked in
+  bool refuses_bfloat16 = false;                  // FLASH_ATTN_JIT_BFLOAT16: convert or refuse
   bool offline = false;  // FLASH_ATTN_JIT_OFFLINE: 0 or 1; 1 forbids to compile kernels for GPUs
   std::optional<std::filesystem::path> templates;  // FLASH_ATTN_JIT_TEMPLATES: read instead of the embedded ones
 

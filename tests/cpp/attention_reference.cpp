@@ -41,7 +41,7 @@ std::vector<Number> matrix(WatchedTensor& tensor, std::int64_t b, std::int64_t h
   const auto [batch, seqlen, heads, dim] = tensor.shape();
   values.reserve(seqlen * dim);
   for (std::int64_t s = 0; s < seqlen; ++s)
-    for (std::int64_t d = 0; d < dim; ++d) values.push_back(static_cast<Number>(from_fp16(tensor.at(b, s, h, d))));
+    for (std::int64_t d = 0; d < dim; ++d) values.push_back(static_cast<Number>(tensor.value(b, s, h, d)));
   return values;
 }
 
@@ -60,8 +60,9 @@ struct ExactRounding {
 // Rounds probabilities 2^lag times as large as they are, as does a running maximum that lags behind the row's.
 struct Fp16Rounding {
   float lag_factor;
+  DType dtype;  // of out
   float probability(float p) const { return static_cast<float>(rounded_to_fp16(p * lag_factor)) / lag_factor; }
-  double out(float x) const { return rounded_to_fp16(x); }
+  double out(float x) const { return rounded_to(dtype, x); }
 };
 
 template <class Number, class Rounding>
@@ -142,8 +143,8 @@ class Attention {
 
 }  // namespace
 
-WatchedTensor::WatchedTensor(std::array<std::int64_t, 4> shape, Layout layout)
-    : shape_(shape), strides_(strides_of(shape, layout)) {
+WatchedTensor::WatchedTensor(std::array<std::int64_t, 4> shape, Layout layout, DType dtype)
+    : shape_(shape), strides_(strides_of(shape, layout)), dtype_(dtype) {
   std::int64_t span = 0;
   for (int i = 0; i < 4; ++i) span += (std::max<std::int64_t>(shape[i], 1) - 1) * strides_[i];
   memory_.assign(span + 1 + 2 * kMargin + 8, kPattern);
@@ -155,6 +156,14 @@ WatchedTensor::WatchedTensor(std::array<std::int64_t, 4> shape, Layout layout)
 }
 
 TensorView WatchedTensor::view() { return {memory_.data() + first_, shape_, strides_}; }
+
+double WatchedTensor::value(std::int64_t b, std::int64_t s, std::int64_t h, std::int64_t d) {
+  return from_stored(dtype_, at(b, s, h, d));
+}
+
+void WatchedTensor::set(std::int64_t b, std::int64_t s, std::int64_t h, std::int64_t d, double value) {
+  at(b, s, h, d) = to_stored(dtype_, value);
+}
 
 std::vector<bool> WatchedTensor::element_map() const {
   std::vector<bool> elements(memory_.size(), false);
@@ -214,6 +223,8 @@ double bias_of(const PairTensor& bias, const SequenceRows& sequence, std::int64_
   switch (bias.type) {
     case PairType::kFloat16:
       return from_fp16(static_cast<const std::uint16_t*>(bias.data)[at]);
+    case PairType::kBFloat16:
+      return from_bf16(static_cast<const std::uint16_t*>(bias.data)[at]);
     case PairType::kFloat32:
       return static_cast<const float*>(bias.data)[at];
     case PairType::kBool:
@@ -238,7 +249,7 @@ AttentionResult attention_float64(const AttentionProblem& problem) {
 }
 
 AttentionResult attention_emulated(const AttentionProblem& problem, double lag) {
-  return Attention<float, Fp16Rounding>(problem, {static_cast<float>(std::exp2(lag))}).run();
+  return Attention<float, Fp16Rounding>(problem, {static_cast<float>(std::exp2(lag)), problem.q->dtype()}).run();
 }
 
 double max_error(const std::vector<double>& x, const std::vector<double>& exact) {
@@ -257,7 +268,7 @@ std::vector<double> values_of(WatchedTensor& tensor) {
   for (std::int64_t b = 0; b < batch; ++b)
     for (std::int64_t s = 0; s < seqlen; ++s)
       for (std::int64_t h = 0; h < heads; ++h)
-        for (std::int64_t d = 0; d < dim; ++d) values.push_back(from_fp16(tensor.at(b, s, h, d)));
+        for (std::int64_t d = 0; d < dim; ++d) values.push_back(tensor.value(b, s, h, d));
   return values;
 }
 

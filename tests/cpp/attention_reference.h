@@ -23,13 +23,16 @@ enum class Layout {
 // Owns its memory. Elements start as NaN; gaps and some bytes on both sides hold a pattern that must stay.
 class WatchedTensor {
  public:
-  WatchedTensor(std::array<std::int64_t, 4> shape, Layout layout);
+  WatchedTensor(std::array<std::int64_t, 4> shape, Layout layout, DType dtype = DType::kFloat16);
 
   TensorView view();
   std::uint16_t& at(std::int64_t b, std::int64_t s, std::int64_t h, std::int64_t d) {
     return memory_[first_ + b * strides_[0] + s * strides_[1] + h * strides_[2] + d];
   }
+  double value(std::int64_t b, std::int64_t s, std::int64_t h, std::int64_t d);
+  void set(std::int64_t b, std::int64_t s, std::int64_t h, std::int64_t d, double value);  // rounded
   const std::array<std::int64_t, 4>& shape() const { return shape_; }
+  DType dtype() const { return dtype_; }
 
   // All memory, elements and what lies between and around them.
   const std::vector<std::uint16_t>& memory() const { return memory_; }
@@ -41,6 +44,7 @@ class WatchedTensor {
   std::vector<bool> element_map() const;
 
   std::array<std::int64_t, 4> shape_, strides_;
+  DType dtype_;
   std::int64_t first_ = 0;
   std::vector<std::uint16_t> memory_;
 };
@@ -103,7 +107,7 @@ struct AttentionResult {
 // In float64. A row that sees no key: out 0, lse +inf, or the sink.
 AttentionResult attention_float64(const AttentionProblem& problem);
 
-// In float32, with out rounded to fp16, and probabilities too, relative to a running maximum that lags behind the row's
+// In float32, with out rounded to q's dtype, and probabilities to fp16, relative to a running maximum that lags behind the row's
 // by `lag` log2 units: the error that any kernel with fp16 operands has to make.
 AttentionResult attention_emulated(const AttentionProblem& problem, double lag);
 

@@ -17,7 +17,7 @@ std::vector<double> matrix(WatchedTensor& tensor, std::int64_t b, std::int64_t h
   const auto [batch, seqlen, heads, dim] = tensor.shape();
   std::vector<double> values;
   for (std::int64_t s = 0; s < seqlen; ++s)
-    for (std::int64_t d = 0; d < dim; ++d) values.push_back(from_fp16(tensor.at(b, s, h, d)));
+    for (std::int64_t d = 0; d < dim; ++d) values.push_back(tensor.value(b, s, h, d));
   return values;
 }
 
@@ -43,8 +43,9 @@ struct Gradients {
 // In float64, from q, k, v and dout alone.
 struct Exact {
   using Number = double;
-  static double fp16(double x) { return x; }
-  static double gradient(double x) { return x; }
+  double probability(double x) const { return x; }
+  double ds(double x) const { return x; }
+  double gradient(double x) const { return x; }
 };
 
 bool has_bias_gradient(const AttentionOptions& options) {
@@ -62,17 +63,26 @@ std::int64_t bias_element(const PairTensor& bias, const SequenceRows& sequence, 
   return element;
 }
 
-// In float32 from the tensors' own out and softmax_lse, with P, dS and the gradients rounded to fp16: the error that
-// any kernel with fp16 operands has to make.
+// In float32 from the tensors' own out and softmax_lse, with P and dS rounded to fp16 and the gradients to the tensors'
+// dtype: the error that any kernel with fp16 operands has to make. dS of bfloat16 tensors come in units that dout's
+// size is about 100 of.
 struct Emulated {
   using Number = float;
-  static float fp16(float x) { return static_cast<float>(rounded_to_fp16(x)); }
-  static float gradient(float x) { return fp16(x); }
+  explicit Emulated(const BackwardCase& c)
+      : dtype(c.forward.dtype), unit(dtype == DType::kFloat16 ? 1 : c.dout_factor / 100) {}
+
+  float probability(float x) const { return static_cast<float>(rounded_to_fp16(x)); }
+  float ds(float x) const { return static_cast<float>(rounded_to_fp16(x / unit) * unit); }
+  float gradient(float x) const { return static_cast<float>(rounded_to(dtype, x)); }
+
+  DType dtype;
+  double unit;
 };
 
 // Its errors but for the last, which by luck makes up for the others.
 struct EmulatedInFloat : Emulated {
-  static float gradient(float x) { return x; }
+  using Emulated::Emulated;
+  float gradient(float x) const { return x; }
 };
 
 template <class Rounding>
@@ -80,8 +90,9 @@ class Backward {
   using Number = typename Rounding::Number;
 
  public:
-  explicit Backward(BackwardTensors& t, std::int64_t sum_step = 1, Number delta_factor = 1)
+  explicit Backward(BackwardTensors& t, Rounding rounding, std::int64_t sum_step = 1, Number delta_factor = 1)
       : t_(t),
+        rounding_(rounding),
         sum_step_(sum_step),
         delta_factor_(delta_factor),
         problem_(t.forward.problem()),
@@ -110,7 +121,7 @@ class Backward {
         place(dv_, result.dv, sequence.b * rows_k_ + sequence.k_begin, hk, heads_k);
       }
     for (const Number sum : dbias_)
-      result.dbias.push_back(problem_.options.bias->type == PairType::kFloat16 ? Rounding::gradient(sum) : sum);
+      result.dbias.push_back(bytes_of(problem_.options.bias->type) == 2 ? rounding_.gradient(sum) : sum);
     return result;
   }
 
@@ -121,7 +132,7 @@ class Backward {
     const std::int64_t dim = shape_[3], rows = static_cast<std::int64_t>(from.size()) / dim;
     for (std::int64_t s = 0; s < rows; ++s)
       for (std::int64_t d = 0; d < dim; ++d)
-        to[((begin + s) * heads + h) * dim + d] = Rounding::gradient(from[s * dim + d]);
+        to[((begin + s) * heads + h) * dim + d] = rounding_.gradient(from[s * dim + d]);
   }
 
   void query_head(const SequenceRows& sequence, std::int64_t h) {
@@ -177,7 +188,8 @@ class Backward {
     delta -= static_cast<Number>(query.dlse);
     visit_apart(static_cast<std::int64_t>(s.size()), sum_step_, [&](std::int64_t n) {
       const Number p = std::exp(s[n].value - lse);
-      const Number ds = Rounding::fp16(p * (dp[n] - delta) * scale * s[n].derivative), rounded_p = Rounding::fp16(p);
+      const Number ds = rounding_.ds(p * (dp[n] - delta) * scale * s[n].derivative),
+                   rounded_p = rounding_.probability(p);
       const std::int64_t j = keys[n];
       if (!dbias_.empty()) dbias_[bias_element(*problem_.options.bias, sequence, h, i, j)] += p * (dp[n] - delta);
       for (std::int64_t d = 0; d < dim; ++d) {
@@ -189,6 +201,7 @@ class Backward {
   }
 
   BackwardTensors& t_;
+  const Rounding rounding_;
   const std::int64_t sum_step_;  // see visit_apart()
   const Number delta_factor_;
   const AttentionProblem problem_;
@@ -205,7 +218,7 @@ void fill_dout(const BackwardCase& c, WatchedTensor& dout) {
   for (std::int64_t b = 0; b < batch; ++b)
     for (std::int64_t s = 0; s < seqlen; ++s)
       for (std::int64_t h = 0; h < heads; ++h)
-        for (std::int64_t d = 0; d < dim; ++d) dout.at(b, s, h, d) = to_fp16(normal(random) * c.dout_factor);
+        for (std::int64_t d = 0; d < dim; ++d) dout.set(b, s, h, d, normal(random) * c.dout_factor);
 }
 
 // That of a row that sees no key is NaN, which is to reach nothing.
@@ -224,13 +237,14 @@ constexpr std::int64_t kFewSumSteps[] = {1, 2, 8}, kMoreSumSteps[] = {1, 3, 4, 5
 constexpr float kDeltaFactors[] = {1 - 0x1p-22f, 1, 1 + 0x1p-22f};
 
 std::string compare(const char* name, const std::vector<double>& got, std::vector<double> Gradients::* gradient,
-                    const std::vector<Gradients>& emulated, const Gradients& exact) {
+                    const std::vector<Gradients>& emulated, const Gradients& exact, double unit) {
   double emulated_error = 0;
   for (const Gradients& each : emulated)
     emulated_error = std::max(emulated_error, max_error(each.*gradient, exact.*gradient));
-  const double error = max_error(got, exact.*gradient), bound = 2 * emulated_error + 1e-5;
+  const double error = max_error(got, exact.*gradient), bound = 2 * emulated_error + 1e-5 * unit;
   if (std::isfinite(bound) && error <= bound) return "";
-  return std::string(name) + " is off by " + std::to_string(error) + ", bound " + std::to_string(bound) + "; ";
+  return std::string(name) + " is off by " + std::to_string(error / unit) + ", bound " + std::to_string(bound / unit) +
+         "; ";
 }
 
 }  // namespace
@@ -246,7 +260,11 @@ std::string BackwardCase::text() const {
   if (dout_layout == DoutLayout::kApart) text += " doutapart";
   if (dout_layout == DoutLayout::kExpanded) text += " doutexpanded";
   if (has_dlse) text += " dlse";
-  if (dout_factor != 1) text += " dout" + std::to_string(dout_factor);
+  if (dout_factor != 1) {
+    std::ostringstream number;
+    number << dout_factor;
+    text += " dout" + number.str();
+  }
   return text;
 }
 
@@ -282,11 +300,12 @@ BackwardCase BackwardCase::parse(std::string_view text) {
 
 BackwardTensors::BackwardTensors(const BackwardCase& c)
     : forward(c.forward),
-      dout(forward.q.shape(), c.forward.layout),
-      dq(forward.q.shape(), c.forward.layout),
-      dk(forward.k.shape(), c.forward.layout),
-      dv(forward.k.shape(), c.forward.layout),
+      dout(forward.q.shape(), c.forward.layout, c.forward.dtype),
+      dq(forward.q.shape(), c.forward.layout, c.forward.dtype),
+      dk(forward.k.shape(), c.forward.layout, c.forward.dtype),
+      dv(forward.k.shape(), c.forward.layout, c.forward.dtype),
       delta(forward.lse.size(), NAN),
+      peaks(c.forward.dtype == DType::kFloat16 ? 0 : forward.lse.size(), NAN),
       preprocess_tile(c.preprocess_tile),
       dkdv_tile(c.dkdv_tile),
       dq_tile(c.dq_tile),
@@ -316,7 +335,7 @@ std::vector<double> BackwardTensors::dbias_values() const {
   if (!dbias) return {};
   const auto value = [&](std::int64_t i) -> double {
     if (dbias->type == PairType::kFloat32) return static_cast<const float*>(dbias->data)[i];
-    return from_fp16(static_cast<const std::uint16_t*>(dbias->data)[i]);
+    return from_stored(forward.options.dtype, static_cast<const std::uint16_t*>(dbias->data)[i]);
   };
   const auto& of_bias = forward.options.bias->shape;
   const std::int64_t pairs = of_bias[2] * of_bias[3];
@@ -337,7 +356,7 @@ void BackwardTensors::fill_results() {
   for (std::int64_t b = 0; b < batch; ++b)
     for (std::int64_t s = 0; s < seqlen; ++s)
       for (std::int64_t h = 0; h < heads; ++h)
-        for (std::int64_t d = 0; d < dim; ++d) forward.out.at(b, s, h, d) = to_fp16(exact.out[next++]);
+        for (std::int64_t d = 0; d < dim; ++d) forward.out.set(b, s, h, d, exact.out[next++]);
   for (std::size_t i = 0; i < exact.lse.size(); ++i) forward.lse[i] = static_cast<float>(exact.lse[i]);
 }
 
@@ -346,7 +365,7 @@ void BackwardTensors::lay_out_dout(DoutLayout layout) {
   if (layout == DoutLayout::kLikeQ) return;
   const auto [batch, seqlen, heads, dim] = dout.shape();
   if (layout == DoutLayout::kExpanded) {
-    dout_copy = {to_fp16(0.75)};
+    dout_copy = {to_stored(dout.dtype(), 0.75)};
     dout_view = {dout_copy.data(), dout.shape(), {0, 0, 0, 0}};
   } else {
     dout_copy.resize(static_cast<std::size_t>(batch * seqlen * heads * dim));
@@ -377,6 +396,7 @@ BackwardRequest BackwardTensors::request() {
           .softmax_lse = forward.lse.data(),
           .dlse = dlse.empty() ? nullptr : dlse.data(),
           .delta = delta.data(),
+          .peaks = peaks.empty() ? nullptr : peaks.data(),
           .options = forward.options,
           .preprocess_tile = preprocess_tile,
           .dkdv_tile = dkdv_tile,
@@ -390,19 +410,22 @@ std::string run_backward_case(const BackwardCase& c) {
   try {
     BackwardTensors t(c);
     backward_in_interpreter(t.request());
-    const Gradients exact = Backward<Exact>(t).run();
+    const Gradients exact = Backward<Exact>(t, {}).run();
     std::vector<Gradients> emulated;
+    // Of float16 tensors errors that no dout is to blame for are the bound; of bfloat16 nothing depends on its size.
+    const double unit = c.forward.dtype == DType::kFloat16 ? 1 : c.dout_factor;
     const auto beyond_bound = [&] {
-      return compare("dq", values_of(t.dq), &Gradients::dq, emulated, exact) +
-             compare("dk", values_of(t.dk), &Gradients::dk, emulated, exact) +
-             compare("dv", values_of(t.dv), &Gradients::dv, emulated, exact) +
-             compare("dbias", t.dbias_values(), &Gradients::dbias, emulated, exact);
+      return compare("dq", values_of(t.dq), &Gradients::dq, emulated, exact, unit) +
+             compare("dk", values_of(t.dk), &Gradients::dk, emulated, exact, unit) +
+             compare("dv", values_of(t.dv), &Gradients::dv, emulated, exact, unit) +
+             compare("dbias", t.dbias_values(), &Gradients::dbias, emulated, exact, unit);
     };
-    for (const std::int64_t step : kFewSumSteps) emulated.push_back(Backward<Emulated>(t, step).run());
+    for (const std::int64_t step : kFewSumSteps) emulated.push_back(Backward<Emulated>(t, Emulated(c), step).run());
     fault = beyond_bound();
     if (!fault.empty()) {
       for (const std::int64_t step : kMoreSumSteps)
-        for (const float factor : kDeltaFactors) emulated.push_back(Backward<EmulatedInFloat>(t, step, factor).run());
+        for (const float factor : kDeltaFactors)
+          emulated.push_back(Backward<EmulatedInFloat>(t, EmulatedInFloat(c), step, factor).run());
       fault = beyond_bound();
     }
     for (WatchedTensor* tensor :

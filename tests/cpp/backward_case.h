@@ -46,6 +46,7 @@ struct BackwardTensors {
   std::vector<std::uint16_t> dout_copy;
   WatchedTensor dq, dk, dv;
   std::vector<float> delta;
+  std::vector<float> peaks;           // empty: the dtype needs none
   std::vector<float> dlse;            // empty: softmax_lse has no gradient
   std::optional<BiasGradient> dbias;  // where attn_bias has numbers
   std::optional<TileConfig> preprocess_tile, dkdv_tile, dq_tile, all_keys_tile, dbias_tile;

@@ -145,14 +145,15 @@ const std::vector<int>& head_dims() {
 
 Choice sizes() {
   const auto size = [](const auto& list) { return static_cast<int>(list.size()); };
-  return {size(head_dims()), size(kVisibleChoices), size(kAdjustmentChoices), size(kSinks),   size(kSequenceChoices),
-          size(kGroupSizes), size(kLengths),        size(kLengths),           size(kLayouts), size(kInputChoices),
-          size(kScales)};
+  return {size(head_dims()), size(kDTypes),          size(kVisibleChoices), size(kAdjustmentChoices),
+          size(kSinks),      size(kSequenceChoices), size(kGroupSizes),     size(kLengths),
+          size(kLengths),    size(kLayouts),         size(kInputChoices),   size(kScales)};
 }
 
 ForwardCase make_case(const Choice& choice) {
   ForwardCase c;
   c.head_dim = head_dims()[choice[kDimChoice]];
+  c.dtype = kDTypes[choice[kDTypeChoice]];
   c.mask = kVisibleChoices[choice[kVisible]].mask;
   c.window = kVisibleChoices[choice[kVisible]].window;
   c.softcap = kAdjustmentChoices[choice[kAdjustment]].softcap;
@@ -193,6 +194,7 @@ std::vector<Choice> lengths_and_masks() {
       choice[kSequences] = digit(size[kSequences]);
       choice[kGroup] = digit(size[kGroup]);
       choice[kSink] = static_cast<int>(random() % size[kSink]);
+      choice[kDTypeChoice] = static_cast<int>(random() % size[kDTypeChoice]);
       for (int q = 0; q < size[kSeqlenQ]; ++q)
         for (int k = 0; k < size[kSeqlenK]; ++k) {
           if ((q + k + d) % 4 != 0) continue;

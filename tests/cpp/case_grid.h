@@ -25,6 +25,7 @@ const std::vector<int>& head_dims();
 // A case's choices, as indices into lists of values.
 enum Factor {
   kDimChoice,
+  kDTypeChoice,
   kVisible,     // the mask, a window's widths with it
   kAdjustment,  // softcap, ALiBi, attn_bias, dropout
   kSink,

@@ -111,7 +111,8 @@ std::array<std::int64_t, 4> shape_of(const ForwardCase& c, const std::vector<int
 
 PairTensor bias_tensor(const ForwardCase& c, const void* data) {
   const BiasLayout& layout = layout_of(c.bias);
-  PairTensor bias{data, layout.type, {}, {}};
+  const PairType type = layout.type == PairType::kFloat16 ? pair_type_of(c.dtype) : layout.type;
+  PairTensor bias{data, type, {}, {}};
   bias.shape = {layout.batch ? std::max(c.batch, c.sequences) : 1, layout.heads ? c.num_heads_k * c.group_size : 1,
                 layout.queries ? c.seqlen_q : 1, c.seqlen_k};
   if (c.sequences > 0 && layout.batch) bias.shape[0] = c.sequences;
@@ -142,7 +143,7 @@ void fill_bias(const ForwardCase& c, std::vector<std::uint8_t>& bytes) {
           const double number = hidden ? -INFINITY : many && i % 11 == 5 ? -30.0 : 2 * normal(random);
           const std::int64_t at =
               b * sizes.strides[0] + h * sizes.strides[1] + i * sizes.strides[2] + j * sizes.strides[3];
-          const std::uint16_t half = to_fp16(number);
+          const std::uint16_t half = to_stored(c.dtype, number);
           const float single = static_cast<float>(number);
           const std::uint8_t sees = hidden ? 0 : 1;
           const void* const from = element == 2 ? static_cast<const void*>(&half) : element == 4 ? &single : nullptr;
@@ -152,6 +153,7 @@ void fill_bias(const ForwardCase& c, std::vector<std::uint8_t>& bytes) {
 
 AttentionOptions options_of(const ForwardCase& c, const ForwardTensors& t) {
   AttentionOptions options;
+  options.dtype = c.dtype;
   options.softmax_scale = c.scale();
   options.mask = c.mask;
   options.window = c.window;
@@ -173,6 +175,7 @@ bool take_word(std::string_view word, ForwardCase& c) {
     if (word == name) return c.inputs = inputs, true;
     if (take_number(word, name, c.rise)) return c.inputs = inputs, true;
   }
+  if (word == "bf16") return c.dtype = DType::kBFloat16, true;
   if (word == "causal" || word == "full") return c.mask = word == "causal" ? Mask::kCausal : Mask::kNone, true;
   if (word.starts_with("window")) return take_window(word.substr(6), c);
   if (word == "alibi" || word == "alibibatch")
@@ -196,7 +199,7 @@ void fill_normal(WatchedTensor& tensor, std::mt19937& random, double factor) {
   for (std::int64_t b = 0; b < batch; ++b)
     for (std::int64_t s = 0; s < seqlen; ++s)
       for (std::int64_t h = 0; h < heads; ++h)
-        for (std::int64_t d = 0; d < dim; ++d) tensor.at(b, s, h, d) = to_fp16(normal(random) * factor);
+        for (std::int64_t d = 0; d < dim; ++d) tensor.set(b, s, h, d, normal(random) * factor);
 }
 
 // Sets the first element of each row of q to 16 and of each row of k so that the score has `score(key)`
@@ -207,7 +210,7 @@ void add_scores(ForwardTensors& t, Score score) {
     const auto [batch, seqlen, heads, dim] = tensor.shape();
     for (std::int64_t b = 0; b < batch; ++b)
       for (std::int64_t s = 0; s < seqlen; ++s)
-        for (std::int64_t h = 0; h < heads; ++h) tensor.at(b, s, h, 0) = to_fp16(value(s));
+        for (std::int64_t h = 0; h < heads; ++h) tensor.set(b, s, h, 0, value(s));
   };
   set_first(t.q, [](std::int64_t) { return 16.0; });
   set_first(t.k, [&](std::int64_t key) { return score(key) / (16.0 * t.options.softmax_scale); });
@@ -280,6 +283,7 @@ std::string ForwardCase::text() const {
                      std::to_string(seqlen_q) + " sk" + std::to_string(seqlen_k) + " " + name_of(kLayoutNames, layout) +
                      " " + name_of(kInputNames, inputs);
   if (inputs == Inputs::kRising || inputs == Inputs::kFalling) text += number_text(rise);
+  if (dtype == DType::kBFloat16) text += " bf16";
   if (softcap > 0) text += " softcap" + number_text(softcap);
   if (alibi != AlibiCase::kOff) text += alibi == AlibiCase::kHeads ? " alibi" : " alibibatch";
   if (bias != BiasCase::kOff) text += std::string(" ") + layout_of(bias).name;
@@ -307,6 +311,7 @@ float ForwardCase::scale() const {
 
 KernelSpec spec_of(const ForwardCase& c) {
   KernelSpec spec;
+  spec.dtype = c.dtype;
   spec.head_dim = c.head_dim;
   spec.mask = c.mask;
   spec.features.set(Feature::kSoftcap, c.softcap > 0);
@@ -333,10 +338,10 @@ KernelSpec spec_of(const ForwardCase& c) {
 ForwardTensors::ForwardTensors(const ForwardCase& c)
     : cu_seqlens_q(cu_seqlens_of(c.sequences, c.seqlen_q, 0)),
       cu_seqlens_k(cu_seqlens_of(c.sequences, c.seqlen_k, 1)),
-      q(shape_of(c, cu_seqlens_q, c.seqlen_q, c.num_heads_k * c.group_size), c.layout),
-      k(shape_of(c, cu_seqlens_k, c.seqlen_k, c.num_heads_k), c.layout),
-      v(k.shape(), c.layout),
-      out(q.shape(), c.layout),
+      q(shape_of(c, cu_seqlens_q, c.seqlen_q, c.num_heads_k * c.group_size), c.layout, c.dtype),
+      k(shape_of(c, cu_seqlens_k, c.seqlen_k, c.num_heads_k), c.layout, c.dtype),
+      v(k.shape(), c.layout, c.dtype),
+      out(q.shape(), c.layout, c.dtype),
       lse(q.shape()[0] * q.shape()[2] * q.shape()[1], NAN),
       dropout_seed{-123456789, static_cast<int>(c.seed)},
       tile(c.tile),

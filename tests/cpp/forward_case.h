@@ -25,6 +25,7 @@ enum class AlibiCase { kOff, kHeads, kBatchAndHeads };  // the shape of the slop
 enum class BiasCase { kOff, kHalf, kHalfUnpaired, kFloatUnpaired, kFloatKeys, kBool, kBoolUnpaired, kBoolKeys };
 
 struct ForwardCase {
+  DType dtype = DType::kFloat16;
   int head_dim = 64;
   Mask mask = Mask::kNone;
   int group_size = 1;
@@ -44,7 +45,7 @@ struct ForwardCase {
   std::int64_t splits = 0;  // the decode kernel, with at most so many; 0: the tile's kernel, or what is chosen
   unsigned seed = 1;
 
-  // "window5,-1" for a mask, "softcap15", "alibi" or "alibibatch", "bias16", "dropout0.3", "sink0.5", "varlen4", ...:
+  // "bf16", "window5,-1" for a mask, "softcap15", "alibi" or "alibibatch", "bias16", "dropout0.3", "sink0.5", "varlen4", ...:
   // "hdim64 causal gqa2 batch1 headsk1 sq257 sk129 rowgaps rising9 scale-0.5 m128n32w4q64l2b8k8"
   std::string text() const;
   // Words in any order; those left out keep their defaults. Throws SpecError.

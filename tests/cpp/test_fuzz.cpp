@@ -2,6 +2,7 @@
 // the same at every run; FLASH_ATTN_JIT_TEST_ALL=1 draws more of them.
 #include <doctest/doctest.h>
 
+#include <cmath>
 #include <random>
 #include <string>
 #include <vector>
@@ -49,6 +50,10 @@ BackwardCase random_problem(Dice& dice) {
   f.batch = f.group_size > 1 ? 1 : dice.between(1, 2);
   f.seqlen_q = dice.between(0, 140);
   f.seqlen_k = dice.between(0, 140);
+  if (dice.once_in(3)) {
+    f.dtype = DType::kBFloat16;
+    c.dout_factor = std::ldexp(1, dice.between(-40, 20));
+  }
   if (dice.once_in(3)) f.sequences = dice.between(1, 3);
   if (dice.once_in(3)) f.softcap = dice.one_of({0.7, 5.0, 30.0});
   if (dice.once_in(4)) f.dropout = dice.one_of({0.02, 0.3, 0.7});
@@ -66,6 +71,7 @@ BackwardCase random_problem(Dice& dice) {
   if (dice.once_in(4)) f.softmax_scale = dice.one_of({0.25f, 0.0f, -0.125f, 1.0f});
   c.shares_out = dice.once_in(2);
   c.dout_layout = dice.one_of({DoutLayout::kLikeQ, DoutLayout::kLikeQ, DoutLayout::kApart, DoutLayout::kExpanded});
+  if (c.dout_layout == DoutLayout::kExpanded) c.dout_factor = 1;  // it is 0.75
   f.seed = static_cast<unsigned>(dice.between(2, 1 << 20));
   return c;
 }
