@@ -38,9 +38,9 @@ BiasGradient bias_gradient(py::handle object, const Argument& q) {
 void backward(py::handle dout_object, py::handle q_object, py::handle k_object, py::handle v_object,
               py::handle out_object, py::handle lse_object, py::handle dlse_object, py::handle dq_object,
               py::handle dk_object, py::handle dv_object, py::handle dbias_object, py::handle delta_object,
-              py::handle options, const std::optional<std::string>& dkdv_tile,
+              py::handle peaks_object, py::handle options, const std::optional<std::string>& dkdv_tile,
               const std::optional<std::string>& dq_tile, const std::optional<std::string>& all_keys_tile,
-              py::handle peaks_object, py::handle user) {
+              py::handle user) {
   const Layout layout = layout_of(options);
   const Argument q("q", q_object), k("k", k_object), v("v", v_object), out("out", out_object),
       dout("dout", dout_object);

@@ -37,11 +37,11 @@ def flash_attn_func(
     causal: bool = False,
 ) -> torch.Tensor:
     """Attention of q (batch, seqlen_q, num_heads, head_dim) over k and v (batch, seqlen_k, num_heads_k, head_dim),
-    float16. ``softmax_scale`` is 1/sqrt(head_dim) where None; ``causal`` is aligned bottom-right. Errors are
-    ``flash_attn_jit.flash_attn_func``'s.
+    float16 or bfloat16. ``softmax_scale`` is 1/sqrt(head_dim) where None; ``causal`` is aligned bottom-right. Errors
+    are ``flash_attn_jit.flash_attn_func``'s.
 
     Returns:
-        out (batch, seqlen_q, num_heads, head_dim), float16.
+        out (batch, seqlen_q, num_heads, head_dim), of q's dtype.
     """
     return cast(
         torch.Tensor,
@@ -55,7 +55,7 @@ def flash_attn_kvpacked_func(
     """``flash_attn_func`` for k and v in one kv (batch, seqlen_k, 2, num_heads_k, head_dim).
 
     Returns:
-        out (batch, seqlen_q, num_heads, head_dim), float16.
+        out (batch, seqlen_q, num_heads, head_dim), of q's dtype.
     """
     return cast(
         torch.Tensor,
@@ -69,7 +69,7 @@ def flash_attn_qkvpacked_func(
     """``flash_attn_func`` for q, k and v in one qkv (batch, seqlen, 3, num_heads, head_dim).
 
     Returns:
-        out (batch, seqlen, num_heads, head_dim), float16.
+        out (batch, seqlen, num_heads, head_dim), of q's dtype.
     """
     return cast(
         torch.Tensor,
@@ -92,7 +92,7 @@ def flash_attn_varlen_func(
     num_heads_k, head_dim), whose starts and last end are in cu_seqlens_q and cu_seqlens_k, (batch + 1), int32.
 
     Returns:
-        out (total_q, num_heads, head_dim), float16.
+        out (total_q, num_heads, head_dim), of q's dtype.
     """
     return cast(
         torch.Tensor,
@@ -123,7 +123,7 @@ def flash_attn_varlen_kvpacked_func(
     """``flash_attn_varlen_func`` for k and v in one kv (total_k, 2, num_heads_k, head_dim).
 
     Returns:
-        out (total_q, num_heads, head_dim), float16.
+        out (total_q, num_heads, head_dim), of q's dtype.
     """
     return cast(
         torch.Tensor,
@@ -150,7 +150,7 @@ def flash_attn_varlen_qkvpacked_func(
     """``flash_attn_varlen_func`` for q, k and v in one qkv (total, 3, num_heads, head_dim).
 
     Returns:
-        out (total, num_heads, head_dim), float16.
+        out (total, num_heads, head_dim), of q's dtype.
     """
     return cast(
         torch.Tensor,

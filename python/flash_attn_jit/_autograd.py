@@ -361,7 +361,7 @@ def attention_over_cache(q: Any, k: Any, v: Any, options: Options, wants_lse: bo
 
 
 def attention_heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> torch.Tensor:
-    """out of (batch, heads, seqlen, head_dim), float16, in that order too."""
+    """out of (batch, heads, seqlen, head_dim), of query's dtype, in that order too."""
     if forward_mode_is_on():
         _reject_tangents(options, query=q, key=k, value=v)
     options = with_seed(options, q)

@@ -89,11 +89,11 @@ def backward(
     dv: torch.Tensor | None,
     dbias: torch.Tensor | None,
     delta: torch.Tensor,
+    peaks: torch.Tensor | None,
     options: Options,
     dkdv_tile: str | None = None,
     dq_tile: str | None = None,
     all_keys_tile: str | None = None,
-    peaks: torch.Tensor | None = None,
     user: UserFunctions | None = None,
 ) -> None: ...
 def keep_user_functions(code: str) -> int: ...

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import _torch_internals as internals
 from ._call_counts import CallCounts
-from ._sdpa import attention, find_refusal, is_causal_bias, refusal_of
+from ._sdpa import attention, find_refusal, is_causal_bias, refusal_of, refusal_where_others_are_better
 from .errors import kind_text
 
 __all__ = ["SdpaRouter", "route_sdpa"]
@@ -85,11 +85,12 @@ def route_sdpa() -> SdpaRouter:
     not counted. A program that torch.export traces has PyTorch's operator: it may run where this library is not. In
     that thread every function of torch costs the host a detour through Python, about 1 us.
 
-    Falls back, with the reason counted: a dropout_p of 1, a dtype other than float16 (after autocast), CPU tensors
-    without the interpreter, GPUs older than sm_75, nested, sparse and subclassed tensors, shapes that would be
-    broadcast, value head dims other than query's, head dims over 256, a last dimension that is not contiguous,
-    forward-mode differentiation and ``torch.func.grad``. Also left to PyTorch, but not counted: calls under
-    ``torch.vmap``, of jagged nested tensors, on the meta device and on devices that are neither the CPU nor CUDA.
+    Falls back, with the reason counted: a dropout_p of 1, a dtype other than float16 and bfloat16 (after autocast),
+    bfloat16 on GPUs that multiply it (sm_80 and newer), CPU tensors without the interpreter, GPUs older than sm_75,
+    nested, sparse and subclassed tensors, shapes that would be broadcast, value head dims other than query's, head dims
+    over 256, a last dimension that is not contiguous, forward-mode differentiation and ``torch.func.grad``. Also left
+    to PyTorch, but not counted: calls under ``torch.vmap``, of jagged nested tensors, on the meta device and on devices
+    that are neither the CPU nor CUDA.
 
     What differs from PyTorch's own: a routed call has no second derivative (create_graph=True is an error there), its
     output may not be changed in place, and ``torch.nn.attention.sdpa_kernel`` chooses among PyTorch's backends alone:
@@ -241,6 +242,7 @@ def _why_not_routed(call: _Call) -> str | None:
             return "forward-mode differentiation is active"
     query, key, value, attn_mask, dropout_p, is_causal, _, enable_gqa = call
     refusal = find_refusal(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    refusal = refusal or refusal_where_others_are_better(query)
     return refusal.reason() if refusal else None
 
 

@@ -10,8 +10,8 @@ _LEAST = 2.0**-24  # float16's least number: what was dropped is told by its sig
 
 
 def signed_probabilities(q: torch.Tensor, k: torch.Tensor, softmax_lse: torch.Tensor, options: Options) -> torch.Tensor:
-    """The softmax of a call, (batch, num_heads, seqlen_q, seqlen_k), of q's dtype, negative where dropout dropped it; of
-    cu_seqlens the longest sequences', 0 beyond a sequence's own lengths.
+    """The softmax of a call, (batch, num_heads, seqlen_q, seqlen_k), of q's dtype, negative where dropout dropped it;
+    of cu_seqlens the longest sequences', 0 beyond a sequence's own lengths.
 
     It is a gradient of attn_bias, P (kept dP scale - delta): where every dP is 1 and delta half of scale, that is half
     of scale times what is wanted."""

@@ -7,6 +7,7 @@ import torch
 from . import _core
 from ._arguments import device_refusal, dropout_refusal, number, reject_what_is_no_tensor, truth
 from ._autograd import attention_heads_first
+from ._dtypes import HALVES, takes
 from ._options import Options
 from .errors import Refusal, UnsupportedError, kind_text
 
@@ -35,19 +36,18 @@ def sdpa(
     as SDPA casts them, all but float64 to its dtype.
 
     Args:
-        query: (..., num_heads, seqlen_q, head_dim), float16, with at least 2 dimensions. Head dims 1 to 256. Of every
-            tensor only the last dimension must be contiguous.
-        key: (..., num_heads_k, seqlen_k, head_dim), float16, with query's number of dimensions. Nothing is broadcast.
+        query: (..., num_heads, seqlen_q, head_dim), float16 or bfloat16, with at least 2 dimensions. Head dims 1 to
+            256. Of every tensor only the last dimension must be contiguous.
+        key: (..., num_heads_k, seqlen_k, head_dim), with query's dtype and number of dimensions. Nothing is broadcast.
         value: like key: its head_dim too.
-        attn_mask: None; or bool, float16 or float32 of a shape that broadcasts to (..., num_heads, seqlen_q, seqlen_k):
-            False hides a key from a query, a number is added to the score (beside a query of 4 dimensions at least 2,
-            as in PyTorch); or a causal mask of
-            ``torch.nn.attention.bias``: ``causal_upper_left(seqlen_q, seqlen_k)``, which is what is_causal does, or
-            ``causal_lower_right(seqlen_q, seqlen_k)``: query i sees key j where j <= i + seqlen_k - seqlen_q. A query
-            that sees no key gives 0. Masks are read through their strides and not copied, but for one of more than 4
-            dimensions that is expanded over some of those before the heads. Of those dimensions it has all or none; or
-            from some one on, with the heads, where query, key and value can be read as if these were one dimension.
-            One of numbers has a gradient.
+        attn_mask: None; or bool, float32 or of query's dtype, of a shape that broadcasts to (..., num_heads, seqlen_q,
+            seqlen_k): False hides a key from a query, a number is added to the score (beside a query of 4 dimensions at
+            least 2, as in PyTorch); or a causal mask of ``torch.nn.attention.bias``: ``causal_upper_left(seqlen_q,
+            seqlen_k)``, which is what is_causal does, or ``causal_lower_right(seqlen_q, seqlen_k)``: query i sees key j
+            where j <= i + seqlen_k - seqlen_q. A query that sees no key gives 0. Masks are read through their strides
+            and not copied, but for one of more than 4 dimensions that is expanded over some of those before the heads.
+            Of those dimensions it has all or none; or from some one on, with the heads, where query, key and value can
+            be read as if these were one dimension. One of numbers has a gradient.
         dropout_p: the share of the probabilities that become 0: see ``flash_attn_func``. From 0.0 to below 1.0.
         is_causal: query i sees key j where j <= i.
         scale: a factor for the scores before the softmax; 1/sqrt(head_dim) where None.
@@ -55,12 +55,12 @@ def sdpa(
             i // (num_heads / num_heads_k). Where False they must be equal.
 
     Returns:
-        out, query's shape, float16. In memory the sequence comes before the heads, as with SDPA's flash backend.
+        out, query's shape and dtype. In memory the sequence comes before the heads, as with SDPA's flash backend.
 
     Raises:
         ValueError: an argument that does not fit; names it, what came and what is accepted.
         IndexError: an attn_mask of less than 2 dimensions beside a query of 4.
-        UnsupportedError: a ValueError for bfloat16, a head dim or a GPU that these kernels do not have.
+        UnsupportedError: a ValueError for a head dim or a GPU that these kernels do not have.
         NotImplementedError: a backward pass with create_graph=True.
     """
     if not (isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor)):
@@ -105,9 +105,9 @@ def find_refusal(
     device, cast = query.device, _autocast_dtype(query)
     return (
         platform_refusal(device)
-        or tensor_refusal("query", query, query.dim(), device, cast)
-        or tensor_refusal("key", key, query.dim(), device, cast)
-        or tensor_refusal("value", value, query.dim(), device, cast)
+        or tensor_refusal("query", query, query, cast)
+        or tensor_refusal("key", key, query, cast)
+        or tensor_refusal("value", value, query, cast)
         or _shape_refusal(query, key, value, enable_gqa)
         or (_mask_refusal(query, key, value, attn_mask, is_causal) if attn_mask is not None else None)
     )
@@ -123,9 +123,6 @@ def refusal_of(error: ValueError) -> Refusal | None:
     return refusal and refusal._replace(argument=_NAMES.get(refusal.argument, refusal.argument))
 
 
-_MASK_TYPES = (torch.bool, torch.float16, torch.float32)
-
-
 def _mask_refusal(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, is_causal: bool
 ) -> Refusal | None:
@@ -137,9 +134,10 @@ def _mask_refusal(
         return Refusal("attn_mask", f"is {kind_text(mask)}", "None or a torch.Tensor")
     if mask.device != query.device:
         return device_refusal("attn_mask", mask.device, "query", query.device)
-    if mask.layout is not torch.strided or mask.is_nested or mask.dtype not in _MASK_TYPES:
+    dtype = _dtype_of(query, _autocast_dtype(query))
+    if mask.layout is not torch.strided or mask.is_nested or mask.dtype not in (torch.bool, torch.float32, dtype):
         came = "is a nested tensor" if mask.is_nested else f"has dtype {mask.dtype} and layout {mask.layout}"
-        return Refusal("attn_mask", came, "a strided tensor of torch.bool, torch.float16 or torch.float32")
+        return Refusal("attn_mask", came, f"a strided tensor of torch.bool, torch.float32 or {dtype}")
     whole = (*query.shape[:-1], key.shape[-2])
     if mask.dim() < 2 and len(whole) == 4:  # where PyTorch raises it, but for its math backend
         advice = "Use attn_mask[None]" if mask.dim() else ""
@@ -194,10 +192,9 @@ def _bias_refusal(query: torch.Tensor, key: torch.Tensor, bias: Any) -> Refusal 
     )
 
 
-def tensor_refusal(
-    name: str, tensor: torch.Tensor, rank: int, device: torch.device, cast: torch.dtype | None
-) -> Refusal | None:
-    """Why a tensor cannot be taken beside a query of that rank and device, under autocast to `cast`."""
+def tensor_refusal(name: str, tensor: torch.Tensor, query: torch.Tensor, cast: torch.dtype | None) -> Refusal | None:
+    """Why a tensor cannot be taken beside that query, or as it, under autocast to `cast`."""
+    rank, device = query.dim(), query.device
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"of layout {tensor.layout}"
         return Refusal(name, f"is {kind}", "a strided tensor")
@@ -209,16 +206,23 @@ def tensor_refusal(
         )
     if tensor.device != device:
         return device_refusal(name, tensor.device, "query", device)
-    dtype = _dtype_of(tensor, cast)
-    if dtype is not torch.float16:
-        error = UnsupportedError if dtype is torch.bfloat16 else ValueError
-        came = "" if dtype is tensor.dtype else f", {dtype} under autocast"
-        advice = f"Cast it: {name}.to(torch.float16)"
-        return Refusal(name, f"has dtype {tensor.dtype}{came}", _ACCEPTED["dtype"], advice, error)
+    dtype, of_query = _dtype_of(tensor, cast), _dtype_of(query, cast)
+    if not takes(dtype) or dtype is not of_query:
+        return _dtype_refusal(name, tensor, dtype, of_query)
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         advice = f"Use {name}.contiguous()"
         return Refusal(name, f"has strides {tensor.stride()}", _ACCEPTED["last_dim"], advice)
     return None
+
+
+def _dtype_refusal(name: str, tensor: torch.Tensor, dtype: torch.dtype, of_query: torch.dtype) -> Refusal:
+    came = f"has dtype {tensor.dtype}" + ("" if dtype is tensor.dtype else f", {dtype} under autocast")
+    advice = f"Cast it: {name}.to(torch.float16)"
+    if takes(dtype):
+        return Refusal(name, f"{came} and query {of_query}", "query's dtype", f"Cast it: {name}.to({of_query})")
+    if dtype is not torch.bfloat16:
+        return Refusal(name, came, _ACCEPTED["dtype"], advice)
+    return Refusal(name, f"{came}, and FLASH_ATTN_JIT_BFLOAT16 is refuse", "torch.float16", advice, UnsupportedError)
 
 
 def _shape_refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> Refusal | None:
@@ -288,6 +292,22 @@ def platform_refusal(device: torch.device) -> Refusal | None:
     return Refusal("query", f"is on device {device}", _ACCEPTED["device"])
 
 
+_MULTIPLIES_BFLOAT16 = 80
+
+
+def refusal_where_others_are_better(query: torch.Tensor) -> Refusal | None:
+    """Why a call that these kernels take is left to whoever else takes it: GPUs that multiply bfloat16 lose nothing of
+    its range."""
+    device = query.device
+    if device.type != "cuda" or _dtype_of(query, _autocast_dtype(query)) is not torch.bfloat16:
+        return None
+    capability = _capability(device.index)
+    if capability is None or 10 * capability[0] + capability[1] < _MULTIPLIES_BFLOAT16:
+        return None
+    came = f"has dtype torch.bfloat16 on {device}, an sm_{capability[0]}{capability[1]}, which multiplies it as it is"
+    return Refusal("query", came, "an older GPU, or torch.float16")
+
+
 def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     """What autocast casts to on the tensor's device; None where it is off."""
     device = tensor.device.type
@@ -313,8 +333,10 @@ def attention(
     scale: float | None,
 ) -> torch.Tensor:
     """What find_refusal() let through."""
-    if query.dtype is not torch.float16 or key.dtype is not torch.float16 or value.dtype is not torch.float16:
-        query, key, value = (x.to(torch.float16) for x in (query, key, value))  # autocast's dtype, then
+    dtype = query.dtype
+    if dtype not in HALVES or key.dtype is not dtype or value.dtype is not dtype or _autocast_dtype(query) is not None:
+        dtype = _dtype_of(query, _autocast_dtype(query))
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     right, bias, batch_dims = -1, None, max(query.dim() - 3, 0)
     if attn_mask is not None:
         if is_causal_bias(attn_mask):

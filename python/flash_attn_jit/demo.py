@@ -130,6 +130,7 @@ class _Problem:
             dv,
             None,
             torch.empty_like(softmax_lse),
+            None,
             options,
             **backward_tiles,
         )

@@ -54,17 +54,17 @@ _SHARED: dict[str, str] = {
         return_attn_probs: also return softmax_lse, which has a gradient as out has, and S_dmask, which has none.
 """,
     "bias": """
-        attn_bias: bool, float16 or float32, of a shape that broadcasts to (batch, num_heads, seqlen_q, seqlen_k)
+        attn_bias: bool, float32 or q's dtype, of a shape that broadcasts to (batch, num_heads, seqlen_q, seqlen_k)
             (varlen: the longest sequences'), read through its strides. False hides a key from a query; a number is
             added to the score, after the softcap, and -inf hides; beyond -1e15 or 1e15 it counts as that. A query that
             sees no key has out 0 and softmax_lse +inf, one all of whose numbers are below -1e6 no gradients. Numbers
             have a gradient where q may have one, of attn_bias's shape and dtype, summed in float32.
 """,
     "sinks": """
-        s_aux: (num_heads), float32 or float16, contiguous: a logit of each head, a sink, that takes part in the softmax
-            of its rows as a key with a v of 0 would: out = sum of exp(s) v / (exp(s_aux) + sum of exp(s)). softmax_lse
-            is the logarithm of that denominator: of a query that sees no key it is the sink, and its out 0. -inf is no
-            sink; +inf is not accepted, and not looked for. Has a gradient where q may have one.
+        s_aux: (num_heads), float32, float16 or bfloat16, contiguous: a logit of each head, a sink, that takes part in
+            the softmax of its rows as a key with a v of 0 would: out = sum of exp(s) v / (exp(s_aux) + sum of exp(s)).
+            softmax_lse is the logarithm of that denominator: of a query that sees no key it is the sink, and its out 0.
+            -inf is no sink; +inf is not accepted, and not looked for. Has a gradient where q may have one.
 """,
     "cache_options": """
         out: a tensor for the result, like q, which is returned. It shares no memory with q, k and v. Not with inputs
@@ -92,8 +92,8 @@ _SHARED: dict[str, str] = {
             ``flash_attn_jit.errors``.
 """,
     "returned": """a query that sees no key has out 0 and softmax_lse +inf, or its sink; S_dmask is an empty tensor, or
-        with dropout the probabilities before it, (batch, num_heads, seqlen_q, seqlen_k), float16, negative where they
-        were dropped: for tests, as it takes memory for every pair.""",
+        with dropout the probabilities before it, (batch, num_heads, seqlen_q, seqlen_k), of q's dtype, negative where
+        they were dropped: for tests, as it takes memory for every pair.""",
 }
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -226,9 +226,9 @@ def flash_attn_func(
     {running}
 
     Args:
-        q: (batch, seqlen_q, num_heads, head_dim), float16. Head dims 1 to 256. Of every tensor only the last
-            dimension must be contiguous; the other strides are read as they are.
-        k: (batch, seqlen_k, num_heads_k, head_dim), float16. num_heads is a multiple of num_heads_k: query head i
+        q: (batch, seqlen_q, num_heads, head_dim), float16 or bfloat16. Head dims 1 to 256. Of every tensor only the
+            last dimension must be contiguous; the other strides are read as they are.
+        k: (batch, seqlen_k, num_heads_k, head_dim), of q's dtype. num_heads is a multiple of num_heads_k: query head i
             reads key head i // (num_heads / num_heads_k).
         v: like k.
         {options}
@@ -237,7 +237,7 @@ def flash_attn_func(
         {cache_options}
 
     Returns:
-        out (batch, seqlen_q, num_heads, head_dim), float16 and contiguous; or, with ``return_attn_probs``,
+        out (batch, seqlen_q, num_heads, head_dim), of q's dtype and contiguous; or, with ``return_attn_probs``,
         (out, softmax_lse, S_dmask): softmax_lse (batch, num_heads, seqlen_q), float32, is the natural logarithm of
         the softmax's denominator; {returned}
 
@@ -288,15 +288,15 @@ def flash_attn_kvpacked_func(
     {running}
 
     Args:
-        q: (batch, seqlen_q, num_heads, head_dim), float16. Only the last dimension must be contiguous.
-        kv: (batch, seqlen_k, 2, num_heads_k, head_dim), float16: k is kv[:, :, 0], v is kv[:, :, 1].
+        q: (batch, seqlen_q, num_heads, head_dim), float16 or bfloat16. Only the last dimension must be contiguous.
+        kv: (batch, seqlen_k, 2, num_heads_k, head_dim), of q's dtype: k is kv[:, :, 0], v is kv[:, :, 1].
         {options}
         {bias}
         {sinks}
         {cache_options}
 
     Returns:
-        out (batch, seqlen_q, num_heads, head_dim), float16 and contiguous; or, with ``return_attn_probs``,
+        out (batch, seqlen_q, num_heads, head_dim), of q's dtype and contiguous; or, with ``return_attn_probs``,
         (out, softmax_lse, S_dmask): softmax_lse (batch, num_heads, seqlen_q), float32; {returned}
 
     Raises:
@@ -342,14 +342,14 @@ def flash_attn_qkvpacked_func(
     {running}
 
     Args:
-        qkv: (batch, seqlen, 3, num_heads, head_dim), float16: q is qkv[:, :, 0], k is qkv[:, :, 1], v is
+        qkv: (batch, seqlen, 3, num_heads, head_dim), float16 or bfloat16: q is qkv[:, :, 0], k is qkv[:, :, 1], v is
             qkv[:, :, 2]. Only the last dimension must be contiguous.
         {options}
         {bias}
         {sinks}
 
     Returns:
-        out (batch, seqlen, num_heads, head_dim), float16 and contiguous; or, with ``return_attn_probs``,
+        out (batch, seqlen, num_heads, head_dim), of q's dtype and contiguous; or, with ``return_attn_probs``,
         (out, softmax_lse, S_dmask): softmax_lse (batch, num_heads, seqlen), float32; {returned}
 
     Raises:
@@ -415,10 +415,10 @@ def flash_attn_varlen_func(
     {running}
 
     Args:
-        q: (total_q, num_heads, head_dim), float16. Head dims 1 to 256. Of every tensor only the last dimension must
-            be contiguous; the other strides are read as they are.
-        k: (total_k, num_heads_k, head_dim), float16. num_heads is a multiple of num_heads_k: query head i reads key
-            head i // (num_heads / num_heads_k).
+        q: (total_q, num_heads, head_dim), float16 or bfloat16. Head dims 1 to 256. Of every tensor only the last
+            dimension must be contiguous; the other strides are read as they are.
+        k: (total_k, num_heads_k, head_dim), of q's dtype. num_heads is a multiple of num_heads_k: query head i reads
+            key head i // (num_heads / num_heads_k).
         v: like k.
         cu_seqlens_q: of the queries:
             {cu_seqlens}
@@ -437,7 +437,7 @@ def flash_attn_varlen_func(
         {cache_options}
 
     Returns:
-        out (total_q, num_heads, head_dim), float16 and contiguous; or, with ``return_attn_probs``,
+        out (total_q, num_heads, head_dim), of q's dtype and contiguous; or, with ``return_attn_probs``,
         (out, softmax_lse, S_dmask): softmax_lse (num_heads, total_q), float32, is the natural logarithm of the
         softmax's denominator; {returned}
 
@@ -503,8 +503,8 @@ def flash_attn_varlen_kvpacked_func(
     {running}
 
     Args:
-        q: (total_q, num_heads, head_dim), float16. Only the last dimension must be contiguous.
-        kv: (total_k, 2, num_heads_k, head_dim), float16: k is kv[:, 0], v is kv[:, 1].
+        q: (total_q, num_heads, head_dim), float16 or bfloat16. Only the last dimension must be contiguous.
+        kv: (total_k, 2, num_heads_k, head_dim), of q's dtype: k is kv[:, 0], v is kv[:, 1].
         cu_seqlens_q: of the queries:
             {cu_seqlens}
         cu_seqlens_k: the same of the keys.
@@ -517,7 +517,7 @@ def flash_attn_varlen_kvpacked_func(
         {cache_options}
 
     Returns:
-        out (total_q, num_heads, head_dim), float16 and contiguous; or, with ``return_attn_probs``,
+        out (total_q, num_heads, head_dim), of q's dtype and contiguous; or, with ``return_attn_probs``,
         (out, softmax_lse, S_dmask): softmax_lse (num_heads, total_q), float32; {returned}
 
     Raises:
@@ -567,8 +567,8 @@ def flash_attn_varlen_qkvpacked_func(
     {running}
 
     Args:
-        qkv: (total, 3, num_heads, head_dim), float16: q is qkv[:, 0], k is qkv[:, 1], v is qkv[:, 2]. Only the last
-            dimension must be contiguous.
+        qkv: (total, 3, num_heads, head_dim), float16 or bfloat16: q is qkv[:, 0], k is qkv[:, 1], v is qkv[:, 2]. Only
+            the last dimension must be contiguous.
         cu_seqlens: of queries and keys:
             {cu_seqlens}
         max_seqlen: of queries and keys:
@@ -578,7 +578,7 @@ def flash_attn_varlen_qkvpacked_func(
         {sinks}
 
     Returns:
-        out (total, num_heads, head_dim), float16 and contiguous; or, with ``return_attn_probs``,
+        out (total, num_heads, head_dim), of q's dtype and contiguous; or, with ``return_attn_probs``,
         (out, softmax_lse, S_dmask): softmax_lse (num_heads, total), float32; {returned}
 
     Raises:

@@ -139,13 +139,14 @@ def flash_attn_with_kvcache(
     which of them stays is undefined. Autocast casts q, k and v, and not the cache.
 
     Args:
-        q: (batch, seqlen_q, num_heads, head_dim), float16. Of every tensor only the last dimension must be contiguous.
-        k_cache: (batch of the cache, rows, num_heads_k, head_dim), float16, or with ``block_table`` (pages, page size,
-            num_heads_k, head_dim).
+        q: (batch, seqlen_q, num_heads, head_dim), float16 or bfloat16. Of every tensor only the last dimension must be
+            contiguous.
+        k_cache: (batch of the cache, rows, num_heads_k, head_dim), of q's dtype, or with ``block_table`` (pages, page
+            size, num_heads_k, head_dim).
         v_cache: like k_cache.
-        k: (batch, seqlen_new, num_heads_k, head_dim), float16: goes into rows cache_seqlens and on.
+        k: (batch, seqlen_new, num_heads_k, head_dim), of q's dtype: goes into rows cache_seqlens and on.
         v: like k.
-        rotary_cos: (places, rotary dim / 2), float16: k and q are turned by their places, new row i by that of row
+        rotary_cos: (places, rotary dim / 2), of q's dtype: k and q are turned by their places, new row i by that of row
             cache_seqlens + i. With ``causal`` or a window query i has place cache_seqlens + i, else all have place
             cache_seqlens. The rotary dim is even, and at most head_dim.
         rotary_sin: like rotary_cos.
@@ -168,7 +169,7 @@ def flash_attn_with_kvcache(
         {sinks}
 
     Returns:
-        out (batch, seqlen_q, num_heads, head_dim), float16 and contiguous; or, with ``return_softmax_lse``, (out,
+        out (batch, seqlen_q, num_heads, head_dim), of q's dtype and contiguous; or, with ``return_softmax_lse``, (out,
         softmax_lse), (batch, num_heads, seqlen_q), float32. A query that sees no key has out 0 and softmax_lse +inf.
 
     Raises:

@@ -96,7 +96,7 @@ def compute_gradients(
     if dlse is not None:
         dlse = dlse.contiguous()
     peaks = torch.empty_like(softmax_lse) if q.dtype is torch.bfloat16 else None
-    _core.backward(dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv, sums, delta, options, peaks=peaks)
+    _core.backward(dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv, sums, delta, peaks, options)
     if options.cu_seqlens_q is not None:  # see compute()
         if dq is not None and not options.max_seqlen_q:
             dq.zero_()

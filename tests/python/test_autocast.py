@@ -5,7 +5,6 @@ import torch
 from attention_reference import normal, normal_qkv
 
 from flash_attn_jit import (
-    UnsupportedError,
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -59,13 +58,11 @@ def test_without_autocast_float32_is_an_error():
         flash_attn_func(q, k, v)
 
 
-def test_autocast_to_bfloat16_is_bfloat16s_error():
+def test_autocast_to_bfloat16():
     q, k, v = float32(*normal_qkv(1, 8, 8, 1, 1, 64))
-    with (
-        torch.autocast("cpu", dtype=torch.bfloat16),
-        pytest.raises(UnsupportedError, match=r"^q has dtype torch.bfloat16.*sm_75"),
-    ):
-        flash_attn_func(q, k, v)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = flash_attn_func(q, k, v)
+    assert out.dtype is torch.bfloat16 and torch.equal(out, flash_attn_func(q.bfloat16(), k.bfloat16(), v.bfloat16()))
 
 
 def test_autocast_of_another_device_is_not_ours():

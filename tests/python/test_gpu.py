@@ -341,14 +341,6 @@ def test_devices_that_differ(name):
         flash_attn_func(**tensors)
 
 
-def test_bfloat16():
-    q, k, v = (t.bfloat16() for t in qkv(1, 20, 20, 2, 2, 64))
-    turing = torch.cuda.get_device_capability() < (8, 0)
-    error = flash_attn_jit.UnsupportedError if turing else NotImplementedError
-    with pytest.raises(error, match=r"q has dtype torch\.bfloat16.*q\.to\(torch\.float16\)"):
-        flash_attn_func(q, k, v)
-
-
 def test_float32():
     q, k, v = (t.float() for t in qkv(1, 20, 20, 2, 2, 64))
     with pytest.raises(ValueError, match=r"q has dtype torch\.float32.*q\.to\(torch\.float16\)"):

@@ -104,7 +104,8 @@ def test_random_problem(number):
     softmax_lse = torch.full(lse_shape, float("nan"), device="cuda")
     _core.forward(q, k, v, out.tensor, softmax_lse, options)
     delta = torch.full_like(softmax_lse, float("nan"))
-    _core.backward(dout, q, k, v, out.tensor, softmax_lse, None, dq.tensor, dk.tensor, dv.tensor, None, delta, options)
+    gradients = dq.tensor, dk.tensor, dv.tensor
+    _core.backward(dout, q, k, v, out.tensor, softmax_lse, None, *gradients, None, delta, None, options)
 
     named = {name: p[name] for name in ("softmax_scale", "causal", "window_size", "softcap")}
     named["alibi_slopes"] = slopes

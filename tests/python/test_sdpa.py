@@ -193,7 +193,7 @@ def test_compiled_causal_biases():
         (ValueError, "^enable_gqa", {"enable_gqa": 3.0}),
         (ValueError, "^query is a list", {"query": [1]}),
         (ValueError, r"^query has dtype torch.float32.*query.to\(torch.float16\)", {"query": Q.float()}),
-        (UnsupportedError, "^value has dtype torch.bfloat16", {"value": V.bfloat16()}),
+        (ValueError, "^value has dtype torch.bfloat16 and query torch.float16", {"value": V.bfloat16()}),
         (ValueError, "^value has head_dim 32 and query 64", {"value": V[..., :32]}),
         (ValueError, "^value has shape .* key", {"value": V[..., :5, :]}),
         (ValueError, "^key has batch dimensions", {"key": K.expand(2, -1, -1, -1)}),
@@ -229,11 +229,9 @@ def test_under_autocast():
     query, key, value = (t.float() for t in (Q, K, V))
     with torch.autocast("cpu", dtype=torch.float16):
         assert torch.equal(sdpa(query, key.bfloat16().float(), value), sdpa(Q, K.bfloat16(), V))
-    with (
-        torch.autocast("cpu", dtype=torch.bfloat16),
-        pytest.raises(UnsupportedError, match=r"query has dtype torch.float16, torch.bfloat16 under autocast"),
-    ):
-        sdpa(Q, K, V)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = sdpa(Q, K, V)
+    assert torch.equal(out, sdpa(Q.bfloat16(), K.bfloat16(), V.bfloat16()))
 
 
 @pytest.mark.parametrize("function", [F.scaled_dot_product_attention, imported_before], ids=["F", "imported"])
@@ -264,8 +262,8 @@ def nested(tensor):
     [
         ("dropout_p", {"dropout_p": 1.0}),
         (
-            "query has dtype torch.bfloat16. Cast it: query.to(torch.float16)",
-            {"query": Q.bfloat16(), "key": K.bfloat16(), "value": V.bfloat16()},
+            "query has dtype torch.float32. Cast it: query.to(torch.float16)",
+            {"query": Q.float(), "key": K.float(), "value": V.float()},
         ),
         ("value has head_dim", {"value": V[..., :32]}),
         ("batch dimensions", {"query": Q.expand(2, -1, -1, -1)}),
@@ -307,8 +305,8 @@ def test_autocast_is_sdpas():
         assert F.scaled_dot_product_attention(query, key, value).dtype == out.dtype == torch.float16
     assert router.counts == {"flash_attn_jit": 1, "torch": 0} and query.grad.dtype == torch.float32
     with route_sdpa() as router, torch.autocast("cpu", dtype=torch.bfloat16):
-        F.scaled_dot_product_attention(query, key, value)
-    assert router.counts == {"flash_attn_jit": 0, "torch": 1}
+        assert F.scaled_dot_product_attention(query, key, value).dtype == torch.bfloat16
+    assert router.counts == {"flash_attn_jit": 1, "torch": 0}
 
 
 def test_multi_head_attention_that_trains():
@@ -377,7 +375,7 @@ def test_a_compiled_training_step(seqlens):
 
 def test_compiled_calls_that_cannot_be_routed():
     compiled = torch.compile(F.scaled_dot_product_attention, backend="aot_eager", fullgraph=True)
-    tensors = [t.bfloat16().requires_grad_() for t in (Q, K, V)]
+    tensors = [t.float().requires_grad_() for t in (Q, K, V)]
     with route_sdpa():
         out = compiled(*tensors)
     assert out.requires_grad

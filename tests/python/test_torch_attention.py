@@ -15,7 +15,7 @@ from attention_reference import (
 )
 from conftest import needs_torch
 
-from flash_attn_jit import UnsupportedError, flash_attn_varlen_func
+from flash_attn_jit import flash_attn_varlen_func
 from flash_attn_jit.integrations import torch_attention
 
 LENGTHS_Q, LENGTHS_K = (torch.tensor(x, dtype=torch.int32) for x in ([0, 5, 5, 17], [0, 9, 12, 24]))
@@ -239,8 +239,8 @@ def test_what_torchs_backward_pass_would_not_know_of(counts, name):
 
 def test_errors_have_torchs_names(counts):
     q, k, v, _ = batch()
-    with pytest.raises(UnsupportedError, match=r"query has dtype torch\.bfloat16.*query\.to\(torch\.float16\)"):
-        aten._flash_attention_forward(q.bfloat16(), k, v, None, None, 10, 14, 0.0, False, False)
+    with pytest.raises(ValueError, match=r"query has dtype torch\.float32.*query\.to\(torch\.float16\)"):
+        aten._flash_attention_forward(q.float(), k, v, None, None, 10, 14, 0.0, False, False)
     with pytest.raises(ValueError, match=r"key has"):
         aten._scaled_dot_product_flash_attention(*(x.transpose(1, 2) for x in (q, k[..., :16], v)))
     with pytest.raises(ValueError, match=r"dropout_p is 0\.5, and return_debug_mask False; accepted: 0\.0 and False"):

@@ -145,9 +145,9 @@ def test_what_vllm_asks_before_it_chooses(vllm):
 
     backend = AttentionBackendEnum.CUSTOM.get_class()
     assert AttentionBackendEnum[backend.get_name()] is AttentionBackendEnum.CUSTOM
-    assert backend.supports_dtype(torch.float16) and not backend.supports_dtype(torch.bfloat16)
-    assert backend.supports_kv_cache_dtype("auto") and backend.supports_kv_cache_dtype("float16")
-    assert not backend.supports_kv_cache_dtype("fp8") and not backend.supports_kv_cache_dtype("bfloat16")
+    assert backend.supports_dtype(torch.float16) and backend.supports_dtype(torch.bfloat16)
+    assert all(backend.supports_kv_cache_dtype(dtype) for dtype in ("auto", "float16", "bfloat16"))
+    assert not backend.supports_kv_cache_dtype("fp8")
     assert backend.supports_head_size(256) and not backend.supports_head_size(257)
     assert [backend.supports_compute_capability(DeviceCapability(*c)) for c in ((7, 0), (7, 5), (8, 6))] == [0, 1, 1]
     assert all(backend.supports_attn_type(kind) and backend.supports_attn_type(kind.value) for kind in AttentionType)

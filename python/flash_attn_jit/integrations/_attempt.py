@@ -8,7 +8,7 @@ from .._arguments import number
 from .._autograd import attention as attention_heads_second, attention_heads_first
 from .._call_counts import CallCounts
 from .._options import Options
-from .._sdpa import attention as sdpa_attention, find_refusal, refusal_of
+from .._sdpa import attention as sdpa_attention, find_refusal, refusal_of, refusal_where_others_are_better
 from ..errors import Refusal
 
 _float16 = torch.float16
@@ -59,7 +59,7 @@ def _is_simple(call: Call, heads_first: bool) -> bool:
     heads = 1 if heads_first else 2
     return (
         not _is_compiling()
-        and query.dtype is key.dtype is value.dtype is _float16
+        and query.dtype is key.dtype is value.dtype is _float16  # of bfloat16 not every GPU's is taken
         and query.dim() == key.dim() == 4
         and dropout_p == 0.0
         and not is_causal
@@ -85,7 +85,8 @@ def _transposed(call: Call) -> Call:
 
 def _ask(call: Call) -> Refusal | None:
     query, key, value, attn_mask, dropout_p, is_causal, _, enable_gqa = call
-    return find_refusal(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    refusal = find_refusal(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    return refusal or refusal_where_others_are_better(query)
 
 
 def _run_as_sdpa(call: Call) -> torch.Tensor:

@@ -69,14 +69,15 @@ def attention_override(
     """What ComfyUI calls in the place of `func`, its own attention, where a model's
     ``transformer_options["optimized_attention_override"]`` is this function.
 
-    Falls back to `func`, with the reason counted: dtypes other than float16, head dims over 256, keywords that are
+    Falls back to `func`, with the reason counted: dtypes other than float16 and bfloat16, bfloat16
+    on GPUs that multiply it (sm_80 and newer), head dims over 256, keywords that are
     not known here, and what else ``flash_attn_jit.sdpa`` does not take.
 
     Args:
         q, k, v: (batch, seqlen, heads * head_dim), or with skip_reshape (batch, heads, seqlen, head_dim).
         heads: of q; those of k and v may be fewer with ``enable_gqa``.
-        mask: None, or bool, float16 or float32, (seqlen_q, seqlen_k), (batch, seqlen_q, seqlen_k) or (batch, heads,
-            seqlen_q, seqlen_k), or what broadcasts to these: as ComfyUI's ``attention_pytorch`` has it.
+        mask: None, or bool, float32 or of q's dtype, (seqlen_q, seqlen_k), (batch, seqlen_q, seqlen_k) or (batch,
+            heads, seqlen_q, seqlen_k), or what broadcasts to these: as ComfyUI's ``attention_pytorch`` has it.
         attn_precision: accepted: scores are float32 with any.
         options: ``scale``, ``enable_gqa``; and what else ComfyUI passes.
 

@@ -33,17 +33,25 @@ def test_registering_twice_and_by_another_name():
     assert turing.calls.counts["flash_attn_jit"] == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_model_of_another_dtype(dtype):
-    model = tiny_models.build("llama", NAME, dtype)
-    with pytest.raises(UnsupportedError, match=rf"query has dtype {dtype}; accepted: torch.float16. .*dtype=torch"):
-        model(**tiny_models.batch("llama"))
-
-
-def test_autocast_to_another_dtype():
+def test_a_model_of_another_dtype():
     model = tiny_models.build("llama", NAME, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UnsupportedError, match="under autocast to torch"):
+    words = r"query has dtype torch.float32; accepted: torch.float16 or torch.bfloat16, all alike. .*dtype=torch"
+    with pytest.raises(UnsupportedError, match=words):
         model(**tiny_models.batch("llama"))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16(autocast):
+    model = tiny_models.build("llama", NAME, torch.float32 if autocast else torch.bfloat16)
+    turing.calls.reset()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = model(**tiny_models.batch("llama"))
+    assert turing.calls.counts == {"flash_attn_jit": 2, "torch": 0} and out[0].isfinite().all()
+
+
+def test_float16_under_autocast_to_bfloat16():
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UnsupportedError, match="under autocast to torch"):
+        turing_attention(torch.nn.Module(), *_heads())
 
 
 @pytest.mark.parametrize("name", ["head_mask", "indices", "block_indices", "sinks", "cache"])

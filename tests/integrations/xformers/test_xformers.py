@@ -474,7 +474,6 @@ _Own = type("_Own", (ab.LowerTriangularMask,), {})
 
 REFUSED: dict[str, tuple[list[torch.Tensor], dict[str, Any]]] = {
     r"query has dtype torch.float32. Cast it: query.to\(torch.float16\)": (_inputs(dtype=torch.float32), {}),
-    r"query has dtype torch.bfloat16. Cast it: query.to\(torch.float16\)": (_inputs(dtype=torch.bfloat16), {}),
     "value has head_dim 24 and query 16": (_inputs(heads_dims=(16, 24)), {}),
     "query has head_dim 264": (_inputs(heads_dims=(264, 264)), {}),
     "output_dtype is torch.float32": (_inputs(), {"output_dtype": torch.float32}),

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..._arguments import UNBOUNDED
+from ..._dtypes import HALVES
 from ...interface import flash_attn_varlen_func
 from . import calls, wrong_version
 
@@ -203,7 +204,7 @@ class FlashAttnJitBackend(AttentionBackend):  # type: ignore[misc]
             window_size=window,
             softcap=float(layer.logit_cap or 0.0),
             block_table=table,
-            s_aux=None if sinks is None else sinks.detach().float(),  # of bfloat16, too
+            s_aux=None if sinks is None else sinks.detach().float(),
             out=None if given is None else given.view(q.shape),
             seqused_k=metadata.used,
         )
@@ -267,8 +268,10 @@ def _check_others(others: dict[str, Any]) -> None:
 def _check_runner(runner: Any) -> None:
     if runner.use_mla_backend:
         _refuse("the model has multi-head latent attention", "other models")
-    if runner.kv_cache_dtype is not torch.float16:
-        _refuse(f"the KV cache has dtype {runner.kv_cache_dtype}", "torch.float16: --dtype half --kv-cache-dtype auto")
+    if runner.kv_cache_dtype not in HALVES:
+        _refuse(
+            f"the KV cache has dtype {runner.kv_cache_dtype}", "torch.float16 or torch.bfloat16: --kv-cache-dtype auto"
+        )
     if runner.model_config.is_encoder_decoder:
         _refuse("the model has cross attention", "models of decoders or encoders")
     if runner.kv_index_translator.is_translating:

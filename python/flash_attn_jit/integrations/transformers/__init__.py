@@ -56,9 +56,8 @@ def register(name: str = "turing") -> str:
         ValueError: a name with "flash", or that another implementation has. When a model is made: its layers do not
             call the interface, as those of BERT and T5 in transformers 4.57. In a forward pass: an argument that does
             not fit.
-        UnsupportedError: a ValueError for bfloat16 and float32 models: load them with ``dtype=torch.float16``, or train
-            those of float32 under ``torch.autocast("cuda", torch.float16)``. Layers of float32 in a float16 model, as
-            PEFT's norms, are cast.
+        UnsupportedError: a ValueError for float32 models: load them with ``dtype=torch.float16`` or bfloat16, or train
+            them under ``torch.autocast``. Layers of float32 in a model of these, as PEFT's norms, are cast.
         NotImplementedError: ``output_attentions``, head masks, sparse attention's indices, sinks of each query,
             position bias with packed sequences, continuous batching of transformers 4.57.
     """

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ..._call_counts import CallCounts
+from ..._dtypes import HALVES
 from ..._sdpa import MOST_HEAD_DIM
 from ...interface import flash_attn_func, flash_attn_varlen_func
 from . import _fallback
@@ -39,7 +40,8 @@ def turing_attention(
 
     Args:
         module: the layer, whose is_causal holds where the argument is None.
-        query: (batch, heads, queries, head_dim), float16; or float32 where the layer's weights are float16.
+        query: (batch, heads, queries, head_dim), float16 or bfloat16; or float32 where the layer's weights are one of
+            these.
         key: (batch, heads_k, keys, head_dim).
         value: (batch, heads_k, keys, head_dim of its own).
         attention_mask: see _kinds.
@@ -50,15 +52,16 @@ def turing_attention(
         cu_seq_lens_q: of packed sequences, with those after it.
 
     Returns:
-        out (batch, queries, heads, value's head_dim), float16, and None for the probabilities. Of head dims over 256
-        PyTorch's attention makes it, which is counted; not with softcap, sinks or packed sequences.
+        out (batch, queries, heads, value's head_dim), of the dtype that was computed in, and None for the
+        probabilities. Of head dims over 256 PyTorch's attention makes it, which is counted; not with softcap, sinks or
+        packed sequences.
 
     Raises:
         ValueError, UnsupportedError, NotImplementedError: what cannot run here; says what to do.
     """
     if others:
         refuse_others(others)
-    if query.dtype is not torch.float16 or key.dtype is not torch.float16 or value.dtype is not torch.float16:
+    if not (query.dtype is key.dtype is value.dtype and query.dtype in HALVES):
         query, key, value = cast(module, query, key, value)
     value_dim = value.shape[3]
     if value_dim != query.shape[3]:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..._dtypes import HALVES
 from ...errors import Refusal, UnsupportedError
 
 # What some models' layers give, and what to do then.
@@ -16,7 +17,7 @@ _ADVICE = (
     ("sinks", 'These are sinks of each query: load the model with attn_implementation="eager"'),
     ("cache", "Continuous batching runs here with transformers 5"),
 )
-_CASTS = 'Load the model with dtype=torch.float16, or train it under torch.autocast("cuda", torch.float16)'
+_CASTS = 'Load the model with dtype=torch.float16 or bfloat16, or train it under torch.autocast("cuda", torch.float16)'
 
 
 def refuse_others(others: dict[str, Any]) -> None:
@@ -31,25 +32,27 @@ def refuse_others(others: dict[str, Any]) -> None:
 def cast(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """In float16, where float32 came of layers in it: of norms that are kept in float32 for training, or under
-    autocast."""
+    """In one of the kernels' dtypes, where float32 came of layers in it: of norms that are kept in float32 for
+    training, or under autocast."""
     device = query.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    dtype = autocast or _dtype_of(module, query, key, value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        dtype = tensor.dtype
-        if dtype is torch.float16 or (dtype is torch.float32 and autocast is torch.float16):
-            continue
-        if dtype is not torch.float32 or autocast is not None or not _is_of_float16(module, query, key, value):
-            came = f"has dtype {dtype}" if autocast is None else f"has dtype {dtype}, under autocast to {autocast}"
-            raise Refusal(name, came, "torch.float16", _CASTS, UnsupportedError).exception()
-    return query.to(torch.float16), key.to(torch.float16), value.to(torch.float16)
+        if tensor.dtype not in (dtype, torch.float32) or dtype not in HALVES:
+            came = f"has dtype {tensor.dtype}" + ("" if autocast is None else f", under autocast to {autocast}")
+            raise Refusal(
+                name, came, "torch.float16 or torch.bfloat16, all alike", _CASTS, UnsupportedError
+            ).exception()
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-def _is_of_float16(module: torch.nn.Module, *tensors: torch.Tensor) -> bool:
-    if any(tensor.dtype is torch.float16 for tensor in tensors):
-        return True
+def _dtype_of(module: torch.nn.Module, *tensors: torch.Tensor) -> torch.dtype:
+    """Of the layer: what some of its tensors have, or else its weights."""
+    for tensor in tensors:
+        if tensor.dtype in HALVES:
+            return tensor.dtype
     linear = next((layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)), None)
-    return linear is not None and linear.weight.dtype is torch.float16
+    return tensors[0].dtype if linear is None else linear.weight.dtype
 
 
 def with_one_head_dim(

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ..._dtypes import HALVES
 from ...errors import Refusal
 
 CAUSAL_SHOWN = torch.uint8
@@ -27,8 +28,8 @@ SHOWN = torch.int8
 CAUSAL_FIRST = torch.int16
 CAUSAL_LENGTHS = torch.int32
 _MADE_HERE = (CAUSAL_SHOWN, SHOWN, CAUSAL_FIRST, CAUSAL_LENGTHS)
-_WHOLE = (torch.bool, torch.float16, torch.float32)
-_WHOLE_TEXT = "torch.bool, torch.float16 or torch.float32 where it has 4 dimensions, (batch, 1 or heads, queries, keys)"
+_WHOLE = (torch.bool, torch.float32, *HALVES)
+_WHOLE_TEXT = "torch.bool, torch.float32 or query's dtype where it has 4 dimensions, (batch, 1 or heads, queries, keys)"
 
 
 def read_mask(

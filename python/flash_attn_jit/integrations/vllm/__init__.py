@@ -39,11 +39,11 @@ def register() -> CallCounts:
         vllm.register()
         LLM(MODEL, dtype="half", attention_backend="CUSTOM")
 
-    The backend takes decoder, encoder and cross attention in float16 with head dims 1 to 256, grouped heads, sliding
-    windows, softcap, ALiBi and sinks, KV caches in float16 with any layout of pages of a multiple of 16 tokens, and
-    full CUDA graphs of batches with one number of queries per sequence (decode, verification of drafts). Everything
-    else (MLA, quantized caches, prefixes that see both ways, context parallelism, batch invariance) vLLM refuses with
-    the reason when it starts.
+    The backend takes decoder, encoder and cross attention in float16 and bfloat16 with head dims 1 to 256, grouped
+    heads, sliding windows, softcap, ALiBi and sinks, KV caches of the same dtype with any layout of pages of a multiple
+    of 16 tokens, and full CUDA graphs of batches with one number of queries per sequence (decode, verification of
+    drafts). Everything else (MLA, quantized caches, prefixes that see both ways, context parallelism, batch invariance)
+    vLLM refuses with the reason when it starts.
 
     A full CUDA graph splits a sequence's keys as the longest that the model takes: the shorter its own text, the fewer
     of the splits have work. ``--max-model-len`` as low as it may be helps.

@@ -103,8 +103,8 @@ class MetadataBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
 
 
 class FlashAttnJitBackend(AttentionBackend):  # type: ignore[misc]
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16"]
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
     forward_includes_kv_cache_update: bool = False
     supports_kv_cache_update_bypass: bool = True
 

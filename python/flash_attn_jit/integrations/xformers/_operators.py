@@ -7,13 +7,12 @@ from xformers.ops.fmha.common import AttentionBwOpBase, AttentionFwOpBase, Conte
 
 from ... import ops
 from ..._autograd import attention
+from ..._dtypes import HALVES
 from ..._options import Options, before_backward, tensors_of, with_seed
 from ..._sdpa import MOST_HEAD_DIM
 from ...ops import SEPARATE, are_plain, is_plain
 from . import _biases as biases, calls
 from ._refusals import operator_gradient_refusal, refusal
-
-_float16 = torch.float16
 
 
 class _Call(NamedTuple):
@@ -119,7 +118,7 @@ class _Operator:
     OPERATOR = ops.compute
     SUPPORTED_DEVICES = frozenset(("cuda", "cpu"))
     CUDA_MINIMUM_COMPUTE_CAPABILITY = (7, 5)
-    SUPPORTED_DTYPES = frozenset((_float16,))
+    SUPPORTED_DTYPES = frozenset(HALVES)
     SUPPORTED_MAX_K = MOST_HEAD_DIM
     SUPPORTED_MIN_K = 1
     SUPPORTS_DROPOUT = True
@@ -191,7 +190,7 @@ class BwOp(_Operator, AttentionBwOpBase):  # type: ignore[misc]
         call = _read(inp, grouped=False)
         q, k, _, options = call
         call = call._replace(options=options._replace(dropout_seed=ctx.rng_state))
-        dout, out = (tensor.reshape(q.shape) for tensor in (grad.to(_float16), ctx.out))
+        dout, out = (tensor.reshape(q.shape) for tensor in (grad.to(q.dtype), ctx.out))
         lse = ctx.lse if options.cu_seqlens_q is None else ctx.lse[0]
         lse = lse[..., : q.shape[-3]]  # other operators' may be padded
         # See _shaped_lse(): that of parts.

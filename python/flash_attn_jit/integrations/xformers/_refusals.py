@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from ..._sdpa import MOST_HEAD_DIM, platform_refusal, tensor_refusal
+from ..._dtypes import takes
+from ..._sdpa import MOST_HEAD_DIM, platform_refusal, refusal_where_others_are_better, tensor_refusal
 from ._biases import GAPS, PAGES, PAGES_WITH_GAPS, RULES, WHOLE, Rule, tensor_of
 
-_float16, _strided = torch.float16, torch.strided
-_TENSOR_TYPES = (torch.float16, torch.float32)
+_strided = torch.strided
 
 
 def refusal(inp: Any) -> str | None:
@@ -18,7 +18,7 @@ def refusal(inp: Any) -> str | None:
     refused = platform_refusal(query.device)
     if refused is not None:
         return refused.reason()
-    if not (_is_usual(query) and _is_usual(key) and _is_usual(value)):
+    if not (_is_usual(query, query) and _is_usual(key, query) and _is_usual(value, query)):
         reason = _input_refusal(query, key, value)
         if reason is not None:
             return reason
@@ -27,20 +27,23 @@ def refusal(inp: Any) -> str | None:
         return f"query has head_dim {head_dim}"
     if value.shape[-1] != head_dim:
         return f"value has head_dim {value.shape[-1]} and query {head_dim}"
-    if inp.output_dtype is not None and inp.output_dtype is not _float16:
+    refused = refusal_where_others_are_better(query)
+    if refused is not None:
+        return refused.reason()
+    if inp.output_dtype is not None and inp.output_dtype is not query.dtype:
         return f"output_dtype is {inp.output_dtype}"
     if inp.p != 0.0 and not 0.0 <= inp.p < 1.0:
         return f"p is {inp.p}"
     return None if inp.attn_bias is None else _bias_refusal(inp.attn_bias, query, key)
 
 
-def _is_usual(tensor: torch.Tensor) -> bool:
-    return tensor.dtype is _float16 and tensor.layout is _strided and tensor.stride(-1) == 1
+def _is_usual(tensor: torch.Tensor, query: torch.Tensor) -> bool:
+    return tensor.dtype is query.dtype and takes(tensor.dtype) and tensor.layout is _strided and tensor.stride(-1) == 1
 
 
 def _input_refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        refused = tensor_refusal(name, tensor, query.dim(), query.device, None)
+        refused = tensor_refusal(name, tensor, query, None)
         if refused is not None:
             return refused.reason()
     return None
@@ -73,7 +76,7 @@ def _bias_refusal(bias: Any, query: torch.Tensor, key: torch.Tensor) -> str | No
 
 
 def _tensor_refusal(tensor: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> str | None:
-    if tensor.dtype not in _TENSOR_TYPES:
+    if tensor.dtype not in (query.dtype, torch.float32):
         return f"attn_bias has dtype {tensor.dtype}"
     if tensor.device != query.device:
         return f"attn_bias is on {tensor.device} and query on {query.device}"
