@@ -1,4 +1,5 @@
-"""Attention in float64, and what float32 with fp16 probabilities would make of it: the bound of every numeric test."""
+"""Attention in float64, and what float32 with fp16 probabilities would make of it: the bound of every numeric test. out
+and gradients are of the inputs' dtype."""
 
 from collections.abc import Iterator, Sequence
 from math import exp, isfinite
@@ -113,14 +114,14 @@ def error_bound(
     causal: bool = False,
     **options: Any,
 ) -> float:
-    """Twice the greatest error of float32 arithmetic that rounds P and out to fp16, plus 1e-5."""
+    """Twice the greatest error of float32 arithmetic that rounds P to fp16 and out to its dtype, plus 1e-5."""
     p, row_sum, _ = _probabilities(q, k, torch.float32, causal, **options)
     exact, _ = attention(q, k, v, causal, **options)
     if exact.numel() == 0:
         return 1e-5
     errors = []
     for lag in _LAGS:
-        emulated = _times_v((p * exp(lag)).half().float(), row_sum * exp(lag), v).half()
+        emulated = _times_v((p * exp(lag)).half().float(), row_sum * exp(lag), v).to(q.dtype)
         errors.append((emulated.double() - exact).abs().max().item())
     return 2 * max(errors) + 1e-5
 
@@ -135,7 +136,7 @@ def check_attention(
     **options: Any,
 ) -> None:
     """Asserts that out is within the bound, and softmax_lse within float32's reach of float64."""
-    assert out.shape == q.shape and out.dtype == torch.float16 and out.device == q.device
+    assert out.shape == q.shape and out.dtype == q.dtype and out.device == q.device
     expected, expected_lse = attention(q, k, v, causal, **options)
     bound = error_bound(q, k, v, causal, **options)
     assert isfinite(bound)
@@ -229,13 +230,16 @@ def exact_varlen_gradients(
     return torch.autograd.grad(out, inputs, dout.double())
 
 
-def check_gradients(gradients: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+def check_gradients(
+    gradients: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], dtype: torch.dtype = torch.float16
+) -> None:
     for got, exact in zip(gradients, expected):
-        assert got.shape == exact.shape and got.dtype == torch.float16
+        assert got.shape == exact.shape and got.dtype == dtype
         if not exact.numel():
             continue
-        # P, dS and the gradients are rounded to fp16, 11 bits; a gradient sums some of them.
-        bound = 4 * 2**-11 * exact.abs().max().item() + 1e-4
+        # P, dS and the gradients are rounded to fp16, 11 bits; a gradient sums some of them. bfloat16 has 8.
+        largest = exact.abs().max().item()
+        bound = 4 * 2**-11 * largest + (1e-4 if dtype is torch.float16 else 2**-9 * largest)
         assert (got.double() - exact).abs().max().item() <= bound
 
 
