@@ -244,6 +244,23 @@ class FlashFwd {
     block_barrier();
   }
 
+  // Where tiles are converted and nothing stands behind that but the barrier, products come between its parts.
+  static constexpr bool kCommitsInParts = kConverts<Traits> && kCommitsLast<Traits>;
+
+  static __device__ __forceinline__ void commit_parts(const InFlight& k, const InFlight& v, const Slots& slots,
+                                                      int product) {
+    constexpr int kPasses = Stream::kPasses, kParts = 2 * kPasses;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      if (product != Points::part_of_commit(i, kParts)) continue;
+      if (i < kPasses)
+        Stream::template commit_pass<Columns>(k, slots.k, i);
+      else
+        Stream::template commit_pass<Columns>(v, slots.v, i - kPasses);
+    }
+    if (product == Points::kCommit) block_barrier();
+  }
+
   // K fragments of 16 keys x 16 dims are the B operands of 2 x 2 products:
   //   matrix 0: keys 0-7, dims 0-7   1: keys 0-7, dims 8-15   2: keys 8-15, dims 0-7   3: keys 8-15, dims 8-15
   using KeyFragment = unsigned[4];
@@ -458,7 +475,10 @@ class FlashFwd {
         prefetch(k, v, next);
         fetch_pairs<true>(n_block_ - 2);
       }
-      if (product == Points::kCommit) commit(k, v, next);
+      if constexpr (kCommitsInParts)
+        commit_parts(k, v, next, product);
+      else if (product == Points::kCommit)
+        commit(k, v, next);
       if (product == Points::kFirstKeys) load_first_k(next.k);
     });
     slots_ = next;

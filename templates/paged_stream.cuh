@@ -9,10 +9,10 @@ template <class Traits, int kRows, int kDims, int kThreads>
 class PagedStream {
   static constexpr int kChunksPerRow = kDims / kChunkDims;
   static constexpr int kChunks = kRows * kChunksPerRow;
-  static constexpr int kPasses = (kChunks + kThreads - 1) / kThreads;
   using Matrix = PagedMatrix<typename Traits::Stored>;
 
  public:
+  static constexpr int kPasses = (kChunks + kThreads - 1) / kThreads;
   using InFlight = Vec16[kPasses];
 
   PagedStream() = default;
@@ -38,6 +38,10 @@ class PagedStream {
   template <class Order>
   static __device__ __forceinline__ void commit(const InFlight& chunks, SharedAddress slot) {
     RegisterStagedStream<Traits, kRows, kDims, kThreads>::template commit<Order>(chunks, slot);
+  }
+  template <class Order>
+  static __device__ __forceinline__ void commit_pass(const InFlight& chunks, SharedAddress slot, int pass) {
+    RegisterStagedStream<Traits, kRows, kDims, kThreads>::template commit_pass<Order>(chunks, slot, pass);
   }
 
  private:

@@ -16,6 +16,14 @@ struct Schedule {
   static constexpr int kPrefetch = end_of(Traits::kLoadEighth);
   static constexpr int kCommit = end_of(Traits::kBarrierEighth);
   static constexpr int kFirstKeys = end_of(Traits::kFirstKeysEighth);
+
+  // After which product part i of `parts` is committed, where products are to stand between. How many is ptxas's matter:
+  // head dim 128 reaches 0.850 of a T4's peak with 8, and causal 0.847 with 6, and 0.806 and 0.780 the other way round.
+  static __device__ __forceinline__ constexpr int part_of_commit(int i, int parts) {
+    constexpr int kApart = Traits::kIsCausal || Traits::kIsLocal ? 6 : 8;
+    const int product = kCommit - (parts - 1 - i) * kApart;
+    return product > kPrefetch ? product : kPrefetch;
+  }
 };
 
 // Is the barrier the last thing in an iteration?

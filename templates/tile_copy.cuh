@@ -90,11 +90,11 @@ template <class Traits, int kRows, int kDims, int kThreads>
 class RegisterStagedStream {
   static constexpr int kChunksPerRow = kDims / kChunkDims;
   static constexpr int kChunks = kRows * kChunksPerRow;
-  static constexpr int kPasses = (kChunks + kThreads - 1) / kThreads;
   using Bits = typename Traits::Stored::Bits;
   using Matrix = GlobalMatrix<typename Traits::Stored>;
 
  public:
+  static constexpr int kPasses = (kChunks + kThreads - 1) / kThreads;
   using InFlight = Vec16[kPasses];  // what a thread has of a tile between prefetch() and commit()
 
   RegisterStagedStream() = default;
@@ -136,12 +136,17 @@ class RegisterStagedStream {
   template <class Order, class... Factor>
   static __device__ __forceinline__ void commit(const InFlight& chunks, SharedAddress slot, Factor... factor) {
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass)
-      if (participates(pass)) {
-        Vec16 chunk = chunks[pass];
-        to_elements<Traits>(chunk, factor...);
-        store_shared_16B(slot + stored_row<Order>(pass) * row_pitch(kDims) + chunk_dim(pass) * kElementBytes, chunk);
-      }
+    for (int pass = 0; pass < kPasses; ++pass) commit_pass<Order>(chunks, slot, pass, factor...);
+  }
+
+  // One of kPasses parts of that.
+  template <class Order, class... Factor>
+  static __device__ __forceinline__ void commit_pass(const InFlight& chunks, SharedAddress slot, int pass,
+                                                     Factor... factor) {
+    if (!participates(pass)) return;
+    Vec16 chunk = chunks[pass];
+    to_elements<Traits>(chunk, factor...);
+    store_shared_16B(slot + stored_row<Order>(pass) * row_pitch(kDims) + chunk_dim(pass) * kElementBytes, chunk);
   }
 
  private:

@@ -137,10 +137,26 @@ TileTable full_feature(const FeatureSet& features) {
   return only_if(features.only(Feature::kVarlen), kLargeFullVarlen);
 }
 
+// Where Q and dO are converted on their way: a search over schedules with the model alone. At 128, causal, a kernel spills
+// 4 bytes.
+constexpr std::array kLargeFullBFloat16 = {
+    TileRow{112, kElsewhere},
+    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {4, 6, 8}}},
+};
+constexpr std::array kLargeCausalBFloat16 = {
+    TileRow{48, kElsewhere},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {3, 6, 8}}},
+};
+
+TileTable converting(const KernelSpec& spec) {
+  return only_if(spec.dtype == DType::kBFloat16 && is_plain(spec),
+                 spec.mask == Mask::kNone ? TileTable(kLargeFullBFloat16) : kLargeCausalBFloat16);
+}
+
 TileTables tiles(const KernelSpec& spec) {
   const bool window = spec.mask == Mask::kWindow, crowded = spec.features.change_scores() || spec.group_size > 1;
   const bool roomy = spec.mask == Mask::kNone && spec.group_size == 1;
-  return {TileTableList{only_if(spec.access == GlobalAccess::kElement2B, kElementGradients),
+  return {TileTableList{spec.access == GlobalAccess::kElement2B ? TileTable(kElementGradients) : converting(spec),
                         only_if(window, crowded ? TileTable(kLargeCrowdedWindow) : kLargeWindow),
                         only_if(roomy, full_feature(spec.features)),
                         only_if(roomy && spec.features.read_pairs(), kLargeFullPairs),

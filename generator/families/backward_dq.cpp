@@ -101,15 +101,31 @@ TileTable one_feature(const KernelSpec& spec) {
   return only_if(spec.mask == Mask::kNone && spec.features.read_numbers(), kLargeFullBias);
 }
 
+// Where K and V are converted on their way: a search over schedules with the model alone.
+constexpr std::array kLargeFullBFloat16 = {
+    TileRow{48, kElsewhere},
+    TileRow{64, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 64, .schedule = {3, 7, 8}}},
+};
+constexpr std::array kLargeCausalBFloat16 = {
+    TileRow{48, kElsewhere},
+    TileRow{64, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
+};
+
+TileTable converting(const KernelSpec& spec) {
+  return only_if(spec.dtype == DType::kBFloat16 && is_plain(spec),
+                 spec.mask == Mask::kNone ? TileTable(kLargeFullBFloat16) : kLargeCausalBFloat16);
+}
+
 TileTables tiles(const KernelSpec& spec) {
   const bool scores = spec.features.change_scores(), window = spec.mask == Mask::kWindow;
-  return {TileTableList{
-              only_if(spec.access == GlobalAccess::kElement2B, kElementGradients), one_feature(spec),
-              only_if(scores && spec.mask != Mask::kCausal, window ? TileTable(kLargeWindowScores) : kLargeFullScores),
-              only_if(scores, kLargeScores), only_if(window, kLargeWindow),
-              only_if(spec.has(Feature::kVarlen), kLargeVarlen),
-              spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
-          TileTableList{only_if(takes_medium(spec), kMedium)}, TileTableList{kSmall, kSmallGradients}};
+  return {
+      TileTableList{
+          spec.access == GlobalAccess::kElement2B ? TileTable(kElementGradients) : converting(spec), one_feature(spec),
+          only_if(scores && spec.mask != Mask::kCausal, window ? TileTable(kLargeWindowScores) : kLargeFullScores),
+          only_if(scores, kLargeScores), only_if(window, kLargeWindow),
+          only_if(spec.has(Feature::kVarlen), kLargeVarlen),
+          spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
+      TileTableList{only_if(takes_medium(spec), kMedium)}, TileTableList{kSmall, kSmallGradients}};
 }
 
 constexpr GradientLayout kLayout = {.gradients = 1, .statistics_bytes = 0};

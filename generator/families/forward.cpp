@@ -125,6 +125,16 @@ constexpr std::array kLargeDropout = {
     TileRow{128, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 128, .schedule = {0, 8, 8}}},
 };
 
+// Where K and V are converted on their way: a search over schedules with the model alone.
+constexpr std::array kLargeFullBFloat16 = {
+    TileRow{112, kElsewhere},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 8, 8}}},
+};
+constexpr std::array kLargeCausalBFloat16 = {
+    TileRow{32, kElsewhere},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {3, 5, 8}}},
+};
+
 TileTable one_feature(const KernelSpec& spec) {
   const bool full = spec.mask == Mask::kNone;
   if (spec.features.only(Feature::kSoftcap) && spec.mask != Mask::kWindow)
@@ -165,7 +175,9 @@ TileTables tiles(const KernelSpec& spec) {
   if (spec.access == GlobalAccess::kElement2B) return {TileTableList{kLargeElement}, TileTableList{kSmall}};
   const bool masked = spec.mask != Mask::kNone, window = spec.mask == Mask::kWindow,
              positions = spec.features.need_positions();
-  return {TileTableList{one_feature(spec), only_if(positions && window, kLargeWindowPositions),
+  const bool converts = spec.dtype == DType::kBFloat16 && is_plain(spec);
+  return {TileTableList{only_if(converts, masked ? TileTable(kLargeCausalBFloat16) : kLargeFullBFloat16),
+                        one_feature(spec), only_if(positions && window, kLargeWindowPositions),
                         only_if(positions, masked ? TileTable(kLargeMaskedPositions) : kLargePositions),
                         only_if(window, kLargeWindow), masked ? TileTable(kLargeCausal) : kLargeFull},
           TileTableList{only_if(spec.has(Feature::kBlockMask), kMediumBlockMask), only_if(takes_medium(spec), kMedium)},

@@ -14,6 +14,9 @@ namespace {
 
 constexpr double kLeastSeconds = 0.5;  // with less nothing is found
 
+constexpr const char* kLeavesBFloat16 =
+    "autotune() leaves bfloat16 calls as they are, with default tiles: it tunes float16";
+
 // The sizes of a request's problem; the spec is each launch's own.
 AttentionCase sizes_of(const TensorView& q, const TensorView& k, const AttentionOptions& options) {
   const ProblemShape shape = problem_shape(q, k, options);
@@ -98,6 +101,7 @@ void Autotuner::leave(const Key& key, const AttentionCase& attention, const std:
 }
 
 void Autotuner::meet(Device& device, const ForwardRequest& request, StreamHandle stream) {
+  if (request.options.dtype == DType::kBFloat16) return warn_once(kLeavesBFloat16);
   const LaunchPlan plan = plan_forward(request, device.plan_target());
   if (plan.spec.kind == KernelKind::kForward && plan.spec.features.forward_only())
     return warn_once("autotune() leaves calls of many queries over a cache of keys and values as they are");
@@ -106,6 +110,7 @@ void Autotuner::meet(Device& device, const ForwardRequest& request, StreamHandle
 }
 
 void Autotuner::meet(Device& device, const BackwardRequest& request, StreamHandle stream) {
+  if (request.options.dtype == DType::kBFloat16) return warn_once(kLeavesBFloat16);
   const PlanTarget target = device.plan_target();
   const AttentionCase sizes = sizes_of(request.q, request.k, request.options);
   for (const bool all_keys : {false, true}) {  // where there are both ways, the times of both decide

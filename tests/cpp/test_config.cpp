@@ -43,6 +43,7 @@ TEST_CASE("configuration: defaults") {
   CHECK(config.cache_max_bytes == 1024ull * 1024 * 1024);
   CHECK(config.target == TargetChoice::kNative);
   CHECK_FALSE(config.interpret);
+  CHECK_FALSE(config.refuses_bfloat16);
   CHECK_FALSE(config.nvrtc);
   CHECK_FALSE(config.cxx);
   CHECK_FALSE(config.offline);
@@ -66,6 +67,7 @@ TEST_CASE("configuration: values") {
                               {"FLASH_ATTN_JIT_CACHE_MAX_BYTES", "5000"},
                               {"FLASH_ATTN_JIT_TARGET", "compute_75"},
                               {"FLASH_ATTN_JIT_INTERPRET", "1"},
+                              {"FLASH_ATTN_JIT_BFLOAT16", "refuse"},
                               {"FLASH_ATTN_JIT_CXX", "clang++"},
                               {"FLASH_ATTN_JIT_NVRTC", dir},
                               {"FLASH_ATTN_JIT_OFFLINE", "1"},
@@ -77,6 +79,7 @@ TEST_CASE("configuration: values") {
   CHECK(config.cache_max_bytes == 5000);
   CHECK(config.target == TargetChoice::kCompute75);
   CHECK(config.interpret);
+  CHECK(config.refuses_bfloat16);
   CHECK(config.cxx == "clang++");
   CHECK(config.nvrtc == dir);
   CHECK(config.offline);

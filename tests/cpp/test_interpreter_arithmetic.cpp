@@ -71,6 +71,27 @@ TEST_CASE("Fp16::pack of special values") {
   for (std::size_t i = 0; i < expected.size(); ++i) CHECK(std::bit_cast<std::uint32_t>(out[i]) == expected[i]);
 }
 
+TEST_CASE("Fp16::pack_toward_zero cuts off, and leaves what is finite finite") {
+  std::vector<float> x = {kInfinityF32, -kInfinityF32, 65504.0f, 65519.0f,        65520.0f, 65536.0f,
+                          -3e38f,       kNanF32,       -0.0f,    0x1.fffffep-25f, -1e-45f,  0x1p-24f};
+  const std::vector<std::uint16_t> special = {0x7c00, 0xfc00, 0x7bff, 0x7bff, 0x7bff, 0x7bff,
+                                              0xfbff, 0x7fff, 0x8000, 0,      0x8000, 1};
+  for (int h = 0; h < 0x7c00; ++h) {
+    const float value = static_cast<float>(from_fp16(static_cast<std::uint16_t>(h)));
+    const float above = h == 0x7bff ? 65536.0f : static_cast<float>(from_fp16(static_cast<std::uint16_t>(h + 1)));
+    x.push_back(value);
+    x.push_back(std::nextafter(above, 0.0f));
+  }
+  const std::vector<float> packed = evaluate("bits_float(Fp16::pack_toward_zero(x, -x))", x);
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(packed[i]);
+    const auto expected = i < special.size() ? special[i] : static_cast<std::uint16_t>((i - special.size()) / 2);
+    CAPTURE(x[i]);
+    REQUIRE((bits & 0xffff) == expected);
+    if (!std::isnan(x[i])) REQUIRE((bits >> 16) == (expected ^ 0x8000u));
+  }
+}
+
 TEST_CASE("exp2_approx is within 2 ulp, and has no subnormals") {
   std::vector<float> x;
   std::mt19937 random(2);

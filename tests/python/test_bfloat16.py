@@ -109,6 +109,15 @@ def test_values_beyond_float16s_count_as_its_greatest(name, rows):
     torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=2**-7)
 
 
+def test_out_is_rounded_to_nearest_even():
+    q = torch.zeros(1, 200, 1, 64, dtype=BFLOAT16)
+    v = normal(1, 2, 1, 64, seed=3).to(BFLOAT16)
+    v[0, :, 0, 0] = torch.tensor([1.0, 1.0 + 2**-7])  # the mean lies in the middle of two numbers, twice
+    v[0, :, 0, 1] = torch.tensor([1.0 + 2**-7, 1.0 + 2**-6])
+    expected = v.float().mean(1, keepdim=True).to(BFLOAT16)
+    assert torch.equal(flash_attn_func(q, q[:, :2], v), expected.expand(q.shape))
+
+
 def test_what_is_no_number_stays_none():
     q, k, v = qkv(1, 40, 90, 1, 1, 64)
     v[0, 3, 0, 7] = math.inf

@@ -68,7 +68,8 @@ class _FlexAttention(Function):
         dk, dv = (_empty_like(k), _empty_like(v)) if wants_k or wants_v else (None, None)
         delta = torch.empty_like(softmax_lse)
         dlse = None if dlse is None else dlse.contiguous()
-        _core.backward(dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv, None, delta, ctx.options, user=user)
+        peaks = torch.empty_like(softmax_lse) if q.dtype is torch.bfloat16 else None
+        _core.backward(dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv, None, delta, peaks, ctx.options, user=user)
         return dq, dk if wants_k else None, dv if wants_v else None, None, None
 
 
