@@ -88,8 +88,8 @@ struct KernelSpec {
 
   bool has(Feature feature) const { return features.has(feature); }
 
-  // head_dim rounded up to the 16 dims that two tensor instructions consume.
-  int padded_head_dim() const { return (head_dim + 15) / 16 * 16; }
+  // head_dim rounded up to the 8 dims that a tensor instruction consumes; 16 at the least.
+  int padded_head_dim() const { return head_dim <= 16 ? 16 : (head_dim + 7) / 8 * 8; }
 
   // Canonical form: "fwd hdim128 fp16 causal gqa8 vec16 m256n16w8q96l2b4k7"; the words of the features that are on
   // stand behind the mask, and behind them "code0123456789abcdef", the user's functions'.

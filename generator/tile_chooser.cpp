@@ -241,7 +241,7 @@ std::vector<TileConfig> default_tiles(const KernelSpec& spec) {
 
 std::vector<TileConfig> tile_space(const KernelSpec& spec, const ArchLimits& arch) {
   const KernelFamily& family = family_of(spec.kind);
-  const int dims = spec.padded_head_dim(), fewer_dims = family.warps_share_rows ? 0 : dims * 5 / 8 / 16 * 16;
+  const int dims = kernel_dims(spec), fewer_dims = family.warps_share_rows ? 0 : dims * 5 / 8 / 16 * 16;
   std::vector<TileConfig> tiles = default_tiles(spec);
   for (int warps : {2, 4, 8})
     for (int block_m : rows_of_space(family, warps))

@@ -7,8 +7,8 @@
 namespace flash_attn_jit {
 
 int kernel_dims(const KernelSpec& spec) {
-  const int step = 16 * family_of(spec.kind).output_splits(spec);
-  return (spec.head_dim + step - 1) / step * step;
+  const int step = 8 * family_of(spec.kind).output_splits(spec);
+  return (spec.padded_head_dim() + step - 1) / step * step;
 }
 
 int rows_of_warp(const KernelSpec& spec) {
@@ -35,7 +35,7 @@ int useful_mma_per_iteration(const KernelSpec& spec) {
   return family.products * m_tiles * (spec.tile.block_n / 8) * steps_of_8_dims / family.output_splits(spec);
 }
 
-int row_pitch(int dims) { return dims * 2 + 16; }
+int row_pitch(int dims) { return (dims / 8 | 1) * 16; }
 
 int staging_dims(int dims) { return dims % 32 == 0 ? 32 : 16; }
 

@@ -9,7 +9,7 @@
 
 namespace flash_attn_jit {
 
-// One row: for head dims up to max_head_dim, padded to 16.
+// One row: for head dims up to max_head_dim.
 struct TileRow {
   int max_head_dim;
   TileConfig tile;  // register_dims is an upper bound: smaller head dims keep all of their rows in registers

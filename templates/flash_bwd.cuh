@@ -96,6 +96,7 @@ class FlashBwd {
   using Matrix = GlobalMatrix<typename Traits::Stored>;
   using Side = typename Tile::Side;
   static constexpr int kMTiles = Tile::kMTiles, kDTiles = Tile::kDims / 8, kSteps = Tile::kSteps;
+  static constexpr int kRowSteps = (kDTiles + 1) / 2;
   static constexpr int kOutputDTiles = Tile::kOutputDims / 8;
   static constexpr int kPitch = row_pitch(Tile::kDims);
   static constexpr int kGradients = Side::kMakesDv ? 2 : 1;
@@ -263,7 +264,7 @@ class FlashBwd {
       dq_.load_keys(warp_, lane_);
       if constexpr (Tile::Dq::kKeepsKeys)
 #pragma unroll
-        for (int step = 0; step < Tile::kDims / 16; ++step) s_rows_.get(kept_s_rows_[step], step);
+        for (int step = 0; step < kRowSteps; ++step) s_rows_.get(kept_s_rows_[step], step);
     }
   }
 
@@ -272,7 +273,8 @@ class FlashBwd {
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) fragment[m][i] = kept_s_rows_[step][m][i];
+        for (int i = 0; i < (kDTiles % 2 != 0 && 2 * step + 1 == kDTiles ? 2 : 4); ++i)
+          fragment[m][i] = kept_s_rows_[step][m][i];
     } else {
       s_rows_.get(fragment, step);
     }
@@ -353,18 +355,6 @@ class FlashBwd {
 
   // ---- the products of a step: 8 columns ----
 
-  // For gradients; S and dP take columns as they lie.
-  __device__ __forceinline__ void load_columns_transposed(unsigned (&b)[4], SharedAddress tile, int step, int d) const {
-    if (kOutputDTiles - d >= 4) {
-      ldmatrix_x4_trans(b, column_address(tile, kPitch, step, d, lane_));
-    } else {
-      unsigned two[2];
-      ldmatrix_x2_trans(two, column_address(tile, kPitch, step, d, lane_));
-      b[0] = two[0];
-      b[1] = two[1];
-    }
-  }
-
   // S and dP of a step of the tile in `slot`, the next one.
   __device__ __forceinline__ void scores(SharedAddress slot, int step) {
     start_scores(step);
@@ -379,7 +369,7 @@ class FlashBwd {
         get_s_rows(s_rows, (d + i) / 2);
         dp_rows_.get(dp_rows, (d + i) / 2);
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
+        for (int half = 0; half < (kDTiles % 2 != 0 && kDTiles - d - i < 2 ? 1 : 2); ++half)
 #pragma unroll
           for (int m = 0; m < kMTiles; ++m) {
             multiply<kStartsScores>(acc_s_[m][0], s_rows[m], half, s_columns[i + half], d + i + half);
@@ -507,7 +497,7 @@ class FlashBwd {
 #pragma unroll
     for (int d = 0; d < kOutputDTiles; d += 4) {
       unsigned b[4];
-      load_columns_transposed(b, tile + first_output_dim_ * kElementBytes, step, d);
+      load_columns_transposed<kOutputDTiles>(b, tile + first_output_dim_ * kElementBytes, kPitch, step, d, lane_);
 #pragma unroll
       for (int i = 0; i < (kOutputDTiles - d < 4 ? kOutputDTiles - d : 4); ++i)
 #pragma unroll
@@ -792,8 +782,8 @@ class FlashBwd {
   Products acc_s_, acc_dp_;
   Products derivative_;  // of acc_s_ by its products, where scores tell it
   Gradient ds_gradient_, p_gradient_;
-  typename Tile::Dq dq_;                                           // where it is made
-  typename Tile::SFragments::Step kept_s_rows_[Tile::kDims / 16];  // where S reads its rows from shared memory once
+  typename Tile::Dq dq_;                                    // where it is made
+  typename Tile::SFragments::Step kept_s_rows_[kRowSteps];  // where S reads its rows from shared memory once
 };
 
 template <class Traits>

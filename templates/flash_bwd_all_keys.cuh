@@ -9,7 +9,8 @@
 //   step 1   | key 0: queries 8-15 | ...
 //
 // A warp makes a part: 16 dims, of all the tile's queries where there are as many such parts as warps, else of 8
-// queries. Where it has one part alone and registers to spare, it keeps the part's K^T in them.
+// queries. The last 16 dims are the last part, though it may have 8 of them in common with the one before. Where a warp
+// has one part alone and registers to spare, it keeps the part's K^T in them.
 #pragma once
 
 #include "accumulator.cuh"
@@ -27,7 +28,7 @@ class AllKeysDq {
   using Matrix = GlobalMatrix<Stored>;
   // Out of Traits: Tile asks for its sizes.
   static constexpr int kSteps = Traits::kBlockN / 8, kMTiles = Traits::kBlockM / Traits::kNWarps / 16;
-  static constexpr int kDims = Traits::kTileDims, kDimParts = kDims / 16;
+  static constexpr int kDims = Traits::kTileDims, kDimParts = (kDims + 15) / 16;
   static constexpr int kStepsOfPart = kDimParts >= Traits::kNWarps ? kSteps : 1;
   static constexpr int kParts = kDimParts * kSteps / kStepsOfPart;
   static constexpr int kStepBytes = Traits::kBlockM * kChunkBytes;  // of dS
@@ -60,7 +61,7 @@ class AllKeysDq {
   __device__ __forceinline__ void load_keys(int warp, int lane) {
     if (!kKeepsPart) return;
 #pragma unroll
-    for (int i = 0; i < Traits::kBlockM / 16; ++i) load_k(kept_[i], 16 * i, warp % kDimParts * 16, lane);
+    for (int i = 0; i < Traits::kBlockM / 16; ++i) load_k(kept_[i], 16 * i, first_dim(warp), lane);
   }
 
   // dQ of the queries from `query` on, from their dS and K's rows, whose sign and scale `factor` sets right.
@@ -73,14 +74,14 @@ class AllKeysDq {
     for (int round = 0; round < kParts; round += Traits::kNWarps) {
       const int part = round + warp;
       if (part >= kParts) break;
-      const int dim = part % kDimParts * 16, step = part / kDimParts * kStepsOfPart;
+      const int dim = first_dim(part), step = part / kDimParts * kStepsOfPart;
       Part acc;
       for_each(acc, [](float& gradient, int, int) { gradient = 0.0f; });
 #pragma unroll
       for (int key = 0; key < Traits::kBlockM; key += kKeysAtOnce)
         if (kSeesAll || (key >= first && key < end)) add_keys(acc, ds_tile, key, dim, step, lane);
-      write_part(acc, dq, query + 8 * step, end_query, dim, factor, Tile::kDqStagingBegin + warp * kStagingWarpBytes,
-                 lane);
+      write_part(acc, dq, query + 8 * step, end_query, dim, part % kDimParts * 16, factor,
+                 Tile::kDqStagingBegin + warp * kStagingWarpBytes, lane);
     }
   }
 
@@ -107,6 +108,11 @@ class AllKeysDq {
 
  private:
   static constexpr bool kKeepsPart = kKeepsKeys && kParts <= Traits::kNWarps;
+
+  static __device__ __forceinline__ int first_dim(int part) {
+    const int dim = part % kDimParts * 16;
+    return kDims % 16 != 0 && dim > kDims - 16 ? kDims - 16 : dim;
+  }
 
   static __device__ __forceinline__ typename Stored::Bits* row_of(const Matrix& dq, int row) {
     return const_cast<typename Stored::Bits*>(dq.base) + row * dq.row_stride;
@@ -142,9 +148,11 @@ class AllKeysDq {
     }
   }
 
-  // Through shared memory, where dims that lie under each other come to lie beside each other.
+  // Through shared memory, where dims that lie under each other come to lie beside each other. From `own_dim` on: the
+  // part before has made the others, too.
   static __device__ __forceinline__ void write_part(const Part& acc, const Matrix& dq, int query, int end_query,
-                                                    int dim, float factor, SharedAddress staging, int lane) {
+                                                    int dim, int own_dim, float factor, SharedAddress staging,
+                                                    int lane) {
 #pragma unroll
     for (int s = 0; s < kStepsOfPart; ++s)
 #pragma unroll
@@ -159,7 +167,7 @@ class AllKeysDq {
     warp_barrier();
     for (int chunk = lane; chunk < kStepsOfPart * 8 * 2; chunk += 32) {
       const int row = chunk / 2, d = dim + chunk % 2 * kChunkDims;
-      if (query + row >= end_query) continue;
+      if (query + row >= end_query || (kDims % 16 != 0 && d < own_dim)) continue;
       Vec16 values;
       load_shared_16B(values, staging + row * kStagingPitch + chunk % 2 * kChunkBytes);
       store_chunk<Traits>(row_of(dq, query + row) + d, d, values);

@@ -285,7 +285,7 @@ class FlashBwdBias {
         typename Tile::Fragments::Step a;
         rows.get(a, (d + i) / 2);
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
+        for (int half = 0; half < (kDTiles % 2 != 0 && kDTiles - d - i < 2 ? 1 : 2); ++half)
 #pragma unroll
           for (int m = 0; m < kMTiles; ++m)
             Element::multiply_add(acc[m][0], a[m][2 * half], a[m][2 * half + 1], b[i + half]);

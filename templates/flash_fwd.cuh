@@ -261,12 +261,24 @@ class FlashFwd {
     if (product == Points::kCommit) block_barrier();
   }
 
+  static constexpr int kSteps = (Tile::kDims + 15) / 16;  // of 16 dims; the last one may have 8
+  static constexpr bool kHasHalfStep = Tile::kDims % 16 != 0;
+  static __device__ __forceinline__ constexpr bool is_half(int step) { return step == Tile::kDims / 16; }
+
   // K fragments of 16 keys x 16 dims are the B operands of 2 x 2 products:
   //   matrix 0: keys 0-7, dims 0-7   1: keys 0-7, dims 8-15   2: keys 8-15, dims 0-7   3: keys 8-15, dims 8-15
   using KeyFragment = unsigned[4];
   __device__ __forceinline__ void load_k(KeyFragment& k, SharedAddress slot, int n, int step) const {
-    const int lane_offset = (lane_ % 8 + lane_ / 16 * 8) * kPitch + lane_ / 8 % 2 * kChunkBytes;
-    ldmatrix_x4(k, slot + lane_offset + n * 8 * kPitch + step * 16 * kElementBytes);
+    const SharedAddress keys = slot + n * 8 * kPitch + step * 16 * kElementBytes;
+    if (kHasHalfStep && is_half(step)) {  // 0 and 2
+      unsigned two[2];
+      ldmatrix_x2(two, keys + lane_ % 16 * kPitch);
+      k[0] = two[0];
+      k[2] = two[1];
+    } else {
+      const int lane_offset = (lane_ % 8 + lane_ / 16 * 8) * kPitch + lane_ / 8 % 2 * kChunkBytes;
+      ldmatrix_x4(k, keys + lane_offset);
+    }
   }
 
   // V fragments of 8 keys x 32 dims, transposed, are the B operands of 4 independent products: matrix i has dims 8i..
@@ -275,12 +287,14 @@ class FlashFwd {
     const SharedAddress address = slot + lane_offset + n * 8 * kPitch + d * kChunkBytes;
     if (kDTiles - d >= 4) {
       ldmatrix_x4_trans(v, address);
-    } else {
+    } else if (kDTiles % 2 == 0 || d < kDTiles - 1) {
       unsigned two[2];
       ldmatrix_x2_trans(two, address);
       v[0] = two[0];
       v[1] = two[1];
     }
+    if (kDTiles % 2 != 0 && kDTiles - d < 4)
+      ldmatrix_x1_trans(v[kDTiles % 4 - 1], address + (kDTiles % 4 - 1) * kChunkBytes);
   }
 
   // The fragments with which the next multiply_keys() begins, read ahead so that it need not wait for them.
@@ -298,7 +312,7 @@ class FlashFwd {
       to_scores<Columns>(scores_.s, variant_, fetched_, block_.sequence, lane_query(), lane_key());
     }
 #pragma unroll
-    for (int step = 0; step < Tile::kDims / 16; ++step) {
+    for (int step = 0; step < kSteps; ++step) {
       typename Tile::QueryFragments::Step q;
       query_.get(q, step);
 #pragma unroll
@@ -306,7 +320,7 @@ class FlashFwd {
         KeyFragment k;
         if (step > 0) load_k(k, slots_.k, n, step);
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
+        for (int half = 0; half < (kHasHalfStep && is_half(step) ? 1 : 2); ++half)
 #pragma unroll
           for (int i = 0; i < 2; ++i)
 #pragma unroll

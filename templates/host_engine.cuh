@@ -23,8 +23,10 @@ enum class HostAccess : int {
   kLdmatrixX4Trans,
   kLdmatrixX2,
   kLdmatrixX2Trans,
+  kLdmatrixX1,
+  kLdmatrixX1Trans,
 };
-constexpr int kHostAccesses = 19;
+constexpr int kHostAccesses = 21;
 
 // Every function takes the template's file and line last, so that a failing check names them.
 struct HostEngine {

@@ -31,7 +31,9 @@
 //   ldmatrix_x4(unsigned (&r)[4], address)        warp-wide: lanes 8i..8i+7 give the 8 row addresses (16 bytes each) of
 //   ldmatrix_x4_trans(r, address)                 8x8 matrix i; lane l gets in r[i] the elements (l/4, 2(l%4)..+1) of
 //   ldmatrix_x2(unsigned (&r)[2], address)        matrix i, of its transpose for _trans. x2: lanes 0..15 give addresses
-//   ldmatrix_x2_trans(r, address)
+//   ldmatrix_x2_trans(r, address)                 and x1: lanes 0..7
+//   ldmatrix_x1(unsigned& r, address)
+//   ldmatrix_x1_trans(r, address)
 //
 // Warp and block
 //   shuffle(unsigned, lane) -> unsigned           what that lane gives

@@ -172,6 +172,17 @@ __device__ __forceinline__ void ldmatrix_x2_trans(unsigned (&r)[2], SharedAddres
                : "memory");
 }
 
+__device__ __forceinline__ void ldmatrix_x1(unsigned& r, SharedAddress a) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r) : "r"(shared_window(a)) : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x1_trans(unsigned& r, SharedAddress a) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+               : "=r"(r)
+               : "r"(shared_window(a))
+               : "memory");
+}
+
 // ---- warp and block ----
 
 __device__ __forceinline__ unsigned shuffle(unsigned v, int lane) {

@@ -136,6 +136,14 @@ inline void ldmatrix_x2_trans(unsigned (&r)[2], SharedAddress a, FLASH_ATTN_JIT_
   flash_attn_jit_engine.ldmatrix(HostAccess::kLdmatrixX2Trans, r, a, file, line);
 }
 
+inline void ldmatrix_x1(unsigned& r, SharedAddress a, FLASH_ATTN_JIT_SITE) {
+  flash_attn_jit_engine.ldmatrix(HostAccess::kLdmatrixX1, &r, a, file, line);
+}
+
+inline void ldmatrix_x1_trans(unsigned& r, SharedAddress a, FLASH_ATTN_JIT_SITE) {
+  flash_attn_jit_engine.ldmatrix(HostAccess::kLdmatrixX1Trans, &r, a, file, line);
+}
+
 // ---- warp and block ----
 
 inline unsigned shuffle(unsigned v, int lane, FLASH_ATTN_JIT_SITE) {

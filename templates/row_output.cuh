@@ -23,16 +23,22 @@ struct RowOutput {
         staging + Order::first(lane) * row_pitch(kStagingDims) + lane_column(lane) * kElementBytes;
 #pragma unroll
     for (int dim = 0; dim < kDims; dim += kStagingDims) {
+      const bool is_half = kDims % 16 != 0 && dim + kStagingDims > kDims;  // the last 8 dims
 #pragma unroll
       for (int r = 0; r < 2 * kMTiles; ++r)
 #pragma unroll
-        for (int d = 0; d < kStagingDims / 8; ++d) {
+        for (int d = 0; d < (is_half ? 1 : kStagingDims / 8); ++d) {
           const float* pair = &acc[r / 2][dim / 8 + d][r % 2 * 2];
           store_shared_4B(lane_staging + Order::kStep * r * row_pitch(kStagingDims) + d * kChunkBytes,
                           Traits::Stored::pack(pair[0] * factor[r], pair[1] * factor[r]));
         }
       warp_barrier();
-      WarpRows<Traits, kRows, kStagingDims>::write_back(base, row_stride, rows, first_dim + dim, staging, lane);
+      if (is_half)
+        WarpRows<Traits, kRows, 8>::write_back(base, row_stride, rows, first_dim + dim, staging,
+                                               row_pitch(kStagingDims), lane);
+      else
+        WarpRows<Traits, kRows, kStagingDims>::write_back(base, row_stride, rows, first_dim + dim, staging,
+                                                          row_pitch(kStagingDims), lane);
       warp_barrier();
     }
   }

@@ -1,7 +1,7 @@
 // Copies between global and shared memory, in chunks of 16 bytes (8 head dims).
 //
-// A tile in shared memory is row-major with 16 bytes of padding a row, so that a row is an odd number of chunks long
-// and the 8 rows that one ldmatrix phase reads lie in 8 different groups of 4 banks, whatever the head dim:
+// A tile in shared memory is row-major, a row an odd number of chunks long, so that the 8 rows that one ldmatrix phase
+// reads lie in 8 different groups of 4 banks. Where the head dim has an even number, a chunk of padding is behind each:
 //
 //   row 0   | c0 | c1 | ... | c7 | pad |
 //   row 1   | c0 | c1 | ... | c7 | pad |      chunk (r, c) starts at 16 (r (kDims/8 + 1) + c)
@@ -16,7 +16,7 @@ constexpr int kChunkBytes = 16;
 constexpr int kElementBytes = kChunkBytes / kChunkDims;
 
 // Bytes from a row to the next of a tile with `dims` head dims.
-constexpr int row_pitch(int dims) { return dims * kElementBytes + kChunkBytes; }
+constexpr int row_pitch(int dims) { return (dims / kChunkDims | 1) * kChunkBytes; }
 
 // One head of a tensor in global memory. Only element-wise loads know of a dim_stride other than 1.
 template <class Stored>
@@ -183,14 +183,17 @@ struct RegisterStagedCopy {
 template <class Traits, int kRows, int kDims>
 struct WarpRows {
   static constexpr int kChunksPerRow = kDims / kChunkDims;
-  static constexpr int kPasses = kRows * kChunksPerRow / 32;
-  static_assert(kRows * kChunksPerRow % 32 == 0, "a warp copies whole passes of 32 chunks");
+  static constexpr int kChunks = kRows * kChunksPerRow;
+  static constexpr int kPasses = (kChunks + 31) / 32;
   using Chunks = Vec16[kPasses];
   using Bits = typename Traits::Stored::Bits;
 
   static __device__ __forceinline__ int row(int pass, int lane) { return (lane + pass * 32) / kChunksPerRow; }
   static __device__ __forceinline__ int dim(int pass, int lane) {
     return (lane + pass * 32) % kChunksPerRow * kChunkDims;
+  }
+  static __device__ __forceinline__ bool participates(int pass, int lane) {
+    return kChunks % 32 == 0 || lane + pass * 32 < kChunks;
   }
   static __device__ __forceinline__ SharedAddress address(SharedAddress tile, int pitch, int pass, int lane) {
     return tile + row(pass, lane) * pitch + dim(pass, lane) * kElementBytes;
@@ -205,7 +208,7 @@ struct WarpRows {
     for (int pass = 0; pass < kPasses; ++pass) {
       const int d = first_dim + dim(pass, lane);
       chunks[pass] = Vec16{};
-      if (row(pass, lane) < rows)
+      if (participates(pass, lane) && row(pass, lane) < rows)
         load_chunk<Traits>(chunks[pass], first + row(pass, lane) * matrix.row_stride + d * dim_stride, d, dim_stride);
     }
   }
@@ -217,6 +220,7 @@ struct WarpRows {
                                                       unsigned sign, Factor... factor) {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
+      if (!participates(pass, lane)) continue;
       Vec16 chunk = chunks[pass];
 #pragma unroll
       for (int i = 0; i < 4; ++i) chunk.word[i] ^= sign;
@@ -228,15 +232,15 @@ struct WarpRows {
     }
   }
 
-  // The way back, from `tile` to dims [first_dim, first_dim + kDims) of the first `rows` rows from `base` on.
+  // The way back, from `tile` with rows `pitch` bytes apart to dims [first_dim, first_dim + kDims) of the first `rows` rows from `base` on.
   static __device__ __forceinline__ void write_back(Bits* base, long long row_stride, int rows, int first_dim,
-                                                    SharedAddress tile, int lane) {
+                                                    SharedAddress tile, int pitch, int lane) {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      if (row(pass, lane) >= rows) continue;
+      if (!participates(pass, lane) || row(pass, lane) >= rows) continue;
       const int d = first_dim + dim(pass, lane);
       Vec16 chunk;
-      load_shared_16B(chunk, address(tile, row_pitch(kDims), pass, lane));
+      load_shared_16B(chunk, address(tile, pitch, pass, lane));
       store_chunk<Traits>(base + row(pass, lane) * row_stride + d, d, chunk);
     }
   }

@@ -31,7 +31,7 @@ constexpr GradientLayout kLayout = {.gradients = 2, .statistics_bytes = 8, .row_
 int shared_bytes(const KernelSpec& spec) {
   const TileConfig& tile = spec.tile;
   const int dims = kernel_dims(spec), steps = tile.block_n / 8;
-  const int steps_of_part = dims / 16 >= tile.warps ? steps : 1;
+  const int steps_of_part = (dims + 15) / 16 >= tile.warps ? steps : 1;
   return slots_bytes_of(kLayout, spec, steps * tile.block_m * 16) + tile.block_m * row_pitch(dims) +
          shared_row_bytes(spec) + tile.warps * steps_of_part * 8 * row_pitch(16);
 }

@@ -205,7 +205,7 @@ int shared_bytes(const KernelSpec& spec) {
 
 int registers(const KernelSpec& spec) {
   const int m_tiles = row_tiles_of_warp(spec);
-  const int acc_o = m_tiles * spec.padded_head_dim() / 2;
+  const int acc_o = m_tiles * kernel_dims(spec) / 2;
   const int scores = m_tiles * spec.tile.block_n / 2;
   return acc_o + row_registers(spec) + 2 * scores + kFragmentAndAddressRegisters;
 }

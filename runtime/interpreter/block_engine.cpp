@@ -181,9 +181,11 @@ void BlockEngine::ldmatrix(HostAccess access, std::uint32_t* r, std::uint32_t ad
 
 void BlockEngine::compute_ldmatrix(HostAccess access) {
   const SiteId site = warps_[warp()].site;
+  const bool of_one = access == HostAccess::kLdmatrixX1 || access == HostAccess::kLdmatrixX1Trans;
   const bool of_two = access == HostAccess::kLdmatrixX2 || access == HostAccess::kLdmatrixX2Trans;
-  const bool trans = access == HostAccess::kLdmatrixX4Trans || access == HostAccess::kLdmatrixX2Trans;
-  const int matrices = of_two ? 2 : 4;
+  const bool trans = access == HostAccess::kLdmatrixX4Trans || access == HostAccess::kLdmatrixX2Trans ||
+                     access == HostAccess::kLdmatrixX1Trans;
+  const int matrices = of_one ? 1 : of_two ? 2 : 4;
   for (int i = 0; i < matrices; ++i) {
     MatrixRows rows;
     for (int r = 0; r < 8; ++r) {
@@ -194,7 +196,7 @@ void BlockEngine::compute_ldmatrix(HostAccess access) {
     for (int l = 0; l < 32; ++l)
       operands_.matrices[l][i] = trans ? ldmatrix_fragment_trans(rows, l) : ldmatrix_fragment(rows, l);
   }
-  const std::uint32_t lanes = matrices == 4 ? 0xffffffffu : 0x0000ffffu;
+  const std::uint32_t lanes = 0xffffffffu >> (32 - 8 * matrices);
   const BankCycles banks = bank_cycles(operands_.addresses, lanes, access_kind(access).bytes);
   AccessCount& count = counts_[static_cast<int>(access)];
   ++count.accesses;

@@ -2,6 +2,7 @@
 // the same at every run; FLASH_ATTN_JIT_TEST_ALL=1 draws more of them.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <random>
 #include <string>
@@ -11,6 +12,7 @@
 #include "case_grid.h"
 #include "generator/families/families.h"
 #include "generator/legality.h"
+#include "generator/tile_layout.h"
 
 using namespace flash_attn_jit;
 using namespace flash_attn_jit::testing;
@@ -76,6 +78,11 @@ BackwardCase random_problem(Dice& dice) {
   return c;
 }
 
+int random_register_dims(Dice& dice, const KernelSpec& spec) {
+  const int dims = kernel_dims(spec);
+  return std::min(dims, 16 * dice.between(0, (dims + 15) / 16));
+}
+
 // Any tile that check() admits for the spec, drawn from a box that is wider than what it admits.
 TileConfig random_tile(Dice& dice, KernelSpec spec) {
   while (true) {
@@ -85,7 +92,7 @@ TileConfig random_tile(Dice& dice, KernelSpec spec) {
     spec.tile = {.block_m = warps * 16 * dice.between(1, 2),
                  .block_n = 8 * dice.between(1, 9),
                  .warps = warps,
-                 .register_dims = 16 * dice.between(0, spec.padded_head_dim() / 16),
+                 .register_dims = random_register_dims(dice, spec),
                  .schedule = {dice.between(0, 8), dice.between(0, 8), dice.once_in(2) ? 8 : dice.between(0, 8)}};
     if (!check(spec, arch_limits(75))) return spec.tile;
   }
@@ -106,7 +113,7 @@ TileConfig random_decode_tile(Dice& dice, const ForwardCase& f) {
     spec.tile = {.block_m = 16 * dice.between(1, 8),
                  .block_n = 8 * dice.between(1, 4),
                  .warps = dice.between(1, 16),
-                 .register_dims = 16 * dice.between(0, spec.padded_head_dim() / 16),
+                 .register_dims = random_register_dims(dice, spec),
                  .schedule = {0, 0, 0}};
     if (!check(spec, arch_limits(75))) return spec.tile;
   }

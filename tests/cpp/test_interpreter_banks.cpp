@@ -104,6 +104,8 @@ TEST_CASE("ldmatrix: a phase for each matrix, of the rows that its lanes point a
   check_count(count_of("ldmatrix_x4", fill + "unsigned r[4]; ldmatrix_x4(r, lane * 128);"), 1, 32, 4);
   check_count(count_of("ldmatrix_x4_trans", fill + "unsigned r[4]; ldmatrix_x4_trans(r, lane % 8 * 144);"), 1, 4, 4);
   check_count(count_of("ldmatrix_x2_trans", fill + "unsigned r[2]; ldmatrix_x2_trans(r, lane % 16 * 32);"), 1, 4, 2);
+  check_count(count_of("ldmatrix_x1", fill + "unsigned r; ldmatrix_x1(r, lane % 8 * 80);"), 1, 1, 1);
+  check_count(count_of("ldmatrix_x1_trans", fill + "unsigned r; ldmatrix_x1_trans(r, lane % 8 * 32);"), 1, 2, 1);
 }
 
 TEST_CASE("the report as text and as JSON") {

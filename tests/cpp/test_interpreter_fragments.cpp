@@ -119,19 +119,24 @@ TEST_CASE("ldmatrix gives each lane its elements of four matrices") {
     for (int i = 0; i < 4; ++i) row.word[i] = (lane * 8 + 2 * i) | (lane * 8 + 2 * i + 1) << 16;
     store_shared_16B(at, row);
     warp_barrier();
-    unsigned x4[4], trans[4], two[2];
+    unsigned x4[4], trans[4], two[2], one[2];
     ldmatrix_x4(x4, at);
     ldmatrix_x4_trans(trans, at);
     ldmatrix_x2_trans(two, lane < 16 ? at : 3);
+    ldmatrix_x1(one[0], lane < 8 ? at : 3);
+    ldmatrix_x1_trans(one[1], lane < 8 ? at : 3);
     for (int i = 0; i < 4; ++i) {
-      store_global_f32((float*)params.out + lane * 10 + i, bits_float(x4[i]));
-      store_global_f32((float*)params.out + lane * 10 + 4 + i, bits_float(trans[i]));
+      store_global_f32((float*)params.out + lane * 12 + i, bits_float(x4[i]));
+      store_global_f32((float*)params.out + lane * 12 + 4 + i, bits_float(trans[i]));
     }
-    for (int i = 0; i < 2; ++i) store_global_f32((float*)params.out + lane * 10 + 8 + i, bits_float(two[i]));
+    for (int i = 0; i < 2; ++i) {
+      store_global_f32((float*)params.out + lane * 12 + 8 + i, bits_float(two[i]));
+      store_global_f32((float*)params.out + lane * 12 + 10 + i, bits_float(one[i]));
+    }
   )");
-  std::array<std::uint32_t, 320> out{};
+  std::array<std::uint32_t, 384> out{};
   std::uint32_t* params = out.data();
-  const TensorExtent extent = flat("out", out.data(), 320, 4, TensorUse::kWrite);
+  const TensorExtent extent = flat("out", out.data(), 384, 4, TensorUse::kWrite);
   run_small_kernel(kernel, 32, &params, {&extent, 1});
   const auto pair = [](int lo, int hi) { return static_cast<std::uint32_t>(lo | hi << 16); };
   for (int lane = 0; lane < 32; ++lane)
@@ -139,9 +144,13 @@ TEST_CASE("ldmatrix gives each lane its elements of four matrices") {
       const int g = lane / 4, t = lane % 4;
       const std::uint32_t straight = pair(64 * i + 8 * g + 2 * t, 64 * i + 8 * g + 2 * t + 1);
       const std::uint32_t transposed = pair(64 * i + 8 * (2 * t) + g, 64 * i + 8 * (2 * t + 1) + g);
-      CHECK(out[lane * 10 + i] == straight);
-      CHECK(out[lane * 10 + 4 + i] == transposed);
-      if (i < 2) CHECK(out[lane * 10 + 8 + i] == transposed);
+      CHECK(out[lane * 12 + i] == straight);
+      CHECK(out[lane * 12 + 4 + i] == transposed);
+      if (i < 2) CHECK(out[lane * 12 + 8 + i] == transposed);
+      if (i == 0) {
+        CHECK(out[lane * 12 + 10] == straight);
+        CHECK(out[lane * 12 + 11] == transposed);
+      }
     }
 }
 

@@ -108,7 +108,8 @@ TEST_CASE("what is not legal is refused with its reason") {
   refused([](KernelSpec& s) { s.tile.warps = 17; }, "17 warps");
   refused([](KernelSpec& s) { s.tile.block_m = 192; }, "16 or 32 rows a warp");
   refused([](KernelSpec& s) { s.tile.block_n = 24; }, "16, 32, 48 or 64");
-  refused([](KernelSpec& s) { s.tile.register_dims = 144; }, "multiples of 16 up to 128");
+  refused([](KernelSpec& s) { s.tile.register_dims = 144; }, "multiples of 16 below 128, or all 128");
+  refused([](KernelSpec& s) { s.tile.register_dims = 40; }, "multiples of 16 below 128, or all 128");
   refused([](KernelSpec& s) { s.tile.schedule = {4, 4, 7}; }, "eighths");
   refused([](KernelSpec& s) { s.tile.schedule = {2, 5, 4}; }, "eighths");
   refused([](KernelSpec& s) { s.tile.schedule = {2, 8, 9}; }, "eighths");
@@ -122,6 +123,14 @@ TEST_CASE("what is not legal is refused with its reason") {
       contains(of_one_warp(KernelKind::kBackwardDkDv, "m32n40w1q64l0b8k8"), "40 queries an iteration for 32 threads"));
   CHECK(of_one_warp(KernelKind::kBackwardDkDv, "m32n32w1q64l0b8k8") == "legal");
   CHECK(of_one_warp(KernelKind::kBackwardDq, "m32n40w1q64l0b8k8") == "legal");  // fetches no statistics
+  for (const auto& [tile, is_legal] : {std::pair("m64n16w4q40l2b4k7", true),
+                                       {"m64n16w4q32l2b4k7", true},
+                                       {"m64n16w4q24l2b4k7", false},
+                                       {"m64n16w4q48l2b4k7", false}}) {
+    const KernelSpec spec{.head_dim = 33, .access = GlobalAccess::kElement2B, .tile = TileConfig::parse(tile)};
+    CAPTURE(tile);
+    CHECK((reason(spec) == "legal") == is_legal);
+  }
 }
 
 TEST_CASE("architectures") {

@@ -245,12 +245,13 @@ def check_gradients(
 
 def head_dims() -> Sequence[int]:
     """The least and the greatest head dim of every class that the kernels tell apart: rows that can be read 16 bytes at
-    a time (8), the instructions' 16 dims and the 32 of a fragment load full or not, in the tensor and in the padded
-    tile, a last dim alone in its pair, and above 128, where gradients are split."""
-    classes: dict[tuple[bool, ...], list[int]] = {}
+    a time (8), how many of an operand load's 32 dims are left in the last one, a last dim alone in its pair, and above
+    128, where gradients are split and their halves have a rest of their own."""
+    classes: dict[tuple[bool, bool, bool, int], list[int]] = {}
     for d in range(1, 257):
-        padded = -(-d // 16) * 16
-        key = (d % 8 == 0, d % 16 == 0, d % 32 == 0, padded % 32 == 0, d % 2 == 0, d > 128)
+        eights = -(-d // 8)
+        rest = eights % 2 if d % 8 else eights % 8 if d > 128 else eights % 4
+        key = (d % 8 == 0, d % 2 == 0, d > 128, rest)
         classes.setdefault(key, []).append(d)
     return sorted({d for members in classes.values() for d in (members[0], members[-1])})
 

@@ -60,7 +60,7 @@ def is_forward(problem: Problem) -> bool:
 
 
 def shapes(problem: Problem) -> Iterator[str]:
-    dims = (problem.head_dim + 15) // 16 * 16
+    dims = max(16, (problem.head_dim + 7) // 8 * 8)
     in_registers = sorted({dims, dims * 5 // 8 // 16 * 16})
     for warps, rows, n, q in itertools.product(WARPS, ROWS_PER_WARP, COLUMNS, in_registers):
         yield f"m{warps * rows}n{n}w{warps}q{q}"
