@@ -47,7 +47,9 @@ struct KernelFamily {
   // A warp has 16 or 32 of a block's rows, and those that have the same ones take turns with tiles of columns; the
   // query heads of a group are rows of one block. A block has some of the columns: see key_splits.h.
   bool warps_share_rows = false;
-  int most_head_dim = kMostHeadDim;
+  // How many warps have the same rows, each with its part of the head dims.
+  int dim_splits = 1;
+  int least_head_dim = 1, most_head_dim = kMostNarrowHeadDim;
 
   // What a tile occupies. None of these reads more of a spec than its head dim and tile.
   int products = 0;  // of an iteration of the main loop: forward S and O, dQ also dP; 0: no main loop

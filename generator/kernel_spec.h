@@ -12,11 +12,12 @@
 namespace flash_attn_jit {
 
 // The backward pass takes three kernels, one after the other, or one alone where a block can have all keys; and behind
-// them one more where attn_bias needs a gradient. A forward pass of few queries takes the decode kernel, and behind it,
-// where the keys are split over blocks, the one that puts their results together. What a cache of keys and values is to
-// take comes before it.
+// them one more where attn_bias needs a gradient. A forward pass of head dims above 256 takes a kernel of its own; one of
+// few queries the decode kernel, and behind it, where the keys are split over blocks, the one that puts their results
+// together. What a cache of keys and values is to take comes before it.
 enum class KernelKind : std::uint8_t {
   kForward,
+  kForwardWide,
   kBackwardPreprocess,
   kBackwardDkDv,
   kBackwardDq,
@@ -27,11 +28,13 @@ enum class KernelKind : std::uint8_t {
   kAppend,
 };
 inline constexpr std::array kKernelKinds = {
-    KernelKind::kForward,    KernelKind::kBackwardPreprocess, KernelKind::kBackwardDkDv,
-    KernelKind::kBackwardDq, KernelKind::kBackwardAllKeys,    KernelKind::kBackwardBias,
-    KernelKind::kDecode,     KernelKind::kDecodeCombine,      KernelKind::kAppend};
+    KernelKind::kForward,      KernelKind::kForwardWide, KernelKind::kBackwardPreprocess,
+    KernelKind::kBackwardDkDv, KernelKind::kBackwardDq,  KernelKind::kBackwardAllKeys,
+    KernelKind::kBackwardBias, KernelKind::kDecode,      KernelKind::kDecodeCombine,
+    KernelKind::kAppend};
 
-inline constexpr int kMostHeadDim = 256;
+// Of a forward pass, whose kernel above kMostNarrowHeadDim is kForwardWide; of all other kernels but kAppend.
+inline constexpr int kMostHeadDim = 512, kMostNarrowHeadDim = 256;
 
 // What q, k, v, out and their gradients are made of. Products are of float16 either way: see templates/stored.cuh.
 enum class DType : std::uint8_t { kFloat16, kBFloat16 };
@@ -78,7 +81,7 @@ struct TileConfig {
 struct KernelSpec {
   KernelKind kind = KernelKind::kForward;
   DType dtype = DType::kFloat16;
-  int head_dim = 0;  // the caller's, 1 to 256; padded with zeros inside the kernel
+  int head_dim = 0;  // the caller's, 1 to kMostHeadDim; padded with zeros inside the kernel
   Mask mask = Mask::kNone;
   FeatureSet features = {};
   std::uint64_t functions = 0;  // the number of the user's code that is compiled in (render.h); 0: none

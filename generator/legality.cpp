@@ -33,9 +33,10 @@ std::optional<std::string> check_head_dim(std::int64_t head_dim) {
 
 std::optional<std::string> check_problem(const KernelSpec& spec) {
   if (auto reason = check_head_dim(spec.head_dim)) return reason;
-  if (const int most = family_of(spec.kind).most_head_dim; spec.head_dim > most)
-    return "head_dim is " + std::to_string(spec.head_dim) + " with kind " + std::string(to_text(spec.kind)) +
-           "; accepted: 1 to " + std::to_string(most);
+  if (const KernelFamily& family = family_of(spec.kind);
+      spec.head_dim < family.least_head_dim || spec.head_dim > family.most_head_dim)
+    return "head_dim is " + std::to_string(spec.head_dim) + " with kind " + std::string(family.word) +
+           "; accepted: " + std::to_string(family.least_head_dim) + " to " + std::to_string(family.most_head_dim);
   if (!spec.features.go_together())
     return "the features of " + spec.text() +
            " do not go together; accepted: one of bias16, bias32 and boolmask, and unpaired and onerow with one of "
@@ -88,6 +89,14 @@ std::string accepted_head_dims() { return "1 to " + std::to_string(kMostHeadDim)
 
 void require_head_dim(std::int64_t head_dim) {
   if (const auto reason = check_head_dim(head_dim)) throw UnsupportedError(*reason);
+}
+
+void require_head_dim_of_gradients(std::int64_t head_dim) {
+  if (head_dim <= kMostNarrowHeadDim) return;
+  throw UnsupportedError(
+      {"head_dim", "is " + std::to_string(head_dim) + ", and inputs need a gradient",
+       "1 to " + std::to_string(kMostNarrowHeadDim) + " where they do, " + accepted_head_dims() + " where none does",
+       "Detach them, or call under torch.no_grad()"});
 }
 
 ArchLimits arch_limits(int sm) {

@@ -100,9 +100,11 @@ double decode_cycles(const KernelSpec& spec, const TileCost& cost, const Problem
 using DefaultTiles = std::array<std::optional<TileConfig>, std::tuple_size_v<TileTables>>;
 
 DefaultTiles find_default_tiles(KernelSpec spec) {
-  spec.features = spec.features.of_main_loop();
-  const TileTables tables = family_of(spec.kind).default_tiles(spec);
+  const KernelFamily& family = family_of(spec.kind);
   DefaultTiles tiles;
+  if (spec.head_dim < family.least_head_dim || spec.head_dim > family.most_head_dim) return tiles;
+  spec.features = spec.features.of_main_loop();
+  const TileTables tables = family.default_tiles(spec);
   for (std::size_t i = 0; i < tables.size(); ++i) tiles[i] = find_tile(tables[i], spec);
   return tiles;
 }

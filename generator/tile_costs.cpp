@@ -10,7 +10,7 @@
 namespace flash_attn_jit {
 namespace {
 
-constexpr int kDimSteps = kMostHeadDim / 16;
+constexpr int kDimSteps = kMostNarrowHeadDim / 16;
 constexpr int kMostTiles = 3;
 
 using TileCosts = std::array<TileCost, kMostTiles>;  // those that there are stand first

@@ -7,13 +7,15 @@
 namespace flash_attn_jit {
 
 int kernel_dims(const KernelSpec& spec) {
-  const int step = 8 * family_of(spec.kind).output_splits(spec);
+  const KernelFamily& family = family_of(spec.kind);
+  const int step = (family.dim_splits > 1 ? 16 * family.dim_splits : 8) * family.output_splits(spec);
   return (spec.padded_head_dim() + step - 1) / step * step;
 }
 
 int rows_of_warp(const KernelSpec& spec) {
   const TileConfig& tile = spec.tile;
-  if (!family_of(spec.kind).warps_share_rows) return tile.block_m / tile.warps;
+  const KernelFamily& family = family_of(spec.kind);
+  if (!family.warps_share_rows) return tile.block_m * family.dim_splits / tile.warps;
   return std::min(tile.block_m, spec.head_dim <= 128 ? 32 : 16);
 }
 
@@ -32,7 +34,8 @@ int useful_mma_per_iteration(const KernelSpec& spec) {
   const int m_tiles = row_tiles_of_warp(spec);
   const int steps_of_8_dims = (spec.head_dim + 7) / 8;
   // Blocks that share a row's output dims would, between them, need each product once.
-  return family.products * m_tiles * (spec.tile.block_n / 8) * steps_of_8_dims / family.output_splits(spec);
+  return family.products * m_tiles * (spec.tile.block_n / 8) * steps_of_8_dims /
+         (family.output_splits(spec) * family.dim_splits);
 }
 
 int row_pitch(int dims) { return (dims / 8 | 1) * 16; }

@@ -8,7 +8,7 @@ namespace flash_attn_jit {
 namespace {
 
 constexpr std::array kRowsOfFourWarps = {
-    TileRow{256, {.block_m = 4, .block_n = 0, .warps = 4, .register_dims = 0, .schedule = {0, 0, 0}}},
+    TileRow{kMostHeadDim, {.block_m = 4, .block_n = 0, .warps = 4, .register_dims = 0, .schedule = {0, 0, 0}}},
 };
 
 }  // namespace

@@ -197,6 +197,7 @@ void bind_interpreter_report(py::module_& module) {
 // before it makes them.
 void bind_limits(py::module_& module) {
   module.attr("most_head_dim") = kMostHeadDim;
+  module.attr("most_head_dim_of_gradients") = kMostNarrowHeadDim;
   module.attr("oldest_sm") = kOldestSm;
   module.attr("report_same_within") = kSameWithin;
   py::dict accepted = bindings::accepted_tensors();

@@ -246,7 +246,7 @@ class FlashBwd {
     if constexpr (kConverts<Traits> && !Side::kColumnsAreQueries) find_scale_of_rows();
     s_rows_.template load<Rows>(s_rows, first_row(), seqlen_rows(), params_.sign, lane_, staging, rows);
     dp_rows_.template load<Rows>(dp_rows, first_row(), seqlen_rows(), 0, lane_, staging,
-                                 rows + Tile::SFragments::kSharedBytes,
+                                 rows + Tile::SFragments::kSharedBytes, 0,
                                  Side::kColumnsAreQueries ? 1.0f : scale_.factor());
     if (!Side::kColumnsAreQueries) {
 #pragma unroll

@@ -20,6 +20,7 @@
 #include "block_info.cuh"
 #include "block_mask.cuh"
 #include "dropout.cuh"
+#include "finished_row.cuh"
 #include "flash_fwd_params.cuh"
 #include "key_rows.cuh"
 #include "mask.cuh"
@@ -30,7 +31,6 @@
 #include "schedule.cuh"
 #include "score_variant.cuh"
 #include "shown_keys.cuh"
-#include "sink.cuh"
 #include "softmax.cuh"
 #include "tile_copy.cuh"
 
@@ -517,31 +517,12 @@ class FlashFwd {
     float inverse[2 * kMTiles];
 #pragma unroll
     for (int r = 0; r < 2 * kMTiles; ++r) {
-      inverse[r] = finish_row(block, row + lane_row(lane) + 8 * r, lane, r);
+      inverse[r] = finish_row<kMayHideRows>(params_, block, row + lane_row(lane) + 8 * r, softmax_.row_max[r],
+                                            softmax_.total(r), lane_column(lane) == 0);
       if constexpr (Traits::kHasDropout) inverse[r] *= params_.dropout.scale;
     }
     Tile::Output::template write<MemoryOrder>(acc_o_, inverse, out, strides.row, block.sequence.seqlen_q() - row, 0,
                                               warp * Tile::kStagingWarpBytes, lane);
-  }
-
-  // Writes the log-sum-exp of a row and returns what its accumulators are multiplied by. A row that sees no key gets
-  // +inf and 0; one that sees only scores of -inf gets 1 / 0, whose product with 0 is NaN, as in the formula.
-  __device__ __forceinline__ float finish_row(const BlockInfo<Traits>& block, int row, int lane, int r) {
-    const float sum = softmax_.total(r);
-    const bool sees_keys = block.sequence.sees_keys(row) && !(kMayHideRows && sum == 0.0f);
-    const bool writes = row < block.sequence.seqlen_q() && lane_column(lane) == 0;
-    if constexpr (Traits::kHasSink) {
-      RowPart all{sees_keys ? softmax_.row_max[r] : -infinity(), sum};
-      const float weight = add_sink(all, params_.sinks, block.head);
-      if (writes)
-        store_global_f32(params_.softmax_lse + block.sequence.statistics_offset(block.head, row), log_sum_exp(all));
-      return inverse_sum(all) * weight;
-    }
-    if (writes) {
-      const float lse = sees_keys ? softmax_.log_sum_exp(r, sum) : infinity();
-      store_global_f32(params_.softmax_lse + block.sequence.statistics_offset(block.head, row), lse);
-    }
-    return sees_keys ? reciprocal(sum) : 0.0f;
   }
 
   const FlashFwdParams& params_;

@@ -25,19 +25,19 @@ class RowFragments {
   // fragment[m] is 16 rows x 16 dims: a0 and a1 of the first 8 dims, then of the last 8, if the step has those.
   using Step = unsigned[kMTiles][4];
 
-  // Rows [row, row + kRows) of the matrix; those from `seqlen` on are zero. The signs of pairs are flipped by
-  // `sign`. `Order` is what a lane has of them. `factor`: of to_elements(). Uses `staging`. A block barrier has to
-  // follow, before get() and before `staging` is used for anything else.
+  // Rows [row, row + kRows) of the matrix, dims from `first_dim` on; rows from `seqlen` on are zero. The signs of pairs
+  // are flipped by `sign`. `Order` is what a lane has of them. `factor`: of to_elements(). Uses `staging`. A block
+  // barrier has to follow, before get() and before `staging` is used for anything else.
   template <class Order, class... Factor>
   __device__ __forceinline__ void load(const GlobalMatrix<typename Traits::Stored>& matrix, int row, int seqlen,
                                        unsigned sign, int lane, SharedAddress staging, SharedAddress shared,
-                                       Factor... factor) {
+                                       int first_dim = 0, Factor... factor) {
     typename Staged::Chunks chunks[kWholeSteps];
     typename HalfStaged::Chunks half;
 #pragma unroll
     for (int step = 0; step < kWholeSteps; ++step)
-      Staged::load(chunks[step], matrix, row, seqlen - row, 16 * step, lane);
-    if constexpr (kHasHalfStep) HalfStaged::load(half, matrix, row, seqlen - row, 16 * kWholeSteps, lane);
+      Staged::load(chunks[step], matrix, row, seqlen - row, first_dim + 16 * step, lane);
+    if constexpr (kHasHalfStep) HalfStaged::load(half, matrix, row, seqlen - row, first_dim + 16 * kWholeSteps, lane);
 #pragma unroll
     for (int step = 0; step < kWholeRegisterSteps; ++step) {
       Staged::template store_shared<Order>(staging, row_pitch(16), chunks[step], lane, sign, factor...);

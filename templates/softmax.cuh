@@ -141,12 +141,16 @@ struct Softmax {
                                           float (&remainder)[kRows]) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const float largest = across_row(lane_max(scores.s, r));
-      const float raised = max_ignoring_nan(row_max[r], largest * scale);
-      remainder[r] = !kRoundsProducts && raised == largest * scale ? fma_rounded(largest, scale, -raised) : 0.0f;
-      rescale(r, exp2_approx(row_max[r] - raised), acc_o);
-      row_max[r] = raised;
+      const float before = row_max[r];
+      remainder[r] = raise(across_row(lane_max(scores.s, r)), r);
+      rescale(r, exp2_approx(before - row_max[r]), acc_o);
     }
+  }
+
+  // Raises a row's maximum to that of its scores, and returns the remainder.
+  __device__ __forceinline__ float raise(float largest, int row) {
+    row_max[row] = max_ignoring_nan(row_max[row], largest * scale);
+    return !kRoundsProducts && row_max[row] == largest * scale ? fma_rounded(largest, scale, -row_max[row]) : 0.0f;
   }
 
   // The same where the scores have become exponents already. Only for rows that have seen a key,
@@ -170,15 +174,13 @@ struct Softmax {
     return sum;
   }
 
-  __device__ __forceinline__ float log_sum_exp(int row, float sum) const { return ::log_sum_exp(row_max[row], sum); }
-
- private:
   // The largest value in the 4 lanes that share a row.
   static __device__ __forceinline__ float across_row(float v) {
     v = max_ignoring_nan(v, shuffle_xor(v, 1));
     return max_ignoring_nan(v, shuffle_xor(v, 2));
   }
 
+ private:
   template <int kDTiles>
   __device__ __forceinline__ void rescale(int row, float factor, Accumulator<kMTiles, kDTiles>& acc_o) {
     row_sum[row] *= factor;

@@ -25,6 +25,8 @@ const KernelFamily& family_of(KernelKind kind) {
   switch (kind) {
     case KernelKind::kForward:
       return kForwardFamily;
+    case KernelKind::kForwardWide:
+      return kForwardWideFamily;
     case KernelKind::kBackwardPreprocess:
       return kBackwardPreprocessFamily;
     case KernelKind::kBackwardDkDv:

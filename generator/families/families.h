@@ -8,6 +8,7 @@
 namespace flash_attn_jit {
 
 extern const KernelFamily kForwardFamily;
+extern const KernelFamily kForwardWideFamily;
 extern const KernelFamily kBackwardPreprocessFamily;
 extern const KernelFamily kBackwardDkDvFamily;
 extern const KernelFamily kBackwardDqFamily;

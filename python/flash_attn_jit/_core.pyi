@@ -55,6 +55,7 @@ class KernelLibrary:
     def find_or_compile(self, spec: str, arch: str) -> dict[str, Any]: ...
 
 most_head_dim: int
+most_head_dim_of_gradients: int
 oldest_sm: int  # the oldest GPU's compute capability x 10
 report_same_within: float  # a share: times that lie no further apart are the same
 accepted: dict[str, str]  # in the words of the checks, by what they are about

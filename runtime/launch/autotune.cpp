@@ -103,6 +103,7 @@ void Autotuner::leave(const Key& key, const AttentionCase& attention, const std:
 void Autotuner::meet(Device& device, const ForwardRequest& request, StreamHandle stream) {
   if (request.options.dtype == DType::kBFloat16) return warn_once(kLeavesBFloat16);
   const LaunchPlan plan = plan_forward(request, device.plan_target());
+  if (!family_of(plan.spec.kind).is_tuned) return;
   if (plan.spec.kind == KernelKind::kForward && plan.spec.features.forward_only())
     return warn_once("autotune() leaves calls of many queries over a cache of keys and values as they are");
   if (!request.tile && !request.decode_tile)

@@ -50,7 +50,7 @@ std::string flag_name(std::string_view name) {
 std::vector<AttentionCase> cases_of(const TuneFlags& flags) {
   ProblemChoice choice;
   choice.preset = flags.preset;
-  choice.head_dims = parse_numbers("--head-dims", flags.head_dims, 1, kMostHeadDim);
+  choice.head_dims = parse_numbers("--head-dims", flags.head_dims, 1, kMostNarrowHeadDim);
   if (!flags.gqa.empty()) choice.group_sizes = parse_numbers("--gqa", flags.gqa, 1, kMostInt);
   const Switch causal = parse_switch("--causal", flags.causal);
   choice.full = causal.off;

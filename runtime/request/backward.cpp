@@ -186,6 +186,7 @@ const std::optional<TileConfig>& tile_of(const BackwardRequest& request, KernelK
 BackwardPlan plan_backward(const BackwardRequest& request, const PlanTarget& target) {
   require_arguments(request);
   const KernelSpec spec = problem_spec(request.q, request.k, request.options, access_of(request));
+  require_head_dim_of_gradients(spec.head_dim);
   const FlashBwdParams params = params_of(request);
   const ProblemShape shape = problem_shape(request.q, request.k, request.options);
   const NamedTensor q{"q", request.q}, k{"k", request.k};

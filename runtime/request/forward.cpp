@@ -58,7 +58,7 @@ FlashDecodeParams params_of(const ForwardRequest& request) {
 bool takes_decode(const ForwardRequest& request, const KernelSpec& spec, const Problem& problem,
                   const TileChooser& tiles) {
   if (request.tile || request.decode_tile) return request.decode_tile.has_value();
-  if (spec.has(Feature::kDropout) || spec.features.are_users()) return false;
+  if (spec.has(Feature::kDropout) || spec.features.are_users() || spec.kind == KernelKind::kForwardWide) return false;
   return !request.options.has_backward && tiles.takes_decode(spec, problem);
 }
 
@@ -121,6 +121,8 @@ LaunchPlan plan_forward(const ForwardRequest& request, const PlanTarget& target)
   require_arguments(request);
   LaunchPlan plan;
   plan.spec = problem_spec(request.q, request.k, request.options, access_of(request));
+  if (request.options.has_backward) require_head_dim_of_gradients(plan.spec.head_dim);
+  if (plan.spec.head_dim > kMostNarrowHeadDim) plan.spec.kind = KernelKind::kForwardWide;
   plan.params = params_of(request);
   const Problem problem = problem_of(request.q, request.k, request.options, target.multiprocessors);
   if (takes_decode(request, plan.spec, problem, target.tiles))

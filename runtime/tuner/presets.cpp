@@ -61,7 +61,7 @@ void require_range(const std::string& argument, const std::vector<int>& values, 
 }
 
 void require_ranges(const ProblemChoice& choice, ArgumentName name) {
-  require_range(name("head_dims"), choice.head_dims, kMostHeadDim);
+  require_range(name("head_dims"), choice.head_dims, kMostNarrowHeadDim);
   require_range(name("gqa"), choice.group_sizes, std::numeric_limits<int>::max());
   require_range(name("heads"), {choice.num_heads}, kMostTunedHeads);
   require_range(name("seqlens"), choice.seqlens, kMostTunedSeqlen);

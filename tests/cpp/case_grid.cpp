@@ -54,9 +54,9 @@ std::vector<int> choose_head_dims() {
     dims.push_back(d);
     classes.insert(arithmetic_class(d));
   };
-  for (int d = kMostHeadDim; d >= 1; --d)
+  for (int d = kMostNarrowHeadDim; d >= 1; --d)
     if (rows.insert(table_rows(d)).second) add(d);
-  for (int d = 1; d <= kMostHeadDim; ++d)
+  for (int d = 1; d <= kMostNarrowHeadDim; ++d)
     if (!classes.count(arithmetic_class(d))) add(d);
   std::sort(dims.begin(), dims.end());
   return dims;
