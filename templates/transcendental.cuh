@@ -98,8 +98,9 @@ __device__ __forceinline__ float log1p_of(float x) {
 }
 
 __device__ __forceinline__ float divide(float a, float b) {
-  const bool is_great = absolute(b) > 0x1p100f;  // the reciprocal of a greater one may be 0
-  const float scale = is_great ? 0x1p-64f : 1.0f;
+  // The reciprocal of what is greater may be 0, of what is less infinite.
+  const float magnitude = absolute(b);
+  const float scale = magnitude > 0x1p100f ? 0x1p-64f : magnitude < 0x1p-100f ? 0x1p64f : 1.0f;
   const float divisor = b * scale;
   const float estimate = reciprocal(divisor);
   const float inverse = fma_rounded(fma_rounded(-divisor, estimate, 1.0f), estimate, estimate);

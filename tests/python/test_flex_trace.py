@@ -139,14 +139,16 @@ score + of_batch[b, h]; score + of_batch[b][h]; score * temperature; score + rel
 score + relative[h][kv_idx]; score + pairs[h, q_idx, kv_idx] * slopes[h]; score + relative[:, 3][h]
 score + relative[h, -1 - kv_idx]; score + relative[-1, kv_idx]; score + of_query[kv_idx % 7 - 7]
 score + relative[..., 5][h]; score + pairs[:, q_idx][h, kv_idx]; score + pairs[h, :, 3][q_idx]
-score + relative[1:][b, q_idx]; score + (-slopes)[h]; score + (slopes * 2 + 1)[h]
-score * slopes.abs()[h] + slopes.sum(); score / of_batch[b, h].exp(); score + document[kv_idx]
-score + prefix[b] - kinds[q_idx] + shift[h]; score + (kinds[q_idx] - kinds[kv_idx]); score + kinds[q_idx] * 200
-score + shift[h] * shift[h]; score + hidden[b, kv_idx]; score * ~hidden[b, kv_idx]
-score + document[kv_idx] * 3 - document[q_idx] // 2; score + buckets[(q_idx - kv_idx).abs().clamp(max=31), h]
-score + halves[h] + brains[kv_idx]; score + torch.nn.functional.embedding((kv_idx - q_idx) % 32, buckets)[h]
-kv_idx - q_idx; q_idx >= kv_idx; slopes[h]; 1.0 * h; -float("inf") * torch.ones_like(score); score + float("inf")
-score - slopes[h] * (q_idx - kv_idx).abs(); 0.5 * score + 0.5 * torch.tanh(score + slopes[h]); score / (h + 1)
+score + relative[1:][b, q_idx]; score + pairs[1, q_idx, kv_idx]; score + pairs[h, 3:, 2][q_idx % 9]
+score + pairs[h][..., 4][q_idx]; score + pairs[:, -2, kv_idx][h]; score + pairs[:, ::7][h, q_idx % 9, kv_idx]
+score + (-slopes)[h]; score + (slopes * 2 + 1)[h]; score * slopes.abs()[h] + slopes.sum()
+score / of_batch[b, h].exp(); score + document[kv_idx]; score + prefix[b] - kinds[q_idx] + shift[h]
+score + (kinds[q_idx] - kinds[kv_idx]); score + kinds[q_idx] * 200; score + shift[h] * shift[h]
+score + hidden[b, kv_idx]; score * ~hidden[b, kv_idx]; score + document[kv_idx] * 3 - document[q_idx] // 2
+score + buckets[(q_idx - kv_idx).abs().clamp(max=31), h]; score + halves[h] + brains[kv_idx]
+score + torch.nn.functional.embedding((kv_idx - q_idx) % 32, buckets)[h]; kv_idx - q_idx; q_idx >= kv_idx; slopes[h]
+1.0 * h; -float("inf") * torch.ones_like(score); score + float("inf"); score - slopes[h] * (q_idx - kv_idx).abs()
+0.5 * score + 0.5 * torch.tanh(score + slopes[h]); score / (h + 1)
 torch.where(q_idx >= kv_idx, score + slopes[h], torch.where(kv_idx < prefix[b], score - 1, -float("inf")))
 """
 # Of which torch has no derivative, which is 0, or that of a division's rest.
@@ -169,6 +171,7 @@ def function_of(expression: str, dtype: torch.dtype, arguments: str = "score, b,
     tensors = captured_tensors(1, dtype)
     names = {
         "torch": torch,
+        "math": math,
         **tensors,
         "halves": tensors["slopes"].to(torch.float16 if dtype is torch.float32 else dtype),
         "brains": tensors["of_query"].bfloat16().to(torch.bfloat16 if dtype is torch.float32 else dtype),
@@ -198,6 +201,80 @@ def test_divisions_of_no_derivative(tmp_path: Path) -> None:
         found = function(scores(400), places(400)).score
         values = vmap_in_torch(function_of(expression, torch.float32), scores(400), places(400))
         close(found, values.double(), 19, f"{expression}\n{function.traced.code}")
+
+
+# Functions of the score at the ends of their ranges.
+AT_ENDS = """
+torch.exp(score); torch.exp2(score); torch.log(score); torch.log2(score); torch.log1p(score); torch.sqrt(score)
+torch.rsqrt(score); torch.tanh(score); torch.sigmoid(score); torch.erf(score); torch.reciprocal(score); 1 / score
+score / 3e38; score / 1e-38; torch.relu(score); torch.clamp(score, -2, 2); torch.maximum(score, slopes[h])
+torch.minimum(slopes[h], score); torch.abs(score); torch.floor(score); torch.ceil(score); torch.round(score)
+torch.trunc(score); score ** 2; score ** 3; score ** -1; score ** 0.5; score ** 1.5; score ** -1.5; score ** 40
+score ** 41.0; 2.5 ** score; 0.5 ** score; torch.where(score > 0, 1.0, 0.0); torch.sign(score)
+score.to(torch.int32) * 1.0; score * 0; torch.pow(slopes[h], score); torch.sin(score * 0 + 3e5)
+torch.cos(score * 0 - 9e5); score % math.inf; torch.fmod(score, math.inf)
+"""
+ENDS = [
+    0.0,
+    -0.0,
+    math.inf,
+    -math.inf,
+    math.nan,
+    1e-44,
+    1.2e-38,
+    -1.2e-38,
+    1e-30,
+    -1e-30,
+    1e-7,
+    -1e-7,
+    0.5,
+    1.0,
+    1 + 2**-23,
+]
+ENDS += [
+    1 - 2**-24,
+    -1.0,
+    1.5,
+    2.5,
+    -0.5,
+    -2.5,
+    4.0,
+    -5.5,
+    17.0,
+    87.0,
+    88.8,
+    89.0,
+    -87.5,
+    -103.0,
+    -104.5,
+    -150.0,
+    127.9,
+    128.0,
+]
+ENDS += [8388609.0, 16777216.0, -2147483648.0, 2147483520.0, 3e9, 1e19, -1e19, 1.8e19, 1e38, -1e38, 3.4e38, -3.4e38]
+
+
+def test_functions_at_the_ends_of_their_ranges(tmp_path: Path) -> None:
+    """Against float64, rounded to float32; results below its normal numbers may be 0."""
+    at = places(len(ENDS))
+    at[:, 1] = 2
+    score = torch.tensor(ENDS)
+    failures: list[str] = []
+    for expression, code in compiled_expressions(listed(AT_ENDS), tmp_path).items():
+        found = code(score, at).score
+        expected = vmap_in_torch(function_of(expression, torch.float64), score.double(), at).double()
+        if "int32" in expression:  # saturates where torch's is not defined
+            expected = score.double().clamp(-(2.0**31), 2.0**31 - 1).trunc().nan_to_num(0.0)
+        expected = torch.where(expected.abs() >= 2.0**128 - 2.0**103, expected.sign() * math.inf, expected)
+        same = (found == expected) | (found.isnan() & expected.isnan())
+        near = (found - expected).abs() <= expected.abs() * 2.0**-18 + 2.0**-125
+        if "sin" in expression or "cos" in expression:
+            near = (found - expected).abs() <= 2.0**-20
+        wrong = ~same & ~near
+        failures += (
+            [f"{expression} of {score[wrong]}: {found[wrong]} for {expected[wrong]}"] if bool(wrong.any()) else []
+        )
+    assert not failures, "\n".join(failures)
 
 
 # ---- random functions ----

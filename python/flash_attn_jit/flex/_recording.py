@@ -70,9 +70,13 @@ class Recorder:
         """A value of a tensor, or one that has to be indexed first; all else as it is."""
         if not isinstance(operand, torch.Tensor):
             return operand
-        if operand.dim() == 0 and id(operand) in self.made_here:
+        if operand.dim() == 0 and (id(operand) in self.made_here or self._is_number(operand)):
             return self.constant_of(operand)
         return Part(self, operand).whole_or_self()
+
+    def _is_number(self, tensor: torch.Tensor) -> bool:
+        """What torch takes for a number on another device."""
+        return tensor.device.type == "cpu" != self.device.type and not tensor.requires_grad
 
     def constant_of(self, tensor: torch.Tensor) -> "Value":
         dtype = DTYPE_NAMES.get(tensor.dtype)
@@ -174,9 +178,10 @@ def name_of(tensor: torch.Tensor) -> str:
             if frame.f_globals.get(name) is tensor:
                 return str(name)
         for owner, value in frame.f_locals.items():
-            for name in names:
-                if not isinstance(value, (Value, torch.Tensor)) and getattr(value, name, None) is tensor:
-                    return f"{owner}.{name}"
+            if not isinstance(value, (Value, Part, torch.Tensor)):
+                for name in names:
+                    if getattr(value, name, None) is tensor:
+                        return f"{owner}.{name}"
         frame = frame.f_back
     return f"a tensor of shape {tuple(tensor.shape)}"
 
@@ -199,33 +204,40 @@ class Part:
         return recorder.record("load", dtype, number, *(indices[dim].number for dim in range(tensor.dim())))
 
     def __getitem__(self, index: Any) -> Any:
-        recorder, tensor = self.recorder, self.tensor
-        given = list(index) if isinstance(index, tuple) else [index]
+        tensor, given = self.tensor, list(index) if isinstance(index, tuple) else [index]
         open_dims = [dim for dim in range(tensor.dim()) if dim not in self.indices]
-        missing = len(open_dims) - sum(each is not Ellipsis for each in given)
-        if Ellipsis in [each for each in given if each is Ellipsis]:
+        if any(each is Ellipsis for each in given):
             at = next(i for i, each in enumerate(given) if each is Ellipsis)
-            given[at : at + 1] = [slice(None)] * missing
+            given[at : at + 1] = [slice(None)] * (len(open_dims) - len(given) + 1)
         if len(given) > len(open_dims):
             what = f"indexes {name_of(tensor)}, of {len(open_dims)} dimensions, with {len(given)} indices"
-            raise recorder.refusal(what, "an index for each dimension", error=ValueError)
-        indices = dict(self.indices)
-        for dim, each in zip(open_dims, map(recorder.taken, given)):
-            if type(each) is slice and not any(isinstance(end, Value) for end in (each.start, each.stop, each.step)):
-                tensor = tensor[(slice(None),) * dim + (each,)]
-            elif isinstance(each, Value) and each.kind not in _NO_INDICES:
+            raise self.recorder.refusal(what, "an index for each dimension", error=ValueError)
+        indices: dict[int, Value] = dict(self.indices)
+        fixed: list[Any] = [slice(None)] * tensor.dim()  # what needs no value is done at once: views
+        for dim, each in zip(open_dims, map(self.recorder.taken, given)):
+            if isinstance(each, Value) and each.kind not in _NO_INDICES:
                 indices[dim] = each
-            elif type(each) is int:
-                size = tensor.shape[dim]
-                if not -size <= each < size:
-                    what = f"indexes dimension {dim} of {name_of(tensor)}, of size {size}, with {each}"
-                    raise recorder.refusal(what, f"{-size} to {size - 1}", error=IndexError)
-                indices[dim] = recorder.constant(each % size, "int64")
             else:
-                what = f"indexes {name_of(tensor)} with {kind_of(each)}"
-                accepted = "integers, values of integers but uint8, which torch takes for a mask, and slices of numbers"
-                raise recorder.refusal(what, accepted, "Write x.long()" if isinstance(each, Value) else "")
-        return Part(recorder, tensor, indices).whole_or_self()
+                fixed[dim] = self._checked(dim, each)
+        if any(each != slice(None) for each in fixed):
+            tensor = tensor[tuple(fixed)]
+            left = [dim for dim, each in enumerate(fixed) if type(each) is not int]
+            indices = {left.index(dim): value for dim, value in indices.items()}
+        return Part(self.recorder, tensor, indices).whole_or_self()
+
+    def _checked(self, dim: int, index: Any) -> Any:
+        """Python's index of a dimension."""
+        if type(index) is slice and not any(isinstance(end, Value) for end in (index.start, index.stop, index.step)):
+            return index
+        if type(index) is not int:
+            what = f"indexes {name_of(self.tensor)} with {kind_of(index)}"
+            accepted = "integers, values of integers but uint8, which torch takes for a mask, and slices of numbers"
+            raise self.recorder.refusal(what, accepted, "Write x.long()" if isinstance(index, Value) else "")
+        size = self.tensor.shape[dim]
+        if not -size <= index < size:
+            what = f"indexes dimension {dim} of {name_of(self.tensor)}, of size {size}, with {index}"
+            raise self.recorder.refusal(what, f"{-size} to {size - 1}", error=IndexError)
+        return index
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
