@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,42 @@ def test_generators_are_varied() -> None:
     assert set().union(*(each.named() for each in texts)) == set(TENSORS)
 
 
+# ---- types ----
+
+OPERANDS = "score; h; (q_idx > kv_idx); kinds[q_idx]; document[q_idx]; shift[h]; prefix[b]; slopes[h]; (kv_idx - q_idx)"
+NUMBERS = "2; 0.5; True; 3"
+BINARY = "+ - * / // % & | ^ == != < <= > >=".split()
+
+
+def typed_expressions() -> list[str]:
+    """Operators between all types, of which torch takes most: a seeded share."""
+    values, numbers = listed(OPERANDS), listed(NUMBERS)
+    pairs = [(a, b) for a in values for b in values + numbers] + [(a, b) for a in numbers for b in values]
+    expressions = [f"{a} {op} {b}" for a, b in pairs for op in BINARY]
+    expressions += [f"torch.where(q_idx > 3, {a}, {b})" for a, b in pairs]
+    expressions += [f"torch.maximum({a}, {b})" for a in values for b in values]
+    return random.Random(0).sample(expressions, 300)
+
+
+def torchs_or_none(function: Any, *arguments: torch.Tensor) -> torch.Tensor | None:
+    try:
+        return vmap_in_torch(function, *arguments)
+    except (RuntimeError, TypeError, ZeroDivisionError):
+        return None
+
+
+def test_types_are_promoted_as_torch_does(tmp_path: Path) -> None:
+    score, at = scores(100), places(100)
+    expected = {each: torchs_or_none(function_of(each, torch.float32), score, at) for each in typed_expressions()}
+    taken = {each: values for each, values in expected.items() if values is not None}
+    assert len(taken) > 200
+    for expression, code in compiled_expressions(list(taken), tmp_path).items():
+        digits = 18 if taken[expression].is_floating_point() else 30
+        close(
+            code(score, at).score, taken[expression].double().expand(100), digits, f"{expression}\n{code.traced.code}"
+        )
+
+
 # ---- functions that have names ----
 
 
@@ -484,6 +521,22 @@ def test_what_is_not_chosen_has_no_derivative(tmp_path: Path) -> None:
         chosen = at[:, 2] > at[:, 3] if name == "logarithm" else score > 0
         assert bool((derivative[~chosen] == 0).all()), name
         assert bool((derivative[chosen] != 0).any()), name
+
+
+def test_derivatives_where_there_are_two(tmp_path: Path) -> None:
+    """At a kink they are torch's."""
+    kinks = """
+        torch.relu(score); torch.abs(score); torch.clamp(score, -1, 1); score.clamp(min=0); score.clamp(max=1)
+        torch.maximum(score, torch.zeros_like(score)); torch.minimum(torch.ones_like(score), score)
+        torch.maximum(score, score * score); torch.minimum(score * 2, score + 1)
+        torch.where(score >= 1, 2 * score, score); torch.where(score > 1, 2 * score, score)
+        torch.sign(score) * score; torch.nn.functional.leaky_relu(score, 0.5); torch.clamp(score, min=slopes[h] * 0)
+    """
+    score = torch.tensor([-1.0, 0.0, 1.0, 0.5])
+    for expression, code in compiled_expressions(listed(kinks), tmp_path).items():
+        _, derivative = eager(function_of(expression, torch.float64), score.double(), places(4))
+        found = code(score, places(4)).derivative
+        assert torch.equal(found.double(), derivative), f"{expression}: {found} for {derivative}"
 
 
 # ---- what a kernel is keyed by ----
@@ -687,6 +740,8 @@ def test_types_are_torchs() -> None:
     refused(lambda score, b, h, q, k: -(q > k), TypeError, "of bools")
     refused(lambda score, b, h, q, k: torch.where(q - k, score, 0), TypeError, "chooses by", "x != 0")
     refused(lambda score, b, h, q, k: score << 1, TypeError, "shifts")
+    refused(lambda score, b, h, q, k: torch.clamp(q > k, True), TypeError, "clamp of bools")
+    refused(lambda score, b, h, q, k: h**b, NotImplementedError, "integers to a power", "x.float() ** y")
     refused(lambda score, b, h, q, k: score + "1", NotImplementedError, "a str")
 
 

@@ -1,4 +1,9 @@
-"""Torch's functions, methods and operators on values: each writes down what it computes, in torch's types."""
+"""Torch's functions, methods and operators on values: each writes down what it computes, in torch's types.
+
+What differs from torch's eager results: floats are float32, those of float16 and bfloat16 tensors, too. A float
+becomes an integer of 32 bits at most, saturated. A division of integers by 0 is 0. An index beyond the ends is no
+error, but the nearest that there is. The derivative of what torch.where does not choose is 0, where torch may make
+NaN of it; // has the derivative 0, % that of what it leaves."""
 
 import functools
 import math
@@ -295,6 +300,7 @@ def _clamp(input: Any, min: Any = None, max: Any = None) -> Value:
     ends = [end for end in (min, max) if end is not None]
     if not ends:
         raise recorder.refusal("clamps to nothing", "min=, max= or both", error=ValueError)
+    _refuse_bool("clamp", input, *ends)
     kind = _promoted(recorder, input, *ends)
     value = _as(recorder, input, kind)
     for op, end in (("clamp_min", min), ("clamp_max", max)):
