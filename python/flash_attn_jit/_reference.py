@@ -83,6 +83,7 @@ class Scores:
 
 
 _HALF = 2.0**-11  # half a unit in the last place of a float16, relative
+_BRAIN = 2.0**-9  # of a bfloat16
 _LEAST_HALF = 2.0**-24  # twice that of a float16 near 0, absolute
 _SCORE = 2.0**-15  # of a probability, for what float32 does to its score
 _SAFETY = 2.0  # several roundings come together
@@ -95,10 +96,10 @@ def exact_attention(
     which summed_bias() makes a bias's gradient; and ds_aux (heads) where there is s_aux. A query that sees no key has
     out 0.
 
-    What is allowed follows the roundings that the kernels cannot avoid: P, dS and the results become float16, out does
-    before it is multiplied with dout.
+    What is allowed follows the roundings that the kernels cannot avoid: P and dS become float16, the results the
+    inputs' dtype, out before it is multiplied with dout.
     """
-    group_size, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
+    group_size, scale, last_bit = q.shape[1] // k.shape[1], q.shape[2] ** -0.5, _last_bit(q.dtype)
     q, k, v, dout = (x.double().transpose(0, 1) for x in (q, k, v, dout))
     k, v = (x.repeat_interleave(group_size, 0) for x in (k, v))
     s = q @ k.transpose(1, 2) * scale
@@ -126,7 +127,7 @@ def exact_attention(
     dq, dk = ds @ k * scale, ds.transpose(1, 2) @ q * scale
 
     p_error = kept * ((_HALF + _SCORE) * p + _LEAST_HALF * seen)
-    delta_error = _HALF * (dout.abs() * out.abs()).sum(-1, keepdim=True)
+    delta_error = last_bit * (dout.abs() * out.abs()).sum(-1, keepdim=True)
     dbias_error = p * (delta_error + _SCORE * (dp.abs() + delta.abs()))
     ds_error = _HALF * ds.abs() + slope * dbias_error + _LEAST_HALF * seen
     errors = {
@@ -136,20 +137,25 @@ def exact_attention(
         "dv": (dv, p_error.transpose(1, 2) @ dout.abs()),
     }
     found = {
-        name: _summed(value, error, group_size if name in ("dk", "dv") else 1)
+        name: _summed(value, error, last_bit, group_size if name in ("dk", "dv") else 1)
         for name, (value, error) in errors.items()
     }
     found["dbias"] = Exact(dbias, dbias_error)
     if scores.s_aux is not None:
-        found["ds_aux"] = _of_sinks(p_sink.squeeze(-1), dout * out, p * dp)
+        found["ds_aux"] = _of_sinks(p_sink.squeeze(-1), dout * out, p * dp, last_bit)
     return found
 
 
-def _of_sinks(p_sink: torch.Tensor, dout_out: torch.Tensor, p_dp: torch.Tensor) -> Exact:
+def _last_bit(dtype: torch.dtype) -> float:
+    """Half of a unit in it, relative."""
+    return _BRAIN if dtype is torch.bfloat16 else _HALF
+
+
+def _of_sinks(p_sink: torch.Tensor, dout_out: torch.Tensor, p_dp: torch.Tensor, last_bit: float) -> Exact:
     """The gradient of each head's sink, of what makes a row's delta: products over dims, or over keys. The roundings of
     out and of P in all rows are many, and make up for each other: independent ones add up to their root sum square."""
     delta = dout_out.sum(-1)
-    spread = _HALF * (p_sink.square() * (dout_out.square().sum(-1) + p_dp.square().sum(-1))).sum(-1).sqrt()
+    spread = last_bit * (p_sink.square() * (dout_out.square().sum(-1) + p_dp.square().sum(-1))).sum(-1).sqrt()
     allowed = _SAFETY * (4 * spread + _SCORE * (p_sink * delta.abs()).sum(-1) + _LEAST_HALF)
     return Exact(-(p_sink * delta).sum(-1), allowed)
 
@@ -163,7 +169,7 @@ def summed_bias(sequences: list[Exact], bias: torch.Tensor) -> Exact:
 
     value = summed([each.value for each in sequences])
     error = summed([each.allowed for each in sequences])
-    return Exact(value, _SAFETY * (error + _HALF * value.abs() + _LEAST_HALF))
+    return Exact(value, _SAFETY * (error + _last_bit(bias.dtype) * value.abs() + _LEAST_HALF))
 
 
 def allowed_of_out(out: torch.Tensor, weighed: torch.Tensor) -> torch.Tensor:
@@ -177,7 +183,7 @@ def rounded(value: torch.Tensor) -> Exact:
     return Exact(value, _SAFETY * (_HALF * value.abs() + _LEAST_HALF + 2.0**-22))
 
 
-def _summed(value: torch.Tensor, error: torch.Tensor, group_size: int) -> Exact:
+def _summed(value: torch.Tensor, error: torch.Tensor, last_bit: float, group_size: int) -> Exact:
     """Over the query heads of each key head; back to (seqlen, heads, head_dim)."""
     value, error = (x.unflatten(0, (-1, group_size)).sum(1).transpose(0, 1) for x in (value, error))
-    return Exact(value, _SAFETY * (error + _HALF * value.abs() + _LEAST_HALF))
+    return Exact(value, _SAFETY * (error + last_bit * value.abs() + _LEAST_HALF))

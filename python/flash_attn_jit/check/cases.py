@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .. import flash_attn_func, flash_attn_varlen_func
+from .._dtypes import takes
 from .._reference import Exact, Scores, exact_attention, summed_bias
 from .._s_dmask import kept_share
 from . import cache
@@ -32,6 +33,7 @@ class Case:
     sinks: bool = False
     dropout: float = 0.0
     aligned: bool = True
+    dtype: torch.dtype = torch.float16
 
     @property
     def is_varlen(self) -> bool:
@@ -69,6 +71,14 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "dropout, causal, grouped heads": {"dropout": 0.25, "causal": True, "heads_k": 2},
     "varlen, causal": {"seqlens_q": (200, 0, 77, 333), "seqlens_k": (200, 40, 130, 333), "causal": True},
     "varlen": {"seqlens_q": (129, 256, 1), "seqlens_k": (129, 300, 17)},
+    "bfloat16, causal, grouped heads": {"dtype": torch.bfloat16, "causal": True, "heads_k": 2},
+    "bfloat16, varlen, sinks": {
+        "dtype": torch.bfloat16,
+        "seqlens_q": (129, 256, 1),
+        "seqlens_k": (129, 300, 17),
+        "sinks": True,
+    },
+    "bfloat16, mask": {"dtype": torch.bfloat16, "mask": "brain"},
     "unaligned rows, causal": {"causal": True, "aligned": False},
     "bool mask of keys": {"mask": "keys", "seqlens_k": (400,)},
     "float16 bias, softcap": {"mask": "bias", "softcap": 20.0, "seqlens_k": (400,)},
@@ -78,6 +88,7 @@ _FEATURES: dict[str, dict[str, Any]] = {
 _MASKS: dict[str, tuple[torch.dtype, str]] = {
     "keys": (torch.bool, "bk"),
     "bias": (torch.float16, "hqk"),
+    "brain": (torch.bfloat16, "hqk"),
     "pairs": (torch.float32, "bqk"),
 }
 _OTHER_HEAD_DIMS = (32, 96, 80, 256, 40, 112, 160, 192, 33, 8, 224)
@@ -93,6 +104,7 @@ def cases() -> list[Case | CacheCase]:
     """The most important first: the time may end before the last."""
     found: list[Case | CacheCase] = []
     found += [Case(name, head_dim, **options) for name, options in _FEATURES.items() for head_dim in (64, 128)]
+    found = [case for case in found if isinstance(case, CacheCase) or takes(case.dtype)]
     found += [CacheCase(name, head_dim, **options) for name, options in _CACHES.items() for head_dim in (64, 128)]
     return found + [
         Case("causal" if i % 2 else "full", head_dim, causal=bool(i % 2)) for i, head_dim in enumerate(_OTHER_HEAD_DIMS)
@@ -111,7 +123,7 @@ def _inputs(case: Case, device: str) -> dict[str, torch.Tensor]:
     def normal(lengths: tuple[int, ...], heads: int) -> torch.Tensor:
         rows = (sum(lengths),) if case.is_varlen else (case.batch, lengths[0])
         width = case.head_dim + (0 if case.aligned else 1)  # rows that begin anywhere
-        made = torch.randn((*rows, heads, width), generator=generator).to(device, torch.float16)
+        made = torch.randn((*rows, heads, width), generator=generator).to(device, case.dtype)
         return made[..., : case.head_dim]
 
     return {
