@@ -27,12 +27,12 @@ BFLOAT16 = torch.bfloat16
 FLOAT16_MOST = 65504.0
 
 
-def qkv(*sizes: int) -> list[torch.Tensor]:
+def qkv(*sizes: Any) -> Any:
     return [t.to(BFLOAT16) for t in normal_qkv(*sizes)]
 
 
 def gradients_of(q: Any, k: Any, v: Any, dout: torch.Tensor, **options: Any) -> tuple[torch.Tensor, ...]:
-    inputs = leaves(q, k, v)
+    inputs: Any = leaves(q, k, v)
     return torch.autograd.grad(flash_attn_func(*inputs, **options), inputs, dout)
 
 
@@ -133,10 +133,11 @@ def test_gradients_of_any_size_are_the_same(sizes):
     q, k, v = qkv(*sizes)
     bias = normal(1, 1, sizes[1], sizes[2], seed=5).to(BFLOAT16)
     dout = normal(*q.shape, seed=4).to(BFLOAT16)
-    inputs = leaves(q, k, v, bias)
+    inputs: Any = leaves(q, k, v, bias)
 
     def gradients(exponent: int) -> tuple[torch.Tensor, ...]:
-        out = flash_attn_func(*inputs[:3], causal=True, attn_bias=inputs[3])
+        q, k, v, bias = inputs
+        out = flash_attn_func(q, k, v, causal=True, attn_bias=bias)
         return torch.autograd.grad(out, inputs, dout * 2.0**exponent)
 
     at_1 = gradients(0)

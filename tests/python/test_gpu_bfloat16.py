@@ -1,4 +1,5 @@
-"""bfloat16 on a GPU: the same kernels as on a T4, and who takes the calls. test_bfloat16.py has more, in the interpreter."""
+"""bfloat16 on a GPU: the same kernels as on a T4, and who takes the calls. More in the interpreter:
+test_bfloat16.py."""
 
 import pytest
 import torch
