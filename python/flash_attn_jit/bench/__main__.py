@@ -27,7 +27,7 @@ from .options import (
     TIMING,
     parse_arguments,
 )
-from .problem import NO_MASK, Problem, sweep
+from .problem import FP16, NO_MASK, Problem, sweep
 
 _INTERPRET_VARIABLE = "FLASH_ATTN_JIT_INTERPRET"
 
@@ -74,7 +74,8 @@ def _problems(options: argparse.Namespace) -> Iterable[Problem]:
         heads = options.heads, each
         masks = options.attn_masks or [NO_MASK]
         dropout = options.dropout or [0.0]
-        yield from sweep(options.batch, heads, options.head_dims, options.seqlens, causal, masks, dropout)
+        dtypes = options.dtypes or [FP16]
+        yield from sweep(options.batch, heads, options.head_dims, options.seqlens, causal, masks, dropout, dtypes)
 
 
 def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .backends import NAMES, SDPA_MATH
-from .problem import BACKWARD, FORWARD, MASKS, NO_MASK, PASSES
+from .problem import BACKWARD, DTYPES, FORWARD, FP16, MASKS, NO_MASK, PASSES
 
 TARGET_VARIABLE = "FLASH_ATTN_JIT_TARGET"
 
@@ -37,6 +37,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "passes": list(PASSES),
         "attn_masks": [NO_MASK],
         "dropout": [0.0],
+        "dtypes": [FP16],
         "backends": None,
         "rounds": 5,
         "burst_ms": 50.0,
@@ -73,12 +74,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "rounds": 5,
         "burst_ms": 50.0,
     },
-    PREDICT: {**_ONE_CALL, "seqlens": [1024, 4096, 8192], "passes": [FORWARD, BACKWARD]},
+    PREDICT: {**_ONE_CALL, "seqlens": [1024, 4096, 8192], "passes": [FORWARD, BACKWARD], "dtypes": [FP16]},
     ACCURACY: {
         **_ONE_CALL,
         "seqlens": [512, 1024, 2048, 4096],
         "passes": list(PASSES),
         "attn_masks": [NO_MASK],
+        "dtypes": [FP16],
         "backends": None,
         "seeds": 5,
     },
@@ -148,6 +150,10 @@ def _passes(text: str) -> list[str]:
 
 def _masks(text: str) -> list[str]:
     return _names("mask", MASKS, text)
+
+
+def _dtypes(text: str) -> list[str]:
+    return _names("dtype", list(DTYPES), text)
 
 
 def _shares(text: str) -> list[float]:
@@ -240,9 +246,10 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
         metavar=",".join(MASKS),
         help="in a timing run and with --accuracy an attn_mask, with causal=False: of keys, from some place of each "
         "sequence on or a tenth at random; of pairs, a tenth, for each sequence, or those of eight blocks alone; a "
-        "float16 number for every pair and head, of all sequences or of each "
+        "number of q's dtype for every pair and head, of all sequences or of each "
         f"{_defaults('attn_masks')}",
     )
+    parser.add_argument("--dtypes", type=_dtypes, metavar=",".join(DTYPES), help=f"of q, k and v {_defaults('dtypes')}")
     parser.add_argument("--dropout", type=_shares, metavar="0,0.1", help=f"dropout_p {_defaults('dropout')}")
     parser.add_argument(
         "--backends",

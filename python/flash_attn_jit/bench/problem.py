@@ -14,21 +14,25 @@ _FLOPS_OVER_FORWARD = {FORWARD: 1.0, BACKWARD: 2.5, BOTH: 3.5}
 
 _DEVICE = "cuda"
 
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # as the program calls them
+FP16 = "fp16"
+
 NO_MASK = "none"
 # The dimensions of (batch, heads, seqlen, seqlen) that an attn_mask has; those that it has not are broadcast.
-_MASKS: dict[str, tuple[torch.dtype, str]] = {
+# None: q's dtype.
+_MASKS: dict[str, tuple[torch.dtype | None, str]] = {
     "padding": (torch.bool, "bk"),  # sequence i has no keys behind i / 16 of its rows from the end
     "holes": (torch.bool, "bk"),  # a tenth of the keys, at random
     "bool": (torch.bool, "bqk"),  # a tenth of the pairs, at random
     "blocks": (torch.bool, "qk"),  # eight sequences one behind the other, each of which sees itself
-    "bias": (torch.float16, "hqk"),
-    "batch-bias": (torch.float16, "bhqk"),
+    "bias": (None, "hqk"),
+    "batch-bias": (None, "bhqk"),
 }
 MASKS = (NO_MASK, *_MASKS)
 
 
 class Inputs(NamedTuple):
-    """Each (batch, seqlen, heads, head_dim), float16."""
+    """Each (batch, seqlen, heads, head_dim), of one dtype."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -51,6 +55,7 @@ class Problem:
     causal: bool
     attn_mask: str = NO_MASK
     dropout_p: float = 0.0
+    dtype: str = FP16
 
     def flops(self, which: str) -> float:
         """Forward is two matrix products over every pair of positions, of which a causal mask takes half; the whole
@@ -74,11 +79,11 @@ class Problem:
         if self.attn_mask == NO_MASK:
             return 0
         dtype, dimensions = _MASKS[self.attn_mask]
-        return dtype.itemsize * prod(self._mask_shape(dimensions))
+        return (dtype or DTYPES[self.dtype]).itemsize * prod(self._mask_shape(dimensions))
 
     def feature_flags(self) -> list[str]:
-        """Mask and dropout as the program's command `model` takes them."""
-        flags = ["--dropout"] if self.dropout_p else []
+        """Dtype, mask and dropout as the program's command `model` takes them."""
+        flags = ["--dtype", self.dtype] + (["--dropout"] if self.dropout_p else [])
         if self.attn_mask == NO_MASK:
             return flags
         dtype, dimensions = _MASKS[self.attn_mask]
@@ -94,7 +99,7 @@ class Problem:
         dtype, dimensions = _MASKS[self.attn_mask]
         shape = self._mask_shape(dimensions)
         if dtype is not torch.bool:
-            return torch.randn(shape, generator=generator, device=_DEVICE, dtype=dtype)
+            return torch.randn(shape, generator=generator, device=_DEVICE, dtype=dtype or DTYPES[self.dtype])
         if self.attn_mask == "blocks":
             block = torch.arange(self.seqlen, device=_DEVICE) * 8 // self.seqlen
             return (block[:, None] == block).expand(shape)
@@ -109,7 +114,7 @@ class Problem:
 
         def normal(heads: int) -> torch.Tensor:
             shape = (self.batch, self.seqlen, heads, self.head_dim)
-            return torch.randn(shape, generator=generator, device=_DEVICE, dtype=torch.float16)
+            return torch.randn(shape, generator=generator, device=_DEVICE, dtype=DTYPES[self.dtype])
 
         q, k, v = normal(self.num_heads), normal(self.num_heads_k), normal(self.num_heads_k)
         dout = None if which == FORWARD else normal(self.num_heads)
@@ -125,7 +130,8 @@ class Problem:
         heads = f"{self.num_heads}" if self.num_heads == self.num_heads_k else f"{self.num_heads}/{self.num_heads_k}"
         masked = "" if self.attn_mask == NO_MASK else f" {self.attn_mask}"
         masked += f" dropout {self.dropout_p}" if self.dropout_p else ""
-        return f"b{self.batch} h{heads} d{self.head_dim} s{self.seqlen} {mask}{masked}"
+        dtype = "" if self.dtype == FP16 else f" {self.dtype}"
+        return f"b{self.batch} h{heads} d{self.head_dim} s{self.seqlen} {mask}{masked}{dtype}"
 
 
 def sweep(
@@ -136,8 +142,11 @@ def sweep(
     causal: list[bool],
     masks: Sequence[str] = (NO_MASK,),
     dropout: Sequence[float] = (0.0,),
+    dtypes: Sequence[str] = (FP16,),
 ) -> Iterator[Problem]:
     """An attn_mask comes without causal: SDPA takes one of the two."""
-    for head_dim, is_causal, seqlen, mask, dropout_p in product(head_dims, causal, seqlens, masks, dropout):
+    for head_dim, is_causal, seqlen, mask, dropout_p, dtype in product(
+        head_dims, causal, seqlens, masks, dropout, dtypes
+    ):
         if mask == NO_MASK or not is_causal:
-            yield Problem(batch, heads[0], heads[1], head_dim, seqlen, is_causal, mask, dropout_p)
+            yield Problem(batch, heads[0], heads[1], head_dim, seqlen, is_causal, mask, dropout_p, dtype)
