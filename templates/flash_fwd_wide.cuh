@@ -166,7 +166,6 @@ class FlashFwdWide {
     k_stream_.go_to(last + 1);
     v_stream_.go_to(last + 1);
     prefetch<true>(k_stream_, last);
-    fetch_pairs<false>(last);
     Stream::template commit<Columns>(in_flight_, keys_at(last));
 #pragma unroll
     for (Vec16& chunk : in_flight_) chunk = Vec16{};  // V(last+1), which nobody uses
@@ -216,7 +215,10 @@ class FlashFwdWide {
     const auto between_products_of_scores = [&](int product) {
       if (product == Points::kCommit) Stream::template commit<Columns>(in_flight_, values_at(n_ + 1));
       if (product == Points::kPrefetch) prefetch<kIsMasked>(k_stream_, n_ - 1);
-      if (product == Points::kFirstKeys && reduces) rises = to_probabilities<kIsMasked>(s, n_ + 1);
+      if (product == Points::kFirstKeys) {
+        if (reduces) rises = to_probabilities<kIsMasked>(s, n_ + 1);
+        fetch_pairs<!kIsMasked>(n_);
+      }
     };
     if (!kIsMasked || sees(n_))
       make_scores(between_products_of_scores);
@@ -354,7 +356,6 @@ class FlashFwdWide {
   template <bool kIsMasked>
   __device__ __forceinline__ bool to_probabilities(float (&s)[2], int tile) {
     to_scores(s, tile);
-    fetch_pairs<!kIsMasked>(tile - 1);
     if constexpr (kIsMasked) apply_mask(s, tile);
     const float largest = Rows::across_row(max_ignoring_nan(s[0], s[1])), before = softmax_.row_max[0];
     const bool rises = softmax_.exponent(largest, 0) > kMaxRise;

@@ -24,6 +24,7 @@ from ._options import (
     Options,
     are_none,
     before_backward,
+    before_possible_backward,
     has_cache,
     tensors_of,
     with_seed,
@@ -260,9 +261,9 @@ def _for_operator(options: Options, *inputs: torch.Tensor) -> Options:
     """What a transform of torch.func differentiates says nothing of it."""
     if has_cache(options):  # without gradients
         return options
-    return (
-        before_backward(options) if _needs_gradient(options, inputs) or _is_transformed() or _is_recorded() else options
-    )
+    if _needs_gradient(options, inputs):
+        return before_backward(options)
+    return before_possible_backward(options, inputs[0].shape[-1]) if _is_transformed() or _is_recorded() else options
 
 
 def _are_plain(options: Options, *inputs: torch.Tensor) -> bool:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
+from . import _core
+
 
 class Options(NamedTuple):
     """All that a call says beside q, k and v. The one list of them: the operators' signatures are made from it, and the
@@ -80,6 +82,11 @@ def with_seed(options: Options, q: torch.Tensor) -> Options:
 
 def before_backward(options: Options) -> Options:
     return Options._make((*options[:-1], True))
+
+
+def before_possible_backward(options: Options, head_dim: int) -> Options:
+    """The same where nobody knows yet whether one follows: of head dims that have one."""
+    return before_backward(options) if head_dim <= _core.most_head_dim_of_gradients else options
 
 
 def with_tensors(options: Options, tensors: Tensors) -> Options:

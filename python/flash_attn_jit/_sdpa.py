@@ -15,7 +15,7 @@ __all__ = ["sdpa"]
 
 # The compiled module's limits, and what it says of them.
 _OLDEST_GPU = _core.oldest_sm
-MOST_HEAD_DIM = _core.most_head_dim
+MOST_HEAD_DIM, MOST_HEAD_DIM_OF_GRADIENTS = _core.most_head_dim, _core.most_head_dim_of_gradients
 _ACCEPTED = _core.accepted
 
 
@@ -37,7 +37,7 @@ def sdpa(
 
     Args:
         query: (..., num_heads, seqlen_q, head_dim), float16 or bfloat16, with at least 2 dimensions. Head dims 1 to
-            256. Of every tensor only the last dimension must be contiguous.
+            512, 1 to 256 where an input needs a gradient. Of every tensor only the last dimension must be contiguous.
         key: (..., num_heads_k, seqlen_k, head_dim), with query's dtype and number of dimensions. Nothing is broadcast.
         value: like key: its head_dim too.
         attn_mask: None; or bool, float32 or of query's dtype, of a shape that broadcasts to (..., num_heads, seqlen_q,
@@ -225,10 +225,21 @@ def _dtype_refusal(name: str, tensor: torch.Tensor, dtype: torch.dtype, of_query
     return Refusal(name, f"{came}, and FLASH_ATTN_JIT_BFLOAT16 is refuse", "torch.float16", advice, UnsupportedError)
 
 
+ACCEPTED_WITH_GRADIENTS = f"1 to {MOST_HEAD_DIM_OF_GRADIENTS} where one does"
+
+
+def need_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether one of them is given to autograd."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def _shape_refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> Refusal | None:
     *batch, _, head_dim = query.shape
     if not 1 <= head_dim <= MOST_HEAD_DIM:
         return Refusal("query", f"has head_dim {head_dim}", _ACCEPTED["head_dim"], error=UnsupportedError)
+    if head_dim > MOST_HEAD_DIM_OF_GRADIENTS and need_gradient(query, key, value):
+        came = f"has head_dim {head_dim}, and an input needs a gradient"
+        return Refusal("query", came, ACCEPTED_WITH_GRADIENTS, error=UnsupportedError)
     for name, tensor in (("key", key), ("value", value)):
         *batch_k, _, head_dim_k = tensor.shape
         if head_dim_k != head_dim:

@@ -122,7 +122,7 @@ Config config_with_nvrtc(const std::string& flag, const std::string& path) {
 void add_kernel_flags(CLI::App& command, KernelFlags& flags, const std::string& automatic) {
   command.add_option("--kind", flags.kind, "Kind of kernel: " + kind_words())->capture_default_str();
   command.add_option("--dtype", flags.dtype, "Of q, k, v and out: fp16 or bf16")->capture_default_str();
-  command.add_option("--head-dim", flags.head_dim, "Head dim, 1 to 256")->required();
+  command.add_option("--head-dim", flags.head_dim, "Head dim, 1 to 512")->required();
   command.add_flag("--causal", flags.causal, "With the causal mask");
   command.add_flag("--window", flags.window, "With a sliding window instead");
   for (std::size_t i = 0; i < kFeatures.size(); ++i)

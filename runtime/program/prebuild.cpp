@@ -304,7 +304,7 @@ void add_prebuild(CLI::App& app, Action& chosen) {
   command->add_option("--dtypes", flags->dtypes, "Of q, k, v and out: fp16,bf16")
       ->delimiter(',')
       ->capture_default_str();
-  command->add_option("--head-dims", flags->head_dims, "Head dims, 1 to 256: 64,128")->delimiter(',');
+  command->add_option("--head-dims", flags->head_dims, "Head dims, 1 to 512: 64,128")->delimiter(',');
   command->add_option("--causal", flags->causal, "both, yes or no");
   command->add_flag("--window", flags->window, "Besides those of --causal, the kernels of sliding windows");
   flags->features.fill("no");

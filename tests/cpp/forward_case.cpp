@@ -312,6 +312,7 @@ float ForwardCase::scale() const {
 KernelSpec spec_of(const ForwardCase& c) {
   KernelSpec spec;
   spec.dtype = c.dtype;
+  if (c.head_dim > kMostNarrowHeadDim) spec.kind = KernelKind::kForwardWide;
   spec.head_dim = c.head_dim;
   spec.mask = c.mask;
   spec.features.set(Feature::kSoftcap, c.softcap > 0);

@@ -37,7 +37,7 @@ class Dice {
 // As often a multiple of 16 and of 8 as any: else few could be read 16 bytes at a time.
 int random_head_dim(Dice& dice) {
   const int step = dice.one_of({1, 8, 16});
-  return step * dice.between(1, kMostHeadDim / step);
+  return step * dice.between(1, kMostNarrowHeadDim / step);
 }
 
 // Any legal problem; the library chooses its tiles.
@@ -146,6 +146,27 @@ BackwardCase random_tiles(Dice& dice) {
   return c;
 }
 
+// A forward problem of a head dim above 256, every other time with a random tile.
+BackwardCase random_wide(Dice& dice) {
+  BackwardCase c = random_problem(dice);
+  ForwardCase& f = c.forward;
+  const int step = dice.one_of({1, 8, 64});
+  f.head_dim = step * dice.between(kMostNarrowHeadDim / step + 1, kMostHeadDim / step);
+  KernelSpec spec = spec_of(KernelKind::kForwardWide, f);
+  while (dice.once_in(2)) {
+    const int groups = dice.between(1, 4);
+    spec.tile = {.block_m = 32 * groups,
+                 .block_n = 8,
+                 .warps = 4 * groups,
+                 .register_dims = 16 * dice.between(0, 8),
+                 .schedule = {dice.between(0, 8), dice.between(0, 8), dice.between(0, 8)}};
+    if (check(spec, arch_limits(75))) continue;
+    f.tile = spec.tile;
+    break;
+  }
+  return c;
+}
+
 template <class Draw>
 std::vector<BackwardCase> drawn(unsigned seed, int number, Draw draw) {
   Dice dice(seed);
@@ -160,6 +181,11 @@ std::string run_both_passes(const BackwardCase& c) { return run_forward_case(c.f
 
 TEST_CASE("fuzz: random legal problems, both passes") {
   CHECK(count_faults(pick(drawn(1, tests_all() ? 300 : 20, random_problem), share_of_few()), run_both_passes) == 0);
+}
+
+TEST_CASE("fuzz: random legal problems of head dims above 256, forward") {
+  const auto run_forward = [](const BackwardCase& c) { return run_forward_case(c.forward).fault; };
+  CHECK(count_faults(pick(drawn(3, tests_all() ? 200 : 30, random_wide), share_of_few()), run_forward) == 0);
 }
 
 TEST_CASE("fuzz: random legal tiles of every kind") {

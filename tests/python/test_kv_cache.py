@@ -21,8 +21,8 @@ NAN = float("nan")
 # and longer than what is used.
 PAGE_SIZES = [1, 3, 8, 16, 48, 256]
 # Rows that are read 16 bytes at a time and rows that are not; one and several chunks of 32 and 64 dims, full or not;
-# queries in registers, and in shared memory too.
-HEAD_DIMS = [64, 17, 80, 128, 160, 256]
+# queries in registers, and in shared memory too; those that the decode kernel has not.
+HEAD_DIMS = [64, 17, 80, 128, 160, 256, 300, 512]
 # A token, several (the decode kernel), a prompt (the forward kernel).
 QUERIES = [1, 5, 270]
 MASKS: list[dict[str, Any]] = [

@@ -209,8 +209,8 @@ def test_compiled_causal_biases():
         (ValueError, "^key is of layout", {"key": K.to_sparse()}),
         (
             UnsupportedError,
-            "^query has head_dim 257",
-            {n: normal(1, 2, 8, 257) for n in ("query", "key", "value")},
+            "^query has head_dim 513",
+            {n: normal(1, 2, 8, 513) for n in ("query", "key", "value")},
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

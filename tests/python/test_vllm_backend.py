@@ -148,7 +148,7 @@ def test_what_vllm_asks_before_it_chooses(vllm):
     assert backend.supports_dtype(torch.float16) and backend.supports_dtype(torch.bfloat16)
     assert all(backend.supports_kv_cache_dtype(dtype) for dtype in ("auto", "float16", "bfloat16"))
     assert not backend.supports_kv_cache_dtype("fp8")
-    assert backend.supports_head_size(256) and not backend.supports_head_size(257)
+    assert backend.supports_head_size(512) and not backend.supports_head_size(513)
     assert [backend.supports_compute_capability(DeviceCapability(*c)) for c in ((7, 0), (7, 5), (8, 6))] == [0, 1, 1]
     assert all(backend.supports_attn_type(kind) and backend.supports_attn_type(kind.value) for kind in AttentionType)
     assert not backend.supports_attn_type("other")

@@ -6,7 +6,7 @@ import torch
 
 from .. import ops
 from .._arguments import check_out
-from .._options import Options, before_backward, has_cache, tensors_of, with_seed
+from .._options import Options, before_backward, before_possible_backward, has_cache, tensors_of, with_seed
 from .._s_dmask import refuse_caches, signed_probabilities
 from ..errors import Refusal
 from ..ops import SEPARATE, Form, are_plain, is_plain
@@ -24,7 +24,7 @@ def forward(
     else's; write_into() is for others. has_backward: whether one may follow, which of keys in a cache it never does."""
     options = with_seed(options, q)
     if has_backward and not has_cache(options):
-        options = before_backward(options)
+        options = before_possible_backward(options, q.shape[-1])
     if not (is_plain(q, k, v) and are_plain(tensors_of(options))):
         with torch.no_grad():
             result, softmax_lse = SEPARATE.forward(q, k, v, *options)

@@ -70,7 +70,7 @@ def attention_override(
     ``transformer_options["optimized_attention_override"]`` is this function.
 
     Falls back to `func`, with the reason counted: dtypes other than float16 and bfloat16, bfloat16
-    on GPUs that multiply it (sm_80 and newer), head dims over 256, keywords that are
+    on GPUs that multiply it (sm_80 and newer), head dims over 512, keywords that are
     not known here, and what else ``flash_attn_jit.sdpa`` does not take.
 
     Args:

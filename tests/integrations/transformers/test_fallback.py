@@ -1,4 +1,4 @@
-"""Head dims over 256, which PyTorch's attention runs."""
+"""Head dims over 512, and over 256 where a gradient is needed, which PyTorch's attention runs."""
 
 import pytest
 import tiny_models
@@ -9,12 +9,14 @@ from tiny_models import TEXT
 
 from flash_attn_jit.integrations import transformers as turing
 
-REASON = "head_dim is 272; accepted: 1 to 256"
+REASON = "head_dim is 520; accepted: 1 to 512"
 
 
-def _build(implementation: str, dtype: torch.dtype, window: int | None) -> transformers.PreTrainedModel:
+def _build(
+    implementation: str, dtype: torch.dtype, window: int | None, head_dim: int = 520
+) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    config = transformers.MistralConfig(**TEXT, head_dim=272, sliding_window=window)
+    config = transformers.MistralConfig(**TEXT, head_dim=head_dim, sliding_window=window)
     make = transformers.MistralForCausalLM._from_config
     return make(config, attn_implementation=implementation, dtype=torch.float16).to(dtype).eval()
 
@@ -46,3 +48,18 @@ def test_generate(cache, padding, window):
     assert turing.calls.reasons == {REASON: 8}
     assert torch.equal(results[0].sequences, results[1].sequences)
     assert_close(*(torch.stack(result.logits).float() for result in results))
+
+
+def test_with_gradients_alone():
+    inputs = tiny_models.batch("llama", None)
+    turing.calls.reset()
+    model = _build(NAME, torch.float16, None, head_dim=272)
+    with torch.no_grad():
+        here = logits_of(model(**inputs))
+    assert turing.calls.counts["torch"] == 0
+    there = logits_of(model(**inputs))
+    assert turing.calls.reasons == {
+        "head_dim is 272, and an input needs a gradient; accepted: 1 to 256 where one does": 2
+    }
+    exact = logits_of(_build("eager", torch.float32, None, head_dim=272)(**inputs))
+    assert_close(here, there.detach(), exact.detach(), padded("llama", None))

@@ -78,8 +78,12 @@ def test_a_mask_of_three_dimensions():
 
 
 def test_a_head_dim_that_neither_has():
-    with pytest.raises(UnsupportedError, match=r"head_dim is 264, with softcap, .*; accepted: 1 to 256.*eager"):
-        turing_attention(torch.nn.Module(), *_heads(264), softcap=30.0)
+    with pytest.raises(UnsupportedError, match=r"head_dim is 520, with softcap, .*; accepted: 1 to 512.*eager"):
+        turing_attention(torch.nn.Module(), *_heads(520), softcap=30.0)
+    with pytest.raises(
+        UnsupportedError, match=r"head_dim is 264, and an input needs a gradient, with softcap, .*eager"
+    ):
+        turing_attention(torch.nn.Module(), *(x.requires_grad_() for x in _heads(264)), softcap=30.0)
 
 
 def test_position_bias_of_packed_sequences():

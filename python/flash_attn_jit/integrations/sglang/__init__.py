@@ -42,7 +42,7 @@ def register() -> CallCounts:
     """Adds ``flash_attn_jit`` to the values of ``--attention-backend``; the entry point. Once is enough, and more often
     changes nothing.
 
-    The backend takes attention in float16 and bfloat16 with head dims 1 to 256, grouped heads, sliding windows (with a
+    The backend takes attention in float16 and bfloat16 with head dims 1 to 512, grouped heads, sliding windows (with a
     pool of their own or without), softcap and sinks, prompts in chunks, mixed batches, encoders, and CUDA graphs of
     decode. Everything else raises NotImplementedError that names what it was: MLA, quantized caches, cross attention, a
     v of another head dim, speculative decoding, context parallelism.

@@ -42,9 +42,8 @@ def register(name: str = "turing") -> str:
     made with such a name, and ``ContinuousBatchingManager.switch_to_cb_friendly_attn``, which refuses all names but its
     own. Other implementations run as before.
 
-    ``calls`` counts what ran here, and in PyTorch with the reason: head dims over 256, which are an error with softcap,
-    sinks or packed sequences. Calls in compiled graphs are not
-    counted.
+    ``calls`` counts what ran here, and in PyTorch with the reason: head dims over 512, over 256 with gradients, which
+    are an error with softcap, sinks or packed sequences. Calls in compiled graphs are not counted.
 
     Args:
         name: without "flash": transformers takes such names for packages and kernels that it has to load.

@@ -6,7 +6,8 @@ import torch
 
 from ..._call_counts import CallCounts
 from ..._dtypes import HALVES
-from ..._sdpa import MOST_HEAD_DIM
+from ..._sdpa import ACCEPTED_WITH_GRADIENTS, MOST_HEAD_DIM, MOST_HEAD_DIM_OF_GRADIENTS, need_gradient
+from ...errors import Refusal, UnsupportedError
 from ...interface import flash_attn_func, flash_attn_varlen_func
 from . import _fallback
 from ._inputs import cast, refuse_others, with_one_head_dim
@@ -53,7 +54,7 @@ def turing_attention(
 
     Returns:
         out (batch, queries, heads, value's head_dim), of the dtype that was computed in, and None for the
-        probabilities. Of head dims over 256 PyTorch's attention makes it, which is counted; not with softcap, sinks or
+        probabilities. Of head dims over 512, over 256 where an input needs a gradient, PyTorch's attention makes it, which is counted; not with softcap, sinks or
         packed sequences.
 
     Raises:
@@ -90,14 +91,26 @@ def turing_attention(
         options["softcap"] = softcap
     if s_aux is not None:
         options["s_aux"] = s_aux
-    if q.shape[3] > MOST_HEAD_DIM:
-        _fallback.refuse_what_torch_lacks(q.shape[3], options)
-        calls.count(f"head_dim is {q.shape[3]}; accepted: 1 to {MOST_HEAD_DIM}")
+    refusal = _head_dim_refusal(q, k, v, options) if q.shape[3] > MOST_HEAD_DIM_OF_GRADIENTS else None
+    if refusal is not None:
+        _fallback.refuse_what_torch_lacks(refusal, options)
+        calls.count(str(refusal.exception()))
         out: Any = _fallback.run(q, k, v, options)
     else:
         out = _run_packed(q, k, v, options) if "cu_seqlens_q" in options else flash_attn_func(q, k, v, **options)
         calls.count()
     return (out if value_dim == out.shape[3] else out[..., :value_dim]), None
+
+
+def _head_dim_refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> Refusal | None:
+    """Of head dims that have no backward pass."""
+    came = f"is {q.shape[3]}"
+    if q.shape[3] > MOST_HEAD_DIM:
+        return Refusal("head_dim", came, f"1 to {MOST_HEAD_DIM}", error=UnsupportedError)
+    if need_gradient(q, k, v, options.get("attn_bias"), options.get("s_aux")):
+        came += ", and an input needs a gradient"
+        return Refusal("head_dim", came, ACCEPTED_WITH_GRADIENTS, error=UnsupportedError)
+    return None
 
 
 def _run_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:

@@ -5,19 +5,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..._sdpa import MOST_HEAD_DIM
-from ...errors import Refusal, UnsupportedError
+from ...errors import Refusal
 
 # Of a call's options, those that PyTorch's attention has nothing for, in words.
 _WITHOUT = {"softcap": "softcap", "s_aux": "sinks", "cu_seqlens_q": "packed sequences"}
 
 
-def refuse_what_torch_lacks(head_dim: int, options: dict[str, Any]) -> None:
+def refuse_what_torch_lacks(refusal: Refusal, options: dict[str, Any]) -> None:
+    """What is refused here, where PyTorch cannot run it in its place."""
     lacks = [words for name, words in _WITHOUT.items() if name in options]
     if lacks:
-        came = f"is {head_dim}, with {' and '.join(lacks)}, which PyTorch's attention has not either"
-        advice = 'Load the model with attn_implementation="eager"'
-        raise Refusal("head_dim", came, f"1 to {MOST_HEAD_DIM}", advice, UnsupportedError).exception()
+        came = f"{refusal.came}, with {' and '.join(lacks)}, which PyTorch's attention has not either"
+        raise refusal._replace(came=came, advice='Load the model with attn_implementation="eager"').exception()
 
 
 def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:

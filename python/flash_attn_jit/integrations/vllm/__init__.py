@@ -39,7 +39,7 @@ def register() -> CallCounts:
         vllm.register()
         LLM(MODEL, dtype="half", attention_backend="CUSTOM")
 
-    The backend takes decoder, encoder and cross attention in float16 and bfloat16 with head dims 1 to 256, grouped
+    The backend takes decoder, encoder and cross attention in float16 and bfloat16 with head dims 1 to 512, grouped
     heads, sliding windows, softcap, ALiBi and sinks, KV caches of the same dtype with any layout of pages of a multiple
     of 16 tokens, and full CUDA graphs of batches with one number of queries per sequence (decode, verification of
     drafts). Everything else (MLA, quantized caches, prefixes that see both ways, context parallelism, batch invariance)

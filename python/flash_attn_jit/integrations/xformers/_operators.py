@@ -9,7 +9,7 @@ from ... import ops
 from ..._autograd import attention
 from ..._dtypes import HALVES
 from ..._options import Options, before_backward, tensors_of, with_seed
-from ..._sdpa import MOST_HEAD_DIM
+from ..._sdpa import MOST_HEAD_DIM, MOST_HEAD_DIM_OF_GRADIENTS
 from ...ops import SEPARATE, are_plain, is_plain
 from . import _biases as biases, calls
 from ._refusals import operator_gradient_refusal, refusal
@@ -176,6 +176,7 @@ class BwOp(_Operator, AttentionBwOpBase):  # type: ignore[misc]
     """The backward pass of FwOp."""
 
     NAME = "flash_attn_jitB"
+    SUPPORTED_MAX_K = MOST_HEAD_DIM_OF_GRADIENTS
     SUPPORTS_BMGHK = False
     SUPPORTS_ATTN_BIAS_GRAD = True
 

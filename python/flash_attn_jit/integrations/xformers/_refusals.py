@@ -6,7 +6,13 @@ from typing import Any
 import torch
 
 from ..._dtypes import takes
-from ..._sdpa import MOST_HEAD_DIM, platform_refusal, refusal_where_others_are_better, tensor_refusal
+from ..._sdpa import (
+    MOST_HEAD_DIM,
+    MOST_HEAD_DIM_OF_GRADIENTS,
+    platform_refusal,
+    refusal_where_others_are_better,
+    tensor_refusal,
+)
 from ._biases import GAPS, PAGES, PAGES_WITH_GAPS, RULES, WHOLE, Rule, tensor_of
 
 _strided = torch.strided
@@ -51,6 +57,8 @@ def _input_refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
 
 def gradient_refusal(inp: Any) -> str | None:
     """Of gradients, where refusal() has nothing against the inputs."""
+    if (head_dim := inp.query.shape[-1]) > MOST_HEAD_DIM_OF_GRADIENTS:
+        return f"query has head_dim {head_dim}, and an input needs a gradient"
     rule = RULES[type(inp.attn_bias)]
     if rule.has_gradients:
         return None
