@@ -47,7 +47,8 @@ std::optional<std::string> check_problem(const KernelSpec& spec) {
            "it";
   if (spec.features.are_users() && family_of(spec.kind).warps_share_rows)
     return "kind " + std::string(to_text(spec.kind)) + " comes with a user's functions; accepted: kind fwd";
-  if (spec.has(Feature::kBlockMask) && (family_of(spec.kind).has_all_rows || spec.mask != Mask::kNone))
+  if (spec.has(Feature::kBlockMask) &&
+      (family_of(spec.kind).has_all_rows || family_of(spec.kind).dim_splits > 1 || spec.mask != Mask::kNone))
     return "kind " + std::string(to_text(spec.kind)) + " with mask " + std::string(to_text(spec.mask)) +
            " comes with a block_mask; accepted: kinds fwd, bwd_dkdv and bwd_dq with mask full";
   if (spec.features.forward_only() && !family_of(spec.kind).results.out)

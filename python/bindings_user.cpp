@@ -53,12 +53,11 @@ BlockMask read_block_mask(py::handle mask, const Argument& q) {
   read.block_q = mask.attr("block_q").cast<std::int64_t>();
   read.block_k = mask.attr("block_k").cast<std::int64_t>();
   const Argument counts("kv_num_blocks", mask.attr("kv_num_blocks"));
-  const Argument counts_of_keys("q_num_blocks", mask.attr("q_num_blocks"));
-  if (counts.info.rank != 3 || counts_of_keys.info.rank != 3)
+  if (counts.info.rank != 3)
     throw ArgumentError({"block_mask", "has kv_num_blocks of shape " + shape_text(counts.object), kAcceptedCounts});
   read.batch = counts.info.shape[0];
   read.heads = counts.info.shape[1];
-  const std::int64_t blocks_q = counts.info.shape[2], blocks_k = counts_of_keys.info.shape[2];
+  const std::int64_t blocks_q = counts.info.shape[2], blocks_k = mask.attr("blocks_k").cast<std::int64_t>();
   read.keys = read_lists(mask, "kv", q, blocks_q, read);
   read.whole_keys = read_lists(mask, "full_kv", q, blocks_q, read);
   read.queries = read_lists(mask, "q", q, blocks_k, read);

@@ -542,8 +542,7 @@ class FlashBwd {
       if (columns.begin >= columns.end) return;
     }
     prologue(columns.end);
-    const int whole_end =
-        kHasBlockMask ? columns.whole_end : Sequence<Traits>::minimum(columns.whole_end, columns.end - 1);
+    const int whole_end = Sequence<Traits>::minimum(columns.whole_end, columns.end - 1);
     masked_iterations(Sequence<Traits>::maximum(whole_end, columns.begin));
     unmasked_iterations(Sequence<Traits>::maximum(columns.whole_begin, columns.begin));
     if (Side::kHasFirstColumn) masked_iterations(columns.begin);

@@ -12,14 +12,18 @@ struct UserScore {
   static constexpr bool kIsLarge = false;        // what it makes may be so large that a product's own digits are gone
   static constexpr bool kHasDerivative = false;  // its derivative is not 1 everywhere
 
-  // What depends on the batch and the head alone, once for a block. scaled_sum() counts in units: 1 / softmax_scale.
+  // What depends on the batch and the head alone, once for a block. A score of 1 is `unit` of scaled_sum()'s.
   __device__ __forceinline__ void prepare(const UserTensors&, int /*b*/, int /*h*/, float /*unit*/) {}
 
+  // What only adds: that alone, and its sum with a score in units.
+  __device__ __forceinline__ float addend(const UserTensors&, int /*b*/, int /*h*/, int /*q*/, int /*k*/) const {
+    return 0.0f;
+  }
   __device__ __forceinline__ float scaled_sum(const UserTensors&, float score, int /*b*/, int /*h*/, int /*q*/,
                                               int /*k*/) const {
     return score;
   }
-  // Of those that do not only add.
+  // What does more.
   __device__ __forceinline__ float score(const UserTensors&, float score, int /*b*/, int /*h*/, int /*q*/,
                                          int /*k*/) const {
     return score;

@@ -22,30 +22,42 @@ class UserScoreFeature : public ScoreFeature {
     user_ = &params.user;
     batch_ = sequence.batch();
     head_ = head;
-    score_.prepare(user_->tensors, batch_, head, unit * kLog2E);
+    unit_ = unit * kLog2E;
+    score_.prepare(user_->tensors, batch_, head_, unit_);
   }
 
   __device__ __forceinline__ float score(float product, int query, int key) const {
     if constexpr (Score::kIsAdditive) return product;
-    return score_.score(user_->tensors, product * user_->product_scale, batch_, head_, query, key);
+    return bounded(score_.score(user_->tensors, product * user_->product_scale, batch_, head_, query, key));
   }
   __device__ __forceinline__ float score(float product, int query, int key, float& derivative) const {
     if constexpr (kHasDerivative)
-      return score_.score(user_->tensors, product * user_->product_scale, batch_, head_, query, key, derivative);
+      return bounded(
+          score_.score(user_->tensors, product * user_->product_scale, batch_, head_, query, key, derivative));
     else
       return score(product, query, key);
   }
   template <class AnyFetched, class Sequence>
   __device__ __forceinline__ float bias(float score, const AnyFetched&, int /*element*/, const Sequence&, int query,
                                         int key) const {
-    if constexpr (Score::kIsAdditive)
+    if constexpr (Score::kIsAdditive && kIsLarge)
+      return fma_rounded(bounded(score_.addend(user_->tensors, batch_, head_, query, key)), unit_, score);
+    else if constexpr (Score::kIsAdditive)
       return score_.scaled_sum(user_->tensors, score, batch_, head_, query, key);
     else
       return score;
   }
 
  private:
+  // Finite numbers beyond kMostBias count as that, as those of an attn_bias do: nothing but -inf hides.
+  static __device__ __forceinline__ float bounded(float s) {
+    if constexpr (!kIsLarge) return s;
+    const float magnitude = max_ignoring_nan(s, -s);
+    return magnitude > kMostBias && magnitude < infinity() ? (s < 0.0f ? -kMostBias : kMostBias) : s;
+  }
+
   const UserParams* user_;
   int batch_, head_;
+  float unit_;  // of what is added
   Score score_;
 };

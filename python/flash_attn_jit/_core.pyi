@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 
 from ._options import Options
+from .flex._attention import UserFunctions
 
 class AccessCount:
     """Shared-memory traffic of one access kind; one count a warp-wide access."""

@@ -226,8 +226,9 @@ def flash_attn_func(
     {running}
 
     Args:
-        q: (batch, seqlen_q, num_heads, head_dim), float16 or bfloat16. Head dims 1 to 512, 1 to 256 where an input needs a gradient. Of every tensor only the
-            last dimension must be contiguous; the other strides are read as they are.
+        q: (batch, seqlen_q, num_heads, head_dim), float16 or bfloat16. Head dims 1 to 512, 1 to 256 where an input
+            needs a gradient. Of every tensor only the last dimension must be contiguous; the other strides are read as
+            they are.
         k: (batch, seqlen_k, num_heads_k, head_dim), of q's dtype. num_heads is a multiple of num_heads_k: query head i
             reads key head i // (num_heads / num_heads_k).
         v: like k.
@@ -415,8 +416,9 @@ def flash_attn_varlen_func(
     {running}
 
     Args:
-        q: (total_q, num_heads, head_dim), float16 or bfloat16. Head dims 1 to 512, 1 to 256 where an input needs a gradient. Of every tensor only the last
-            dimension must be contiguous; the other strides are read as they are.
+        q: (total_q, num_heads, head_dim), float16 or bfloat16. Head dims 1 to 512, 1 to 256 where an input needs a
+            gradient. Of every tensor only the last dimension must be contiguous; the other strides are read as they
+            are.
         k: (total_k, num_heads_k, head_dim), of q's dtype. num_heads is a multiple of num_heads_k: query head i reads
             key head i // (num_heads / num_heads_k).
         v: like k.

@@ -180,8 +180,8 @@ def _add_kinds(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--flex",
         action="store_true",
-        help="flex_attention instead, whose functions say ALiBi, a softcap, a causal mask and a window of 1024 on either "
-        "side, beside flash_attn_func's arguments for the same",
+        help="flex_attention instead, whose functions say ALiBi, a softcap, a causal mask and a window of 1024 on "
+        "either side, beside flash_attn_func's arguments for the same",
     )
     what.add_argument(
         "--model",

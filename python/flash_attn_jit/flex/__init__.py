@@ -5,6 +5,7 @@
 `_lowering.py` what the machine should compute, and `_code.py` its text."""
 
 from ._attention import flex_attention
+from ._operators import OPERATORS
 from ._trace import Traced, trace
 
-__all__ = ["Traced", "flex_attention", "trace"]
+__all__ = ["OPERATORS", "Traced", "flex_attention", "trace"]

@@ -13,8 +13,9 @@ from .._arguments import number, reject_nested, reject_what_is_no_tensor, truth
 from .._autograd import cast_for_autocast
 from .._options import Options
 from .._torch_internals import transforms_are_active
-from ..errors import Refusal
+from ..errors import Refusal, UnsupportedError
 from ._block_mask import BlockLists, read_block_mask
+from ._expressions import MOST_PLACE
 from ._trace import trace
 
 _NAMES = ("query", "key", "value")
@@ -131,6 +132,7 @@ def flex_attention(
     key, value = _with_batch(query, lists, key, value)
     traced = trace(score_mod, None if lists is None else block_mask.mask_mod, query.device)
     has_score = score_mod is not None
+    _check_places(query, key)
     if not has_score and lists is None:
         user = UserFunctions(0, False, False, (), None)
     else:
@@ -161,6 +163,15 @@ def _read_tensors(query: Any, key: Any, value: Any, enable_gqa: Any) -> tuple[to
         accepted = f"key's, {heads_k}; or with enable_gqa=True a multiple of it"
         raise Refusal("query", f"has {heads} heads", accepted).exception()
     return cast_for_autocast(query), cast_for_autocast(key), cast_for_autocast(value)
+
+
+def _check_places(query: torch.Tensor, key: torch.Tensor) -> None:
+    """What is traced counts on it."""
+    for name, tensor in (("query", query), ("key", key)):
+        if max(tensor.shape[:3]) > MOST_PLACE:
+            came = f"has shape {tuple(tensor.shape)}"
+            accepted = f"at most {MOST_PLACE} sequences, heads and rows, whose places a function can tell apart"
+            raise Refusal(name, came, accepted, error=UnsupportedError).exception()
 
 
 def _with_batch(

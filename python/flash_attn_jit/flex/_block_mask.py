@@ -20,6 +20,7 @@ class BlockLists(NamedTuple):
 
     block_q: int  # queries of a block
     block_k: int
+    blocks_k: int  # of keys, that there are
     kv_num_blocks: torch.Tensor  # (batch or 1, num_heads or 1, blocks of queries), int32
     kv_indices: torch.Tensor  # (batch or 1, num_heads or 1, blocks of queries, room)
     full_kv_num_blocks: torch.Tensor | None
@@ -30,7 +31,7 @@ class BlockLists(NamedTuple):
     full_q_indices: torch.Tensor | None
 
 
-_LISTS = BlockLists._fields[2:]
+_LISTS = BlockLists._fields[3:]
 
 
 def read_block_mask(block_mask: Any, query: torch.Tensor, key: torch.Tensor) -> BlockLists | None:
@@ -43,7 +44,9 @@ def read_block_mask(block_mask: Any, query: torch.Tensor, key: torch.Tensor) -> 
     block_q, block_k = block_mask.BLOCK_SIZE
     if block_q >= _LONGER_THAN_ANY and block_k >= _LONGER_THAN_ANY:
         return None
-    lists = BlockLists(block_q, block_k, *(_contiguous(getattr(block_mask, name)) for name in _LISTS))
+    lists = BlockLists(
+        block_q, block_k, -(-key.shape[-2] // block_k), *(_contiguous(getattr(block_mask, name)) for name in _LISTS)
+    )
     _check_lengths(block_mask, lists, query.shape[-2], key.shape[-2])
     for name in _LISTS:
         tensor = getattr(lists, name)
@@ -68,7 +71,7 @@ def _check_lengths(block_mask: Any, lists: BlockLists, seqlen_q: int, seqlen_k: 
         fits = tuple(lengths) == (seqlen_q, seqlen_k)
         came = f"was made for {lengths[0]} queries and {lengths[1]} keys"
     if lists.q_num_blocks is not None:
-        fits = fits and lists.q_num_blocks.shape[-1] == -(-seqlen_k // lists.block_k)
+        fits = fits and lists.q_num_blocks.shape[-1] == lists.blocks_k
     if not fits:
         accepted = (
             f"one for the tensors' {seqlen_q} queries and {seqlen_k} keys: create_block_mask() with these lengths"

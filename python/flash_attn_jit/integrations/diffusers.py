@@ -37,10 +37,10 @@ def register() -> str:
 
     Masks of any kind and gradients are taken. What cannot run here runs in diffusers' native backend, PyTorch's
     ``scaled_dot_product_attention``, and is counted with the reason: dtypes other than float16 and bfloat16 (after
-    autocast), bfloat16 on GPUs that multiply it (sm_80 and newer), head dims over 512, over 256 where a gradient is needed, a
-    ``_parallel_config``, ``return_lse`` (which the native backend refuses), and what else ``flash_attn_jit.sdpa`` does
-    not take. Context parallelism is refused by ``set_attention_backend()``. Calls in a graph of torch.compile are not
-    counted.
+    autocast), bfloat16 on GPUs that multiply it (sm_80 and newer), head dims over 512, over 256 where a gradient is
+    needed, a ``_parallel_config``, ``return_lse`` (which the native backend refuses), and what else
+    ``flash_attn_jit.sdpa`` does not take. Context parallelism is refused by ``set_attention_backend()``. Calls in a
+    graph of torch.compile are not counted.
 
     Registering again changes nothing. Works with diffusers 0.42.
 

@@ -54,8 +54,8 @@ def turing_attention(
 
     Returns:
         out (batch, queries, heads, value's head_dim), of the dtype that was computed in, and None for the
-        probabilities. Of head dims over 512, over 256 where an input needs a gradient, PyTorch's attention makes it, which is counted; not with softcap, sinks or
-        packed sequences.
+        probabilities. Of head dims over 512, over 256 where an input needs a gradient, PyTorch's attention makes it,
+        which is counted; not with softcap, sinks or packed sequences.
 
     Raises:
         ValueError, UnsupportedError, NotImplementedError: what cannot run here; says what to do.

@@ -1,0 +1,79 @@
+"""flex_attention in float64: PyTorch's own, eager; and what float32 with fp16 probabilities would make of it, the bound
+of every numeric test."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+Mod = Callable[..., Any] | None
+
+
+class Results(NamedTuple):
+    """Of tensors (batch, heads, seqlen, head_dim)."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
+
+
+def eager(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, score_mod: Mod, block_mask: Any, scale: float
+) -> Results:
+    """In float64. The public function refuses gradients on the CPU; what it calls makes them."""
+    from torch.nn.attention import flex_attention as flex
+
+    inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    if block_mask is None:
+        block_mask = flex._create_empty_block_mask(*inputs[:2])
+    options = flex._apply_kernel_options(*inputs, True, None, None)
+    out, lse, *_ = flex.flex_attention_hop(*inputs, score_mod or flex._identity, block_mask.as_tuple(), scale, options)
+    out.backward(dout.double())
+    dq, dk, dv = (x.grad for x in inputs)
+    return Results(out.detach(), lse.detach(), dq, dk, dv)
+
+
+def emulated(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, score_mod: Mod, mask_mod: Mod, scale: float
+) -> Results:
+    """In float32, with P and dS rounded to fp16, and results to q's dtype."""
+    group = q.shape[1] // k.shape[1]
+    q, k, v, dout, dtype = q.float(), k.float(), v.float(), dout.float(), q.dtype
+    keys, values = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    product = (q @ keys.mT).requires_grad_()
+    places = torch.meshgrid(*(torch.arange(size) for size in product.shape), indexing="ij")
+    scores = product * scale
+    if score_mod is not None:
+        scores = score_mod(scores, *places)
+    if mask_mod is not None:
+        scores = torch.where(mask_mod(*places), scores, -torch.inf)
+    with torch.no_grad():
+        row_max = scores.amax(-1, keepdim=True)
+        row_max = torch.where(row_max == -torch.inf, 0.0, row_max)
+        p = (scores - row_max).exp()
+        row_sum = p.sum(-1, keepdim=True)
+        lse = row_max + row_sum.log()
+        p = p / row_sum.where(row_sum > 0, 1.0)
+        half_p = p.half().float()
+        out = (half_p @ values).to(dtype)
+        dscores = p * (dout @ values.mT - (dout * out.float()).sum(-1, keepdim=True))
+    (dproduct,) = (
+        torch.autograd.grad(scores, product, dscores) if scores.requires_grad else (torch.zeros_like(product),)
+    )
+    dproduct = dproduct.half().float()
+    of_group = (k.shape[0], k.shape[1], group, k.shape[2], -1)
+    dk, dv = ((x.mT @ y).view(of_group).sum(2) for x, y in ((dproduct, q), (half_p, dout)))
+    return Results(out, lse.squeeze(-1), *(x.to(dtype) for x in (dproduct @ keys, dk, dv)))
+
+
+def check(found: Results, exact: Results, rounded: Results) -> None:
+    """Twice the greatest error of the emulation, plus 1e-5 of the greatest number there is."""
+    assert torch.equal(found.lse == -torch.inf, exact.lse == -torch.inf)
+    finite = [each._replace(lse=each.lse.masked_fill(exact.lse == -torch.inf, 0.0)) for each in (found, exact, rounded)]
+    for name, one, right, bound_by in zip(Results._fields, *finite):
+        assert one.shape == right.shape, name
+        error = (one.double() - right).abs().max().item()
+        bound = 2 * (bound_by.double() - right).abs().max().item() + 1e-5 * max(1.0, right.abs().max().item())
+        assert error <= bound, f"{name}: the greatest error is {error:.2e}, the bound {bound:.2e}"
