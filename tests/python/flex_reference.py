@@ -43,7 +43,7 @@ def emulated(
     q, k, v, dout, dtype = q.float(), k.float(), v.float(), dout.float(), q.dtype
     keys, values = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     product = (q @ keys.mT).requires_grad_()
-    places = torch.meshgrid(*(torch.arange(size) for size in product.shape), indexing="ij")
+    places = torch.meshgrid(*(torch.arange(size, device=q.device) for size in product.shape), indexing="ij")
     scores = product * scale
     if score_mod is not None:
         scores = score_mod(scores, *places)

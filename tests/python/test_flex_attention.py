@@ -20,6 +20,7 @@ from flash_attn_jit import UnsupportedError, flash_attn_func, flex_attention
 from flash_attn_jit.flex import trace
 
 HALF = torch.float16
+DEVICE = "cpu"  # test_gpu_flex.py has another one
 CPU = torch.device("cpu")
 
 
@@ -126,7 +127,7 @@ MASKS: dict[str, Any] = {f.__name__: f for f in (causal, window, prefix_lm, docu
 
 
 def block_mask_of(mask_mod: Any, batch: int, heads: int, seqlen_q: int, seqlen_k: int, **options: Any) -> BlockMask:
-    return create_block_mask(mask_mod, batch, heads, seqlen_q, seqlen_k, device="cpu", **options)
+    return create_block_mask(mask_mod, batch, heads, seqlen_q, seqlen_k, device=DEVICE, **options)
 
 
 @pytest.mark.parametrize("name", SCORES)
