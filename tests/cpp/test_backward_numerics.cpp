@@ -232,6 +232,20 @@ TEST_CASE("backward: attn_bias has a gradient") {
     CHECK(run_backward_case(BackwardCase::parse(text)) == "");
 }
 
+// 2^-40 to 2^20, in one kernel that has all keys, in three, with what else goes into delta.
+TEST_CASE("backward: gradients of bfloat16 tensors may have any size") {
+  check_all_backward(listed<BackwardCase>({
+      "bf16 hdim64 full sq70 sk60 dout9.0949470177292824e-13",
+      "bf16 hdim64 causal gqa2 batch2 sq170 sk230 dout9.0949470177292824e-13 dlse",
+      "bf16 hdim128 causal headsk2 sq150 sk140 dout1048576",
+      "bf16 hdim64 causal gqa2 sq170 sk60 rowgaps dout1e-8 dlse",
+      "bf16 hdim33 causal varlen4 gqa2 sq90 sk60 dout1048576 sink1",
+      "bf16 hdim96 causal varlen5 alibi sq140 sk230 dout1e-8",
+      "bf16 hdim256 full sq33 sk65 dout9.0949470177292824e-13 dropout0.3",
+      "bf16 hdim64 full gqa2 sq70 sk230 bias16unpaired sharesout dout1e-8",
+  }));
+}
+
 TEST_CASE("backward: a case's text parses back") {
   for (const BackwardCase& c : pairwise_backward_cases()) REQUIRE(BackwardCase::parse(c.text()).text() == c.text());
 }

@@ -63,6 +63,9 @@ std::string backward_error(const TemplateSet& templates, const BackwardCase& c) 
       row_extent("softmax_lse", request.softmax_lse, request.q, TensorUse::kRead),
       fp16_extent("out", request.out, TensorUse::kRead),
       row_extent("delta", request.delta, request.q, c.all_keys_tile ? TensorUse::kPassOn : TensorUse::kRead)};
+  if (request.peaks)
+    tensors.push_back(
+        row_extent("peaks", request.peaks, request.q, c.all_keys_tile ? TensorUse::kPassOn : TensorUse::kRead));
   append_option_extents(request.options, request.q, request.k, tensors);
   if (request.dbias) tensors.push_back(bias_gradient_extent(*request.dbias));
   std::string error;
@@ -84,13 +87,16 @@ std::vector<ForwardCase> forward_cases() {
   for (const TileConfig& tile : tiles_of(c.head_dim))
     if (tile.block_m == 64 && tile.block_n == 16 && tile.register_dims < 32) c.tile = tile;
   const ForwardCase other = ForwardCase::parse("hdim64 full rowgaps sq70 sk150 m64n16w4q64l2b4k7");
-  return {c, other, ForwardCase::parse("hdim96 sq3 gqa2 sk300 splits1 m16n16w4q64l0b0k0")};
+  return {c, other, ForwardCase::parse("hdim64 full bf16 sq70 sk150 m64n16w4q64l2b8k8"),
+          ForwardCase::parse("hdim96 sq3 gqa2 sk300 splits1 m16n16w4q64l0b0k0")};
 }
 
 std::vector<BackwardCase> backward_cases() {
   return {BackwardCase::parse("hdim32 causal gqa2 sq150 sk230 dkdv:m64n16w4q16l0b4k8 dq:m64n16w4q16l0b4k8"),
           BackwardCase::parse("hdim64 full rowgaps sq70 sk150"),
           BackwardCase::parse("hdim64 causal gqa2 sq96 sk100 allkeys:m128n16w8q64l0b4k8"),
+          BackwardCase::parse("hdim64 full bf16 gqa2 sq70 sk150"),
+          BackwardCase::parse("hdim64 causal bf16 gqa2 sq96 sk100 allkeys:m128n16w8q64l0b4k8"),
           BackwardCase::parse("hdim96 full sq40 sk60 allkeys:m64n16w4q96l0b8k8"),
           BackwardCase::parse("hdim96 full sq56 sk60 allkeys:m64n16w4q96l0b8k8"),
           BackwardCase::parse("hdim32 full headsk2 sq20 sk40 bias32keys dbias:m64n16w4q16l0b0k0")};
@@ -122,7 +128,7 @@ bool runs_here() { return !kAddressSanitizer || tests_all(); }
 TEST_CASE("without any one of its barriers, the forward kernel is caught") {
   if (!runs_here()) return;
   const auto of_family = [](const std::string& name) {
-    return !name.starts_with("primitives") && !name.starts_with("flash_bwd");
+    return !name.starts_with("primitives") && !name.starts_with("flash_bwd") && !name.starts_with("gradient_");
   };
   const int mutants = check_mutants(of_family, [](const TemplateSet& templates) {
     std::string error;
@@ -136,7 +142,7 @@ TEST_CASE("without any one of its barriers, the forward kernel is caught") {
 TEST_CASE("without any one of their barriers, the backward kernels are caught") {
   if (!runs_here()) return;
   const auto of_family = [](const std::string& name) {
-    return name.starts_with("flash_bwd") || name.starts_with("row_");
+    return name.starts_with("flash_bwd") || name.starts_with("row_") || name.starts_with("gradient_");
   };
   const int mutants = check_mutants(of_family, [](const TemplateSet& templates) {
     std::string error;
