@@ -9,8 +9,8 @@ namespace {
 constexpr int kMergedDims = 64;  // of the warps' results, put together at a time
 
 // Registers hold a tile's keys and values. With 16 rows a warp they hold the queries too, above head dim 128 as much of
-// them as spills nothing; with 32 they have more to do with a tile, and shared memory holds the queries. (With bfloat16 32
-// rows spill up to 36 bytes at head dim 128.)
+// them as spills nothing; with 32 they have more to do with a tile, and shared memory holds the queries.
+// (With bfloat16 32 rows spill up to 36 bytes at head dim 128.)
 constexpr std::array kFewRows = {
     TileRow{128, {.block_m = 16, .block_n = 16, .warps = 4, .register_dims = 128, .schedule = {0, 0, 0}}},
     TileRow{192, {.block_m = 16, .block_n = 8, .warps = 4, .register_dims = 128, .schedule = {0, 0, 0}}},
