@@ -125,6 +125,8 @@ DefaultChoice choose_default(const KernelSpec& spec, const Problem& problem) {
   DefaultChoice best;
   for (const std::optional<TileConfig>& tile : find_default_tiles(spec)) {
     if (!tile || !has_rows(spec, *tile, problem.seqlen_k) || !fits_mask_blocks(spec, *tile, problem)) continue;
+    // What costs are known of is nothing like a block mask: there the first tile that fits is taken.
+    if (spec.has(Feature::kBlockMask)) return {tile, 0};
     const double cycles = expected_cycles(spec, *tile, problem);
     // What the model cannot tell apart goes to the smaller tile, whose blocks leave less of the device idle at the end.
     if (best.tile && cycles * (1 - kIndistinguishable) >= best.cycles) continue;

@@ -73,7 +73,7 @@ constexpr std::array kLargeUserBias = {
 };
 constexpr std::array kLargeUserScore = {
     TileRow{48, kElsewhere},
-    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 7, 8}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 8, 8}}},
     TileRow{112, kElsewhere},
     TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 1, 5}}},
 };
