@@ -42,7 +42,8 @@ def inputs(
     """q, k, v and dout, heads first, in memory with the sequence first as models have it."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(seqlen_q, heads), (seqlen_k, heads_k), (seqlen_k, heads_k), (seqlen_q, heads)]
-    return [torch.randn(batch, length, of, dim, generator=generator).to(dtype).transpose(1, 2) for length, of in shapes]
+    made = (torch.randn(batch, length, of, dim, generator=generator) for length, of in shapes)
+    return [x.to(DEVICE, dtype).transpose(1, 2) for x in made]
 
 
 def run(tensors: list[torch.Tensor], **options: Any) -> flex_reference.Results:
