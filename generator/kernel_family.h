@@ -50,6 +50,7 @@ struct KernelFamily {
   // How many warps have the same rows, each with its part of the head dims.
   int dim_splits = 1;
   int least_head_dim = 1, most_head_dim = kMostNarrowHeadDim;
+  constexpr bool has_head_dim(int head_dim) const { return head_dim >= least_head_dim && head_dim <= most_head_dim; }
 
   // What a tile occupies. None of these reads more of a spec than its head dim and tile.
   int products = 0;  // of an iteration of the main loop: forward S and O, dQ also dP; 0: no main loop

@@ -43,13 +43,23 @@ void append_tiles(KernelSpec spec, const ArchLimits& arch, std::vector<KernelSpe
   if (spec.features.forward_only() && !results.out && !results.cache) return;
   if (spec.has(Feature::kDropout) && family.pack_group == family_of(KernelKind::kDecode).pack_group) return;
   if (results.dbias && !spec.features.read_numbers()) return;
-  require_head_dim(spec.head_dim);
   spec = normalized(spec);
   for (const TileConfig& tile : default_tiles(spec)) {
     spec.tile = tile;
     if (const auto reason = check(spec, arch)) throw UnsupportedError(*reason);
     if (std::find(specs.begin(), specs.end(), spec) == specs.end()) specs.push_back(spec);
   }
+}
+
+// Of the kernels of a pass one at least has to have each head dim.
+void require_head_dims(const KernelSelection& selection) {
+  for (const int head_dim : selection.head_dims)
+    for (const KernelKind kind : selection.kinds)
+      if (const auto reason = check_head_dim(kind, head_dim);
+          reason && std::ranges::none_of(selection.kinds, [&](KernelKind other) {
+            return family_of(other).pack_group == family_of(kind).pack_group && !check_head_dim(other, head_dim);
+          }))
+        throw UnsupportedError(*reason);
 }
 
 }  // namespace
@@ -64,6 +74,7 @@ KernelSelection default_pack() {
 }
 
 std::vector<KernelSpec> select_kernels(const KernelSelection& selection, const ArchLimits& arch) {
+  require_head_dims(selection);
   std::vector<KernelSpec> problems{KernelSpec{}};
   cross(problems, selection.kinds, &KernelSpec::kind);
   cross(problems, selection.dtypes, &KernelSpec::dtype);

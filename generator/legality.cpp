@@ -32,11 +32,7 @@ std::optional<std::string> check_head_dim(std::int64_t head_dim) {
 }
 
 std::optional<std::string> check_problem(const KernelSpec& spec) {
-  if (auto reason = check_head_dim(spec.head_dim)) return reason;
-  if (const KernelFamily& family = family_of(spec.kind);
-      spec.head_dim < family.least_head_dim || spec.head_dim > family.most_head_dim)
-    return "head_dim is " + std::to_string(spec.head_dim) + " with kind " + std::string(family.word) +
-           "; accepted: " + std::to_string(family.least_head_dim) + " to " + std::to_string(family.most_head_dim);
+  if (auto reason = check_head_dim(spec.kind, spec.head_dim)) return reason;
   if (!spec.features.go_together())
     return "the features of " + spec.text() +
            " do not go together; accepted: one of bias16, bias32 and boolmask, and unpaired and onerow with one of "
@@ -85,6 +81,13 @@ std::optional<std::string> check_resources(const KernelSpec& spec, const ArchLim
 }
 
 }  // namespace
+
+std::optional<std::string> check_head_dim(KernelKind kind, int head_dim) {
+  const KernelFamily& family = family_of(kind);
+  if (auto reason = check_head_dim(head_dim); reason || family.has_head_dim(head_dim)) return reason;
+  return "head_dim is " + std::to_string(head_dim) + " with kind " + std::string(family.word) +
+         "; accepted: " + std::to_string(family.least_head_dim) + " to " + std::to_string(family.most_head_dim);
+}
 
 std::string accepted_head_dims() { return "1 to " + std::to_string(kMostHeadDim); }
 

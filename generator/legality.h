@@ -18,6 +18,9 @@ inline constexpr const char* kAcceptedGpu = "sm_75 (Turing: Tesla T4, RTX 20) or
 // Refuses what no tile can make legal, with check()'s reason: throws UnsupportedError.
 void require_head_dim(std::int64_t head_dim);
 
+// Nothing when there are kernels of that kind, else the reason.
+std::optional<std::string> check_head_dim(KernelKind kind, int head_dim);
+
 // Of inputs that need a gradient there are fewer.
 void require_head_dim_of_gradients(std::int64_t head_dim);
 

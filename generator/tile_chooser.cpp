@@ -102,7 +102,7 @@ using DefaultTiles = std::array<std::optional<TileConfig>, std::tuple_size_v<Til
 DefaultTiles find_default_tiles(KernelSpec spec) {
   const KernelFamily& family = family_of(spec.kind);
   DefaultTiles tiles;
-  if (spec.head_dim < family.least_head_dim || spec.head_dim > family.most_head_dim) return tiles;
+  if (!family.has_head_dim(spec.head_dim)) return tiles;
   spec.features = spec.features.of_main_loop();
   const TileTables tables = family.default_tiles(spec);
   for (std::size_t i = 0; i < tables.size(); ++i) tiles[i] = find_tile(tables[i], spec);

@@ -312,10 +312,10 @@ TEST_CASE("out apart from an input: whatever shares an element is refused, and s
 }
 
 TEST_CASE("plan: head dims that no kernel is for") {
-  CHECK(refusal<UnsupportedError>(forward_request(2, 8, 8, 4, 4, 257)) ==
-        Containing{"head_dim is 257; accepted: 1 to 256"});
+  CHECK(refusal<UnsupportedError>(forward_request(2, 8, 8, 4, 4, 513)) ==
+        Containing{"head_dim is 513; accepted: 1 to 512"});
   CHECK(refusal<UnsupportedError>(forward_request(2, 8, 8, 4, 4, 0)) ==
-        Containing{"head_dim is 0; accepted: 1 to 256"});
+        Containing{"head_dim is 0; accepted: 1 to 512"});
 }
 
 TEST_CASE("a divisor: as division does, at every edge and in between") {
@@ -341,4 +341,18 @@ TEST_CASE("a divisor: as division does, at every edge and in between") {
     check(kMost);
     for (int i = 0; i < 20; ++i) check(random() >> 1);
   }
+}
+
+TEST_CASE("plan: head dims above 256 take a kernel of their own, for few queries too, and have no gradients") {
+  ForwardRequest r = forward_request(2, 1, 8, 4, 4, 512);
+  CHECK(plan(r).spec.kind == KernelKind::kForwardWide);
+  r = forward_request(2, 100, 8, 4, 4, 257);
+  const LaunchPlan p = plan(r);
+  CHECK(p.spec.kind == KernelKind::kForwardWide);
+  CHECK(p.blocks == 2 * 4 * ((100 + p.spec.tile.block_m - 1) / p.spec.tile.block_m));
+  CHECK(p.combine.blocks == 0);
+  CHECK(plan(forward_request(2, 100, 8, 4, 4, 256)).spec.kind == KernelKind::kForward);
+  r.options.has_backward = true;
+  CHECK(refusal<UnsupportedError>(r) ==
+        Containing{"head_dim is 257, and inputs need a gradient; accepted: 1 to 256 where they do"});
 }

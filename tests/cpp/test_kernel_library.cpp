@@ -374,6 +374,10 @@ TEST_CASE("the selection of a pack: every default tile, 16-byte and element-wise
   }
   CHECK(specs.size() == expected);
   selection.head_dims = {300};
+  CHECK_THROWS_AS(select_kernels(selection, arch), UnsupportedError);  // of kForward alone
+  selection.kinds = {KernelKind::kForward, KernelKind::kForwardWide};
+  for (const KernelSpec& spec : select_kernels(selection, arch)) CHECK(spec.kind == KernelKind::kForwardWide);
+  selection.kinds.push_back(KernelKind::kBackwardDq);
   CHECK_THROWS_AS(select_kernels(selection, arch), UnsupportedError);
 }
 

@@ -101,8 +101,9 @@ TEST_CASE("what is not legal is refused with its reason") {
     CAPTURE(reason(spec, sm));
     CHECK(contains(reason(spec, sm), why));
   };
-  refused([](KernelSpec& s) { s.head_dim = 257; }, "head_dim is 257; accepted: 1 to 256");
-  refused([](KernelSpec& s) { s.head_dim = 0; }, "head_dim is 0; accepted: 1 to 256");
+  refused([](KernelSpec& s) { s.head_dim = 513; }, "head_dim is 513; accepted: 1 to 512");
+  refused([](KernelSpec& s) { s.head_dim = 257; }, "head_dim is 257 with kind fwd; accepted: 1 to 256");
+  refused([](KernelSpec& s) { s.head_dim = 0; }, "head_dim is 0; accepted: 1 to 512");
   refused([](KernelSpec& s) { s.group_size = 0; }, "group_size");
   refused([](KernelSpec& s) { s.head_dim = 124; }, "multiples of 8");
   refused([](KernelSpec& s) { s.tile.warps = 17; }, "17 warps");

@@ -93,7 +93,7 @@ TEST_CASE("a wrong call names the flag, what came and what is accepted, and exit
     refused(std::string("inspect --head-dim 64 --resources r.json --emit ") + emit, "--resources", emit,
             "ptx or cubin");
   refused("inspect --head-dim 64x --emit spec", "--head-dim", "'64x'", "a whole number");
-  refused("inspect --head-dim 300 --emit spec", "--head-dim", "300", "1 to 256");
+  refused("inspect --head-dim 600 --emit spec", "--head-dim", "600", "1 to 512");
   refused("inspect --head-dim 64 --gqa 0 --emit spec", "--gqa", "'0'", "from 1");
   refused("inspect --head-dim 64 --kind bwd --emit spec", "--kind", "'bwd'", "fwd");
   refused("inspect --head-dim 64 --causal --window --emit spec", "--window", "--causal", "one of them");
@@ -106,7 +106,7 @@ TEST_CASE("a wrong call names the flag, what came and what is accepted, and exit
   refused(pack + " --kinds fwd --head-dims 64 --causal maybe --gqa 1", "--causal", "'maybe'", "both, yes, no");
   refused(pack + " --kinds fwd --head-dims 64 --causal no --gqa 1 --varlen 1", "--varlen", "'1'", "both, yes, no");
   refused(pack + " --kinds dq --head-dims 64 --causal no --gqa 1", "--kinds", "'dq'", "fwd, bwd");
-  refused(pack + " --kinds fwd --head-dims 64,300 --causal no --gqa 1", "--head-dims", "300", "1 to 256");
+  refused(pack + " --kinds fwd --head-dims 64,600 --causal no --gqa 1", "--head-dims", "600", "1 to 512");
   refused(pack + " --kinds fwd --head-dims 64 --causal no --gqa 1,x", "--gqa", "'x'", "a whole number");
   refused(pack + " --kinds fwd --head-dims 64 --causal no --gqa 1 --jobs 0", "--jobs", "'0'", "from 1");
   refused(pack + " --kinds fwd", "--head-dims", "required", "--pack");

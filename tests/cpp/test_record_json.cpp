@@ -114,7 +114,7 @@ TEST_CASE("what is no record is refused, with what and where") {
   refused("/key/templates", std::string(64, 'G'), "key.templates", "SHA-256");
   refused("/key/templates", std::string(63, 'a'), "key.templates", "SHA-256");
   refused("/key/problem/kernel", "fwd hdim64", "key.problem.kernel", "seven words");
-  refused("/key/problem/kernel", "fwd hdim0 fp16 full gqa1 vec16", "key.problem.kernel", "1 to 256");
+  refused("/key/problem/kernel", "fwd hdim0 fp16 full gqa1 vec16", "key.problem.kernel", "1 to 512");
   refused("/key/problem/kernel", "fwd hdim064 fp16 full gqa1 vec16", "key.problem.kernel", "hdim064");
   refused("/key/problem/kernel", "fwd hdim64 fp16 full gqa0 vec16", "key.problem.kernel", "1 or more");
   refused("/key/problem/kernel", "bwd_preprocess hdim64 fp16 causal gqa1 vec16", "key.problem.kernel",

@@ -39,7 +39,7 @@ TEST_CASE("the source is self-contained and has a template once, and every templ
   for (const KernelKind kind : kKernelKinds) {
     KernelSpec spec;
     spec.kind = kind;
-    spec.head_dim = 64;
+    spec.head_dim = family_of(kind).most_head_dim;
     spec.tile = default_tiles(spec).front();
     CAPTURE(spec.text());
     const RenderedKernel kernel = render(spec, embedded_templates());

@@ -157,7 +157,7 @@ TEST_CASE("every preset has kernels, and names itself") {
     names.insert(std::string(layer.preset));
     for (const KernelKind kind : kKernelKinds) {
       const AttentionCase attention = case_of(layer, kind);
-      CHECK(default_tiles(attention.spec).empty() == (layer.head_dim > family_of(kind).most_head_dim));
+      CHECK(default_tiles(attention.spec).empty() != family_of(kind).has_head_dim(layer.head_dim));
       CHECK(attention.num_heads == attention.num_heads_k * attention.spec.group_size);
       CHECK(attention.seqlen_q == layer.seqlen_q);
     }
