@@ -311,7 +311,8 @@ TEST_CASE("no problem is faster than DRAM or the tensor cores") {
   const Card& card = find_card("t4");
   for (int i = 0; i < 200; ++i) {
     const Mask mask = kAllMasks[random() % 3];
-    KernelSpec spec = spec_of(kKernelKinds[random() % kKernelKinds.size()], 64, mask, {});
+    const KernelKind kind = kKernelKinds[random() % kKernelKinds.size()];
+    KernelSpec spec = spec_of(kind, std::max(64, family_of(kind).least_head_dim), mask, {});
     spec.tile = default_tiles(spec).front();
     const ProblemSize size{.batch = 1 + static_cast<std::int64_t>(random() % 9),
                            .num_heads = 4,

@@ -351,7 +351,7 @@ TEST_CASE("plan: head dims above 256 take a kernel of their own, for few queries
   CHECK(p.spec.kind == KernelKind::kForwardWide);
   CHECK(p.blocks == 2 * 4 * ((100 + p.spec.tile.block_m - 1) / p.spec.tile.block_m));
   CHECK(p.combine.blocks == 0);
-  CHECK(plan(forward_request(2, 100, 8, 4, 4, 256)).spec.kind == KernelKind::kForward);
+  CHECK(plan(forward_request(2, 1000, 8, 4, 4, 256)).spec.kind == KernelKind::kForward);
   r.options.has_backward = true;
   CHECK(refusal<UnsupportedError>(r) ==
         Containing{"head_dim is 257, and inputs need a gradient; accepted: 1 to 256 where they do"});

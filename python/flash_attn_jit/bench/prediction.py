@@ -10,7 +10,7 @@ from .._environment_report import nvrtc_for_packs, program_path
 from .problem import BACKWARD, BOTH, FORWARD, Problem
 
 # The kernels of a pass; of several sets the library takes the one that is done first.
-_FORWARD_SETS: list[tuple[str, ...]] = [("fwd",)]
+_FORWARD_SETS: list[tuple[str, ...]] = [("fwd",), ("fwd_wide",)]
 _BACKWARD_SETS: list[tuple[str, ...]] = [("bwd_preprocess", "bwd_dkdv", "bwd_dq"), ("bwd_all_keys",)]
 _SETS: dict[str, list[list[tuple[str, ...]]]] = {
     FORWARD: [_FORWARD_SETS],

@@ -69,6 +69,7 @@ OTHER_LABELS = {
 }
 KIND_WORDS = {
     "fwd": "forward",
+    "fwd_wide": "forward of head dims above 256",
     "bwd_preprocess": "backward, preprocess",
     "bwd_dkdv": "backward, dK and dV",
     "bwd_dq": "backward, dQ",
@@ -80,6 +81,7 @@ KIND_WORDS = {
 }
 KIND_MARKS = {
     "fwd": Mark("tensor", "o", "●", KIND_WORDS["fwd"]),
+    "fwd_wide": Mark("tensor", "H", "⬣", KIND_WORDS["fwd_wide"]),
     "bwd_dkdv": Mark("lsu", "s", "■", KIND_WORDS["bwd_dkdv"]),
     "bwd_dq": Mark("xu", "^", "▲", KIND_WORDS["bwd_dq"]),
     "bwd_all_keys": Mark("fma", "v", "▼", KIND_WORDS["bwd_all_keys"]),
