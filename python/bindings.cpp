@@ -221,8 +221,8 @@ void bind_attention(py::module_& module) {
              py::arg("softmax_lse"), py::arg("options"), py::arg("tile") = py::none(), py::arg("user") = py::none());
   module.def("backward", &bindings::backward, py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
              py::arg("softmax_lse"), py::arg("dlse"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("dbias"),
-             py::arg("delta"), py::arg("peaks"), py::arg("options"), py::arg("dkdv_tile") = py::none(), py::arg("dq_tile") = py::none(),
-             py::arg("all_keys_tile") = py::none(), py::arg("user") = py::none());
+             py::arg("delta"), py::arg("peaks"), py::arg("options"), py::arg("dkdv_tile") = py::none(),
+             py::arg("dq_tile") = py::none(), py::arg("all_keys_tile") = py::none(), py::arg("user") = py::none());
   module.def("keep_user_functions", &keep_user_functions, py::arg("code"));
   module.def("append", &bindings::append, py::arg("k"), py::arg("v"), py::arg("k_cache"), py::arg("v_cache"),
              py::arg("cache_seqlens"), py::arg("block_table"), py::arg("q"), py::arg("q_turned"), py::arg("rotary_cos"),

@@ -18,6 +18,7 @@ void backward(pybind11::handle dout, pybind11::handle q, pybind11::handle k, pyb
               pybind11::handle softmax_lse, pybind11::handle dlse, pybind11::handle dq, pybind11::handle dk,
               pybind11::handle dv, pybind11::handle dbias, pybind11::handle delta, pybind11::handle peaks,
               pybind11::handle options, const std::optional<std::string>& dkdv_tile,
-              const std::optional<std::string>& dq_tile, const std::optional<std::string>& all_keys_tile, pybind11::handle user);
+              const std::optional<std::string>& dq_tile, const std::optional<std::string>& all_keys_tile,
+              pybind11::handle user);
 
 }  // namespace flash_attn_jit::bindings

@@ -109,7 +109,7 @@ class _Problem:
     def _outputs(self) -> dict[str, torch.Tensor]:
         return {"out": self.q, "dq": self.q, "dk": self.k, "dv": self.v}
 
-    def errors(self, tile: str | None = None, **backward_tiles: str | None) -> dict[str, float]:
+    def errors(self, tile: str | None = None, **backward_tiles: Any) -> dict[str, float]:
         """The greatest difference from float64 of each tensor, with these tiles or the default ones."""
         results = {name: torch.empty_like(x) for name, x in self._outputs().items()}
         out, dq, dk, dv = results.values()

@@ -1,7 +1,8 @@
 """flex_attention in float64: PyTorch's own, eager; and what float32 with fp16 probabilities would make of it, the bound
 of every numeric test."""
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,20 +20,24 @@ class Results(NamedTuple):
     dv: torch.Tensor
 
 
+def gradients_of(leaves: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq, dk, dv = (leaf.grad for leaf in leaves)
+    assert dq is not None and dk is not None and dv is not None
+    return dq, dk, dv
+
+
 def eager(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, score_mod: Mod, block_mask: Any, scale: float
 ) -> Results:
     """In float64. The public function refuses gradients on the CPU; what it calls makes them."""
-    from torch.nn.attention import flex_attention as flex
-
+    flex: Any = importlib.import_module("torch.nn.attention.flex_attention")
     inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
     if block_mask is None:
         block_mask = flex._create_empty_block_mask(*inputs[:2])
     options = flex._apply_kernel_options(*inputs, True, None, None)
     out, lse, *_ = flex.flex_attention_hop(*inputs, score_mod or flex._identity, block_mask.as_tuple(), scale, options)
     out.backward(dout.double())
-    dq, dk, dv = (x.grad for x in inputs)
-    return Results(out.detach(), lse.detach(), dq, dk, dv)
+    return Results(out.detach(), lse.detach(), *gradients_of(inputs))
 
 
 def emulated(

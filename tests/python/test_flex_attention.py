@@ -16,9 +16,10 @@ pytest.importorskip("torch.nn.attention.flex_attention")
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import flash_attn_jit
-from flash_attn_jit import UnsupportedError, flash_attn_func, flex_attention
+from flash_attn_jit import UnsupportedError, flash_attn_func
 from flash_attn_jit.flex import trace
 
+flex_attention: Any = flash_attn_jit.flex_attention
 HALF = torch.float16
 DEVICE = "cpu"  # test_gpu_flex.py has another one
 CPU = torch.device("cpu")
@@ -51,7 +52,7 @@ def run(tensors: list[torch.Tensor], **options: Any) -> flex_reference.Results:
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     out, lse = flex_attention(*leaves, return_lse=True, **options)
     out.backward(dout)
-    return flex_reference.Results(out.detach(), lse.detach(), *(x.grad for x in leaves))
+    return flex_reference.Results(out.detach(), lse.detach(), *flex_reference.gradients_of(leaves))
 
 
 def compare(
@@ -60,9 +61,10 @@ def compare(
     q, k = tensors[:2]
     of_scores = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     found = run(tensors, score_mod=score_mod, block_mask=block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    exact = flex_reference.eager(*tensors, score_mod, block_mask, of_scores)
+    q, k, v, dout = tensors
+    exact = flex_reference.eager(q, k, v, dout, score_mod, block_mask, of_scores)
     mask_mod = None if block_mask is None else block_mask.mask_mod
-    flex_reference.check(found, exact, flex_reference.emulated(*tensors, score_mod, mask_mod, of_scores))
+    flex_reference.check(found, exact, flex_reference.emulated(q, k, v, dout, score_mod, mask_mod, of_scores))
 
 
 # ---- functions that papers and models have ----
@@ -127,7 +129,9 @@ SCORES: dict[str, Any] = {f.__name__: f for f in (alibi, softcap, t5, softcapped
 MASKS: dict[str, Any] = {f.__name__: f for f in (causal, window, prefix_lm, documents, hides_rows)}
 
 
-def block_mask_of(mask_mod: Any, batch: int, heads: int, seqlen_q: int, seqlen_k: int, **options: Any) -> BlockMask:
+def block_mask_of(
+    mask_mod: Any, batch: int | None, heads: int | None, seqlen_q: int, seqlen_k: int, **options: Any
+) -> BlockMask:
     return create_block_mask(mask_mod, batch, heads, seqlen_q, seqlen_k, device=DEVICE, **options)
 
 
@@ -206,8 +210,9 @@ def test_pairwise(case: dict[str, Any]) -> None:
     block_mask = None
     if case["mask"] is not None:
         mask_mod = MASKS.get(case["mask"], documents_of_any_length)
-        sizes = (None, None) if case["broadcast"] and case["mask"] != "hides_rows" else (2, heads)
-        block_mask = block_mask_of(mask_mod, *sizes, seqlen_q, seqlen_k, BLOCK_SIZE=case["block"])
+        is_for_all = case["broadcast"] and case["mask"] != "hides_rows"
+        sizes = (None, None) if is_for_all else (2, heads)
+        block_mask = block_mask_of(mask_mod, sizes[0], sizes[1], seqlen_q, seqlen_k, BLOCK_SIZE=case["block"])
     compare(tensors, score_mod, block_mask)
 
 
@@ -286,7 +291,7 @@ def test_torchs_mask_of_everything_is_none() -> None:
 
 def test_without_functions_it_is_flash_attn_func() -> None:
     q, k, v, _ = inputs(2, 4, 2, 70, 90, 64)
-    plain = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))
+    plain: Any = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     assert torch.equal(flex_attention(q, k, v, enable_gqa=True).transpose(1, 2), plain)
 
 
@@ -319,6 +324,7 @@ def test_lse_has_a_gradient() -> None:
     scores = 2 * torch.tanh(right[0] @ right[1].mT / 8 / 2)
     scores.logsumexp(-1).backward(dlse.double())
     for one, exact in zip(leaves, right):
+        assert one.grad is not None and exact.grad is not None
         assert (one.grad.double() - exact.grad).abs().max() < 2e-3 * exact.grad.abs().max()
 
 
@@ -336,7 +342,8 @@ def test_only_wanted_gradients_are_made() -> None:
         leaves = [x.detach().requires_grad_(needed) for x, needed in zip((q, k, v), wanted)]
         flex_attention(*leaves, softcap).backward(dout)
         for leaf, needed, gradient in zip(leaves, wanted, all_of_them[2:]):
-            assert torch.equal(leaf.grad, gradient) if needed else leaf.grad is None
+            assert (leaf.grad is not None) is needed
+            assert leaf.grad is None or torch.equal(leaf.grad, gradient)
 
 
 def test_head_dims_to_512_without_gradients() -> None:
@@ -458,5 +465,4 @@ def test_a_backward_pass_reads_the_blocks_of_keys() -> None:
 
 
 def test_its_name() -> None:
-    assert flash_attn_jit.flex_attention is flex_attention
     assert "flex_attention" in flash_attn_jit.__all__

@@ -27,10 +27,10 @@ class Pair(NamedTuple):
 
 
 def _flex(score_mod: Any, block_mask: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    out = flex_attention(*heads_first, score_mod=score_mod, block_mask=block_mask)
-    assert isinstance(out, torch.Tensor)
-    return out.transpose(1, 2)
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    out: Any = flex_attention(heads_first[0], heads_first[1], heads_first[2], score_mod, block_mask)
+    transposed: torch.Tensor = out.transpose(1, 2)
+    return transposed
 
 
 def _pairs(problem: Problem, device: str) -> Iterator[Pair]:

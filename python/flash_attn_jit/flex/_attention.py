@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.autograd.function import Function
@@ -20,6 +20,7 @@ from ._trace import trace
 
 _NAMES = ("query", "key", "value")
 _Gradient = torch.Tensor | None
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class UserFunctions(NamedTuple):
@@ -74,11 +75,17 @@ class _FlexAttention(Function):
         return dq, dk if wants_k else None, dv if wants_v else None, None, None
 
 
+_apply: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _FlexAttention.apply
+
+
 def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-@torch.compiler.disable
+_outside_of_graphs: Callable[[_Function], _Function] = torch.compiler.disable
+
+
+@_outside_of_graphs
 def flex_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -140,7 +147,7 @@ def flex_attention(
     if lists is not None and lists.q_num_blocks is None:
         _refuse_gradient_without_queries(query, key, value)
     scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else number("scale", scale)
-    out, lse = _FlexAttention.apply(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), user, scale)
+    out, lse = _apply(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), user, scale)
     out = out.transpose(1, 2)
     if not truth("return_lse", return_lse):
         return out

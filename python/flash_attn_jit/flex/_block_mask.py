@@ -44,9 +44,8 @@ def read_block_mask(block_mask: Any, query: torch.Tensor, key: torch.Tensor) -> 
     block_q, block_k = block_mask.BLOCK_SIZE
     if block_q >= _LONGER_THAN_ANY and block_k >= _LONGER_THAN_ANY:
         return None
-    lists = BlockLists(
-        block_q, block_k, -(-key.shape[-2] // block_k), *(_contiguous(getattr(block_mask, name)) for name in _LISTS)
-    )
+    found: Any = [_contiguous(getattr(block_mask, name)) for name in _LISTS]
+    lists = BlockLists(block_q, block_k, -(-key.shape[-2] // block_k), *found)
     _check_lengths(block_mask, lists, query.shape[-2], key.shape[-2])
     for name in _LISTS:
         tensor = getattr(lists, name)
