@@ -12,9 +12,9 @@
 namespace flash_attn_jit {
 
 // The backward pass takes three kernels, one after the other, or one alone where a block can have all keys; and behind
-// them one more where attn_bias needs a gradient. A forward pass of head dims above 256 takes a kernel of its own; one of
-// few queries the decode kernel, and behind it, where the keys are split over blocks, the one that puts their results
-// together. What a cache of keys and values is to take comes before it.
+// them one more where attn_bias needs a gradient. A forward pass of head dims above 256 takes a kernel of its own; one
+// of few queries the decode kernel, and behind it, where the keys are split over blocks, the one that puts their
+// results together. What a cache of keys and values is to take comes before it.
 enum class KernelKind : std::uint8_t {
   kForward,
   kForwardWide,

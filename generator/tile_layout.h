@@ -5,8 +5,8 @@
 
 namespace flash_attn_jit {
 
-// Head dims that the kernel computes with: head_dim in steps of 8, of 16 where its gradients are split in two, and of 64
-// where four warps share them. Those beyond head_dim are zeros that no tensor holds.
+// Head dims that the kernel computes with: head_dim in steps of 8, of 16 where its gradients are split in two, and of
+// 64 where four warps share them. Those beyond head_dim are zeros that no tensor holds.
 int kernel_dims(const KernelSpec& spec);
 
 // Rows that a warp has: its part of the block's; where warps share rows 32 of them, if there are, and 16 above head dim

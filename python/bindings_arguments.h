@@ -22,8 +22,8 @@ enum class Layout { kBatch, kTotal, kPages };
 
 void check_same_device(const Argument& argument, const Argument& q);
 
-// A tensor of fp16, or of bf16, as q is, on q's device. A CPU tensor is accepted where the interpreter is on. Shapes and strides are checked
-// where a launch is laid out.
+// A tensor of fp16, or of bf16, as q is, on q's device. A CPU tensor is accepted where the interpreter is on. Shapes
+// and strides are checked where a launch is laid out.
 void check_input(const Argument& argument, const Argument& q, Layout layout);
 
 // Of a tensor that check_input() let through.

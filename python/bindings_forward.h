@@ -10,9 +10,9 @@
 
 namespace flash_attn_jit::bindings {
 
-// Computes attention into `out` and `softmax_lse`, which may be None, `user` being a UserFunctions or None, on the tensors' device and that device's current
-// stream, or in the interpreter for CPU tensors. Releases the GIL. Throws what flash_attn_jit.errors and ValueError
-// stand for.
+// Computes attention into `out` and `softmax_lse`, which may be None, `user` being a UserFunctions or None, on the
+// tensors' device and that device's current stream, or in the interpreter for CPU tensors. Releases the GIL. Throws
+// what flash_attn_jit.errors and ValueError stand for.
 void forward(pybind11::handle q, pybind11::handle k, pybind11::handle v, pybind11::handle out,
              pybind11::handle softmax_lse, pybind11::handle options, const std::optional<std::string>& tile,
              pybind11::handle user);

@@ -10,7 +10,8 @@
 
 namespace flash_attn_jit::bindings {
 
-// Of a UserFunctions or None. Throws ArgumentError for tensors that lie elsewhere than q or are no lists of a block mask.
+// Of a UserFunctions or None. Throws ArgumentError for tensors that lie elsewhere than q or are no lists of a block
+// mask.
 std::shared_ptr<const UserFunctions> read_user_functions(pybind11::handle functions, const Argument& q);
 
 }  // namespace flash_attn_jit::bindings

@@ -67,7 +67,8 @@ struct UserTensors {
 };
 
 // Which blocks of pairs a kernel's rows see, as lists: of block r of `row_block` rows, the blocks of columns that are
-// seen in part, which mask_mod is asked of, and those that are seen whole. Rows are queries or keys, columns the others.
+// seen in part, which mask_mod is asked of, and those that are seen whole. Rows are queries or keys, columns the
+// others.
 struct BlockLists {
   const int* counts;   // (batch, num_heads, blocks of rows)
   const int* columns;  // (batch, num_heads, blocks of rows, room)

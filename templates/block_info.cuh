@@ -14,8 +14,8 @@ struct BlockInfo {
   __device__ __forceinline__ BlockInfo(const FlashFwdParams& params, int block)
       : sequence(params, block / params.num_m_blocks / params.num_heads) {
     const int m_order = block % params.num_m_blocks;
-    // Causal blocks with the most keys go first, so that the short ones fill the last wave; most block masks hide what a
-    // causal mask does.
+    // Causal blocks with the most keys go first, so that the short ones fill the last wave; most block masks hide what
+    // a causal mask does.
     const int m_block = Traits::kIsCausal || Traits::kHasBlockMask ? params.num_m_blocks - 1 - m_order : m_order;
     m_begin = m_block * Traits::kBlockM;
     head = block / params.num_m_blocks % params.num_heads;

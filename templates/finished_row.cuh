@@ -8,8 +8,8 @@
 #include "softmax.cuh"
 
 // Writes the log-sum-exp of a row, of a lane that `is_writer`, and returns what its accumulators are multiplied by. A
-// row that sees no key, which a kernel knows by the sum where what hides keys may hide all, gets +inf and 0; one that sees only scores of -inf gets 1 / 0, whose product with 0 is NaN, as in
-// the formula.
+// row that sees no key, which a kernel knows by the sum where what hides keys may hide all, gets +inf and 0; one that
+// sees only scores of -inf gets 1 / 0, whose product with 0 is NaN, as in the formula.
 template <bool kMayHideRows, class Traits>
 __device__ __forceinline__ float finish_row(const FlashFwdParams& params, const BlockInfo<Traits>& block, int row,
                                             float row_max, float sum, bool is_writer) {

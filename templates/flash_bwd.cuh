@@ -286,8 +286,8 @@ class FlashBwd {
     return delta * params_.softmax_scale * scale_.factor();
   }
 
-  // The tile whose last step waits, that of the next iteration, and the one that this prefetches. Iteration 0 prefetches tile 0 once more and does not
-  // use it: that costs less than a branch.
+  // The tile whose last step waits, that of the next iteration, and the one that this prefetches. Iteration 0
+  // prefetches tile 0 once more and does not use it: that costs less than a branch.
   __device__ __forceinline__ int waiting_tile() const {
     if constexpr (kHasBlockMask) return listed_.previous();
     return n_block_;

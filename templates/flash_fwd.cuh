@@ -194,8 +194,8 @@ class FlashFwd {
     block_barrier();
   }
 
-  // The tile of the next iteration, and the one that its K(n-1) is of. Iteration 0 prefetches K(0) once more and does not
-  // use it: that costs less than a branch.
+  // The tile of the next iteration, and the one that its K(n-1) is of. Iteration 0 prefetches K(0) once more and does
+  // not use it: that costs less than a branch.
   __device__ __forceinline__ int tile() const {
     if constexpr (kHasBlockMask) return listed_.current();
     return n_block_ - 1;

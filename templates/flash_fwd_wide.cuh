@@ -1,10 +1,10 @@
 // Forward attention of head dims whose O no warp has registers for: what flash_fwd.cuh does for the others.
 //
-// A block owns kBlockM query rows of one head. kSharers warps share 32 of them: each has its part of the head dims, of Q
-// as operands and of O as accumulators. Of a tile of 8 keys, last tile first, it makes what its dims give of the scores
-// of all 32 rows; then it adds up what all have made of the scores of 8 rows, in a fixed order, turns them into
-// probabilities and hands these to the others. So a tile takes three iterations, with a barrier after each. That of tile
-// n, a block without branches in which ptxas interleaves products and the rest:
+// A block owns kBlockM query rows of one head. kSharers warps share 32 of them: each has its part of the head dims, of
+// Q as operands and of O as accumulators. Of a tile of 8 keys, last tile first, it makes what its dims give of the
+// scores of all 32 rows; then it adds up what all have made of the scores of 8 rows, in a fixed order, turns them into
+// probabilities and hands these to the others. So a tile takes three iterations, with a barrier after each. That of
+// tile n, a block without branches in which ptxas interleaves products and the rest:
 //
 //   P(n+1) of what was made of S(n+1)
 //   partial S(n) = Q K(n)^T       meanwhile   V(n+1) is stored to shared memory, K(n-1) loaded
@@ -43,8 +43,8 @@ struct FlashFwdWideTile {
   static constexpr int kThreads = Traits::kNWarps * 32;
   static_assert(Traits::kBlockM == 8 * Traits::kNWarps && Traits::kBlockN == 8);
 
-  // Shared memory, all of it twice: a tile of K, one of V; for each warp's 8 rows x 8 keys what the other sharers make of
-  // their scores, two words a lane, what it makes of those, a word a lane, and the rows' factors.
+  // Shared memory, all of it twice: a tile of K, one of V; for each warp's 8 rows x 8 keys what the other sharers make
+  // of their scores, two words a lane, what it makes of those, a word a lane, and the rows' factors.
   static constexpr int kWordBytes = 32 * 4;  // a word a lane
   static constexpr int kTileBytes = Traits::kBlockN * row_pitch(kDims);
   static constexpr int kPartialBytes = Traits::kNWarps * kSharers * 2 * kWordBytes;

@@ -1,15 +1,15 @@
 // What gradients are multiplied by on their way through elements, where tensors are made of numbers that reach further
 // down: training in bfloat16 scales no loss, and a dout of 1e-8 is nothing to a float16.
 //
-// A query has a peak, which the kernel that makes its delta leaves beside that: the greatest of its dout, or what its dS
-// come to where values are large,
+// A query has a peak, which the kernel that makes its delta leaves beside that: the greatest of its dout, or what its
+// dS come to where values are large,
 //
 //   max(max |dout|, |softmax_scale| (sum of |dout out| + |dlse|))
 //
-// Kernels that make gradients take the greatest peak of the queries that they add up to kScaledPeak or above, by a power
-// of two: dout is multiplied by it where it is converted, delta too, and what comes out is divided by it. All of that is
-// exact. float16 has room for 2^8 above and for 2^21 below, without subnormal numbers; what is still too large (dS) is
-// cut off to 65504.
+// Kernels that make gradients take the greatest peak of the queries that they add up to kScaledPeak or above, by a
+// power of two: dout is multiplied by it where it is converted, delta too, and what comes out is divided by it. All of
+// that is exact. float16 has room for 2^8 above and for 2^21 below, without subnormal numbers; what is still too large
+// (dS) is cut off to 65504.
 #pragma once
 
 #include "flash_bwd_params.cuh"

@@ -7,8 +7,8 @@
 //   reread_thread_in_block(), reread_block_in_grid()  the same, read anew: what is computed from them after the main
 //                                                 loop is not kept in registers across it
 //
-// Global memory (addresses are ordinary pointers; every load but load_constant_* stays where it is written: the compiler
-// may not sink it)
+// Global memory (addresses are ordinary pointers; every load but load_constant_* stays where it is written: the
+// compiler may not sink it)
 //   load_global_16B(Vec16&, ptr)                  16 bytes, ptr 16-byte aligned
 //   load_global_8B(unsigned&, unsigned&, ptr)     8 bytes, ptr 8-byte aligned
 //   load_global_2B(ptr) -> unsigned               one element, in the low half

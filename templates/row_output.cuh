@@ -1,5 +1,5 @@
-// The way out of one warp's accumulators: rounded to what is stored and written through shared memory, a few dims at a time,
-// so that whole 32-byte sectors of global memory are written.
+// The way out of one warp's accumulators: rounded to what is stored and written through shared memory, a few dims at a
+// time, so that whole 32-byte sectors of global memory are written.
 #pragma once
 
 #include "accumulator.cuh"

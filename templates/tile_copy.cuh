@@ -232,7 +232,8 @@ struct WarpRows {
     }
   }
 
-  // The way back, from `tile` with rows `pitch` bytes apart to dims [first_dim, first_dim + kDims) of the first `rows` rows from `base` on.
+  // The way back, from `tile` with rows `pitch` bytes apart to dims [first_dim, first_dim + kDims) of the first `rows`
+  // rows from `base` on.
   static __device__ __forceinline__ void write_back(Bits* base, long long row_stride, int rows, int first_dim,
                                                     SharedAddress tile, int pitch, int lane) {
 #pragma unroll

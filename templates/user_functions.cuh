@@ -1,5 +1,5 @@
-// A user's functions of scores and pairs. The generator puts what was traced in the place of this file, which is that of
-// a call without any, and says what is asked of it.
+// A user's functions of scores and pairs. The generator puts what was traced in the place of this file, which is that
+// of a call without any, and says what is asked of it.
 #pragma once
 
 #include "attention_params.cuh"

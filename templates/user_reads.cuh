@@ -1,5 +1,5 @@
-// What a user's functions read of the tensors that they capture, for the code that is made of them. Nothing outside of a
-// tensor is read, whatever the indices: rows of a tile beyond the sequence have places, too.
+// What a user's functions read of the tensors that they capture, for the code that is made of them. Nothing outside of
+// a tensor is read, whatever the indices: rows of a tile beyond the sequence have places, too.
 #pragma once
 
 #include "attention_params.cuh"
@@ -64,8 +64,8 @@ struct UserBfloat16 {
   }
 };
 
-// A dimension's part of an element's place. An index below 0 counts from the end; beyond the ends it is that at the last.
-// `Offset` counts the tensor's elements, `kIsUnit`: neighbours of the dimension are neighbours in memory.
+// A dimension's part of an element's place. An index below 0 counts from the end; beyond the ends it is that at the
+// last. `Offset` counts the tensor's elements, `kIsUnit`: neighbours of the dimension are neighbours in memory.
 template <class Offset, bool kMayBeNegative, bool kIsUnit, class Index>
 __device__ __forceinline__ Offset user_offset(const UserTensor& tensor, int dim, Index index) {
   const int size = tensor.sizes[dim];

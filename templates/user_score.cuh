@@ -1,5 +1,5 @@
-// The score feature of a user's score_mod: s = score_mod(softmax_scale q k^T). Its derivative, where it is not 1, is made
-// beside the score and kept until the gradient of that score is known.
+// The score feature of a user's score_mod: s = score_mod(softmax_scale q k^T). Its derivative, where it is not 1, is
+// made beside the score and kept until the gradient of that score is known.
 //
 // What only adds to a score is a bias; of what does more the score is scaled first.
 #pragma once

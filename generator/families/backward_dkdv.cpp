@@ -137,8 +137,8 @@ TileTable full_feature(const FeatureSet& features) {
   return only_if(features.only(Feature::kVarlen), kLargeFullVarlen);
 }
 
-// Where Q and dO are converted on their way: a search over schedules with the model alone. At 128, causal, a kernel spills
-// 4 bytes.
+// Where Q and dO are converted on their way: a search over schedules with the model alone. At 128, causal, a kernel
+// spills 4 bytes.
 constexpr std::array kLargeFullBFloat16 = {
     TileRow{112, kElsewhere},
     TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {4, 6, 8}}},

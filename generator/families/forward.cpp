@@ -63,8 +63,8 @@ constexpr std::array kLargeWindowPositions = {
     TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {2, 5, 7}}},
 };
 
-// A user's functions: ALiBi and a softcap were what these were judged by. With a block mask a block has the rows of one of
-// the mask's.
+// A user's functions: ALiBi and a softcap were what these were judged by. With a block mask a block has the rows of one
+// of the mask's.
 constexpr std::array kLargeUserBias = {
     TileRow{48, kElsewhere},
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 4, 7}}},

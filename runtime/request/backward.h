@@ -17,10 +17,10 @@ struct KeyGradients {
   TensorView dk, dv;  // like k and v
 };
 
-// What attn_bias's gradient is written into: (batches, heads, rows, keys), contiguous, of the tensors' dtype or float32. Rows are
-// attn_bias's, 1 where it is the same for all queries, and keys the problem's. Where attn_bias is the same for all
-// sequences, or heads, there is 1 for the sum over them, or more, among which they are shared out and which the caller
-// adds.
+// What attn_bias's gradient is written into: (batches, heads, rows, keys), contiguous, of the tensors' dtype or
+// float32. Rows are attn_bias's, 1 where it is the same for all queries, and keys the problem's. Where attn_bias is the
+// same for all sequences, or heads, there is 1 for the sum over them, or more, among which they are shared out and
+// which the caller adds.
 struct BiasGradient {
   void* data = nullptr;
   PairType type = PairType::kFloat32;

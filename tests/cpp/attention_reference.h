@@ -107,8 +107,8 @@ struct AttentionResult {
 // In float64. A row that sees no key: out 0, lse +inf, or the sink.
 AttentionResult attention_float64(const AttentionProblem& problem);
 
-// In float32, with out rounded to q's dtype, and probabilities to fp16, relative to a running maximum that lags behind the row's
-// by `lag` log2 units: the error that any kernel with fp16 operands has to make.
+// In float32, with out rounded to q's dtype, and probabilities to fp16, relative to a running maximum that lags behind
+// the row's by `lag` log2 units: the error that any kernel with fp16 operands has to make.
 AttentionResult attention_emulated(const AttentionProblem& problem, double lag);
 
 // The elements, widened, as in a contiguous tensor.

@@ -45,8 +45,8 @@ struct ForwardCase {
   std::int64_t splits = 0;  // the decode kernel, with at most so many; 0: the tile's kernel, or what is chosen
   unsigned seed = 1;
 
-  // "bf16", "window5,-1" for a mask, "softcap15", "alibi" or "alibibatch", "bias16", "dropout0.3", "sink0.5", "varlen4", ...:
-  // "hdim64 causal gqa2 batch1 headsk1 sq257 sk129 rowgaps rising9 scale-0.5 m128n32w4q64l2b8k8"
+  // "bf16", "window5,-1" for a mask, "softcap15", "alibi" or "alibibatch", "bias16", "dropout0.3", "sink0.5",
+  // "varlen4", ...: "hdim64 causal gqa2 batch1 headsk1 sq257 sk129 rowgaps rising9 scale-0.5 m128n32w4q64l2b8k8"
   std::string text() const;
   // Words in any order; those left out keep their defaults. Throws SpecError.
   static ForwardCase parse(std::string_view text);
