@@ -42,8 +42,9 @@ struct KernelFamily {
 
   KernelResults results;
   RowSide rows;
-  bool reads_mask;            // false: mask, features and group size say nothing about the kernel
-  bool has_all_rows = false;  // a block owns all rows of a sequence: a tile with fewer is not for the problem
+  bool reads_mask;                  // false: mask, features and group size say nothing about the kernel
+  bool reads_values_alone = false;  // of q's and v's head dims the kernel knows v's
+  bool has_all_rows = false;        // a block owns all rows of a sequence: a tile with fewer is not for the problem
   // A warp has 16 or 32 of a block's rows, and those that have the same ones take turns with tiles of columns; the
   // query heads of a group are rows of one block. A block has some of the columns: see key_splits.h.
   bool warps_share_rows = false;
@@ -52,8 +53,9 @@ struct KernelFamily {
   int least_head_dim = 1, most_head_dim = kMostNarrowHeadDim;
   constexpr bool has_head_dim(int head_dim) const { return head_dim >= least_head_dim && head_dim <= most_head_dim; }
 
-  // What a tile occupies. None of these reads more of a spec than its head dim and tile.
-  int products = 0;  // of an iteration of the main loop: forward S and O, dQ also dP; 0: no main loop
+  // What a tile occupies. None of these reads more of a spec than its head dims and tile.
+  int products = 0;        // of an iteration of the main loop: forward S and O, dQ also dP; 0: no main loop
+  int value_products = 0;  // of them those that go over v's head dims, or make them
   int (*output_splits)(const KernelSpec&) = [](const KernelSpec&) { return 1; };
   int (*shared_bytes)(const KernelSpec&) = [](const KernelSpec&) { return 0; };
   int (*registers)(const KernelSpec&);  // a thread's, at the least

@@ -9,8 +9,9 @@
 namespace flash_attn_jit {
 namespace {
 
-std::vector<GlobalAccess> accesses_of(int head_dim) {
-  if (head_dim % 8 == 0) return {GlobalAccess::kVector16B, GlobalAccess::kElement2B};
+std::vector<GlobalAccess> accesses_of(const KernelSpec& spec) {
+  if (spec.head_dim % 8 == 0 && spec.value_head_dim() % 8 == 0)
+    return {GlobalAccess::kVector16B, GlobalAccess::kElement2B};
   return {GlobalAccess::kElement2B};
 }
 
@@ -83,11 +84,13 @@ std::vector<KernelSpec> select_kernels(const KernelSelection& selection, const A
   cross(problems, feature_sets(selection), &KernelSpec::features);
   cross(problems, selection.group_sizes, &KernelSpec::group_size);
   std::vector<KernelSpec> specs;
-  for (KernelSpec spec : problems)
-    for (const GlobalAccess access : accesses_of(spec.head_dim)) {
+  for (KernelSpec spec : problems) {
+    spec.set_head_dims(spec.head_dim, selection.head_dim_v.value_or(spec.head_dim));
+    for (const GlobalAccess access : accesses_of(spec)) {
       spec.access = access;
       append_tiles(spec, arch, specs);
     }
+  }
   return specs;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <optional>
 #include <vector>
 
 #include "generator/kernel_spec.h"
@@ -18,6 +19,7 @@ struct KernelSelection {
   std::vector<KernelKind> kinds{KernelKind::kForward};
   std::vector<DType> dtypes{DType::kFloat16};
   std::vector<int> head_dims;
+  std::optional<int> head_dim_v;  // of v; none: as many as q has
   std::vector<Mask> masks;
   std::vector<int> group_sizes;
   std::array<Switch, kFeatures.size()> features;  // as in kFeatures
@@ -28,7 +30,7 @@ struct KernelSelection {
 // 6.1 MB.
 KernelSelection default_pack();
 
-// Every default tile, with 16-byte accesses (where the head dim is a multiple of 8) and with element-wise
+// Every default tile, with 16-byte accesses (where head dims are multiples of 8) and with element-wise
 // ones. Throws UnsupportedError where one of them is not legal on `arch`.
 std::vector<KernelSpec> select_kernels(const KernelSelection& selection, const ArchLimits& arch);
 

@@ -55,6 +55,20 @@ int parse_numbered(std::string_view word, std::string_view prefix, std::string_v
                   std::string(prefix) + "' and a number");
 }
 
+// "hdim128", or with another one of v "hdim192v128".
+void parse_head_dims(std::string_view word, KernelSpec& spec) {
+  Reader reader(word);
+  std::optional<int> q, v = 0;
+  if (reader.skip("hdim")) q = reader.number();
+  if (q && reader.skip("v")) v = reader.number();
+  if (q && v && reader.at_end() && (word.find('v') == word.npos || (*v > 0 && *v != *q))) {
+    spec.set_head_dims(*q, *v != 0 ? *v : *q);
+    return;
+  }
+  throw SpecError("kernel spec: head_dim is '" + std::string(word) +
+                  "'; accepted: 'hdim' and a number, then where v has another one 'v' and that");
+}
+
 std::vector<std::string_view> split(std::string_view text) {
   std::vector<std::string_view> words;
   for (std::size_t at = 0; at <= text.size();) {
@@ -89,7 +103,8 @@ std::uint64_t take_functions(std::vector<std::string_view>& words, std::size_t a
 
 // The spec's words in canonical order.
 std::vector<std::string> words_of(const KernelSpec& spec) {
-  std::vector<std::string> words = {std::string(to_text(spec.kind)), "hdim" + std::to_string(spec.head_dim),
+  const std::string of_v = spec.head_dim_v != 0 ? "v" + std::to_string(spec.head_dim_v) : "";
+  std::vector<std::string> words = {std::string(to_text(spec.kind)), "hdim" + std::to_string(spec.head_dim) + of_v,
                                     std::string(to_text(spec.dtype)), std::string(to_text(spec.mask))};
   for (const FeatureInfo& info : kFeatures)
     if (spec.has(info.feature)) words.emplace_back(info.word);
@@ -175,7 +190,7 @@ KernelSpec KernelSpec::parse(std::string_view text) {
                     "'; accepted: seven words like 'fwd hdim128 fp16 causal gqa8 vec16 m256n16w8q96l2b4k7', with " +
                     feature_words() + " behind the mask where they are on, in this order");
   spec.kind = parse_kind(words[0]);
-  spec.head_dim = parse_numbered(words[1], "hdim", "head_dim");
+  parse_head_dims(words[1], spec);
   spec.dtype = parse_dtype(words[2]);
   spec.mask = parse_word(words[3], kAllMasks, "mask");
   spec.group_size = parse_numbered(words[4], "gqa", "group_size");

@@ -1,6 +1,7 @@
 // What a kernel is: the only thing the generator reads. Plain values with a canonical text that parses back.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <compare>
 #include <cstdint>
@@ -81,7 +82,8 @@ struct TileConfig {
 struct KernelSpec {
   KernelKind kind = KernelKind::kForward;
   DType dtype = DType::kFloat16;
-  int head_dim = 0;  // the caller's, 1 to kMostHeadDim; padded with zeros inside the kernel
+  int head_dim = 0;    // the caller's, 1 to kMostHeadDim; padded with zeros inside the kernel
+  int head_dim_v = 0;  // that of v, out and their gradients where it is another one; 0: the same
   Mask mask = Mask::kNone;
   FeatureSet features = {};
   std::uint64_t functions = 0;  // the number of the user's code that is compiled in (render.h); 0: none
@@ -91,11 +93,16 @@ struct KernelSpec {
 
   bool has(Feature feature) const { return features.has(feature); }
 
-  // head_dim rounded up to the 8 dims that a tensor instruction consumes; 16 at the least.
-  int padded_head_dim() const { return head_dim <= 16 ? 16 : (head_dim + 7) / 8 * 8; }
+  void set_head_dims(int q, int v) {
+    head_dim = q;
+    head_dim_v = v == q ? 0 : v;
+  }
+  int value_head_dim() const { return head_dim_v != 0 ? head_dim_v : head_dim; }
+  int greatest_head_dim() const { return std::max(head_dim, head_dim_v); }
 
-  // Canonical form: "fwd hdim128 fp16 causal gqa8 vec16 m256n16w8q96l2b4k7"; the words of the features that are on
-  // stand behind the mask, and behind them "code0123456789abcdef", the user's functions'.
+  // Canonical form: "fwd hdim128 fp16 causal gqa8 vec16 m256n16w8q96l2b4k7", where v's head dim is another one
+  // "fwd hdim192v128 ..."; the words of the features that are on stand behind the mask, and behind them
+  // "code0123456789abcdef", the user's functions'.
   std::string text() const;
   static KernelSpec parse(std::string_view text);  // throws SpecError
 

@@ -5,9 +5,9 @@
 
 namespace flash_attn_jit {
 
-// Rows of head_dim elements for each query and for each key, and float32 numbers for each query.
+// Rows for each query and for each key, of head_dim elements and of v's head dim, and float32 numbers for each query.
 struct RowTraffic {
-  int query_rows, key_rows, query_numbers;
+  int query_rows, query_value_rows, key_rows, value_rows, query_numbers;
 };
 
 RowTraffic row_traffic(KernelKind kind);

@@ -26,13 +26,24 @@ constexpr std::array kArchitectures = {
 
 std::string arch_name(const ArchLimits& arch) { return "sm_" + std::to_string(arch.sm); }
 
-std::optional<std::string> check_head_dim(std::int64_t head_dim) {
+std::optional<std::string> check_head_dim(std::int64_t head_dim, const std::string& name = "head_dim") {
   if (head_dim >= 1 && head_dim <= kMostHeadDim) return std::nullopt;
-  return "head_dim is " + std::to_string(head_dim) + "; accepted: " + accepted_head_dims();
+  return name + " is " + std::to_string(head_dim) + "; accepted: " + accepted_head_dims();
+}
+
+// "128", or "192 (v's 128)".
+std::string head_dims_text(const KernelSpec& spec) {
+  const std::string of_v = spec.head_dim_v != 0 ? " (v's " + std::to_string(spec.head_dim_v) + ")" : "";
+  return std::to_string(spec.head_dim) + of_v;
 }
 
 std::optional<std::string> check_problem(const KernelSpec& spec) {
   if (auto reason = check_head_dim(spec.kind, spec.head_dim)) return reason;
+  if (auto reason = check_head_dim(spec.value_head_dim(), "v's head_dim")) return reason;
+  if (auto reason = check_head_dim(spec.kind, spec.greatest_head_dim())) return reason;
+  if (family_of(spec.kind).dim_splits > 1 && spec.head_dim_v != 0)
+    return "head_dim is " + head_dims_text(spec) + " with kind " + std::string(to_text(spec.kind)) +
+           "; accepted: one for q, k and v";
   if (!spec.features.go_together())
     return "the features of " + spec.text() +
            " do not go together; accepted: one of bias16, bias32 and boolmask, and unpaired and onerow with one of "
@@ -54,8 +65,8 @@ std::optional<std::string> check_problem(const KernelSpec& spec) {
     return "kind " + std::string(to_text(spec.kind)) + " comes with dropout; accepted: kind fwd";
   if (spec.group_size < 1)
     return "group_size (num_heads / num_heads_k) is " + std::to_string(spec.group_size) + "; accepted: 1 or more";
-  if (spec.access == GlobalAccess::kVector16B && spec.head_dim % 8 != 0)
-    return "access is vec16 with head_dim " + std::to_string(spec.head_dim) +
+  if (spec.access == GlobalAccess::kVector16B && (spec.head_dim % 8 != 0 || spec.value_head_dim() % 8 != 0))
+    return "access is vec16 with head_dim " + head_dims_text(spec) +
            "; accepted: head dims that are multiples of 8, or access elem2";
   return std::nullopt;
 }
@@ -67,7 +78,7 @@ std::optional<std::string> check_warps(const KernelSpec& spec) {
 }
 
 std::optional<std::string> check_resources(const KernelSpec& spec, const ArchLimits& arch) {
-  const std::string name = tile_name(spec) + " at head_dim " + std::to_string(spec.head_dim);
+  const std::string name = tile_name(spec) + " at head_dim " + head_dims_text(spec);
   const KernelFamily& family = family_of(spec.kind);
   if (const int bytes = family.shared_bytes(spec); bytes > arch.max_shared_bytes_per_block)
     return name + " needs " + std::to_string(bytes) + " bytes of shared memory; " + arch_name(arch) + " has " +
@@ -91,8 +102,9 @@ std::optional<std::string> check_head_dim(KernelKind kind, int head_dim) {
 
 std::string accepted_head_dims() { return "1 to " + std::to_string(kMostHeadDim); }
 
-void require_head_dim(std::int64_t head_dim) {
+void require_head_dims(std::int64_t head_dim, std::int64_t head_dim_v) {
   if (const auto reason = check_head_dim(head_dim)) throw UnsupportedError(*reason);
+  if (const auto reason = check_head_dim(head_dim_v, "v's head_dim")) throw UnsupportedError(*reason);
 }
 
 void require_head_dim_of_gradients(std::int64_t head_dim) {

@@ -16,7 +16,7 @@ inline constexpr int kOldestSm = 75;
 inline constexpr const char* kAcceptedGpu = "sm_75 (Turing: Tesla T4, RTX 20) or newer";
 
 // Refuses what no tile can make legal, with check()'s reason: throws UnsupportedError.
-void require_head_dim(std::int64_t head_dim);
+void require_head_dims(std::int64_t head_dim, std::int64_t head_dim_v);
 
 // Nothing when there are kernels of that kind, else the reason.
 std::optional<std::string> check_head_dim(KernelKind kind, int head_dim);

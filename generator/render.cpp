@@ -60,6 +60,7 @@ std::string traits(const KernelSpec& spec) {
          type("Stored", stored_class(spec.dtype)) +
          type("Copy", spec.has(Feature::kPaged) ? "PagedCopy" : "RegisterStagedCopy") +
          number("kHeadDim", spec.head_dim) + number("kTileDims", kernel_dims(spec)) +
+         number("kHeadDimV", spec.value_head_dim()) + number("kTileDimsV", kernel_value_dims(spec)) +
          number("kGroupSize", spec.group_size) + flag("kIsCausal", spec.mask == Mask::kCausal) +
          flag("kIsLocal", spec.mask == Mask::kWindow) + features +
          flag("kVectorAccess", spec.access == GlobalAccess::kVector16B) + number("kBlockM", tile.block_m) +

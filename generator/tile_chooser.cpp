@@ -90,7 +90,7 @@ double decode_cycles(const KernelSpec& spec, const TileCost& cost, const Problem
   const std::int64_t sharing = std::clamp<std::int64_t>(ceil_div(blocks, problem.multiprocessors), 1, cost.resident);
   const BlockCycles& of = sharing > 1 ? cost.sharing : cost.alone;
   const auto rounds = static_cast<double>(ceil_div(blocks, problem.multiprocessors * sharing));
-  const double bytes = 2.0 * 2 * spec.head_dim * static_cast<double>(columns_of_iteration(spec));
+  const double bytes = 2.0 * (spec.head_dim + spec.value_head_dim()) * static_cast<double>(columns_of_iteration(spec));
   const double iteration = std::max<double>(of.iteration, bytes / kL2BytesPerCycle);
   return rounds * static_cast<double>(sharing) * (of.block + iteration * static_cast<double>(iterations)) +
          (splits.count > 1 ? kLaunchGap : 0);
@@ -102,10 +102,11 @@ using DefaultTiles = std::array<std::optional<TileConfig>, std::tuple_size_v<Til
 DefaultTiles find_default_tiles(KernelSpec spec) {
   const KernelFamily& family = family_of(spec.kind);
   DefaultTiles tiles;
-  if (!family.has_head_dim(spec.head_dim)) return tiles;
+  if (!family.has_head_dim(spec.greatest_head_dim())) return tiles;
   spec.features = spec.features.of_main_loop();
   const TileTables tables = family.default_tiles(spec);
-  for (std::size_t i = 0; i < tables.size(); ++i) tiles[i] = find_tile(tables[i], spec);
+  const int dims = greatest_kernel_dims(spec);
+  for (std::size_t i = 0; i < tables.size(); ++i) tiles[i] = find_tile(tables[i], spec, dims);
   return tiles;
 }
 
@@ -147,7 +148,7 @@ double cycles_with_default(KernelSpec spec, KernelKind kind, const Problem& prob
 class DefaultTileChooser final : public TileChooser {
  public:
   TileConfig choose(const KernelSpec& spec, const Problem& problem) const override {
-    require_head_dim(spec.head_dim);
+    require_head_dims(spec.head_dim, spec.value_head_dim());
     const DefaultChoice choice = choose_default(spec, problem);
     if (choice.tile) return *choice.tile;
     if (spec.has(Feature::kBlockMask)) throw mask_blocks_error(problem);
@@ -245,7 +246,7 @@ std::vector<TileConfig> default_tiles(const KernelSpec& spec) {
 
 std::vector<TileConfig> tile_space(const KernelSpec& spec, const ArchLimits& arch) {
   const KernelFamily& family = family_of(spec.kind);
-  const int dims = kernel_dims(spec), fewer_dims = family.warps_share_rows ? 0 : dims * 5 / 8 / 16 * 16;
+  const int dims = greatest_kernel_dims(spec), fewer_dims = family.warps_share_rows ? 0 : dims * 5 / 8 / 16 * 16;
   std::vector<TileConfig> tiles = default_tiles(spec);
   for (int warps : {2, 4, 8})
     for (int block_m : rows_of_space(family, warps))

@@ -52,7 +52,8 @@ TileCost scaled_to(const TileConfig& tile, const TileCost& known) {
 const TileCost& nearest_cost(const KernelSpec& spec, const TileConfig& tile) {
   if (!family_of(spec.kind).has_tile_costs()) throw Error("there are no costs for such a kernel: " + spec.text());
   const auto mask = static_cast<std::size_t>(std::ranges::find(kAllMasks, spec.mask) - kAllMasks.begin());
-  const std::size_t place = first_of(spec.kind) + mask * kDimSteps + static_cast<std::size_t>((spec.head_dim - 1) / 16);
+  const std::size_t place =
+      first_of(spec.kind) + mask * kDimSteps + static_cast<std::size_t>((spec.greatest_head_dim() - 1) / 16);
   if (place >= std::size(kCosts))
     throw Error("generator/tile_costs.inc has no costs of kind " + std::string(to_text(spec.kind)) +
                 "; tools/tile_costs makes them");

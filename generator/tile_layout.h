@@ -8,6 +8,8 @@ namespace flash_attn_jit {
 // Head dims that the kernel computes with: head_dim in steps of 8, of 16 where its gradients are split in two, and of
 // 64 where four warps share them. Those beyond head_dim are zeros that no tensor holds.
 int kernel_dims(const KernelSpec& spec);
+int kernel_value_dims(const KernelSpec& spec);  // the same of v's
+int greatest_kernel_dims(const KernelSpec& spec);
 
 // Rows that a warp has: its part of the block's; where warps share rows 32 of them, if there are, and 16 above head dim
 // 128, where O of more has no room in registers.
@@ -26,14 +28,18 @@ int blocks_per_multiprocessor(const TileConfig& tile);
 // two blocks make half of the gradients each and both compute S and dP, half of what the two need together.
 int useful_mma_per_iteration(const KernelSpec& spec);
 
+// Head dims that the kernel's products go over for a pair of a query and a key, all together.
+int product_dims(const KernelSpec& spec);
+
 // Shared memory: bytes from a row of a tile to the next (templates/tile_copy.cuh), head dims that a warp's rows are
-// staged by on their way out (templates/row_output.cuh), bytes of one operand's rows that registers do not hold.
+// staged by on their way out (templates/row_output.cuh), bytes of one operand's rows, of kernel_dims() or
+// kernel_value_dims(), that registers do not hold.
 int row_pitch(int dims);
 int staging_dims(int dims);
-int shared_row_bytes(const KernelSpec& spec);
+int shared_row_bytes(const KernelSpec& spec, int dims);
 
 // Registers of a thread: those of one operand's rows, and those that every kernel takes.
-int row_registers(const KernelSpec& spec);
+int row_registers(const KernelSpec& spec, int dims);
 inline constexpr int kFragmentAndAddressRegisters = 24;
 
 }  // namespace flash_attn_jit

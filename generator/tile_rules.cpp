@@ -32,7 +32,7 @@ std::optional<std::string> check_rows_of_warps(const KernelSpec& spec) {
 
 std::optional<std::string> check_register_dims(const KernelSpec& spec) {
   const int dims = spec.tile.register_dims;
-  const int most = kernel_dims(spec);
+  const int most = greatest_kernel_dims(spec);
   if (dims == most || (dims >= 0 && dims < most && dims % 16 == 0)) return std::nullopt;
   return tile_name(spec) + " keeps " + std::to_string(dims) +
          " head dims in registers; accepted: multiples of 16 below " + std::to_string(most) + ", or all " +

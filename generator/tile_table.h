@@ -9,7 +9,7 @@
 
 namespace flash_attn_jit {
 
-// One row: for head dims up to max_head_dim.
+// One row: for head dims, q's and v's, up to max_head_dim.
 struct TileRow {
   int max_head_dim;
   TileConfig tile;  // register_dims is an upper bound: smaller head dims keep all of their rows in registers
@@ -38,7 +38,7 @@ using TileTableList = std::array<TileTable, 7>;
 // Tables of a family, from those for large problems to those for problems that do not fill the device.
 using TileTables = std::array<TileTableList, 3>;
 
-// The tile of the first table that has one for the spec's head dim, if there is one.
-std::optional<TileConfig> find_tile(const TileTableList& tables, const KernelSpec& spec);
+// The tile of the first table that has one for the spec's head dims, if there is one. The kernel computes with `dims`.
+std::optional<TileConfig> find_tile(const TileTableList& tables, const KernelSpec& spec, int dims);
 
 }  // namespace flash_attn_jit

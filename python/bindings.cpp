@@ -172,7 +172,10 @@ void bind_kernel_families(py::module_& module) {
       .def_readonly("products", &FamilyFacts::products)
       .def_readonly("has_tile_costs", &FamilyFacts::has_tile_costs)
       .def_property_readonly("query_rows", [](const FamilyFacts& facts) { return facts.traffic.query_rows; })
+      .def_property_readonly("query_value_rows",
+                             [](const FamilyFacts& facts) { return facts.traffic.query_value_rows; })
       .def_property_readonly("key_rows", [](const FamilyFacts& facts) { return facts.traffic.key_rows; })
+      .def_property_readonly("value_rows", [](const FamilyFacts& facts) { return facts.traffic.value_rows; })
       .def_property_readonly("query_numbers", [](const FamilyFacts& facts) { return facts.traffic.query_numbers; });
   module.def("kernel_families", &kernel_families);
 }

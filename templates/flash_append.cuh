@@ -37,7 +37,7 @@ class FlashAppend {
 
   // Whatever the lengths and the table say, nothing is written outside of the cache.
   __device__ __forceinline__ void append(const void* from, const TensorStrides& from_strides, void* to,
-                                         const TensorStrides& to_strides, int batch, int i, int used, bool turns,
+                                         const TensorStrides& to_strides, int batch, int i, int used, bool is_key,
                                          int lane) const {
     if (used < 0 || used >= params_.cache_rows) return;
     const int row = i / params_.num_heads_k, head = i % params_.num_heads_k, place = used + row;
@@ -50,18 +50,19 @@ class FlashAppend {
       row_of_block = place % cache.page_size;
       if (block < 0 || block >= cache.num_pages) return;
     }
-    write(x, static_cast<Bits*>(to) + offset(to_strides, block, row_of_block, head), place, turns, lane);
+    write(x, static_cast<Bits*>(to) + offset(to_strides, block, row_of_block, head), place, is_key,
+          is_key ? Traits::kHeadDim : Traits::kHeadDimV, lane);
   }
 
   __device__ __forceinline__ void turn_query(int batch, int i, int used, int lane) const {
     const int row = i / params_.num_heads, head = i % params_.num_heads;
     const Bits* const x = static_cast<const Bits*>(params_.q) + offset(params_.q_strides, batch, row, head);
     Bits* const y = static_cast<Bits*>(params_.q_turned) + offset(params_.q_turned_strides, batch, row, head);
-    write(x, y, params_.queries_advance ? used + row : used, true, lane);
+    write(x, y, params_.queries_advance ? used + row : used, true, Traits::kHeadDim, lane);
   }
 
-  __device__ __forceinline__ void write(const Bits* x, Bits* y, int place, bool turns, int lane) const {
-    for (int dim = lane; dim < Traits::kHeadDim; dim += 32) {
+  __device__ __forceinline__ void write(const Bits* x, Bits* y, int place, bool turns, int dims, int lane) const {
+    for (int dim = lane; dim < dims; dim += 32) {
       const bool turned = turns && dim < params_.rotary.dims;
       store_global_2B(y + dim, turned ? turned_dim(x, dim, place) : load_global_2B(x + dim));
     }

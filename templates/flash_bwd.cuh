@@ -51,31 +51,36 @@ struct DqOf<true, Traits, Tile> {
 template <class Traits>
 struct FlashBwdTile {
   using Side = typename SideOf<Traits, Traits::kRowSide>::Type;
-  // Above 128, 16 rows of both dK and dV would take all of a thread's registers: a block makes half of the head dims.
-  static constexpr int kOutputSplits = Side::kMakesDv && Traits::kHeadDim > 128 ? 2 : 1;
-  static constexpr int kDims = Traits::kTileDims;
-  static constexpr int kOutputDims = kDims / kOutputSplits;
+  // Above 128, 16 rows of both dK and dV would take all of a thread's registers: a block makes half of the head dims of
+  // each.
+  static constexpr int kOutputSplits = Side::kMakesDv && Traits::kHeadDim + Traits::kHeadDimV > 256 ? 2 : 1;
+  static constexpr int kDims = Traits::kTileDims, kValueDims = Traits::kTileDimsV;
+  static constexpr int kOutputDims = kDims / kOutputSplits, kValueOutputDims = kValueDims / kOutputSplits;
   static constexpr int kRowsPerWarp = Traits::kBlockM / Traits::kNWarps;
   static constexpr int kMTiles = kRowsPerWarp / 16;
   static constexpr int kSteps = Traits::kBlockN / 8;
   static constexpr int kThreads = Traits::kNWarps * 32;
   // dQ needs all of K in shared memory, so that S reads its rows from there, too.
-  using SFragments = RowFragments<Traits, kRowsPerWarp, kDims, Side::kMakesDq ? 0 : Traits::kRegisterDims>;
-  using DpFragments = RowFragments<Traits, kRowsPerWarp, kDims, Traits::kRegisterDims>;
+  using SFragments = RowFragments<Traits, kRowsPerWarp, kDims, Side::kMakesDq ? 0 : kRegisterDimsOf<Traits, kDims>>;
+  using DpFragments = RowFragments<OfValues<Traits>, kRowsPerWarp, kValueDims, kRegisterDimsOf<Traits, kValueDims>>;
   using Output = RowOutput<Traits, kRowsPerWarp, kOutputDims>;
+  using ValueOutput = RowOutput<OfValues<Traits>, kRowsPerWarp, kValueOutputDims>;
 
   // Shared memory: three slots of (tile of S's columns, tile of dP's columns, statistics, dS for dQ), then each warp's
   // rows beyond the dims in registers, then where dQ passes through. Iteration n reads tiles n+1 (for its first step)
   // and n, and commits tile n-1 before its barrier, which stands behind that first step; behind it dQ reads the dS of
   // tile n+1.
   static constexpr int kSlots = 3;
-  static constexpr int kTileBytes = Traits::kBlockN * row_pitch(kDims);
+  static constexpr int kSTileBytes = Traits::kBlockN * row_pitch(kDims);
+  static constexpr int kTileBytes = kSTileBytes + Traits::kBlockN * row_pitch(kValueDims);  // of both
   static constexpr int kColumnBytes = Side::kColumnsAreQueries ? Traits::kBlockN * kStatisticsBytes : 0;
   using Dq = typename DqOf<Side::kMakesDq, Traits, FlashBwdTile>::Type;
-  static constexpr int kDsBegin = 2 * kTileBytes + kColumnBytes;  // in a slot
+  static constexpr int kDsBegin = kTileBytes + kColumnBytes;  // in a slot
   static constexpr int kSlotBytes = kDsBegin + Dq::kDsBytes;
-  static constexpr int kStagingWarpBytes =
-      Output::kStagingBytes > DpFragments::kStagingBytes ? Output::kStagingBytes : DpFragments::kStagingBytes;
+  static constexpr int kStagingWarpBytes = Side::kMakesDv && ValueOutput::kStagingBytes > Output::kStagingBytes
+                                               ? ValueOutput::kStagingBytes
+                                               : Output::kStagingBytes;
+  static_assert(DpFragments::kStagingBytes <= kStagingWarpBytes, "rows are staged in less than gradients");
   static constexpr int kStagingBytes = Traits::kNWarps * kStagingWarpBytes;
   static constexpr int kRowsBegin = kSlots * kSlotBytes > kStagingBytes ? kSlots * kSlotBytes : kStagingBytes;
   static constexpr int kWarpRowsBytes = SFragments::kSharedBytes + DpFragments::kSharedBytes;
@@ -95,12 +100,12 @@ class FlashBwd {
   using Bits = typename Traits::Stored::Bits;
   using Matrix = GlobalMatrix<typename Traits::Stored>;
   using Side = typename Tile::Side;
-  static constexpr int kMTiles = Tile::kMTiles, kDTiles = Tile::kDims / 8, kSteps = Tile::kSteps;
+  static constexpr int kMTiles = Tile::kMTiles, kSteps = Tile::kSteps;
+  static constexpr int kDTiles = Tile::kDims / 8, kDpDTiles = Tile::kValueDims / 8;
   static constexpr int kRowSteps = (kDTiles + 1) / 2;
-  static constexpr int kOutputDTiles = Tile::kOutputDims / 8;
-  static constexpr int kPitch = row_pitch(Tile::kDims);
-  static constexpr int kGradients = Side::kMakesDv ? 2 : 1;
-  static constexpr int kProducts = kSteps * kGradients * kMTiles * kOutputDTiles;  // of an iteration's gradients
+  static constexpr int kOutputDTiles = Tile::kOutputDims / 8, kValueOutputDTiles = Tile::kValueOutputDims / 8;
+  static constexpr int kProducts =  // of an iteration's gradients
+      kSteps * kMTiles * (kOutputDTiles + (Side::kMakesDv ? kValueOutputDTiles : 0));
 
   // Where numbers of pairs are read, a lane's keys are neighbours, in rows or columns; but for dQ's sake they have to
   // lie as in memory.
@@ -131,13 +136,17 @@ class FlashBwd {
 
   using Products = Accumulator<kMTiles, 1>;  // S or dP of a step
   using Operands = unsigned[kMTiles][2];     // P or dS of a step, rounded to elements
-  using Gradient = Accumulator<kMTiles, kOutputDTiles>;
+  using DsGradient = Accumulator<kMTiles, kOutputDTiles>;
+  using PGradient = Accumulator<kMTiles, kValueOutputDTiles>;
   using Points = Schedule<Traits, kProducts>;
-  using Stream = typename Traits::Copy::template Stream<Traits, Traits::kBlockN, Tile::kDims, Tile::kThreads>;
+  using SStream = typename Traits::Copy::template Stream<Traits, Traits::kBlockN, Tile::kDims, Tile::kThreads>;
+  using DpStream =
+      typename Traits::Copy::template Stream<OfValues<Traits>, Traits::kBlockN, Tile::kValueDims, Tile::kThreads>;
 
   // What a thread has of a tile between prefetch and commit, as it lies in memory: nothing waits for it in between.
   struct InFlight {
-    typename Stream::InFlight s_columns, dp_columns;
+    typename SStream::InFlight s_columns;
+    typename DpStream::InFlight dp_columns;
     float lse, delta;
   };
 
@@ -181,6 +190,12 @@ class FlashBwd {
     row_begin_ = (Side::kLastRowsFirst ? params_.num_row_blocks - 1 - order : order) * Traits::kBlockM;
     head_ = batch_head % heads;
     sequence_ = Sequence<Traits>(params_, batch_head / heads);
+  }
+
+  // Of dV, where first_output_dim_ is of dK.
+  __device__ __forceinline__ int first_value_dim() const {
+    if constexpr (Tile::kOutputDims == Tile::kValueOutputDims) return first_output_dim_;
+    return first_output_dim_ > 0 ? Tile::kValueOutputDims : 0;
   }
 
   // Whether a mask of keys shows some of the block's, where they are its rows.
@@ -327,7 +342,7 @@ class FlashBwd {
     advance();
     if constexpr (kHasBlockMask) return prefetch_bounded(in, slot, prefetched_tile());
     s_columns_.prefetch(in.s_columns, slot);
-    dp_columns_.prefetch(in.dp_columns, slot + Tile::kTileBytes);
+    dp_columns_.prefetch(in.dp_columns, slot + Tile::kSTileBytes);
     if (Side::kColumnsAreQueries) load_statistics<Variant>(params_, column_offset_, has_column(), in.lse, in.delta);
   }
 
@@ -335,17 +350,17 @@ class FlashBwd {
   __device__ __forceinline__ void prefetch_bounded(InFlight& in, SharedAddress slot, int tile) {
     const int columns = seqlen_columns() - tile * Traits::kBlockN;
     s_columns_.prefetch_bounded(in.s_columns, slot, columns);
-    dp_columns_.prefetch_bounded(in.dp_columns, slot + Tile::kTileBytes, columns);
+    dp_columns_.prefetch_bounded(in.dp_columns, slot + Tile::kSTileBytes, columns);
     if (Side::kColumnsAreQueries)
       load_statistics<Variant>(params_, column_offset_, has_column() && thread_in_block() < columns, in.lse, in.delta);
   }
 
   __device__ __forceinline__ void commit(const InFlight& in, SharedAddress slot) const {
-    Stream::template commit<Columns>(in.s_columns, slot);
-    Stream::template commit<Columns>(in.dp_columns, slot + Tile::kTileBytes,
-                                     Side::kColumnsAreQueries ? scale_.factor() : 1.0f);
+    SStream::template commit<Columns>(in.s_columns, slot);
+    DpStream::template commit<Columns>(in.dp_columns, slot + Tile::kSTileBytes,
+                                       Side::kColumnsAreQueries ? scale_.factor() : 1.0f);
     if (Side::kColumnsAreQueries && has_column())
-      store_statistics(slot + 2 * Tile::kTileBytes, thread_in_block(), scaled_lse(in.lse), scaled_delta(in.delta));
+      store_statistics(slot + Tile::kTileBytes, thread_in_block(), scaled_lse(in.lse), scaled_delta(in.delta));
     block_barrier();
   }
 
@@ -355,25 +370,32 @@ class FlashBwd {
 
   // ---- the products of a step: 8 columns ----
 
+  // S and dP go over as many dims.
+  static constexpr bool kHaveSameDims = kDTiles == kDpDTiles;
+  static constexpr int kMostDTiles = kDTiles > kDpDTiles ? kDTiles : kDpDTiles;
+
   // S and dP of a step of the tile in `slot`, the next one.
   __device__ __forceinline__ void scores(SharedAddress slot, int step) {
     start_scores(step);
 #pragma unroll
-    for (int d = 0; d < kDTiles; d += 4) {
+    for (int d = 0; d < kMostDTiles; d += 4) {
       unsigned s_columns[4], dp_columns[4];
-      load_columns<Tile::kDims>(s_columns, slot, step, d, lane_);
-      load_columns<Tile::kDims>(dp_columns, slot + Tile::kTileBytes, step, d, lane_);
+      if (kHaveSameDims || d < kDTiles) load_columns<Tile::kDims>(s_columns, slot, step, d, lane_);
+      if (kHaveSameDims || d < kDpDTiles)
+        load_columns<Tile::kValueDims>(dp_columns, slot + Tile::kSTileBytes, step, d, lane_);
 #pragma unroll
-      for (int i = 0; i < (kDTiles - d < 4 ? kDTiles - d : 4); i += 2) {
+      for (int i = 0; i < (kMostDTiles - d < 4 ? kMostDTiles - d : 4); i += 2) {
         typename Tile::DpFragments::Step s_rows, dp_rows;
-        get_s_rows(s_rows, (d + i) / 2);
-        dp_rows_.get(dp_rows, (d + i) / 2);
+        if (kHaveSameDims || d + i < kDTiles) get_s_rows(s_rows, (d + i) / 2);
+        if (kHaveSameDims || d + i < kDpDTiles) dp_rows_.get(dp_rows, (d + i) / 2);
 #pragma unroll
-        for (int half = 0; half < (kDTiles % 2 != 0 && kDTiles - d - i < 2 ? 1 : 2); ++half)
+        for (int half = 0; half < (kMostDTiles % 2 != 0 && kMostDTiles - d - i < 2 ? 1 : 2); ++half)
 #pragma unroll
           for (int m = 0; m < kMTiles; ++m) {
-            multiply<kStartsScores>(acc_s_[m][0], s_rows[m], half, s_columns[i + half], d + i + half);
-            multiply<false>(acc_dp_[m][0], dp_rows[m], half, dp_columns[i + half], d + i + half);
+            if (kHaveSameDims || d + i + half < kDTiles)
+              multiply<kStartsScores>(acc_s_[m][0], s_rows[m], half, s_columns[i + half], d + i + half);
+            if (kHaveSameDims || d + i + half < kDpDTiles)
+              multiply<false>(acc_dp_[m][0], dp_rows[m], half, dp_columns[i + half], d + i + half);
           }
       }
     }
@@ -457,7 +479,7 @@ class FlashBwd {
                                                 Operands& p, Operands& ds) {
     keep(n, step);
     Statistics columns;
-    if (Side::kColumnsAreQueries) columns = load_statistics_pair(slot + 2 * Tile::kTileBytes, step * 4 + lane_ % 4);
+    if (Side::kColumnsAreQueries) columns = load_statistics_pair(slot + Tile::kTileBytes, step * 4 + lane_ % 4);
 #pragma unroll
     for (int r = 0; r < 2 * kMTiles; ++r) {
       float row_p[2], row_ds[2];
@@ -491,15 +513,15 @@ class FlashBwd {
   }
 
   // gradient += operands x the step's columns of a tile.
-  template <class Meanwhile>
-  __device__ __forceinline__ void accumulate(Gradient& gradient, const Operands& operands, SharedAddress tile, int step,
-                                             Meanwhile meanwhile) {
+  template <int kTileDims, int kTiles, class Meanwhile>
+  __device__ __forceinline__ void accumulate(Accumulator<kMTiles, kTiles>& gradient, const Operands& operands,
+                                             SharedAddress tile, int step, Meanwhile meanwhile) {
 #pragma unroll
-    for (int d = 0; d < kOutputDTiles; d += 4) {
+    for (int d = 0; d < kTiles; d += 4) {
       unsigned b[4];
-      load_columns_transposed<kOutputDTiles>(b, tile + first_output_dim_ * kElementBytes, kPitch, step, d, lane_);
+      load_columns_transposed<kTiles>(b, tile, row_pitch(kTileDims), step, d, lane_);
 #pragma unroll
-      for (int i = 0; i < (kOutputDTiles - d < 4 ? kOutputDTiles - d : 4); ++i)
+      for (int i = 0; i < (kTiles - d < 4 ? kTiles - d : 4); ++i)
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
           Element::multiply_add(gradient[m][d + i], operands[m][0], operands[m][1], b[i]);
@@ -514,8 +536,10 @@ class FlashBwd {
                                                   Meanwhile meanwhile) {
     if constexpr (Side::kMakesDq)
       Tile::Dq::store_ds(slot + Tile::kDsBegin, step, ds, first_row(), seqlen_rows(), lane_);
-    if (Side::kMakesDv) accumulate(p_gradient_, p, slot + Tile::kTileBytes, step, meanwhile);
-    accumulate(ds_gradient_, ds, slot, step, meanwhile);
+    if (Side::kMakesDv)
+      accumulate<Tile::kValueDims>(p_gradient_, p, slot + Tile::kSTileBytes + first_value_dim() * kElementBytes, step,
+                                   meanwhile);
+    accumulate<Tile::kDims>(ds_gradient_, ds, slot + first_output_dim_ * kElementBytes, step, meanwhile);
   }
 
   // ---- the iterations, n = n_block_ - 1 ----
@@ -556,8 +580,8 @@ class FlashBwd {
 
   // Before a head's first iteration: fetches the last tile.
   __device__ __forceinline__ void prologue(int tiles) {
-    s_columns_ = Stream(Side::s_columns(tensors(), head_q_));
-    dp_columns_ = Stream(Side::dp_columns(tensors(), head_q_));
+    s_columns_ = SStream(Side::s_columns(tensors(), head_q_));
+    dp_columns_ = DpStream(Side::dp_columns(tensors(), head_q_));
     n_block_ = tiles;
     slot_ = 0;
     has_step_ = false;
@@ -699,11 +723,13 @@ class FlashBwd {
   __device__ __forceinline__ void write_out() {
     locate(reread_thread_in_block(), reread_block_in_grid());
     if constexpr (kConverts<Traits> && !Side::kColumnsAreQueries) find_scale_of_rows();
-    write_gradient(ds_gradient_, Side::ds_gradient(tensors(), head_), scale_.inverse());
+    write_gradient<typename Tile::Output>(ds_gradient_, Side::ds_gradient(tensors(), head_), first_output_dim_,
+                                          scale_.inverse());
     if constexpr (Side::kMakesDv) {
       float factor = has_nan_probabilities() ? not_a_number() : 1.0f;
       if constexpr (Traits::kHasDropout) factor *= params_.dropout.scale;
-      write_gradient(p_gradient_, tensors().dv(head_), factor * scale_.inverse());
+      write_gradient<typename Tile::ValueOutput>(p_gradient_, tensors().dv(head_), first_value_dim(),
+                                                 factor * scale_.inverse());
     }
   }
 
@@ -750,13 +776,15 @@ class FlashBwd {
     }
   }
 
-  __device__ __forceinline__ void write_gradient(const Gradient& gradient, const Matrix& matrix, float factor) {
+  template <class Output, class Gradient>
+  __device__ __forceinline__ void write_gradient(const Gradient& gradient, const Matrix& matrix, int first_dim,
+                                                 float factor) {
     float factors[2 * kMTiles];
 #pragma unroll
     for (int r = 0; r < 2 * kMTiles; ++r) factors[r] = factor;
     Bits* rows = const_cast<Bits*>(matrix.base) + first_row() * matrix.row_stride;
-    Tile::Output::template write<Rows>(gradient, factors, rows, matrix.row_stride, seqlen_rows() - first_row(),
-                                       first_output_dim_, warp_ * Tile::kStagingWarpBytes, lane_);
+    Output::template write<Rows>(gradient, factors, rows, matrix.row_stride, seqlen_rows() - first_row(), first_dim,
+                                 warp_ * Tile::kStagingWarpBytes, lane_);
   }
 
   const FlashBwdParams& params_;
@@ -773,14 +801,16 @@ class FlashBwd {
   typename Tile::SFragments s_rows_;
   typename Tile::DpFragments dp_rows_;
   Statistics row_statistics_[kMTiles];
-  Stream s_columns_, dp_columns_;
+  SStream s_columns_;
+  DpStream dp_columns_;
   long long column_offset_;  // of the statistics of the column that this thread prefetches next
   int n_block_;              // the tile whose last step waits; the next iteration is that of tile n_block_ - 1
   bool has_step_;            // false before a head's first iteration
   SharedAddress slot_;       // where that tile lies; the next one is in the slot behind it
   Products acc_s_, acc_dp_;
   Products derivative_;  // of acc_s_ by its products, where scores tell it
-  Gradient ds_gradient_, p_gradient_;
+  DsGradient ds_gradient_;
+  PGradient p_gradient_;
   typename Tile::Dq dq_;                                    // where it is made
   typename Tile::SFragments::Step kept_s_rows_[kRowSteps];  // where S reads its rows from shared memory once
 };

@@ -99,11 +99,11 @@ class AllKeysDq {
     const FlashBwdParams& params = of.params;
     const long long statistics = of.sequence.statistics_offset(head, 0);
     const float* const dlse = params.dlse != nullptr ? params.dlse + statistics : nullptr;
-    constexpr int kRows = RowDelta<Traits>::kRowsAtOnce;
+    using Delta = RowDelta<OfValues<Traits>>;
+    constexpr int kRows = Delta::kRowsAtOnce;
     for (int row = warp * kRows; row < of.sequence.seqlen_q(); row += Traits::kNWarps * kRows)
-      RowDelta<Traits>::write(of.out(head), of.dout(head), row, of.sequence.seqlen_q(), lane,
-                              params.softmax_lse + statistics, dlse, params.delta + statistics,
-                              {params.peaks + statistics, params.softmax_scale});
+      Delta::write(of.out(head), of.dout(head), row, of.sequence.seqlen_q(), lane, params.softmax_lse + statistics,
+                   dlse, params.delta + statistics, {params.peaks + statistics, params.softmax_scale});
   }
 
  private:

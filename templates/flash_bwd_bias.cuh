@@ -26,17 +26,19 @@
 
 template <class Traits>
 struct FlashBwdBiasTile {
-  static constexpr int kDims = Traits::kTileDims;
+  static constexpr int kDims = Traits::kTileDims, kValueDims = Traits::kTileDimsV;
   static constexpr int kRowsPerWarp = Traits::kBlockM / Traits::kNWarps;
   static constexpr int kThreads = Traits::kNWarps * 32;
-  using Fragments = RowFragments<Traits, kRowsPerWarp, kDims, Traits::kRegisterDims>;
+  using KeyFragments = RowFragments<Traits, kRowsPerWarp, kDims, kRegisterDimsOf<Traits, kDims>>;
+  using ValueFragments = RowFragments<OfValues<Traits>, kRowsPerWarp, kValueDims, kRegisterDimsOf<Traits, kValueDims>>;
 
   // Shared memory: a tile of Q, one of dO and their statistics, then for each warp its rows of K and of V beyond the
   // dims in registers, and where these come in.
-  static constexpr int kTileBytes = Traits::kBlockN * row_pitch(kDims);
-  static constexpr int kStatisticsBegin = 2 * kTileBytes;
+  static constexpr int kTileBytes = Traits::kBlockN * row_pitch(kDims);  // of Q
+  static constexpr int kStatisticsBegin = kTileBytes + Traits::kBlockN * row_pitch(kValueDims);
   static constexpr int kWarpsBegin = kStatisticsBegin + Traits::kBlockN * kStatisticsBytes;
-  static constexpr int kWarpBytes = 2 * Fragments::kSharedBytes + Fragments::kStagingBytes;
+  static constexpr int kWarpBytes =
+      KeyFragments::kSharedBytes + ValueFragments::kSharedBytes + KeyFragments::kStagingBytes;
   static constexpr int kSharedBytes = kWarpsBegin + Traits::kNWarps * kWarpBytes;
 };
 
@@ -125,8 +127,10 @@ class FlashBwdBias {
   using Tile = FlashBwdBiasTile<Traits>;
   using Element = typename Traits::Element;
   using Variant = ScoreVariant<Traits>;
-  using Stream = typename Traits::Copy::template Stream<Traits, Traits::kBlockN, Tile::kDims, Tile::kThreads>;
-  static constexpr int kMTiles = Tile::kRowsPerWarp / 16, kSteps = Traits::kBlockN / 8, kDTiles = Tile::kDims / 8;
+  using QueryStream = typename Traits::Copy::template Stream<Traits, Traits::kBlockN, Tile::kDims, Tile::kThreads>;
+  using DoutStream =
+      typename Traits::Copy::template Stream<OfValues<Traits>, Traits::kBlockN, Tile::kValueDims, Tile::kThreads>;
+  static constexpr int kMTiles = Tile::kRowsPerWarp / 16, kSteps = Traits::kBlockN / 8;
 
   // Where numbers of pairs are read, a lane's keys are neighbours.
   using Rows = RowOrder<kReadsNeighbours<Traits>, kMTiles>;
@@ -139,7 +143,8 @@ class FlashBwdBias {
 
   // What a thread has of a tile before it is stored.
   struct InFlight {
-    typename Stream::InFlight q, dout;
+    typename QueryStream::InFlight q;
+    typename DoutStream::InFlight dout;
     float lse, delta;
     float peak;  // of some of its queries
   };
@@ -185,17 +190,17 @@ class FlashBwdBias {
     const FlashBwdTensors<Traits> tensors{params_, tile.sequence};
     const int seqlen_k = tile.sequence.seqlen_k();
     const SharedAddress rows = Tile::kWarpsBegin + warp_ * Tile::kWarpBytes;
-    const SharedAddress staging = rows + 2 * Tile::Fragments::kSharedBytes;
+    const SharedAddress staging = rows + Tile::KeyFragments::kSharedBytes + Tile::ValueFragments::kSharedBytes;
     k_.template load<Rows>(tensors.k(head_k), first_key(), seqlen_k, params_.sign, lane_, staging, rows);
     v_.template load<Rows>(tensors.v(head_k), first_key(), seqlen_k, 0, lane_, staging,
-                           rows + Tile::Fragments::kSharedBytes);
+                           rows + Tile::KeyFragments::kSharedBytes);
   }
 
   __device__ __forceinline__ void prefetch(InFlight& in, const PairTile<Traits>& tile) const {
     const FlashBwdTensors<Traits> tensors{params_, tile.sequence};
     const int queries = tile.sequence.seqlen_q() - tile.query, i = thread_in_block();
-    prefetch(in.q, tensors.q(tile.head), tile.query / Traits::kBlockN, queries);
-    prefetch(in.dout, tensors.dout(tile.head), tile.query / Traits::kBlockN, queries);
+    prefetch<QueryStream>(in.q, tensors.q(tile.head), tile.query / Traits::kBlockN, queries);
+    prefetch<DoutStream>(in.dout, tensors.dout(tile.head), tile.query / Traits::kBlockN, queries);
     load_statistics<Variant>(params_, tile.sequence.statistics_offset(tile.head, tile.query + i),
                              i < Traits::kBlockN && i < queries, in.lse, in.delta);
     if constexpr (kConverts<Traits>) {
@@ -207,6 +212,7 @@ class FlashBwdBias {
     }
   }
 
+  template <class Stream>
   static __device__ __forceinline__ void prefetch(typename Stream::InFlight& in,
                                                   const GlobalMatrix<typename Traits::Stored>& matrix, int tile,
                                                   int rows) {
@@ -217,8 +223,8 @@ class FlashBwdBias {
 
   __device__ __forceinline__ void commit(const InFlight& in) {
     if constexpr (kConverts<Traits>) scale_ = GradientScale<Traits>(greatest_in_warp(in.peak));
-    Stream::template commit<MemoryOrder>(in.q, 0);
-    Stream::template commit<MemoryOrder>(in.dout, Tile::kTileBytes, scale_.factor());
+    QueryStream::template commit<MemoryOrder>(in.q, 0);
+    DoutStream::template commit<MemoryOrder>(in.dout, Tile::kTileBytes, scale_.factor());
     if (thread_in_block() < Traits::kBlockN)
       store_statistics(Tile::kStatisticsBegin, thread_in_block(), in.lse * kLog2E, in.delta);
     block_barrier();
@@ -257,8 +263,8 @@ class FlashBwdBias {
       copy(fetched, of_step);
       fetch(fetched, tile, step + 1);
       Products s, dp;
-      multiply(s, k_, 0, step);
-      multiply(dp, v_, Tile::kTileBytes, step);
+      multiply<Tile::kDims>(s, k_, 0, step);
+      multiply<Tile::kValueDims>(dp, v_, Tile::kTileBytes, step);
       for_each(s, [&](float& score, int r, int c) {
         score = variant_.score(score, lane_query(tile, step) + c, lane_key(r));
       });
@@ -273,16 +279,18 @@ class FlashBwdBias {
   }
 
   // The warp's rows times a step's columns of a tile.
-  __device__ __forceinline__ void multiply(Products& acc, const typename Tile::Fragments& rows, SharedAddress columns,
+  template <int kDims, class Fragments>
+  __device__ __forceinline__ void multiply(Products& acc, const Fragments& rows, SharedAddress columns,
                                            int step) const {
+    constexpr int kDTiles = kDims / 8;
     for_each(acc, [](float& product, int, int) { product = 0.0f; });
 #pragma unroll
     for (int d = 0; d < kDTiles; d += 4) {
       unsigned b[4];
-      load_columns<Tile::kDims>(b, columns, step, d, lane_);
+      load_columns<kDims>(b, columns, step, d, lane_);
 #pragma unroll
       for (int i = 0; i < (kDTiles - d < 4 ? kDTiles - d : 4); i += 2) {
-        typename Tile::Fragments::Step a;
+        typename Fragments::Step a;
         rows.get(a, (d + i) / 2);
 #pragma unroll
         for (int half = 0; half < (kDTiles % 2 != 0 && kDTiles - d - i < 2 ? 1 : 2); ++half)
@@ -366,7 +374,8 @@ class FlashBwdBias {
   Variant variant_;
   Dropout dropout_;
   typename Dropout::Kept kept_;
-  typename Tile::Fragments k_, v_;
+  typename Tile::KeyFragments k_;
+  typename Tile::ValueFragments v_;
   int loaded_batch_ = -1, loaded_head_ = -1;  // whose rows these are
   Sums sums_;
 };

@@ -29,7 +29,7 @@
 template <class Traits>
 struct FlashDecodeTile {
   // Of a warp. O of 32 rows has room in registers up to head dim 128.
-  static constexpr int kMostRows = Traits::kHeadDim <= 128 ? 32 : 16;
+  static constexpr int kMostRows = Traits::kHeadDim <= 128 && Traits::kHeadDimV <= 128 ? 32 : 16;
   static constexpr int kRows = Traits::kBlockM < kMostRows ? Traits::kBlockM : kMostRows;
   static constexpr int kMTiles = kRows / 16;
 
@@ -59,10 +59,10 @@ class FlashDecode {
   using Element = typename Traits::Element;
   using Bits = typename Traits::Stored::Bits;
   using Matrix = KeyMatrix<Traits>;
-  static constexpr int kDims = Traits::kHeadDim, kGroup = Traits::kGroupSize;
+  static constexpr int kGroup = Traits::kGroupSize;
   static constexpr int kKeys = Traits::kBlockN, kSteps = kKeys / 8;
   static constexpr int kKeysOfAllWarps = Tile::kKeyGroups * kKeys;
-  static constexpr int kKeyChunks = Tile::kKeyChunks, kValueChunks = (kDims + 63) / 64;
+  static constexpr int kKeyChunks = Tile::kKeyChunks, kValueChunks = (Traits::kHeadDimV + 63) / 64;
   static constexpr int kMTiles = Tile::kMTiles, kLaneRows = 2 * kMTiles;
 
   template <bool kIsInOnePage>
@@ -125,10 +125,11 @@ class FlashDecode {
   // ---- memory to operands ----
 
   // Dims [dim, dim + 8) of a row, or zeros. Of every row kSpan dims are read at a time, which may be more than it has.
-  template <int kSpan>
+  template <class TensorTraits, int kSpan>
   static __device__ __forceinline__ void load(Vec16& chunk, const Bits* row, int dim, bool is_there) {
+    constexpr int kDims = TensorTraits::kHeadDim;
     if (is_there && (kDims % kSpan == 0 || dim < kDims))
-      load_chunk<Traits>(chunk, row + dim, dim, 1);
+      load_chunk<TensorTraits>(chunk, row + dim, dim, 1);
     else
       chunk = Vec16{};
   }
@@ -139,7 +140,7 @@ class FlashDecode {
     const TensorStrides& strides = params_.q_strides;
     const Bits* const query = static_cast<const Bits*>(params_.q) + sequence_.query_offset(strides, head_of(row)) +
                               query_of(row) * strides.row;
-    load<32>(chunk, query, 32 * c + lane_ % 4 * kChunkDims, row < rows());
+    load<Traits, 32>(chunk, query, 32 * c + lane_ % 4 * kChunkDims, row < rows());
 #pragma unroll
     for (int j = 0; j < 4; ++j) chunk.word[j] ^= params_.sign;
     to_elements<Traits>(chunk);
@@ -180,7 +181,7 @@ class FlashDecode {
       const int i = 8 * n + lane_ / 4;
       const Bits* const row = tile.row(matrix, i, i < count);
 #pragma unroll
-      for (int c = 0; c < kKeyChunks; ++c) load<32>(k[n][c], row, 32 * c + lane_ % 4 * kChunkDims, i < count);
+      for (int c = 0; c < kKeyChunks; ++c) load<Traits, 32>(k[n][c], row, 32 * c + lane_ % 4 * kChunkDims, i < count);
     }
   }
   template <class Keys>
@@ -192,7 +193,8 @@ class FlashDecode {
         const int i = 8 * n + lane_ % 4 * 2 + pair;
         const Bits* const row = tile.row(matrix, i, i < count);
 #pragma unroll
-        for (int c = 0; c < kValueChunks; ++c) load<64>(v[n][pair][c], row, 64 * c + lane_ / 4 * kChunkDims, i < count);
+        for (int c = 0; c < kValueChunks; ++c)
+          load<OfValues<Traits>, 64>(v[n][pair][c], row, 64 * c + lane_ / 4 * kChunkDims, i < count);
       }
   }
 
@@ -452,7 +454,7 @@ class FlashDecode {
           if constexpr (Traits::kHasSink)
 #pragma unroll
             for (int i = 0; i < kChunkDims; ++i) o[i] *= weight;
-          if (dim >= Traits::kTileDims) continue;
+          if (dim >= Traits::kTileDimsV) continue;
           if (params_.num_splits == 1)
             write_result(row, dim, all[r], o);
           else
@@ -468,7 +470,7 @@ class FlashDecode {
                       query_of(row) * strides.row + dim;
     Vec16 chunk;
     pack_chunk<typename Traits::Stored>(chunk, o, inverse_sum(all));
-    store_chunk<Traits>(out, dim, chunk);
+    store_chunk<OfValues<Traits>>(out, dim, chunk);
     if (dim == 0) store_global_f32(params_.softmax_lse + statistics_of(row), log_sum_exp(all));
   }
 
@@ -479,7 +481,7 @@ class FlashDecode {
       Vec16 four;
 #pragma unroll
       for (int j = 0; j < 4; ++j) four.word[j] = bits_of_float(o[4 * half + j]);
-      store_global_16B(params_.partial_out + place * Traits::kTileDims + dim + 4 * half, four);
+      store_global_16B(params_.partial_out + place * Traits::kTileDimsV + dim + 4 * half, four);
     }
     if (dim != 0) return;
     store_global_f32(params_.partial_rows + 2 * place, all.row_max);

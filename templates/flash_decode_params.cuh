@@ -11,6 +11,6 @@ struct FlashDecodeParams : FlashFwdParams {
 
   // A row is a number of softmax_lse, in its order.
   int total_rows;
-  float* partial_out;   // (num_splits, total_rows, kTileDims): O before the division by row_sum
+  float* partial_out;   // (num_splits, total_rows, kTileDimsV): O before the division by row_sum
   float* partial_rows;  // (num_splits, total_rows, 2): row_max and row_sum
 };

@@ -37,11 +37,11 @@
 // The numbers that follow from Traits.
 template <class Traits>
 struct FlashFwdTile {
-  static constexpr int kDims = Traits::kTileDims;
+  static constexpr int kDims = Traits::kTileDims, kValueDims = Traits::kTileDimsV;
   static constexpr int kRowsPerWarp = Traits::kBlockM / Traits::kNWarps;
   static constexpr int kMTiles = kRowsPerWarp / 16;
   static constexpr int kNTiles = Traits::kBlockN / 8;
-  static constexpr int kDTiles = kDims / 8;
+  static constexpr int kDTiles = kValueDims / 8;  // of O
   static constexpr int kThreads = Traits::kNWarps * 32;
 
   // Shared memory: slots for tiles of K, slots for tiles of V, then each warp's rows of Q beyond kRegisterDims.
@@ -49,15 +49,16 @@ struct FlashFwdTile {
   // Iteration n reads K(n) and V(n+1), and commits K(n-1) and V(n) before its barrier. Slow warps then may be as far
   // back as just behind the barrier of iteration n+1. They have read K(n+1), so two slots do; V(n+2) they still read,
   // unless the barrier is the last thing in an iteration, so V takes three, or two.
-  static constexpr int kTileBytes = Traits::kBlockN * row_pitch(kDims);
+  static constexpr int kKeyTileBytes = Traits::kBlockN * row_pitch(kDims);
+  static constexpr int kValueTileBytes = Traits::kBlockN * row_pitch(kValueDims);
   static constexpr int kKeySlots = 2;
   static constexpr int kValueSlots = kCommitsLast<Traits> ? 2 : 3;
-  static constexpr int kSlotBytes = (kKeySlots + kValueSlots) * kTileBytes;
-  using QueryFragments = RowFragments<Traits, kRowsPerWarp, kDims, Traits::kRegisterDims>;
+  static constexpr int kSlotBytes = kKeySlots * kKeyTileBytes + kValueSlots * kValueTileBytes;
+  using QueryFragments = RowFragments<Traits, kRowsPerWarp, kDims, kRegisterDimsOf<Traits, kDims>>;
   static constexpr int kQWarpBytes = QueryFragments::kSharedBytes;
 
   // Q on its way in and out on its way back pass through the slots' memory.
-  using Output = RowOutput<Traits, kRowsPerWarp, kDims>;
+  using Output = RowOutput<OfValues<Traits>, kRowsPerWarp, kValueDims>;
   static constexpr int kStagingWarpBytes = Output::kStagingBytes;
   static_assert(QueryFragments::kStagingBytes <= kStagingWarpBytes, "Q is staged in less than out");
   static constexpr int kStagingBytes = Traits::kNWarps * kStagingWarpBytes;
@@ -72,8 +73,8 @@ class FlashFwd {
   using Bits = typename Traits::Stored::Bits;
   using Matrix = GlobalMatrix<typename Traits::Stored>;
   static constexpr int kMTiles = Tile::kMTiles, kNTiles = Tile::kNTiles, kDTiles = Tile::kDTiles;
-  static constexpr int kPitch = row_pitch(Tile::kDims);
-  static constexpr int kProducts = kMTiles * kNTiles * kDTiles;  // tensor instructions of each of the two products
+  static constexpr int kPitch = row_pitch(Tile::kDims), kValuePitch = row_pitch(Tile::kValueDims);
+  static constexpr int kProducts = kMTiles * kNTiles * kDTiles;  // tensor instructions of O's product
 
   using Variant = ScoreVariant<Traits>;
   using Columns = ColumnOrder<kReadsNeighbours<Traits>, kNTiles>;
@@ -83,8 +84,11 @@ class FlashFwd {
   using Probabilities = typename Rows::Probabilities;
   using Dropout = DropoutOf<Traits, false, kMTiles, kNTiles, kReadsNeighbours<Traits>>;
   using Points = Schedule<Traits, kProducts>;
-  using Stream = typename Traits::Copy::template Stream<Traits, Traits::kBlockN, Tile::kDims, Tile::kThreads>;
-  using InFlight = typename Stream::InFlight;
+  using KeyStream = typename Traits::Copy::template Stream<Traits, Traits::kBlockN, Tile::kDims, Tile::kThreads>;
+  using ValueStream =
+      typename Traits::Copy::template Stream<OfValues<Traits>, Traits::kBlockN, Tile::kValueDims, Tile::kThreads>;
+  using KeysInFlight = typename KeyStream::InFlight;
+  using ValuesInFlight = typename ValueStream::InFlight;
 
   // Tiles that a block mask lists, or all of a range.
   static constexpr bool kHasBlockMask = Traits::kHasBlockMask;
@@ -172,13 +176,13 @@ class FlashFwd {
     SharedAddress k, v;
   };
 
-  static constexpr SharedAddress kFirstValueSlot = Tile::kKeySlots * Tile::kTileBytes;
+  static constexpr SharedAddress kFirstValueSlot = Tile::kKeySlots * Tile::kKeyTileBytes;
 
   // Those of the next iteration.
   __device__ __forceinline__ Slots next_slots() const {
-    constexpr SharedAddress kTile = Tile::kTileBytes;
-    constexpr SharedAddress kLastValueSlot = kFirstValueSlot + (Tile::kValueSlots - 1) * kTile;
-    return {slots_.k == 0 ? kTile : 0, slots_.v == kLastValueSlot ? kFirstValueSlot : slots_.v + kTile};
+    constexpr SharedAddress kKeyTile = Tile::kKeyTileBytes, kValueTile = Tile::kValueTileBytes;
+    constexpr SharedAddress kLastValueSlot = kFirstValueSlot + (Tile::kValueSlots - 1) * kValueTile;
+    return {slots_.k == 0 ? kKeyTile : 0, slots_.v == kLastValueSlot ? kFirstValueSlot : slots_.v + kValueTile};
   }
 
   // Before the iteration of tile `last`, the first one.
@@ -187,10 +191,10 @@ class FlashFwd {
     slots_ = {0, kFirstValueSlot};
     k_stream_.go_to(tile());
     if constexpr (!kHasBlockMask) v_stream_.go_to(last + 1);
-    InFlight k;
+    KeysInFlight k;
     k_stream_.prefetch_bounded(k, slots_.k, block_.sequence.seqlen_k() - tile() * Traits::kBlockN);
     fetch_pairs<false>(last);
-    Stream::template commit<Columns>(k, slots_.k);
+    KeyStream::template commit<Columns>(k, slots_.k);
     block_barrier();
   }
 
@@ -217,7 +221,7 @@ class FlashFwd {
   }
 
   // Tiles that are whole, but those that are listed come in any order.
-  __device__ __forceinline__ void prefetch(InFlight& k, InFlight& v, const Slots& slots) {
+  __device__ __forceinline__ void prefetch(KeysInFlight& k, ValuesInFlight& v, const Slots& slots) {
     if constexpr (kHasBlockMask) return prefetch_bounded(k, v, slots);
     advance();
     k_stream_.prefetch(k, slots.k);
@@ -225,7 +229,7 @@ class FlashFwd {
   }
 
   // The same where one of the two may be the sequence's last tile, which need not be whole.
-  __device__ __forceinline__ void prefetch_bounded(InFlight& k, InFlight& v, const Slots& slots) {
+  __device__ __forceinline__ void prefetch_bounded(KeysInFlight& k, ValuesInFlight& v, const Slots& slots) {
     advance();
     k_stream_.prefetch_bounded(k, slots.k, block_.sequence.seqlen_k() - prefetched_tile() * Traits::kBlockN);
     v_stream_.prefetch_bounded(v, slots.v, block_.sequence.seqlen_k() - tile() * Traits::kBlockN);
@@ -238,25 +242,25 @@ class FlashFwd {
     fetch_tile<kIsWhole, Columns, kMTiles, kNTiles>(fetched_, variant_, block_.sequence, lane_query(), key);
   }
 
-  static __device__ __forceinline__ void commit(const InFlight& k, const InFlight& v, const Slots& slots) {
-    Stream::template commit<Columns>(v, slots.v);
-    Stream::template commit<Columns>(k, slots.k);
+  static __device__ __forceinline__ void commit(const KeysInFlight& k, const ValuesInFlight& v, const Slots& slots) {
+    ValueStream::template commit<Columns>(v, slots.v);
+    KeyStream::template commit<Columns>(k, slots.k);
     block_barrier();
   }
 
   // Where tiles are converted and nothing stands behind that but the barrier, products come between its parts.
   static constexpr bool kCommitsInParts = kConverts<Traits> && kCommitsLast<Traits>;
 
-  static __device__ __forceinline__ void commit_parts(const InFlight& k, const InFlight& v, const Slots& slots,
-                                                      int product) {
-    constexpr int kPasses = Stream::kPasses, kParts = 2 * kPasses;
+  static __device__ __forceinline__ void commit_parts(const KeysInFlight& k, const ValuesInFlight& v,
+                                                      const Slots& slots, int product) {
+    constexpr int kPasses = KeyStream::kPasses, kParts = kPasses + ValueStream::kPasses;
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       if (product != Points::part_of_commit(i, kParts)) continue;
       if (i < kPasses)
-        Stream::template commit_pass<Columns>(k, slots.k, i);
+        KeyStream::template commit_pass<Columns>(k, slots.k, i);
       else
-        Stream::template commit_pass<Columns>(v, slots.v, i - kPasses);
+        ValueStream::template commit_pass<Columns>(v, slots.v, i - kPasses);
     }
     if (product == Points::kCommit) block_barrier();
   }
@@ -283,8 +287,8 @@ class FlashFwd {
 
   // V fragments of 8 keys x 32 dims, transposed, are the B operands of 4 independent products: matrix i has dims 8i..
   __device__ __forceinline__ void load_v(unsigned (&v)[4], SharedAddress slot, int n, int d) const {
-    const int lane_offset = lane_ % 8 * kPitch + lane_ / 8 * kChunkBytes;
-    const SharedAddress address = slot + lane_offset + n * 8 * kPitch + d * kChunkBytes;
+    const int lane_offset = lane_ % 8 * kValuePitch + lane_ / 8 * kChunkBytes;
+    const SharedAddress address = slot + lane_offset + n * 8 * kValuePitch + d * kChunkBytes;
     if (kDTiles - d >= 4) {
       ldmatrix_x4_trans(v, address);
     } else if (kDTiles % 2 == 0 || d < kDTiles - 1) {
@@ -366,7 +370,8 @@ class FlashFwd {
   // thing comes after the other here: these iterations are few.
   __device__ __forceinline__ void masked_iterations(int n_end, const TileRange& of_warp) {
     while (n_block_ > n_end) {
-      InFlight k, v;
+      KeysInFlight k;
+      ValuesInFlight v;
       prefetch_bounded(k, v, next_slots());
       if (is_waiting(of_warp)) use_exponents();
       if (sees(of_warp, n_block_ - 1) && is_shown()) {
@@ -461,7 +466,8 @@ class FlashFwd {
 
   // An iteration that leaves its tile out.
   __device__ __forceinline__ void pass() {
-    InFlight k, v;
+    KeysInFlight k;
+    ValuesInFlight v;
     const Slots next = next_slots();
     prefetch(k, v, next);
     fetch_pairs<true>(n_block_ - 2);
@@ -479,7 +485,8 @@ class FlashFwd {
     const Slots next = next_slots();
     Exponents t;
     Probabilities p;
-    InFlight k, v;
+    KeysInFlight k;
+    ValuesInFlight v;
     copy(exponents_.t, t.t);
     to_probabilities(t, p);
     multiply_keys();
@@ -534,7 +541,8 @@ class FlashFwd {
   ListedTiles<Traits::kBlockN> listed_;
   PairMask pair_mask_;
   FetchedTile<kMTiles, kNTiles, Variant, Columns> fetched_;  // for the scores of the next iteration
-  Stream k_stream_, v_stream_;
+  KeyStream k_stream_;
+  ValueStream v_stream_;
   typename Tile::QueryFragments query_;
   int n_block_;  // the tile of exponents_; the next iteration is that of tile n_block_ - 1
   Slots slots_;  // of the next iteration

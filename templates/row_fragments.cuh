@@ -38,6 +38,14 @@ class RowFragments {
     for (int step = 0; step < kWholeSteps; ++step)
       Staged::load(chunks[step], matrix, row, seqlen - row, first_dim + 16 * step, lane);
     if constexpr (kHasHalfStep) HalfStaged::load(half, matrix, row, seqlen - row, first_dim + 16 * kWholeSteps, lane);
+    if constexpr (kHasHalfStep && kSharedDims == 0) {
+      HalfStaged::template store_shared<Order>(staging, row_pitch(16), half, lane, sign, factor...);
+      warp_barrier();
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m)
+        load_half(registers_[kWholeSteps][m], staging + fragment_offset(m, row_pitch(16), lane));
+      warp_barrier();
+    }
 #pragma unroll
     for (int step = 0; step < kWholeRegisterSteps; ++step) {
       Staged::template store_shared<Order>(staging, row_pitch(16), chunks[step], lane, sign, factor...);
@@ -54,14 +62,6 @@ class RowFragments {
     if constexpr (kHasHalfStep && kSharedDims > 0)
       HalfStaged::template store_shared<Order>(shared + (kWholeSteps - kRegisterSteps) * 16 * kElementBytes,
                                                row_pitch(kSharedDims), half, lane, sign, factor...);
-    if constexpr (kHasHalfStep && kSharedDims == 0) {
-      HalfStaged::template store_shared<Order>(staging, row_pitch(16), half, lane, sign, factor...);
-      warp_barrier();
-#pragma unroll
-      for (int m = 0; m < kMTiles; ++m)
-        load_half(registers_[kWholeSteps][m], staging + fragment_offset(m, row_pitch(16), lane));
-      warp_barrier();
-    }
     shared_ = shared + fragment_offset(0, row_pitch(kSharedDims), lane);
   }
 

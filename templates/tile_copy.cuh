@@ -30,6 +30,16 @@ struct GlobalMatrix {
 template <class Traits>
 constexpr bool kHasPaddedDims = Traits::kTileDims != Traits::kHeadDim;
 
+// Traits of what has v's head dim: v, out and their gradients.
+template <class Traits>
+struct OfValues : Traits {
+  static constexpr int kHeadDim = Traits::kHeadDimV, kTileDims = Traits::kTileDimsV;
+};
+
+// Of kDims head dims of a row operand, those that registers hold: whole steps of 16, or all.
+template <class Traits, int kDims>
+constexpr int kRegisterDimsOf = Traits::kRegisterDims < kDims ? Traits::kRegisterDims / 16 * 16 : kDims;
+
 // One chunk of a global row: dims [dim, dim + 8), the first of them at `at`; what lies beyond kHeadDim reads as zero.
 template <class Traits>
 __device__ __forceinline__ void load_chunk(Vec16& chunk, const typename Traits::Stored::Bits* at, int dim,

@@ -25,7 +25,7 @@ constexpr std::array kSmall = {
 TileTables tiles(const KernelSpec&) { return {TileTableList{kLarge}, TileTableList{}, TileTableList{kSmall}}; }
 
 // K lies in shared memory whatever the tile says, which speaks of V alone.
-constexpr GradientLayout kLayout = {.gradients = 2, .statistics_bytes = 8, .row_matrices = 1};
+constexpr GradientLayout kLayout = {.makes_dv = true, .statistics_bytes = 8, .keeps_s_rows = false};
 
 // dS beside a slot's tiles, K, and where dQ passes through: see AllKeysDq.
 int shared_bytes(const KernelSpec& spec) {
@@ -33,7 +33,7 @@ int shared_bytes(const KernelSpec& spec) {
   const int dims = kernel_dims(spec), steps = tile.block_n / 8;
   const int steps_of_part = (dims + 15) / 16 >= tile.warps ? steps : 1;
   return slots_bytes_of(kLayout, spec, steps * tile.block_m * 16) + tile.block_m * row_pitch(dims) +
-         shared_row_bytes(spec) + tile.warps * steps_of_part * 8 * row_pitch(16);
+         shared_row_bytes(spec, kernel_value_dims(spec)) + tile.warps * steps_of_part * 8 * row_pitch(16);
 }
 
 int registers(const KernelSpec& spec) { return registers_of(kLayout, spec); }
@@ -61,6 +61,7 @@ constinit const KernelFamily kBackwardAllKeysFamily = {
     .has_all_rows = true,
     .most_head_dim = 128,
     .products = 5,
+    .value_products = 2,
     .shared_bytes = shared_bytes,
     .registers = registers,
     .check_tile = check_tile,

@@ -26,15 +26,17 @@ TileTables tiles(const KernelSpec&) { return {TileTableList{kRows}}; }
 // hold, and where they come in: see FlashBwdBiasTile.
 int shared_bytes(const KernelSpec& spec) {
   const TileConfig& tile = spec.tile;
-  return tile.block_n * (2 * row_pitch(kernel_dims(spec)) + 8) + 2 * shared_row_bytes(spec) +
-         tile.block_m * row_pitch(16);
+  const int dims = kernel_dims(spec), value_dims = kernel_value_dims(spec);
+  return tile.block_n * (row_pitch(dims) + row_pitch(value_dims) + 8) + shared_row_bytes(spec, dims) +
+         shared_row_bytes(spec, value_dims) + tile.block_m * row_pitch(16);
 }
 
 int registers(const KernelSpec& spec) {
   const int m_tiles = row_tiles_of_warp(spec);
   const int steps = spec.has(Feature::kOneRow) ? 1 : spec.tile.block_n / 8;
   const int scores = 2 * m_tiles * 4;  // S and dP of a step of 8 queries
-  return m_tiles * steps * 4 + scores + 2 * row_registers(spec) + kFragmentAndAddressRegisters;
+  const int rows = row_registers(spec, kernel_dims(spec)) + row_registers(spec, kernel_value_dims(spec));
+  return m_tiles * steps * 4 + scores + rows + kFragmentAndAddressRegisters;
 }
 
 std::optional<std::string> check_tile(const KernelSpec& spec) {
@@ -60,6 +62,7 @@ constinit const KernelFamily kBackwardBiasFamily = {.word = "bwd_dbias",
                                                     .rows = RowSide::kKeys,
                                                     .reads_mask = true,
                                                     .products = 2,
+                                                    .value_products = 1,
                                                     .shared_bytes = shared_bytes,
                                                     .registers = registers,
                                                     .is_tuned = false,

@@ -6,8 +6,8 @@ namespace flash_attn_jit {
 namespace {
 
 // Chosen like forward's. 32 rows a warp halve the reads of shared memory, which bind it, as far as the registers hold
-// its gradients, which are two, and operands: to head dim 64. What spills is in tools/tile_search/records, at 128 with
-// the causal mask and above 192; with groups of 2 some bytes do at 64.
+// its gradients, which are two, and operands: to head dim 64. What spills is in tools/tile_search/records, at 56 and
+// 128 with the causal mask and above 192; with groups of 2 some bytes do at 64.
 constexpr std::array kLargeFull = {
     TileRow{32, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {5, 7, 8}}},
     TileRow{48, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 48, .schedule = {3, 6, 8}}},
@@ -22,7 +22,9 @@ constexpr std::array kLargeFull = {
 };
 constexpr std::array kLargeCausal = {
     TileRow{32, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 32, .schedule = {3, 6, 8}}},
+    TileRow{40, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 40, .schedule = {4, 6, 8}}},
     TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {0, 3, 8}}},
+    TileRow{56, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 56, .schedule = {1, 7, 8}}},
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {1, 8, 8}}},
     TileRow{80, {.block_m = 128, .block_n = 24, .warps = 8, .register_dims = 80, .schedule = {2, 7, 8}}},
     TileRow{96, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {0, 6, 8}}},
@@ -168,10 +170,12 @@ TileTables tiles(const KernelSpec& spec) {
           TileTableList{kSmallGradients}};
 }
 
-// Two blocks make half of the gradients' dims each above 128: 16 rows of both would take all of a thread's registers.
-constexpr GradientLayout kLayout = {.gradients = 2, .statistics_bytes = 8, .output_splits = [](const KernelSpec& spec) {
-                                      return spec.padded_head_dim() > 128 ? 2 : 1;
-                                    }};
+// Two blocks make half of each gradient's dims above 128, or where both have more than 256: 16 rows of both would take
+// all of a thread's registers.
+constexpr GradientLayout kLayout = {
+    .makes_dv = true, .statistics_bytes = 8, .output_splits = [](const KernelSpec& spec) {
+      return spec.head_dim + spec.value_head_dim() > 256 ? 2 : 1;
+    }};
 
 int shared_bytes(const KernelSpec& spec) { return shared_bytes_of(kLayout, spec); }
 int registers(const KernelSpec& spec) { return registers_of(kLayout, spec); }
@@ -189,6 +193,7 @@ constinit const KernelFamily kBackwardDkDvFamily = {.word = "bwd_dkdv",
                                                     .rows = RowSide::kKeys,
                                                     .reads_mask = true,
                                                     .products = 4,
+                                                    .value_products = 2,
                                                     .output_splits = kLayout.output_splits,
                                                     .shared_bytes = shared_bytes,
                                                     .registers = registers,

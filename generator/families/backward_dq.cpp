@@ -128,7 +128,7 @@ TileTables tiles(const KernelSpec& spec) {
       TileTableList{only_if(takes_medium(spec), kMedium)}, TileTableList{kSmall, kSmallGradients}};
 }
 
-constexpr GradientLayout kLayout = {.gradients = 1, .statistics_bytes = 0};
+constexpr GradientLayout kLayout = {.makes_dv = false, .statistics_bytes = 0};
 
 int shared_bytes(const KernelSpec& spec) { return shared_bytes_of(kLayout, spec); }
 int registers(const KernelSpec& spec) { return registers_of(kLayout, spec); }
@@ -146,6 +146,7 @@ constinit const KernelFamily kBackwardDqFamily = {.word = "bwd_dq",
                                                   .rows = RowSide::kQueries,
                                                   .reads_mask = true,
                                                   .products = 3,
+                                                  .value_products = 1,
                                                   .output_splits = kLayout.output_splits,
                                                   .shared_bytes = shared_bytes,
                                                   .registers = registers,

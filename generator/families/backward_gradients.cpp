@@ -6,30 +6,29 @@
 #include "generator/tile_rules.h"
 
 namespace flash_attn_jit {
-namespace {
-
-int output_dims(const GradientLayout& layout, const KernelSpec& spec) {
-  return kernel_dims(spec) / layout.output_splits(spec);
-}
-
-}  // namespace
+namespace {}  // namespace
 
 int slots_bytes_of(const GradientLayout& layout, const KernelSpec& spec, int more_bytes) {
   const TileConfig& tile = spec.tile;
-  const int slot = tile.block_n * (2 * row_pitch(kernel_dims(spec)) + layout.statistics_bytes) + more_bytes;
-  const int staging = tile.block_m * row_pitch(std::max(staging_dims(output_dims(layout, spec)), 16));
+  const int dims = kernel_dims(spec), value_dims = kernel_value_dims(spec), splits = layout.output_splits(spec);
+  const int slot = tile.block_n * (row_pitch(dims) + row_pitch(value_dims) + layout.statistics_bytes) + more_bytes;
+  const int staged = std::max(staging_dims(dims / splits), layout.makes_dv ? staging_dims(value_dims / splits) : 0);
+  const int staging = tile.block_m * row_pitch(staged);
   return std::max(3 * slot, staging);
 }
 
 int shared_bytes_of(const GradientLayout& layout, const KernelSpec& spec) {
-  return slots_bytes_of(layout, spec) + layout.row_matrices * shared_row_bytes(spec);
+  return slots_bytes_of(layout, spec) + shared_row_bytes(spec, kernel_dims(spec)) +
+         shared_row_bytes(spec, kernel_value_dims(spec));
 }
 
 int registers_of(const GradientLayout& layout, const KernelSpec& spec) {
   const int m_tiles = row_tiles_of_warp(spec);
-  const int gradients = layout.gradients * m_tiles * output_dims(layout, spec) / 2;
+  const int dims = kernel_dims(spec), value_dims = kernel_value_dims(spec);
+  const int gradients = m_tiles * (dims + (layout.makes_dv ? value_dims : 0)) / layout.output_splits(spec) / 2;
   const int scores = 2 * m_tiles * 4;  // S and dP of a step of 8 columns
-  return gradients + layout.row_matrices * row_registers(spec) + scores + kFragmentAndAddressRegisters;
+  const int rows = (layout.keeps_s_rows ? row_registers(spec, dims) : 0) + row_registers(spec, value_dims);
+  return gradients + rows + scores + kFragmentAndAddressRegisters;
 }
 
 std::optional<std::string> check_gradient_tile(const KernelSpec& spec) {

@@ -12,10 +12,10 @@ namespace flash_attn_jit {
 
 // A block's gradients of one row: dQ, or dK and dV; and what a slot holds beside its two tiles.
 struct GradientLayout {
-  int gradients;
+  bool makes_dv;
   int statistics_bytes;  // a column's, in a slot: where columns are queries, their lse and delta
   int (*output_splits)(const KernelSpec&) = [](const KernelSpec&) { return 1; };
-  int row_matrices = 2;  // of the rows' two, those of which the tile says how many dims are in registers
+  bool keeps_s_rows = true;  // as many dims of S's rows in registers as the tile says, and not only of dP's
 };
 
 // The three slots, or where rows come in and gradients go out, which is the same memory. A slot has `more_bytes` beside

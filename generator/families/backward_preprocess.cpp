@@ -21,6 +21,7 @@ constinit const KernelFamily kBackwardPreprocessFamily = {.word = "bwd_preproces
                                                           .results = {.delta = true},
                                                           .rows = RowSide::kQueries,
                                                           .reads_mask = false,
+                                                          .reads_values_alone = true,
                                                           .registers = [](const KernelSpec&) { return 32; },
                                                           .check_tile = check_rows_alone,
                                                           .default_tiles = tiles};

@@ -64,7 +64,7 @@ int shared_bytes(const KernelSpec& spec) {
 }
 
 int registers(const KernelSpec& spec) {
-  const int key_chunks = chunks_of_queries(spec.head_dim), value_chunks = (spec.head_dim + 63) / 64;
+  const int key_chunks = chunks_of_queries(spec.head_dim), value_chunks = (spec.value_head_dim() + 63) / 64;
   const int steps = spec.tile.block_n / 8, m_tiles = row_tiles_of_warp(spec);
   const int acc_o = 32 * value_chunks * m_tiles, queries = 8 * chunks_of_queries(spec.tile.register_dims) * m_tiles;
   const int tile = steps * 4 * (key_chunks + 2 * value_chunks), scores = 4 * steps * m_tiles;
@@ -88,6 +88,7 @@ constinit const KernelFamily kDecodeFamily = {.word = "decode",
                                               .reads_mask = true,
                                               .warps_share_rows = true,
                                               .products = 2,
+                                              .value_products = 1,
                                               .shared_bytes = shared_bytes,
                                               .registers = registers,
                                               .check_tile = check_tile,

@@ -71,6 +71,7 @@ KernelSpec normalized(KernelSpec spec) {
   spec.features =
       (family.reads_mask ? given.of_main_loop() : none) | (family.results.out ? given.finishing_rows() : none);
   if (!spec.features.are_users()) spec.functions = 0;
+  if (family.reads_values_alone) spec.set_head_dims(spec.value_head_dim(), spec.value_head_dim());
   if (family.reads_mask) return spec;
   spec.mask = Mask::kNone;
   spec.group_size = 1;

@@ -28,6 +28,8 @@ constexpr std::array kLargeCausal = {
     TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {0, 4, 7}}},
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 4, 4}}},
     TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 5, 7}}},
+    TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {5, 8, 8}}},
+    TileRow{120, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 2, 2}}},
     TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {5, 8, 8}}},
     TileRow{160, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 160, .schedule = {0, 7, 7}}},
     TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 192, .schedule = {2, 4, 4}}},
@@ -202,17 +204,18 @@ std::optional<std::string> check_tile(const KernelSpec& spec) {
 
 // Slots for tiles of K and V, through which Q and out pass too, then the rows of Q that registers do not hold.
 int shared_bytes(const KernelSpec& spec) {
-  const int dims = kernel_dims(spec);
-  const int staging = spec.tile.block_m * row_pitch(staging_dims(dims));
-  const int slots = spec.tile.schedule.barrier == 8 ? 4 : 5;
-  return std::max(slots * spec.tile.block_n * row_pitch(dims), staging) + shared_row_bytes(spec);
+  const int dims = kernel_dims(spec), value_dims = kernel_value_dims(spec);
+  const int staging = spec.tile.block_m * row_pitch(staging_dims(value_dims));
+  const int key_slots = 2, value_slots = spec.tile.schedule.barrier == 8 ? 2 : 3;
+  const int row_of_slots = key_slots * row_pitch(dims) + value_slots * row_pitch(value_dims);
+  return std::max(spec.tile.block_n * row_of_slots, staging) + shared_row_bytes(spec, dims);
 }
 
 int registers(const KernelSpec& spec) {
   const int m_tiles = row_tiles_of_warp(spec);
-  const int acc_o = m_tiles * kernel_dims(spec) / 2;
+  const int acc_o = m_tiles * kernel_value_dims(spec) / 2;
   const int scores = m_tiles * spec.tile.block_n / 2;
-  return acc_o + row_registers(spec) + 2 * scores + kFragmentAndAddressRegisters;
+  return acc_o + row_registers(spec, kernel_dims(spec)) + 2 * scores + kFragmentAndAddressRegisters;
 }
 
 constexpr std::array kColumns = {16, 32, 48};
@@ -230,6 +233,7 @@ constinit const KernelFamily kForwardFamily = {.word = "fwd",
                                                .rows = RowSide::kQueries,
                                                .reads_mask = true,
                                                .products = 2,
+                                               .value_products = 1,
                                                .shared_bytes = shared_bytes,
                                                .registers = registers,
                                                .check_tile = check_tile,

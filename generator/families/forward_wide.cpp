@@ -51,7 +51,7 @@ int shared_bytes(const KernelSpec& spec) {
 int registers(const KernelSpec& spec) {
   const int m_tiles = row_tiles_of_warp(spec);
   const int acc_o = m_tiles * dims_of_warp(spec) / 2, scores = m_tiles * spec.tile.block_n / 2;
-  return acc_o + row_registers(spec) + 2 * scores + kFragmentAndAddressRegisters;
+  return acc_o + row_registers(spec, dims_of_warp(spec)) + 2 * scores + kFragmentAndAddressRegisters;
 }
 
 }  // namespace
@@ -70,6 +70,7 @@ constinit const KernelFamily kForwardWideFamily = {.word = "fwd_wide",
                                                    .least_head_dim = kMostNarrowHeadDim + 1,
                                                    .most_head_dim = kMostHeadDim,
                                                    .products = 2,
+                                                   .value_products = 1,
                                                    .shared_bytes = shared_bytes,
                                                    .registers = registers,
                                                    .is_tuned = false,

@@ -79,12 +79,14 @@ def check_tensor(name: str, value: Any) -> None:
         refuse_gradient(name)
 
 
-def check_out(out: Any, q: torch.Tensor) -> None:
+def check_out(out: Any, q: torch.Tensor, v: torch.Tensor) -> None:
     """A tensor that a result is written into."""
-    accepted = f"None, or a tensor like q, of shape {tuple(q.shape)}, dtype {q.dtype}, on {q.device}"
+    shape = (*q.shape[:-1], v.shape[-1]) if v.dim() == q.dim() else tuple(q.shape)
+    like = "q" if shape == q.shape else "q with v's head dim"
+    accepted = f"None, or a tensor like {like}, of shape {shape}, dtype {q.dtype}, on {q.device}"
     if not isinstance(out, torch.Tensor):
         raise Refusal("out", f"is {kind_text(out)}", accepted).exception()
-    if out.shape != q.shape or out.dtype is not q.dtype or out.device != q.device:
+    if out.shape != shape or out.dtype is not q.dtype or out.device != q.device:
         came = f"has shape {tuple(out.shape)} and dtype {out.dtype} on {out.device}"
         raise Refusal("out", came, accepted).exception()
     if out.requires_grad:

@@ -329,7 +329,7 @@ def attention(q: Any, k: Any, v: Any, options: Options, wants_lse: bool, out: to
     if out is not None or has_cache(options):
         _refuse_gradients(options, out, q, k, v)
         if out is not None:
-            check_out(out, q)
+            check_out(out, q, v)
     try:
         if not (is_plain(q, k, v) and _are_plain(options, q, k, v) and (out is None or are_plain((out,)))):
             result = _forward_operator(SEPARATE)(q, k, v, *_for_operator(options, q, k, v))

@@ -12,9 +12,9 @@ from ._options import Options
 from ._torch_internals import register_flop_formula
 from .ops import KVPACKED, QKVPACKED, SEPARATE, Form
 
-# Of multiplying two matrices of a pair of query and key, per element of a head: S = QK' and PV forward; S, dP, dQ, dK
-# and dV backward.
-_FORWARD, _BACKWARD = 2 * 2, 2 * 5
+# Products of a pair of query and key, over q's head dim and over v's: S = QK' and PV forward; S, dQ and dK, dP and dV
+# backward.
+_FORWARD, _BACKWARD = (1, 1), (3, 2)
 
 
 def _lengths(cu_seqlens: torch.Tensor, max_seqlen: int) -> list[int]:
@@ -34,13 +34,14 @@ def _pairs(q: torch.Tensor, k: torch.Tensor, options: Options) -> int:
     return sum(seqlen_q * seqlen_k for seqlen_q, seqlen_k in lengths)
 
 
-def _register(form: Form, operator: Any, flops_of_pair: int, before: int, between: int) -> None:
+def _register(form: Form, operator: Any, products: tuple[int, int], before: int, between: int) -> None:
     """`before` and `between` arguments come ahead of the form's tensors, and between them and the options."""
 
     def formula(*arguments: Any, **_: Any) -> int:
         end = before + len(form.names)
-        q, k, _v = form.split(*arguments[before:end])
-        return flops_of_pair * _pairs(q, k, Options._make(arguments[end + between :])) * q.shape[-2] * q.shape[-1]
+        q, k, v = form.split(*arguments[before:end])
+        dims = products[0] * q.shape[-1] + products[1] * v.shape[-1]
+        return 2 * dims * _pairs(q, k, Options._make(arguments[end + between :])) * q.shape[-2]
 
     register_flop_formula(operator.overloadpacket, formula)
 

@@ -39,7 +39,7 @@ def sdpa(
         query: (..., num_heads, seqlen_q, head_dim), float16 or bfloat16, with at least 2 dimensions. Head dims 1 to
             512, 1 to 256 where an input needs a gradient. Of every tensor only the last dimension must be contiguous.
         key: (..., num_heads_k, seqlen_k, head_dim), with query's dtype and number of dimensions. Nothing is broadcast.
-        value: like key: its head_dim too.
+        value: like key; to 256 with a head_dim of its own.
         attn_mask: None; or bool, float32 or of query's dtype, of a shape that broadcasts to (..., num_heads, seqlen_q,
             seqlen_k): False hides a key from a query, a number is added to the score (beside a query of 4 dimensions at
             least 2, as in PyTorch); or a causal mask of ``torch.nn.attention.bias``: ``causal_upper_left(seqlen_q,
@@ -237,22 +237,28 @@ def _shape_refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     *batch, _, head_dim = query.shape
     if not 1 <= head_dim <= MOST_HEAD_DIM:
         return Refusal("query", f"has head_dim {head_dim}", _ACCEPTED["head_dim"], error=UnsupportedError)
+    if key.shape[-1] != head_dim:
+        return Refusal("key", f"has head_dim {key.shape[-1]} and query {head_dim}", "query's")
+    if not 1 <= value.shape[-1] <= MOST_HEAD_DIM:
+        return Refusal("value", f"has head_dim {value.shape[-1]}", _ACCEPTED["head_dim"], error=UnsupportedError)
+    most = max(head_dim, value.shape[-1])
+    if most > MOST_HEAD_DIM_OF_GRADIENTS and value.shape[-1] != head_dim:
+        came = f"has head_dim {value.shape[-1]} and query {head_dim}"
+        return Refusal("value", came, f"query's, or both 1 to {MOST_HEAD_DIM_OF_GRADIENTS}", error=UnsupportedError)
     if head_dim > MOST_HEAD_DIM_OF_GRADIENTS and need_gradient(query, key, value):
         came = f"has head_dim {head_dim}, and an input needs a gradient"
         return Refusal("query", came, ACCEPTED_WITH_GRADIENTS, error=UnsupportedError)
     for name, tensor in (("key", key), ("value", value)):
-        *batch_k, _, head_dim_k = tensor.shape
-        if head_dim_k != head_dim:
-            return Refusal(name, f"has head_dim {head_dim_k} and query {head_dim}", "query's")
+        *batch_k, _, _ = tensor.shape
         if batch_k[:-1] != batch[:-1]:
             return Refusal(
                 name,
                 f"has batch dimensions {tuple(batch_k[:-1])} and query {tuple(batch[:-1])}",
                 "query's: nothing is broadcast",
             )
-    if value.shape != key.shape:
+    if value.shape[:-1] != key.shape[:-1]:
         came = f"has shape {tuple(value.shape)} and key {tuple(key.shape)}"
-        return Refusal("value", came, "key's")
+        return Refusal("value", came, "key's but for the last dimension")
     if query.dim() == 2:
         return None
     heads, heads_k = query.shape[-3], key.shape[-3]

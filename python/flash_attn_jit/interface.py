@@ -231,14 +231,14 @@ def flash_attn_func(
             they are.
         k: (batch, seqlen_k, num_heads_k, head_dim), of q's dtype. num_heads is a multiple of num_heads_k: query head i
             reads key head i // (num_heads / num_heads_k).
-        v: like k.
+        v: like k; its head dim may be another one, 1 to 256, which out then has, too.
         {options}
         {bias}
         {sinks}
         {cache_options}
 
     Returns:
-        out (batch, seqlen_q, num_heads, head_dim), of q's dtype and contiguous; or, with ``return_attn_probs``,
+        out (batch, seqlen_q, num_heads, v's head_dim), of q's dtype and contiguous; or, with ``return_attn_probs``,
         (out, softmax_lse, S_dmask): softmax_lse (batch, num_heads, seqlen_q), float32, is the natural logarithm of
         the softmax's denominator; {returned}
 
@@ -421,7 +421,7 @@ def flash_attn_varlen_func(
             are.
         k: (total_k, num_heads_k, head_dim), of q's dtype. num_heads is a multiple of num_heads_k: query head i reads
             key head i // (num_heads / num_heads_k).
-        v: like k.
+        v: like k; its head dim may be another one, 1 to 256, which out then has, too.
         cu_seqlens_q: of the queries:
             {cu_seqlens}
         cu_seqlens_k: the same of the keys; with ``block_table`` how many keys each sequence has, or None where
@@ -439,7 +439,7 @@ def flash_attn_varlen_func(
         {cache_options}
 
     Returns:
-        out (total_q, num_heads, head_dim), of q's dtype and contiguous; or, with ``return_attn_probs``,
+        out (total_q, num_heads, v's head_dim), of q's dtype and contiguous; or, with ``return_attn_probs``,
         (out, softmax_lse, S_dmask): softmax_lse (num_heads, total_q), float32, is the natural logarithm of the
         softmax's denominator; {returned}
 

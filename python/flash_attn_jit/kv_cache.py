@@ -143,9 +143,9 @@ def flash_attn_with_kvcache(
             contiguous.
         k_cache: (batch of the cache, rows, num_heads_k, head_dim), of q's dtype, or with ``block_table`` (pages, page
             size, num_heads_k, head_dim).
-        v_cache: like k_cache.
+        v_cache: like k_cache, with a head dim of its own.
         k: (batch, seqlen_new, num_heads_k, head_dim), of q's dtype: goes into rows cache_seqlens and on.
-        v: like k.
+        v: like k, with v_cache's head dim.
         rotary_cos: (places, rotary dim / 2), of q's dtype: k and q are turned by their places, new row i by that of row
             cache_seqlens + i. With ``causal`` or a window query i has place cache_seqlens + i, else all have place
             cache_seqlens. The rotary dim is even, and at most head_dim.

@@ -35,17 +35,24 @@ _Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _Gradients = tuple[torch.Tensor | None, ...]
 
 
+def _like_out(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Contiguous in q's shape, whatever q's strides are, with v's head dim."""
+    # A v of another rank, or nested, is the compiled module's to refuse.
+    if v.is_nested or v.dim() != q.dim() or v.shape[-1] == q.shape[-1]:
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
 def _allocate(
-    q: torch.Tensor, options: Options, into: torch.Tensor | None = None, wants_lse: bool = True
+    q: torch.Tensor, v: torch.Tensor, options: Options, into: torch.Tensor | None = None, wants_lse: bool = True
 ) -> tuple[torch.Tensor, Any]:
-    """out, contiguous in q's shape whatever q's strides are, or `into`, and softmax_lse, (batch, num_heads, seqlen_q)
-    or (num_heads, total_q), or None."""
+    """out, or `into`, and softmax_lse, (batch, num_heads, seqlen_q) or (num_heads, total_q), or None."""
     shape, varlen = q.shape, options.cu_seqlens_q is not None
     if len(shape) != (3 if varlen else 4):
         _core.refuse_rank("q", q, varlen)
     if q.layout is not torch.strided:
         raise layout_refusal("q", q).exception()
-    out = torch.empty_like(q, memory_format=torch.contiguous_format) if into is None else into
+    out = _like_out(q, v) if into is None else into
     if not wants_lse:
         return out, None
     if varlen:
@@ -64,7 +71,7 @@ def compute(
 ) -> tuple[torch.Tensor, Any]:
     """(out, softmax_lse), past the operator; out is `into`, where that is given, softmax_lse None, where it is not
     wanted."""
-    out, softmax_lse = _allocate(q, options, into, wants_lse)
+    out, softmax_lse = _allocate(q, v, options, into, wants_lse)
     _core.forward(q, k, v, out, softmax_lse, options)
     if options.cu_seqlens_q is not None and not options.max_seqlen_q:
         # No block runs. Where there are rows for all that, none of them sees a key.
@@ -239,8 +246,8 @@ def _define_forward(form: Form, name: str) -> None:
     def fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         _check_devices((*form.names, *Options._fields), arguments)
         options = Options._make(arguments[count:])
-        q, _, _ = form.split_checked(arguments[:count], options)
-        return _allocate(q, options)
+        q, _, v = form.split_checked(arguments[:count], options)
+        return _allocate(q, v, options)
 
     tensors = ", ".join(f"Tensor {name}" for name in form.names)
     form.forward = _define(name, f"({tensors}, {SCHEMA}) -> (Tensor out, Tensor softmax_lse)", forward, fake)

@@ -32,6 +32,13 @@ bool is_empty(const AttentionCase& sizes) {
   return sizes.batch < 1 || sizes.num_heads < 1 || sizes.seqlen_q < 1 || sizes.seqlen_k < 1;
 }
 
+// The tuner's problems have one head dim.
+bool has_own_values(const TensorView& q, const TensorView& v) {
+  if (q.shape[kHeadDim] == v.shape[kHeadDim]) return false;
+  warn_once("autotune() leaves calls whose v has another head dim than q as they are");
+  return true;
+}
+
 // Whatever would choose, but for which way a backward pass goes.
 class OneWay final : public TileChooser {
  public:
@@ -106,12 +113,14 @@ void Autotuner::meet(Device& device, const ForwardRequest& request, StreamHandle
   if (!family_of(plan.spec.kind).is_tuned) return;
   if (plan.spec.kind == KernelKind::kForward && plan.spec.features.forward_only())
     return warn_once("autotune() leaves calls of many queries over a cache of keys and values as they are");
+  if (has_own_values(request.q, request.v)) return;
   if (!request.tile && !request.decode_tile)
     meet(device, plan, sizes_of(request.q, request.k, request.options), stream);
 }
 
 void Autotuner::meet(Device& device, const BackwardRequest& request, StreamHandle stream) {
   if (request.options.dtype == DType::kBFloat16) return warn_once(kLeavesBFloat16);
+  if (has_own_values(request.q, request.v)) return;
   const PlanTarget target = device.plan_target();
   const AttentionCase sizes = sizes_of(request.q, request.k, request.options);
   for (const bool all_keys : {false, true}) {  // where there are both ways, the times of both decide

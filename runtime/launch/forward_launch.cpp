@@ -35,7 +35,8 @@ std::vector<TensorExtent> forward_extents(const ForwardRequest& request, const F
   const bool combines = launch.spec.kind == KernelKind::kDecodeCombine;
   if (has_splits) {
     const FlashDecodeParams& params = launch.params;
-    const std::int64_t rows = std::int64_t{params.num_splits} * params.total_rows, dims = kernel_dims(launch.spec);
+    const std::int64_t rows = std::int64_t{params.num_splits} * params.total_rows,
+                       dims = kernel_value_dims(launch.spec);
     const TensorUse use = combines ? TensorUse::kRead : TensorUse::kWrite;
     tensors.push_back({"the splits' out", params.partial_out, 4, {rows, dims}, {dims, 1}, use});
     tensors.push_back({"the splits' row_max and row_sum", params.partial_rows, 4, {rows, 2}, {2, 1}, use});

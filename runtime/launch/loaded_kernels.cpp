@@ -29,9 +29,10 @@ ArchLimits limits_of(const DeviceInfo& info, TargetChoice target) {
 std::size_t LoadedKernelTable::bucket_of(const KernelSpec& spec) noexcept {
   std::size_t hash = 0;
   // What differs between the kernels of one process; tiles that share these numbers share a bucket.
-  for (const int field : {spec.head_dim, spec.group_size, spec.tile.block_m, spec.tile.block_n, spec.tile.warps,
-                          static_cast<int>(spec.kind), static_cast<int>(spec.dtype), static_cast<int>(spec.mask),
-                          static_cast<int>(spec.features.bits()), static_cast<int>(spec.access)})
+  for (const int field :
+       {spec.head_dim, spec.head_dim_v, spec.group_size, spec.tile.block_m, spec.tile.block_n, spec.tile.warps,
+        static_cast<int>(spec.kind), static_cast<int>(spec.dtype), static_cast<int>(spec.mask),
+        static_cast<int>(spec.features.bits()), static_cast<int>(spec.access)})
     hash = hash * 31 + static_cast<std::size_t>(field);
   hash = hash * 31 + static_cast<std::size_t>(spec.functions);
   return hash % kBuckets;

@@ -64,8 +64,9 @@ std::string prebuild_command(const KernelSpec& spec, int sm) {
   std::string features;
   for (const FeatureInfo& info : kFeatures)
     if (spec.has(info.feature)) features += " --" + std::string(info.word) + " yes";
+  const std::string of_v = spec.head_dim_v != 0 ? " --head-dim-v " + std::to_string(spec.head_dim_v) : "";
   return program + " --kinds " + std::string(family_of(spec.kind).pack_group) + " --head-dims " +
-         std::to_string(spec.head_dim) + " --causal " + (spec.mask == Mask::kCausal ? "yes" : "no") +
+         std::to_string(spec.head_dim) + of_v + " --causal " + (spec.mask == Mask::kCausal ? "yes" : "no") +
          (spec.mask == Mask::kWindow ? " --window" : "") + features + " --gqa " + std::to_string(spec.group_size) +
          " --out DIR";
 }

@@ -132,9 +132,8 @@ void take_seconds(ProblemPrediction& prediction, const KernelSpec& spec, const P
   prediction.copy_seconds = bytes / card.attainable_bytes_per_second();
   prediction.seconds = std::max(prediction.cycles / card.sustained_mhz / 1e6, prediction.copy_seconds);
   prediction.seconds_at_boost = std::max(prediction.cycles / card.boost_mhz / 1e6, prediction.copy_seconds);
-  const int products = family_of(spec.kind).products;
-  if (products == 0) return;
-  prediction.useful_flops = seen_scores(spec, size) * 2.0 * spec.head_dim * products;
+  if (family_of(spec.kind).products == 0) return;
+  prediction.useful_flops = seen_scores(spec, size) * 2.0 * product_dims(spec);
   // An m16n8k8 is 16 x 8 x 8 multiply-adds.
   const double flops_per_cycle = 4.0 * 2 * 16 * 8 * 8 / card.mma_interval * card.multiprocessors;
   prediction.share_of_peak = prediction.useful_flops / (prediction.cycles * flops_per_cycle);
@@ -171,7 +170,7 @@ ProblemPrediction predict_splits(const KernelSpec& spec, const ProblemSize& size
       static_cast<double>(prediction.blocks) / (card.multiprocessors * static_cast<double>(costs.size()));
   prediction.cycles = uniform_cycles(prediction.blocks, {prediction.iterations, 0}, costs, card, 0);
   const double of_parts =
-      splits.count > 1 ? 4.0 * splits.count * static_cast<double>(rows * size.seqlen_q) * (spec.padded_head_dim() + 2)
+      splits.count > 1 ? 4.0 * splits.count * static_cast<double>(rows * size.seqlen_q) * (kernel_value_dims(spec) + 2)
                        : 0.0;
   take_seconds(prediction, spec, size, card, traffic_of(spec, size) + of_parts);
   return prediction;
@@ -229,10 +228,11 @@ ProblemPrediction predict(const KernelSpec& spec, const ProblemSize& size, const
 
   // What a block reads and writes once comes at its share of DRAM's bandwidth, where the cost of a block has it at the
   // load/store unit's: with equal blocks all multiprocessors do this at the same time.
-  const double of_block = static_cast<double>(spec.tile.block_m) * spec.head_dim * kElementBytes *
-                          (family.results.dkdv ? 4
-                           : family.results.dq ? 3
-                                               : 2);
+  const int dims = spec.head_dim, value_dims = spec.value_head_dim();
+  const double of_block = static_cast<double>(spec.tile.block_m) * kElementBytes *
+                          (family.results.dkdv ? 2 * (dims + value_dims)
+                           : family.results.dq ? 2 * dims + value_dims
+                                               : dims + value_dims);
   const double bytes_per_cycle = card.dram_bytes_per_second / card.sustained_mhz / 1e6 / card.multiprocessors;
   const double extra =
       std::max(0.0, of_block / bytes_per_cycle - of_block / MultiprocessorModel().shared_bytes_per_cycle);

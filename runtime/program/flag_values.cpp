@@ -123,6 +123,7 @@ void add_kernel_flags(CLI::App& command, KernelFlags& flags, const std::string& 
   command.add_option("--kind", flags.kind, "Kind of kernel: " + kind_words())->capture_default_str();
   command.add_option("--dtype", flags.dtype, "Of q, k, v and out: fp16 or bf16")->capture_default_str();
   command.add_option("--head-dim", flags.head_dim, "Head dim, 1 to 512")->required();
+  command.add_option("--head-dim-v", flags.head_dim_v, "v's, where it is another one");
   command.add_flag("--causal", flags.causal, "With the causal mask");
   command.add_flag("--window", flags.window, "With a sliding window instead");
   for (std::size_t i = 0; i < kFeatures.size(); ++i)
@@ -153,7 +154,11 @@ KernelSpec parse_kernel(const KernelFlags& flags, const ArchLimits& arch) {
   spec.mask = flags.causal ? Mask::kCausal : flags.window ? Mask::kWindow : Mask::kNone;
   for (std::size_t i = 0; i < kFeatures.size(); ++i) spec.features.set(kFeatures[i].feature, flags.features[i]);
   spec.group_size = static_cast<int>(parse_number("--gqa", flags.gqa, 1, std::numeric_limits<int>::max()));
-  spec.access = spec.head_dim % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
+  if (!flags.head_dim_v.empty())
+    spec.set_head_dims(spec.head_dim,
+                       static_cast<int>(parse_number("--head-dim-v", flags.head_dim_v, 1, kMostHeadDim)));
+  spec.access =
+      spec.head_dim % 8 == 0 && spec.value_head_dim() % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
 
   spec = normalized(spec);
   const std::vector<TileConfig> tiles = default_tiles(spec);

@@ -49,7 +49,7 @@ Config config_with_nvrtc(const std::string& flag, const std::string& path);
 struct KernelFlags {
   std::string kind = "fwd";
   std::string dtype = "fp16";
-  std::string head_dim;
+  std::string head_dim, head_dim_v;
   bool causal = false, window = false;
   std::array<bool, kFeatures.size()> features{};
   std::string gqa = "1";

@@ -43,6 +43,7 @@ struct PrebuildFlags {
   std::vector<std::string> kinds;
   std::vector<std::string> dtypes{"fp16"};
   std::vector<std::string> head_dims;
+  std::string head_dim_v;
   std::string causal;
   std::array<std::string, kFeatures.size()> features;
   bool window = false;
@@ -75,6 +76,8 @@ KernelSelection parse_selection(const PrebuildFlags& flags) {
   selection.kinds = parse_kinds("--kinds", flags.kinds);
   selection.dtypes = parse_dtypes("--dtypes", flags.dtypes);
   selection.head_dims = parse_numbers("--head-dims", flags.head_dims, 1, kMostHeadDim);
+  if (!flags.head_dim_v.empty())
+    selection.head_dim_v = static_cast<int>(parse_number("--head-dim-v", flags.head_dim_v, 1, kMostHeadDim));
   const Switch causal = parse_switch("--causal", flags.causal);
   if (causal.off) selection.masks.push_back(Mask::kNone);
   if (causal.on) selection.masks.push_back(Mask::kCausal);
@@ -158,7 +161,8 @@ void require_selection(const CLI::App& command) {
     return;
   }
   selecting.emplace_back("--window");
-  for (const FeatureInfo& info : kFeatures) selecting.push_back(flag_of(info));
+  for (const FeatureInfo& info : kFeatures)
+    if (!info.is_users) selecting.push_back(flag_of(info));
   if (tuned) selecting.emplace_back("--pack");
   const std::string reason = tuned ? " is given with --tuned, whose records say which kernels; accepted: one of them"
                                    : " is given with --pack, which names the kernels; accepted: one of them";
@@ -305,6 +309,7 @@ void add_prebuild(CLI::App& app, Action& chosen) {
       ->delimiter(',')
       ->capture_default_str();
   command->add_option("--head-dims", flags->head_dims, "Head dims, 1 to 512: 64,128")->delimiter(',');
+  command->add_option("--head-dim-v", flags->head_dim_v, "v's, where it is another one");
   command->add_option("--causal", flags->causal, "both, yes or no");
   command->add_flag("--window", flags->window, "Besides those of --causal, the kernels of sliding windows");
   flags->features.fill("no");

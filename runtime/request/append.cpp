@@ -31,10 +31,12 @@ void require_arguments(const AppendRequest& request) {
   for (const NamedTensor& tensor : {NamedTensor{"k", k_new}, {"v", request.v_new}}) require_readable(tensor);
   for (const NamedTensor& tensor : {NamedTensor{"k_cache", k}, {"v_cache", request.v}}) require_writable(tensor);
   const std::int64_t batch = k_new.shape[kBatch], heads = k.shape[kHeads], dims = k.shape[kHeadDim];
-  require_head_dim(dims);
+  const std::int64_t dims_v = request.v.shape[kHeadDim];
+  require_head_dims(dims, dims_v);
   require_shape({"k", k_new}, {batch, k_new.shape[kSeqlen], heads, dims}, "with k_cache's heads and head dim");
-  require_shape({"v", request.v_new}, k_new.shape, "k's");
-  require_shape({"v_cache", request.v}, k.shape, "k_cache's");
+  require_shape({"v", request.v_new}, {batch, k_new.shape[kSeqlen], heads, dims_v}, "k's with v_cache's head dim");
+  require_shape({"v_cache", request.v}, {k.shape[kBatch], k.shape[kSeqlen], heads, dims_v},
+                "k_cache's, with any last dimension");
   if (!request.pages) require_shape({"k_cache", k}, {batch, k.shape[kSeqlen], heads, dims}, "with k's batch");
   require_new_rows(k_new.shape[kSeqlen], cache_rows(request));
   require_memory("cache_seqlens", request.used, batch > 0);
@@ -99,7 +101,7 @@ AppendLaunch plan_append(const AppendRequest& request, const PlanTarget& target)
   launch.params = params_of(request);
   launch.spec.kind = KernelKind::kAppend;
   launch.spec.dtype = request.dtype;
-  launch.spec.head_dim = static_cast<int>(request.k.shape[kHeadDim]);
+  launch.spec.set_head_dims(static_cast<int>(request.k.shape[kHeadDim]), static_cast<int>(request.v.shape[kHeadDim]));
   launch.spec.access = GlobalAccess::kElement2B;  // one kernel for all
   launch.spec.tile = target.tiles.choose(launch.spec, {});
   const FlashAppendParams& params = launch.params;

@@ -207,13 +207,13 @@ void require_options(const AttentionOptions& options, const ProblemShape& shape,
                             "at most " + std::to_string(kMostSeqlenWithWindow) + " rows with a window"});
 }
 
-KernelSpec problem_spec(const TensorView& q, const TensorView& k, const AttentionOptions& options,
+KernelSpec problem_spec(const TensorView& q, const TensorView& k, const TensorView& v, const AttentionOptions& options,
                         GlobalAccess access) {
-  require_head_dim(q.shape[kHeadDim]);
+  require_head_dims(q.shape[kHeadDim], v.shape[kHeadDim]);
   const std::int64_t num_heads_k = k.shape[kHeads];
   KernelSpec spec;
   spec.dtype = options.dtype;
-  spec.head_dim = static_cast<int>(q.shape[kHeadDim]);
+  spec.set_head_dims(static_cast<int>(q.shape[kHeadDim]), static_cast<int>(v.shape[kHeadDim]));
   spec.mask = options.mask;
   spec.features.set(Feature::kSoftcap, options.softcap > 0);
   spec.features.set(Feature::kAlibi, options.alibi.has_value());

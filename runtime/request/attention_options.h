@@ -214,7 +214,8 @@ void visit_tensors(const AttentionOptions& options, const ProblemShape& shape, s
 void require_options(const AttentionOptions& options, const ProblemShape& shape, std::int64_t num_heads);
 
 // The spec of a problem, but for its kind and tile. Throws UnsupportedError where no tile can make it legal.
-KernelSpec problem_spec(const TensorView& q, const TensorView& k, const AttentionOptions& options, GlobalAccess access);
+KernelSpec problem_spec(const TensorView& q, const TensorView& k, const TensorView& v, const AttentionOptions& options,
+                        GlobalAccess access);
 
 // How many of 2^kDropoutDigits pairs dropout keeps.
 int kept_pairs(double p);

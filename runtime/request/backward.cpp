@@ -16,10 +16,10 @@ void require_gradients(const BackwardRequest& request) {
     require_shape({"dq", *request.dq}, request.q.shape, "q's");
   }
   if (!request.dkdv) return;
-  for (const NamedTensor& tensor : {NamedTensor{"dk", request.dkdv->dk}, {"dv", request.dkdv->dv}}) {
+  for (const NamedTensor& tensor : {NamedTensor{"dk", request.dkdv->dk}, {"dv", request.dkdv->dv}})
     require_readable(tensor);
-    require_shape(tensor, request.k.shape, "k's");
-  }
+  require_shape({"dk", request.dkdv->dk}, request.k.shape, "k's");
+  require_shape({"dv", request.dkdv->dv}, request.v.shape, "v's");
 }
 
 // Sums over sequences or heads are shared out only where attn_bias is the same for all.
@@ -52,7 +52,7 @@ void require_arguments(const BackwardRequest& request) {
   const TensorView &q = request.q, &k = request.k;
   require_inputs(q, k, request.v, request.out);
   require_readable_by_elements({"dout", request.dout});
-  require_shape({"dout", request.dout}, q.shape, "q's");
+  require_shape({"dout", request.dout}, request.out.shape, "out's");
   require_gradients(request);
   require_row_memory("softmax_lse", request.softmax_lse, q);
   require_row_memory("delta", request.delta, q);
@@ -185,8 +185,8 @@ const std::optional<TileConfig>& tile_of(const BackwardRequest& request, KernelK
 
 BackwardPlan plan_backward(const BackwardRequest& request, const PlanTarget& target) {
   require_arguments(request);
-  const KernelSpec spec = problem_spec(request.q, request.k, request.options, access_of(request));
-  require_head_dim_of_gradients(spec.head_dim);
+  const KernelSpec spec = problem_spec(request.q, request.k, request.v, request.options, access_of(request));
+  require_head_dim_of_gradients(spec.greatest_head_dim());
   const FlashBwdParams params = params_of(request);
   const ProblemShape shape = problem_shape(request.q, request.k, request.options);
   const NamedTensor q{"q", request.q}, k{"k", request.k};

@@ -29,8 +29,9 @@ struct BiasGradient {
 
 // Checked by the caller's language layer for rank, dtype and device; backward() checks shapes against each other.
 struct BackwardRequest {
-  TensorView q, out, dout;             // (batch, seqlen_q, num_heads, head_dim); any stride in dout's last dimension
-  TensorView k, v;                     // (batch, seqlen_k, num_heads_k, head_dim)
+  TensorView q;                        // (batch, seqlen_q, num_heads, head_dim)
+  TensorView out, dout;                // like q, with v's head dim; any stride in dout's last dimension
+  TensorView k, v;                     // (batch, seqlen_k, num_heads_k, head_dim); v's may be another one
   std::optional<TensorView> dq;        // like q; none: not wanted
   std::optional<KeyGradients> dkdv;    // none: not wanted
   std::optional<BiasGradient> dbias;   // none: not wanted

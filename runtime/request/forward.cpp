@@ -86,7 +86,7 @@ void plan_decode(LaunchPlan& plan, const ForwardRequest& request, const PlanTarg
   plan.blocks =
       grid_blocks({"k", request.k}, problem_shape(q, request.k, request.options).batch, row_blocks * splits.count);
   if (splits.count == 1 || plan.blocks == 0) return;
-  plan.split_floats = splits.count * total_rows * (kernel_dims(plan.spec) + 2);
+  plan.split_floats = splits.count * total_rows * (kernel_value_dims(plan.spec) + 2);
   plan.combine = plan_combine(plan, target, problem);
 }
 
@@ -112,7 +112,7 @@ void give_workspace(LaunchPlan& plan, Workspace* workspace) {
   const std::int64_t rows = std::int64_t{plan.params.num_splits} * plan.params.total_rows;
   for (ForwardLaunch* launch : {static_cast<ForwardLaunch*>(&plan), &plan.combine}) {
     launch->params.partial_out = memory;
-    launch->params.partial_rows = memory + rows * kernel_dims(plan.spec);
+    launch->params.partial_rows = memory + rows * kernel_value_dims(plan.spec);
     if (plan.lse_floats > 0) launch->params.softmax_lse = memory + plan.split_floats;
   }
 }
@@ -120,8 +120,8 @@ void give_workspace(LaunchPlan& plan, Workspace* workspace) {
 LaunchPlan plan_forward(const ForwardRequest& request, const PlanTarget& target) {
   require_arguments(request);
   LaunchPlan plan;
-  plan.spec = problem_spec(request.q, request.k, request.options, access_of(request));
-  if (request.options.has_backward) require_head_dim_of_gradients(plan.spec.head_dim);
+  plan.spec = problem_spec(request.q, request.k, request.v, request.options, access_of(request));
+  if (request.options.has_backward) require_head_dim_of_gradients(plan.spec.greatest_head_dim());
   if (plan.spec.head_dim > kMostNarrowHeadDim) plan.spec.kind = KernelKind::kForwardWide;
   plan.params = params_of(request);
   const Problem problem = problem_of(request.q, request.k, request.options, target.multiprocessors);

@@ -24,8 +24,8 @@ class Workspace {
 // Checked by the caller's language layer for rank, dtype and device; forward() checks shapes against each other.
 struct ForwardRequest {
   TensorView q;     // (batch, seqlen_q, num_heads, head_dim)
-  TensorView k, v;  // (batch, seqlen_k, num_heads_k, head_dim)
-  TensorView out;   // like q
+  TensorView k, v;  // (batch, seqlen_k, num_heads_k, head_dim); v's may be another one
+  TensorView out;   // like q, with v's head dim
   // (batch, num_heads, seqlen_q), varlen (num_heads, total_q); float32, contiguous. None where there is a workspace and
   // nobody wants it: kernels write it all the same.
   float* softmax_lse = nullptr;

@@ -115,8 +115,9 @@ void require_inputs(const TensorView& q, const TensorView& k, const TensorView& 
   require_writable({"out", out});
   require_shape({"k", k}, {(paged ? k : q).shape[kBatch], k.shape[kSeqlen], k.shape[kHeads], q.shape[kHeadDim]},
                 paged ? "pages with q's head dim" : "with q's batch and head dim");
-  require_shape({"v", v}, k.shape, "k's");
-  require_shape({"out", out}, q.shape, "q's");
+  const std::int64_t dims_v = v.shape[kHeadDim];
+  require_shape({"v", v}, {k.shape[kBatch], k.shape[kSeqlen], k.shape[kHeads], dims_v}, "k's, with any last dimension");
+  require_shape({"out", out}, {q.shape[kBatch], q.shape[kSeqlen], q.shape[kHeads], dims_v}, "q's with v's head dim");
   require_heads(q.shape[kHeads], k.shape[kHeads]);
 }
 

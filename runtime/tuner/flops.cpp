@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "generator/families/families.h"
+#include "generator/tile_layout.h"
 
 namespace flash_attn_jit {
 namespace {
@@ -33,9 +34,8 @@ double visible_pairs(Mask mask, std::int64_t seqlen_q, std::int64_t seqlen_k, st
 double flops(const TuningRecord& record) {
   const KernelSpec& spec = record.key.problem.spec;
   const double heads = static_cast<double>(record.batch) * static_cast<double>(record.num_heads);
-  const int products = family_of(spec.kind).products;
-  if (products == 0) return 2 * heads * static_cast<double>(record.seqlen_q) * spec.head_dim;
-  return 2 * products * heads * spec.head_dim *
+  if (family_of(spec.kind).products == 0) return 2 * heads * static_cast<double>(record.seqlen_q) * spec.head_dim;
+  return 2 * heads * product_dims(spec) *
          visible_pairs(spec.mask, record.seqlen_q, record.seqlen_k, record.window_left, record.window_right);
 }
 

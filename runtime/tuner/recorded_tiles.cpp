@@ -10,10 +10,10 @@ std::size_t RecordedTiles::bucket_of(const ProblemClass& problem) noexcept {
   const KernelSpec& spec = problem.spec;
   std::uint64_t hash = 0;
   for (const std::int64_t field :
-       {std::int64_t{spec.head_dim}, std::int64_t{spec.group_size}, static_cast<std::int64_t>(spec.kind),
-        static_cast<std::int64_t>(spec.dtype), static_cast<std::int64_t>(spec.mask),
-        static_cast<std::int64_t>(spec.features.bits()), static_cast<std::int64_t>(spec.access), problem.seqlen_q,
-        problem.seqlen_k, problem.batch_heads})
+       {std::int64_t{spec.head_dim}, std::int64_t{spec.head_dim_v}, std::int64_t{spec.group_size},
+        static_cast<std::int64_t>(spec.kind), static_cast<std::int64_t>(spec.dtype),
+        static_cast<std::int64_t>(spec.mask), static_cast<std::int64_t>(spec.features.bits()),
+        static_cast<std::int64_t>(spec.access), problem.seqlen_q, problem.seqlen_k, problem.batch_heads})
     hash = (hash ^ static_cast<std::uint64_t>(field)) * 0x9e3779b97f4a7c15u;  // powers of two differ in high bits
   return hash >> 54;
 }

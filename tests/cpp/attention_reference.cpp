@@ -69,8 +69,8 @@ template <class Number, class Rounding>
 class Attention {
  public:
   Attention(const AttentionProblem& problem, Rounding rounding)
-      : problem_(problem), rounding_(rounding), shape_(problem.q->shape()) {
-    result_.out.resize(shape_[0] * shape_[1] * shape_[2] * shape_[3]);
+      : problem_(problem), rounding_(rounding), shape_(problem.q->shape()), value_dim_(problem.v->shape()[3]) {
+    result_.out.resize(shape_[0] * shape_[1] * shape_[2] * value_dim_);
     result_.lse.resize(shape_[0] * shape_[2] * shape_[1]);
   }
 
@@ -91,7 +91,7 @@ class Attention {
  private:
   void row(const SequenceRows& sequence, std::int64_t h, std::int64_t i) {
     const std::int64_t dim = shape_[3], query = sequence.q_begin + i;
-    double* out = &result_.out[((sequence.b * shape_[1] + query) * shape_[2] + h) * dim];
+    double* out = &result_.out[((sequence.b * shape_[1] + query) * shape_[2] + h) * value_dim_];
     double& lse = result_.lse[(sequence.b * shape_[2] + h) * shape_[1] + query];
     std::vector<Number> scores;
     std::vector<std::int64_t> keys;
@@ -109,19 +109,19 @@ class Attention {
     const Number sink = sink_of(problem_.options, h);
     const bool has_sink = !(sink == -std::numeric_limits<Number>::infinity());
     if (keys.empty()) {
-      std::fill(out, out + dim, 0.0);
+      std::fill(out, out + value_dim_, 0.0);
       lse = has_sink ? sink : std::numeric_limits<double>::infinity();
       return;
     }
     if (has_nan) maximum = std::numeric_limits<Number>::quiet_NaN();
-    std::vector<Number> acc(dim, 0);
+    std::vector<Number> acc(value_dim_, 0);
     for (std::size_t n = 0; n < keys.size(); ++n) {
       const Number each = std::exp(scores[n] - maximum);
       sum += each;
       const auto share =
           static_cast<Number>(kept_share(problem_.options, sequence, shape_[2], h, i, keys[n] - sequence.k_begin));
       const Number rounded = share * rounding_.probability(each);
-      for (std::int64_t d = 0; d < dim; ++d) acc[d] += rounded * v_[keys[n] * dim + d];
+      for (std::int64_t d = 0; d < value_dim_; ++d) acc[d] += rounded * v_[keys[n] * value_dim_ + d];
     }
     Number weight = 1;
     if (has_sink) {
@@ -130,13 +130,14 @@ class Attention {
       sum = sum * weight + std::exp(sink - raised);
       maximum = raised;
     }
-    for (std::int64_t d = 0; d < dim; ++d) out[d] = rounding_.out(acc[d] * weight / sum);
+    for (std::int64_t d = 0; d < value_dim_; ++d) out[d] = rounding_.out(acc[d] * weight / sum);
     lse = maximum + std::log(sum);
   }
 
   const AttentionProblem& problem_;
   const Rounding rounding_;
-  std::array<std::int64_t, 4> shape_;
+  std::array<std::int64_t, 4> shape_;  // of q
+  std::int64_t value_dim_;
   std::vector<Number> q_, k_, v_;
   AttentionResult result_;
 };

@@ -99,7 +99,7 @@ Score<Number> adjusted(const AttentionOptions& options, const SequenceRows& sequ
   return score;
 }
 
-// out is (batch, seqlen_q, heads, head_dim), lse is (batch, heads, seqlen_q); both contiguous.
+// out is (batch, seqlen_q, heads, v's head_dim), lse is (batch, heads, seqlen_q); both contiguous.
 struct AttentionResult {
   std::vector<double> out, lse;
 };

@@ -94,6 +94,8 @@ const std::vector<AdjustmentChoice> kAdjustmentChoices = {
     {0, AlibiCase::kOff, BiasCase::kHalf, 0.3},
     {0, AlibiCase::kOff, BiasCase::kBoolKeys, 0.1},
 };
+// Those of every rest of an operand load, and where gradients are split: 0 for q's.
+const std::vector<int> kValueDims = {0, 24, 33, 128, 200};
 // Among the scores, where it takes nearly all of a row, and where it takes no part.
 const std::vector<std::optional<double>> kSinks = {std::nullopt, 0.5, 20, -INFINITY};
 const std::vector<std::int64_t> kSequenceChoices = {0, 5};
@@ -147,15 +149,17 @@ const std::vector<int>& head_dims() {
 
 Choice sizes() {
   const auto size = [](const auto& list) { return static_cast<int>(list.size()); };
-  return {size(head_dims()), size(kDTypes),          size(kVisibleChoices), size(kAdjustmentChoices),
-          size(kSinks),      size(kSequenceChoices), size(kGroupSizes),     size(kLengths),
-          size(kLengths),    size(kLayouts),         size(kInputChoices),   size(kScales)};
+  return {size(head_dims()), size(kValueDims),       size(kDTypes),     size(kVisibleChoices), size(kAdjustmentChoices),
+          size(kSinks),      size(kSequenceChoices), size(kGroupSizes), size(kLengths),        size(kLengths),
+          size(kLayouts),    size(kInputChoices),    size(kScales)};
 }
 
 ForwardCase make_case(const Choice& choice) {
   ForwardCase c;
   c.head_dim = head_dims()[choice[kDimChoice]];
   c.dtype = kDTypes[choice[kDTypeChoice]];
+  const int values = kValueDims[choice[kValues]];
+  c.head_dim_v = values == c.head_dim ? 0 : values;
   c.mask = kVisibleChoices[choice[kVisible]].mask;
   c.window = kVisibleChoices[choice[kVisible]].window;
   c.softcap = kAdjustmentChoices[choice[kAdjustment]].softcap;
@@ -238,6 +242,7 @@ Choice only(int head_dim) {
   Choice fixed;
   fixed.fill(-1);
   fixed[kDimChoice] = head_dim;
+  if (head_dim >= 0) fixed[kValues] = 0;
   return fixed;
 }
 

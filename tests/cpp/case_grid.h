@@ -17,14 +17,14 @@
 namespace flash_attn_jit::testing {
 
 // Head dims of every class that the code tells apart, at least one of each. Classes: whether rows can be read 16 bytes
-// at a time (8), whether the tensor instructions' 16 dims and the 32 of a fragment load are full, in the tensor and in
-// the padded tile, whether the last dim stands alone in its pair, on which side of 128, where gradients are split; and
-// every row of the tables of default tiles.
+// at a time (8), how many of an operand load's 32 dims are left in the last one, whether the last dim stands alone in
+// its pair, on which side of 128, where gradients are split; and every row of the tables of default tiles.
 const std::vector<int>& head_dims();
 
 // A case's choices, as indices into lists of values.
 enum Factor {
   kDimChoice,
+  kValues,  // v's head dim, the first value is q's
   kDTypeChoice,
   kVisible,     // the mask, a window's widths with it
   kAdjustment,  // softcap, ALiBi, attn_bias, dropout
@@ -46,7 +46,7 @@ Choice sizes();
 
 ForwardCase make_case(const Choice& choice);
 
-// Every factor open (-1) but the head dim, an index of head_dims(); -1 leaves that open too.
+// Every factor open (-1) but the head dim, an index of head_dims(), which is v's too; -1 leaves both open.
 Choice only(int head_dim);
 
 // The same with every combination of what else default tiles depend on: mask, features, kind of access. Kinds of

@@ -27,6 +27,7 @@ enum class BiasCase { kOff, kHalf, kHalfUnpaired, kFloatUnpaired, kFloatKeys, kB
 struct ForwardCase {
   DType dtype = DType::kFloat16;
   int head_dim = 64;
+  int head_dim_v = 0;  // 0: the same
   Mask mask = Mask::kNone;
   int group_size = 1;
   std::int64_t batch = 1, num_heads_k = 1, seqlen_q = 64, seqlen_k = 64;
@@ -52,6 +53,7 @@ struct ForwardCase {
   static ForwardCase parse(std::string_view text);
 
   float scale() const;
+  int value_head_dim() const { return head_dim_v > 0 ? head_dim_v : head_dim; }
 };
 
 struct ForwardOutcome {

@@ -68,7 +68,7 @@ const std::vector<std::string> kEdges = {
 std::vector<TileConfig> backward_tiles(KernelKind kind, const ForwardCase& c) {
   KernelSpec spec;
   spec.kind = kind;
-  spec.head_dim = c.head_dim;
+  spec.set_head_dims(c.head_dim, c.value_head_dim());
   spec.mask = c.mask;
   return tile_space(spec, arch_limits(75));
 }
@@ -129,6 +129,7 @@ std::vector<BackwardCase> all_keys_cases() {
     for (int visible = 0; visible < sizes()[kVisible]; ++visible) {
       Choice fixed = only(d);
       fixed[kVisible] = visible;
+      fixed[kValues] = (d + visible) % 4;  // up to 128
       fixed[kSeqlenK] = (d + visible) % sizes()[kSeqlenK];
       const ForwardCase c = make_case(choices.next(fixed));
       std::vector<TileConfig> tiles = backward_tiles(KernelKind::kBackwardAllKeys, c);

@@ -54,6 +54,9 @@ std::vector<ForwardCase> decode_cases() {
         if (seen.emplace(spec.mask, spec.access, tile).second) add(fixed, tile);
     }
     const std::vector<TileConfig> space = tile_space(decode_spec(make_case(choices.draw(only(i)))), arch_limits(75));
+    Choice values = only(i);
+    values[kValues] = 1 + i % (sizes()[kValues] - 1);
+    add(values, default_tiles(decode_spec(make_case(choices.draw(values)))).front());
     for (std::size_t t = static_cast<std::size_t>(i % kTurns); t < space.size(); t += kTurns) add(only(i), space[t]);
   }
   return cases;

@@ -40,11 +40,17 @@ int random_head_dim(Dice& dice) {
   return step * dice.between(1, kMostNarrowHeadDim / step);
 }
 
+void draw_head_dims(Dice& dice, ForwardCase& f) {
+  f.head_dim = random_head_dim(dice);
+  const int values = dice.once_in(2) ? random_head_dim(dice) : f.head_dim;
+  f.head_dim_v = values == f.head_dim ? 0 : values;
+}
+
 // Any legal problem; the library chooses its tiles.
 BackwardCase random_problem(Dice& dice) {
   BackwardCase c;
   ForwardCase& f = c.forward;
-  f.head_dim = random_head_dim(dice);
+  draw_head_dims(dice, f);
   f.mask = dice.one_of({Mask::kNone, Mask::kCausal, Mask::kWindow});
   f.window = {dice.between(-1, 150), dice.between(-1, 150)};
   f.group_size = dice.between(1, 4);
@@ -79,7 +85,7 @@ BackwardCase random_problem(Dice& dice) {
 }
 
 int random_register_dims(Dice& dice, const KernelSpec& spec) {
-  const int dims = kernel_dims(spec);
+  const int dims = greatest_kernel_dims(spec);
   return std::min(dims, 16 * dice.between(0, (dims + 15) / 16));
 }
 
@@ -101,9 +107,10 @@ TileConfig random_tile(Dice& dice, KernelSpec spec) {
 KernelSpec spec_of(KernelKind kind, const ForwardCase& c) {
   KernelSpec spec;
   spec.kind = kind;
-  spec.head_dim = c.head_dim;
+  spec.set_head_dims(c.head_dim, c.value_head_dim());
   spec.mask = c.mask;
-  spec.access = c.head_dim % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
+  const bool aligned = c.head_dim % 8 == 0 && c.value_head_dim() % 8 == 0;
+  spec.access = aligned ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
   return spec;
 }
 
@@ -123,7 +130,7 @@ TileConfig random_decode_tile(Dice& dice, const ForwardCase& f) {
 BackwardCase random_tiles(Dice& dice) {
   BackwardCase c;
   ForwardCase& f = c.forward;
-  f.head_dim = random_head_dim(dice);
+  draw_head_dims(dice, f);
   f.mask = dice.one_of({Mask::kNone, Mask::kCausal, Mask::kWindow});
   f.window = {dice.between(0, 80), dice.between(0, 40)};
   f.seqlen_q = dice.between(1, 140);
@@ -140,7 +147,7 @@ BackwardCase random_tiles(Dice& dice) {
   c.dkdv_tile = random_tile(dice, spec_of(KernelKind::kBackwardDkDv, f));
   c.dq_tile = random_tile(dice, spec_of(KernelKind::kBackwardDq, f));
   const KernelSpec all_keys = spec_of(KernelKind::kBackwardAllKeys, f);
-  if (f.head_dim > family_of(all_keys.kind).most_head_dim || dice.once_in(2)) return c;
+  if (all_keys.greatest_head_dim() > family_of(all_keys.kind).most_head_dim || dice.once_in(2)) return c;
   c.all_keys_tile = random_tile(dice, all_keys);
   f.seqlen_k = dice.between(1, c.all_keys_tile->block_m);
   return c;
@@ -152,6 +159,7 @@ BackwardCase random_wide(Dice& dice) {
   ForwardCase& f = c.forward;
   const int step = dice.one_of({1, 8, 64});
   f.head_dim = step * dice.between(kMostNarrowHeadDim / step + 1, kMostHeadDim / step);
+  f.head_dim_v = 0;
   KernelSpec spec = spec_of(KernelKind::kForwardWide, f);
   while (dice.once_in(2)) {
     const int groups = dice.between(1, 4);

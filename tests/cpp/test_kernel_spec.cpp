@@ -17,7 +17,8 @@ KernelSpec random_spec(std::mt19937& random) {
   KernelSpec spec;
   spec.kind = kKernelKinds[static_cast<std::size_t>(below(static_cast<int>(kKernelKinds.size())))];
   spec.dtype = below(2) ? DType::kFloat16 : DType::kBFloat16;
-  spec.head_dim = below(1000);
+  const int head_dim = below(1000);
+  spec.set_head_dims(head_dim, below(2) ? head_dim : 1 + below(1000));
   spec.mask = kAllMasks[static_cast<std::size_t>(below(3))];
   for (const FeatureInfo& info : kFeatures) spec.features.set(info.feature, below(2) == 1);
   spec.group_size = below(200);
@@ -64,7 +65,8 @@ TEST_CASE("a text that is no spec is refused, naming the field and what it accep
   CHECK(contains(refusal("fwd hdim64 fp16 full alibi alibi gqa1 vec16 m64n16w4q64l2b4k7"), "seven words"));
   CHECK(contains(refusal("fwd hdim64 fp32 full gqa1 vec16 m64n16w4q64l2b4k7"), "dtype is 'fp32'"));
   CHECK(contains(refusal("bwd hdim64 fp16 full gqa1 vec16 m64n16w4q64l2b4k7"), "kind is 'bwd'"));
-  for (const char* number : {"hdim", "hdim064", "hdim-64", "hdim+64", "hdim64x", "hdim99999999999"})
+  for (const char* number : {"hdim", "hdim064", "hdim-64", "hdim+64", "hdim64x", "hdim99999999999", "hdim64v",
+                             "hdim64v64", "hdim64v0", "hdim64v032", "hdim64v32x"})
     CHECK(contains(refusal((std::string("fwd ") + number + " fp16 full gqa1 vec16 m64n16w4q64l2b4k7").c_str()),
                    "head_dim is '"));
   CHECK(contains(refusal("fwd hdim64 fp16 full gqa1 vec16 m64n16w4q64"), "tile is 'm64n16w4q64'"));
@@ -79,6 +81,7 @@ TEST_CASE("every field of a spec changes its text and its name") {
   };
   CHECK(differs([](KernelSpec& s) { s.dtype = DType::kBFloat16; }));
   CHECK(differs([](KernelSpec& s) { s.head_dim = 120; }));
+  CHECK(differs([](KernelSpec& s) { s.head_dim_v = 64; }));
   CHECK(differs([](KernelSpec& s) { s.mask = Mask::kNone; }));
   CHECK(differs([](KernelSpec& s) { s.mask = Mask::kWindow; }));
   for (const FeatureInfo& info : kFeatures) CHECK(differs([&](KernelSpec& s) { s.features.set(info.feature); }));
@@ -104,6 +107,9 @@ TEST_CASE("what is not legal is refused with its reason") {
   refused([](KernelSpec& s) { s.head_dim = 513; }, "head_dim is 513; accepted: 1 to 512");
   refused([](KernelSpec& s) { s.head_dim = 257; }, "head_dim is 257 with kind fwd; accepted: 1 to 256");
   refused([](KernelSpec& s) { s.head_dim = 0; }, "head_dim is 0; accepted: 1 to 512");
+  refused([](KernelSpec& s) { s.head_dim_v = 257; }, "head_dim is 257 with kind fwd; accepted: 1 to 256");
+  refused([](KernelSpec& s) { s.head_dim_v = 513; }, "v's head_dim is 513; accepted: 1 to 512");
+  refused([](KernelSpec& s) { s.head_dim_v = 60; }, "head_dim 128 (v's 60); accepted: head dims that are multiples");
   refused([](KernelSpec& s) { s.group_size = 0; }, "group_size");
   refused([](KernelSpec& s) { s.head_dim = 124; }, "multiples of 8");
   refused([](KernelSpec& s) { s.tile.warps = 17; }, "17 warps");

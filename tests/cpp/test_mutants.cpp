@@ -81,19 +81,22 @@ std::string place(const std::string& name, const std::string& text, std::size_t 
          std::to_string(1 + std::count(text.begin(), text.begin() + static_cast<std::ptrdiff_t>(at), '\n'));
 }
 
-// Long enough for the slots to come round, with Q partly in shared memory and rows and keys beyond the ends.
+// Long enough for the slots to come round, with Q partly in shared memory and rows and keys beyond the ends; and with 8
+// dims alone.
 std::vector<ForwardCase> forward_cases() {
   ForwardCase c = ForwardCase::parse("hdim32 causal sq150 sk230");
   for (const TileConfig& tile : tiles_of(c.head_dim))
     if (tile.block_m == 64 && tile.block_n == 16 && tile.register_dims < 32) c.tile = tile;
   const ForwardCase other = ForwardCase::parse("hdim64 full rowgaps sq70 sk150 m64n16w4q64l2b4k7");
   return {c, other, ForwardCase::parse("hdim64 full bf16 sq70 sk150 m64n16w4q64l2b8k8"),
+          ForwardCase::parse("hdim40 full sq70 sk50 m64n16w2q40l2b4k7"),
           ForwardCase::parse("hdim96 sq3 gqa2 sk300 splits1 m16n16w4q64l0b0k0")};
 }
 
 std::vector<BackwardCase> backward_cases() {
   return {BackwardCase::parse("hdim32 causal gqa2 sq150 sk230 dkdv:m64n16w4q16l0b4k8 dq:m64n16w4q16l0b4k8"),
           BackwardCase::parse("hdim64 full rowgaps sq70 sk150"),
+          BackwardCase::parse("hdim40 full sq70 sk50 dkdv:m64n16w2q40l0b4k8 dq:m64n16w2q40l0b4k8"),
           BackwardCase::parse("hdim64 causal gqa2 sq96 sk100 allkeys:m128n16w8q64l0b4k8"),
           BackwardCase::parse("hdim64 full bf16 gqa2 sq70 sk150"),
           BackwardCase::parse("hdim64 causal bf16 gqa2 sq96 sk100 allkeys:m128n16w8q64l0b4k8"),

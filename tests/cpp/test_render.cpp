@@ -54,8 +54,13 @@ TEST_CASE("the source is self-contained and has a template once, and every templ
     const std::string params(family_of(kind).params);
     CHECK(count(kernel.source, kernel.entry + "(const " + params + " params)") == 1);
   }
+  KernelSpec users;
+  users.features.set(Feature::kUserScore);
+  users.functions = 1;
+  const std::string of_user = render(users, embedded_templates(), "#include \"user_reads.cuh\"\n").source;
   const std::string peak = render_tensor_peak(embedded_templates()).source;
   for (const auto& [file, text] : embedded_templates()) {
+    if (count(of_user, "#line 1 \"" + file + "\"\n") == 1) used.insert(file);
     if (count(peak, "#line 1 \"" + file + "\"\n") == 1) used.insert(file);
     CHECK_MESSAGE(used.contains(file), file);
   }

@@ -48,6 +48,7 @@ std::vector<ForwardCase> wide_cases() {
     const Choice choice = choices.next(only(-1));
     cases.push_back(make_case(choice));
     cases.back().head_dim = dims[static_cast<std::size_t>(choice[kDimChoice]) % dims.size()];
+    cases.back().head_dim_v = 0;
   }
   return cases;
 }

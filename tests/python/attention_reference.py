@@ -96,8 +96,8 @@ def attention(
     causal: bool = False,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, softmax_lse) in float64; q, k, v (batch, seqlen, heads, head_dim). Options: softmax_scale, window_size,
-    softcap, alibi_slopes, attn_bias, s_aux; kept, what dropout multiplies each probability by."""
+    """(out, softmax_lse) in float64; q, k, v (batch, seqlen, heads, head_dim), v with its own. Options: softmax_scale,
+    window_size, softcap, alibi_slopes, attn_bias, s_aux; kept, what dropout multiplies each probability by."""
     p, row_sum, lse = _probabilities(q, k, torch.float64, causal, **options)
     return _times_v(p, row_sum, v), lse
 
@@ -136,7 +136,7 @@ def check_attention(
     **options: Any,
 ) -> None:
     """Asserts that out is within the bound, and softmax_lse within float32's reach of float64."""
-    assert out.shape == q.shape and out.dtype == q.dtype and out.device == q.device
+    assert out.shape == (*q.shape[:-1], v.shape[-1]) and out.dtype == q.dtype and out.device == q.device
     expected, expected_lse = attention(q, k, v, causal, **options)
     bound = error_bound(q, k, v, causal, **options)
     assert isfinite(bound)
@@ -211,7 +211,7 @@ def check_varlen_attention(
     cu_seqlens_k: torch.Tensor,
     **options: Any,
 ) -> None:
-    assert out.shape == q.shape and softmax_lse.shape == (q.shape[1], q.shape[0])
+    assert out.shape == (*q.shape[:-1], v.shape[-1]) and softmax_lse.shape == (q.shape[1], q.shape[0])
     for rows, keys, own in sequences(cu_seqlens_q, cu_seqlens_k, **options):
         check_attention(out[rows][None], softmax_lse[:, rows][None], q[rows][None], k[keys][None], v[keys][None], **own)
 
@@ -274,9 +274,10 @@ def normal_qkv(
     num_heads_k: int,
     head_dim: int,
     device: str = "cpu",
+    head_dim_v: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         normal(batch, seqlen_q, num_heads, head_dim, seed=1, device=device),
         normal(batch, seqlen_k, num_heads_k, head_dim, seed=2, device=device),
-        normal(batch, seqlen_k, num_heads_k, head_dim, seed=3, device=device),
+        normal(batch, seqlen_k, num_heads_k, head_dim_v or head_dim, seed=3, device=device),
     )

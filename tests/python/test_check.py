@@ -198,6 +198,7 @@ def test_every_family_is_among_the_cases():
         *(lambda case, mask=mask: case.mask == mask for mask in cases._MASKS),
         lambda case: case.head_dim % 8,
         lambda case: case.head_dim > 128,
+        lambda case: case.head_dim_v,
     ):
         assert any(has(case) for case in found)
     small = cases.small_cases()

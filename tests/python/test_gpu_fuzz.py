@@ -62,6 +62,7 @@ def draw(dice):
         problem["lengths"] = [(dice.randint(0, 400), dice.randint(0, 400)) for _ in range(batch)]
     else:
         problem["lengths"] = [(dice.randint(1, 600), dice.randint(1, 600))] * batch
+    problem["head_dim_v"] = dice.choice([problem["head_dim"], step * dice.randint(1, 256 // step)])
     return problem
 
 
@@ -69,13 +70,14 @@ def draw(dice):
 def test_random_problem(number):
     dice = random.Random(number)
     p = draw(dice)
-    heads, heads_k, dim = p["heads_k"] * p["group"], p["heads_k"], p["head_dim"]
+    heads, heads_k, dim, dim_v = p["heads_k"] * p["group"], p["heads_k"], p["head_dim"], p["head_dim_v"]
     rows_q, rows_k = ([sum(side)] if p["varlen"] else [len(side), side[0]] for side in zip(*p["lengths"]))
     shape_q, shape_k = (*rows_q, heads, dim), (*rows_k, heads_k, dim)
-    out, dq, dk, dv = (Watched(shape, p["gap"]) for shape in (shape_q, shape_q, shape_k, shape_k))
+    shape_out, shape_v = (*rows_q, heads, dim_v), (*rows_k, heads_k, dim_v)
+    out, dq, dk, dv = (Watched(shape, p["gap"]) for shape in (shape_out, shape_q, shape_k, shape_v))
     q, k, v, dout = (
         normal(*shape, seed=seed, device="cuda")
-        for seed, shape in enumerate((shape_q, shape_k, shape_k, shape_q), 10 * number)
+        for seed, shape in enumerate((shape_q, shape_k, shape_v, shape_out), 10 * number)
     )
     left, right = p["window_size"]
     right = 0 if p["causal"] else right

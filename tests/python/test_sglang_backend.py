@@ -102,7 +102,6 @@ def test_a_rank_without_work(sglang):
 
 
 REFUSED_LAYERS: dict[str, dict[str, Any]] = {
-    "v has head_dim 16 and q 32": {"v_head_dim": 16},
     "a layer is cross attention": {"is_cross_attention": True},
     "a layer attends to chunks": {"use_irope": True},
     "xai_temperature_len is 512": {"xai_temperature_len": 512},

@@ -74,8 +74,8 @@ def _problems(options: argparse.Namespace) -> Iterable[Problem]:
         heads = options.heads, each
         masks = options.attn_masks or [NO_MASK]
         dropout = options.dropout or [0.0]
-        dtypes = options.dtypes or [FP16]
-        yield from sweep(options.batch, heads, options.head_dims, options.seqlens, causal, masks, dropout, dtypes)
+        shared = options.batch, heads, options.head_dims, options.seqlens, causal, masks, dropout
+        yield from sweep(*shared, options.dtypes or [FP16], options.head_dim_v or 0)
 
 
 def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:

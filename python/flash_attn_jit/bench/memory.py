@@ -20,8 +20,9 @@ def needed_bytes(problem: Problem) -> int:
     and head, each rounded up as PyTorch does."""
     rows = problem.batch * problem.seqlen * problem.num_heads
     rows_k = problem.batch * problem.seqlen * problem.num_heads_k
-    of_queries = 4 * rounded_bytes(rows * problem.head_dim, 2)  # q, out, dout, dq
-    of_keys = 4 * rounded_bytes(rows_k * problem.head_dim, 2)  # k, v, dk, dv
+    both = problem.head_dim, problem.value_head_dim
+    of_queries = sum(2 * rounded_bytes(rows * dims, 2) for dims in both)  # q, dq; out, dout
+    of_keys = sum(2 * rounded_bytes(rows_k * dims, 2) for dims in both)  # k, dk; v, dv
     return of_queries + of_keys + 2 * rounded_bytes(rows, 4)
 
 

@@ -27,6 +27,7 @@ _ONE_CALL: dict[str, Any] = {
     "heads": 16,
     "heads_k": None,
     "head_dims": [64, 128],
+    "head_dim_v": None,
     "causal": "both",
 }
 # The options that each kind of run takes, with what they are where they are not given. `backends`: the problem's own.
@@ -230,6 +231,7 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
         "--heads; --memory: these, then one for all)",
     )
     parser.add_argument("--head-dims", type=_positives, metavar="64,128", help=_defaults("head_dims"))
+    parser.add_argument("--head-dim-v", type=_positive, help="of v, where it is another one")
     parser.add_argument("--seqlens", type=_positives, metavar="512,...", help=_defaults("seqlens"))
     parser.add_argument("--causal", choices=["both", "yes", "no"], help=_defaults("causal"))
     parser.add_argument(

@@ -30,6 +30,7 @@ def _ask(kind: str, problem: Problem, card: str, seconds: float) -> dict[str, An
     if program is None:
         return {"error": "there is no program flash-attn-jit"}
     command = [program, "model", "--kind", kind, "--head-dim", str(problem.head_dim), "--gpu", card, "--json"]
+    command += ["--head-dim-v", str(problem.head_dim_v)] if problem.head_dim_v else []
     command += ["--causal"] if problem.causal else []
     command += problem.feature_flags()
     command += ["--gqa", str(problem.num_heads // problem.num_heads_k)]

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 FORWARD, BACKWARD, BOTH = PASSES = ("fwd", "bwd", "both")
-# Of five matrix products the backward pass makes two anew: S = Q K^T and dP = dO V^T; dV, dQ and dK are the others.
-_FLOPS_OVER_FORWARD = {FORWARD: 1.0, BACKWARD: 2.5, BOTH: 3.5}
+# Products of every pair of positions over q's head dim and over v's: forward S = Q K^T, and O; backward S anew, dQ and
+# dK, and dP = dO V^T and dV.
+_PRODUCTS = {FORWARD: (1, 1), BACKWARD: (3, 2), BOTH: (4, 3)}
 
 _DEVICE = "cuda"
 
@@ -32,7 +33,7 @@ MASKS = (NO_MASK, *_MASKS)
 
 
 class Inputs(NamedTuple):
-    """Each (batch, seqlen, heads, head_dim), of one dtype."""
+    """Each (batch, seqlen, heads, head_dim), of one dtype; v and dout with v's head dim."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -56,19 +57,25 @@ class Problem:
     attn_mask: str = NO_MASK
     dropout_p: float = 0.0
     dtype: str = FP16
+    head_dim_v: int = 0  # of v, where it is another one; 0: the same
+
+    @property
+    def value_head_dim(self) -> int:
+        return self.head_dim_v or self.head_dim
 
     def flops(self, which: str) -> float:
         """Forward is two matrix products over every pair of positions, of which a causal mask takes half; the whole
-        backward counts as 2.5 times that, both as 3.5."""
+        backward is five, both are seven."""
         pairs = self.seqlen * self.seqlen
-        forward = 4 * self.batch * self.num_heads * pairs * self.head_dim // (2 if self.causal else 1)
-        return _FLOPS_OVER_FORWARD[which] * forward
+        products, of_values = _PRODUCTS[which]
+        dims = products * self.head_dim + of_values * self.value_head_dim
+        return 2.0 * self.batch * self.num_heads * pairs * dims / (2 if self.causal else 1)
 
     def read_bytes(self, which: str) -> int:
         """Of the tensors that are there before a call of the pass and read by it."""
-        heads = self.num_heads + 2 * self.num_heads_k  # q, k and v
-        heads += self.num_heads * {FORWARD: 0, BACKWARD: 2, BOTH: 1}[which]  # dout, and backward's out
-        return 2 * self.batch * self.seqlen * heads * self.head_dim + self._mask_bytes()
+        dims = (self.num_heads + self.num_heads_k) * self.head_dim  # q and k
+        heads = self.num_heads_k + self.num_heads * {FORWARD: 0, BACKWARD: 2, BOTH: 1}[which]  # v; dout, backward's out
+        return 2 * self.batch * self.seqlen * (dims + heads * self.value_head_dim) + self._mask_bytes()
 
     def _mask_shape(self, dimensions: str) -> tuple[int, int, int, int]:
         whole = {"b": self.batch, "h": self.num_heads, "q": self.seqlen, "k": self.seqlen}
@@ -112,12 +119,13 @@ class Problem:
         """From N(0, 1), on the current CUDA device. Where the pass has gradients, q, k and v need them."""
         generator = torch.Generator(_DEVICE).manual_seed(seed)
 
-        def normal(heads: int) -> torch.Tensor:
-            shape = (self.batch, self.seqlen, heads, self.head_dim)
+        def normal(heads: int, dims: int) -> torch.Tensor:
+            shape = (self.batch, self.seqlen, heads, dims)
             return torch.randn(shape, generator=generator, device=_DEVICE, dtype=DTYPES[self.dtype])
 
-        q, k, v = normal(self.num_heads), normal(self.num_heads_k), normal(self.num_heads_k)
-        dout = None if which == FORWARD else normal(self.num_heads)
+        q, k = (normal(heads, self.head_dim) for heads in (self.num_heads, self.num_heads_k))
+        v = normal(self.num_heads_k, self.value_head_dim)
+        dout = None if which == FORWARD else normal(self.num_heads, self.value_head_dim)
         if dout is not None:
             q, k, v = q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
         return Inputs(q, k, v, dout, self._mask(generator))
@@ -131,7 +139,8 @@ class Problem:
         masked = "" if self.attn_mask == NO_MASK else f" {self.attn_mask}"
         masked += f" dropout {self.dropout_p}" if self.dropout_p else ""
         dtype = "" if self.dtype == FP16 else f" {self.dtype}"
-        return f"b{self.batch} h{heads} d{self.head_dim} s{self.seqlen} {mask}{masked}{dtype}"
+        dims = f"{self.head_dim}/{self.head_dim_v}" if self.head_dim_v else f"{self.head_dim}"
+        return f"b{self.batch} h{heads} d{dims} s{self.seqlen} {mask}{masked}{dtype}"
 
 
 def sweep(
@@ -143,10 +152,12 @@ def sweep(
     masks: Sequence[str] = (NO_MASK,),
     dropout: Sequence[float] = (0.0,),
     dtypes: Sequence[str] = (FP16,),
+    head_dim_v: int = 0,
 ) -> Iterator[Problem]:
     """An attn_mask comes without causal: SDPA takes one of the two."""
     for head_dim, is_causal, seqlen, mask, dropout_p, dtype in product(
         head_dims, causal, seqlens, masks, dropout, dtypes
     ):
         if mask == NO_MASK or not is_causal:
-            yield Problem(batch, heads[0], heads[1], head_dim, seqlen, is_causal, mask, dropout_p, dtype)
+            of_v = 0 if head_dim_v == head_dim else head_dim_v
+            yield Problem(batch, heads[0], heads[1], head_dim, seqlen, is_causal, mask, dropout_p, dtype, of_v)

@@ -20,6 +20,7 @@ class Case:
 
     name: str
     head_dim: int = 64
+    head_dim_v: int = 0  # of v, where it is another one; 0: the same
     heads: int = 4
     heads_k: int = 4
     batch: int = 2
@@ -80,6 +81,7 @@ _FEATURES: dict[str, dict[str, Any]] = {
     },
     "bfloat16, mask": {"dtype": torch.bfloat16, "mask": "brain"},
     "unaligned rows, causal": {"causal": True, "aligned": False},
+    "v of 40 head dims, causal, grouped heads": {"head_dim_v": 40, "causal": True, "heads_k": 2},
     "bool mask of keys": {"mask": "keys", "seqlens_k": (400,)},
     "float16 bias, softcap": {"mask": "bias", "softcap": 20.0, "seqlens_k": (400,)},
     "float32 mask, causal, grouped heads": {"mask": "pairs", "causal": True, "heads_k": 2},
@@ -106,6 +108,7 @@ def cases() -> list[Case | CacheCase]:
     found += [Case(name, head_dim, **options) for name, options in _FEATURES.items() for head_dim in (64, 128)]
     found = [case for case in found if isinstance(case, CacheCase) or takes(case.dtype)]
     found += [CacheCase(name, head_dim, **options) for name, options in _CACHES.items() for head_dim in (64, 128)]
+    found.append(Case("v of 128 head dims, causal", 192, head_dim_v=128, causal=True))
     return found + [
         Case("causal" if i % 2 else "full", head_dim, causal=bool(i % 2)) for i, head_dim in enumerate(_OTHER_HEAD_DIMS)
     ]
@@ -117,20 +120,21 @@ def small_cases() -> list[Case | CacheCase]:
 
 
 def _inputs(case: Case, device: str) -> dict[str, torch.Tensor]:
-    """From N(0, 1); (batch, seqlen, heads, head_dim), or (total, heads, head_dim) for varlen."""
+    """From N(0, 1); (batch, seqlen, heads, head_dim), v and dout with v's, or (total, heads, head_dim) for varlen."""
     generator = torch.Generator().manual_seed(1)
 
-    def normal(lengths: tuple[int, ...], heads: int) -> torch.Tensor:
+    def normal(lengths: tuple[int, ...], heads: int, dims: int) -> torch.Tensor:
         rows = (sum(lengths),) if case.is_varlen else (case.batch, lengths[0])
-        width = case.head_dim + (0 if case.aligned else 1)  # rows that begin anywhere
+        width = dims + (0 if case.aligned else 1)  # rows that begin anywhere
         made = torch.randn((*rows, heads, width), generator=generator).to(device, case.dtype)
-        return made[..., : case.head_dim]
+        return made[..., :dims]
 
+    dims_v = case.head_dim_v or case.head_dim
     return {
-        "q": normal(case.seqlens_q, case.heads),
-        "k": normal(case.seqlens_k, case.heads_k),
-        "v": normal(case.seqlens_k, case.heads_k),
-        "dout": normal(case.seqlens_q, case.heads),
+        "q": normal(case.seqlens_q, case.heads, case.head_dim),
+        "k": normal(case.seqlens_k, case.heads_k, case.head_dim),
+        "v": normal(case.seqlens_k, case.heads_k, dims_v),
+        "dout": normal(case.seqlens_q, case.heads, dims_v),
     }
 
 

@@ -43,7 +43,7 @@ def write_into(
     has_backward: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """forward() into a tensor of the caller's."""
-    check_out(out, q)
+    check_out(out, q, v)
     result = forward(q, k, v, options, out, has_backward)
     ops.has_changed(out)
     return result

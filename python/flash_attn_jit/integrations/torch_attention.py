@@ -106,7 +106,7 @@ def _flash_forward(
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         _refuse_what_backward_lacks(options)
     read = _read(cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, **options)
-    out = torch.empty_like(query)
+    out = _room_for_out(query, value)
     return out, *_run(query, key, value, read, out, return_debug_mask)
 
 
@@ -172,7 +172,7 @@ def _sdpa_forward(
 ) -> tuple[Any, ...]:
     """Heads before the sequence; is_causal is aligned bottom-right, as torch's own kernel has it."""
     read = _read(None, None, 0, 0, dropout_p, is_causal, scale)
-    out = torch.empty_like(query)
+    out = _room_for_out(query, value)
     q, k, v, written = (x.transpose(1, 2) for x in (query, key, value, out))
     lse, state, unused, mask = _run(q, k, v, read, written, return_debug_mask)
     return out, lse, None, None, query.shape[2], key.shape[2], state, unused, mask
@@ -213,6 +213,12 @@ def _refuse_what_backward_lacks(options: dict[str, Any]) -> None:
         if options.get(name) is not None:
             came = "comes with inputs that require a gradient, of which torch's backward pass would not be told"
             raise Refusal(name, came, "inputs that need none", error=NotImplementedError).exception()
+
+
+def _room_for_out(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    if value.shape[-1] == query.shape[-1]:
+        return torch.empty_like(query)
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
 def _read(

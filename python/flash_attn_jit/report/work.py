@@ -46,8 +46,12 @@ def flops(kernel: Kernel, sizes: Sizes) -> int | None:
 def bytes_moved(kernel: Kernel, sizes: Sizes) -> int:
     """At least: every tensor once."""
     family = _FAMILIES[kernel.kind]
-    of_queries = sizes.num_heads * sizes.seqlen_q * (2 * family.query_rows * kernel.head_dim + 4 * family.query_numbers)
-    of_keys = sizes.num_heads_k * sizes.seqlen_k * 2 * family.key_rows * kernel.head_dim
+    of_queries = (
+        sizes.num_heads
+        * sizes.seqlen_q
+        * (2 * (family.query_rows + family.query_value_rows) * kernel.head_dim + 4 * family.query_numbers)
+    )
+    of_keys = sizes.num_heads_k * sizes.seqlen_k * 2 * (family.key_rows + family.value_rows) * kernel.head_dim
     return sizes.batch * (of_queries + of_keys)
 
 

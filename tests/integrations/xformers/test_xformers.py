@@ -474,7 +474,7 @@ _Own = type("_Own", (ab.LowerTriangularMask,), {})
 
 REFUSED: dict[str, tuple[list[torch.Tensor], dict[str, Any]]] = {
     r"query has dtype torch.float32. Cast it: query.to\(torch.float16\)": (_inputs(dtype=torch.float32), {}),
-    "value has head_dim 24 and query 16": (_inputs(heads_dims=(16, 24)), {}),
+    "value has head_dim 264 and query 16": (_inputs(heads_dims=(16, 264)), {}),
     "query has head_dim 520": (_inputs(heads_dims=(520, 520)), {}),
     "output_dtype is torch.float32": (_inputs(), {"output_dtype": torch.float32}),
     "p is 1.0": (_inputs(), {"p": 1.0}),

@@ -44,8 +44,8 @@ def register() -> CallCounts:
 
     The backend takes attention in float16 and bfloat16 with head dims 1 to 512, grouped heads, sliding windows (with a
     pool of their own or without), softcap and sinks, prompts in chunks, mixed batches, encoders, and CUDA graphs of
-    decode. Everything else raises NotImplementedError that names what it was: MLA, quantized caches, cross attention, a
-    v of another head dim, speculative decoding, context parallelism.
+    decode. Everything else raises NotImplementedError that names what it was: MLA, quantized caches, cross attention,
+    speculative decoding, context parallelism.
 
     A CUDA graph splits a sequence's keys as the longest that the model takes: the shorter its own text, the fewer of
     the splits have work. ``--context-length`` as low as it may be helps.

@@ -173,7 +173,7 @@ class FlashAttnJitBackend(AttentionBackend):  # type: ignore[misc]
         **others: Any,
     ) -> torch.Tensor:
         """q: (tokens, num_heads * head_dim) or (tokens, num_heads, head_dim); the result: (tokens, num_heads *
-        head_dim)."""
+        v's head_dim)."""
         if others:
             _check_others(others)
         metadata = self.forward_metadata
@@ -187,8 +187,8 @@ class FlashAttnJitBackend(AttentionBackend):  # type: ignore[misc]
             window = (width, 0 if causal else width)
             if metadata.window_table is not None:
                 table = metadata.window_table
-        heads, dim = layer.tp_q_head_num, layer.qk_head_dim
-        q = q.reshape(-1, heads, dim)
+        heads, dim = layer.tp_q_head_num, layer.v_head_dim
+        q = q.reshape(-1, heads, layer.qk_head_dim)
         given = forward_batch._attn_output
         keys, values = self._paged_cache(layer)
         out = flash_attn_varlen_func(
@@ -205,7 +205,7 @@ class FlashAttnJitBackend(AttentionBackend):  # type: ignore[misc]
             softcap=float(layer.logit_cap or 0.0),
             block_table=table,
             s_aux=None if sinks is None else sinks.detach().float(),
-            out=None if given is None else given.view(q.shape),
+            out=None if given is None else given.view(-1, heads, dim),
             seqused_k=metadata.used,
         )
         calls.count()
@@ -242,8 +242,6 @@ class FlashAttnJitBackend(AttentionBackend):  # type: ignore[misc]
 
 def _is_causal(layer: Any) -> bool:
     """Raises where the layer has what these kernels have not."""
-    if layer.qk_head_dim != layer.v_head_dim:
-        _refuse(f"v has head_dim {layer.v_head_dim} and q {layer.qk_head_dim}", "the same")
     if layer.is_cross_attention:
         _refuse("a layer is cross attention", "self attention")
     if layer.use_irope:

@@ -26,8 +26,8 @@ def register(name: str = "turing") -> str:
     Runs here: padding on either side and holes in it; windows; softcap; sinks; dropout; position bias; chunks, images'
     tokens and other masks that are made for all pairs; caches that grow, slide or are static; packed sequences, by
     ``position_ids`` that begin anew or by ``cu_seq_lens_q``; checkpoints; continuous batching (of transformers 5);
-    ``torch.compile(fullgraph=True)``; value head dims other than the keys', for which one of the two is filled up with
-    zeros and copied. A query that sees no key, as one of padding, has out 0.
+    ``torch.compile(fullgraph=True)``; value head dims other than the keys'. A query that sees no
+    key, as one of padding, has out 0.
 
     What goes beside it: a padding mask costs no copy and no wait. Waits for the device, once in a forward pass, are
     made for packed sequences (to learn whether there are some in a training pass without an ``attention_mask``, or a

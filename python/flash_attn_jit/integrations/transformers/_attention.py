@@ -10,7 +10,7 @@ from ..._sdpa import ACCEPTED_WITH_GRADIENTS, MOST_HEAD_DIM, MOST_HEAD_DIM_OF_GR
 from ...errors import Refusal, UnsupportedError
 from ...interface import flash_attn_func, flash_attn_varlen_func
 from . import _fallback
-from ._inputs import cast, refuse_others, with_one_head_dim
+from ._inputs import cast, refuse_others
 from ._kinds import join_position_bias, packed_options, read_mask
 from ._packed import find_packed
 
@@ -64,9 +64,6 @@ def turing_attention(
         refuse_others(others)
     if not (query.dtype is key.dtype is value.dtype and query.dtype in HALVES):
         query, key, value = cast(module, query, key, value)
-    value_dim = value.shape[3]
-    if value_dim != query.shape[3]:
-        query, key, value, scaling = with_one_head_dim(query, key, value, scaling)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     options: dict[str, Any] = {"dropout_p": dropout, "softmax_scale": scaling, "causal": causal}
@@ -91,7 +88,7 @@ def turing_attention(
         options["softcap"] = softcap
     if s_aux is not None:
         options["s_aux"] = s_aux
-    refusal = _head_dim_refusal(q, k, v, options) if q.shape[3] > MOST_HEAD_DIM_OF_GRADIENTS else None
+    refusal = _head_dim_refusal(q, k, v, options) if max(q.shape[3], v.shape[3]) > MOST_HEAD_DIM_OF_GRADIENTS else None
     if refusal is not None:
         _fallback.refuse_what_torch_lacks(refusal, options)
         calls.count(str(refusal.exception()))
@@ -99,12 +96,15 @@ def turing_attention(
     else:
         out = _run_packed(q, k, v, options) if "cu_seqlens_q" in options else flash_attn_func(q, k, v, **options)
         calls.count()
-    return (out if value_dim == out.shape[3] else out[..., :value_dim]), None
+    return out, None
 
 
 def _head_dim_refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> Refusal | None:
-    """Of head dims that have no backward pass."""
+    """Of head dims above those that have a backward pass."""
     came = f"is {q.shape[3]}"
+    if q.shape[3] != v.shape[3]:
+        accepted = f"query's and value's alike, or 1 to {MOST_HEAD_DIM_OF_GRADIENTS}"
+        return Refusal("head_dim", f"{came}, value's {v.shape[3]}", accepted, error=UnsupportedError)
     if q.shape[3] > MOST_HEAD_DIM:
         return Refusal("head_dim", came, f"1 to {MOST_HEAD_DIM}", error=UnsupportedError)
     if need_gradient(q, k, v, options.get("attn_bias"), options.get("s_aux")):

@@ -25,7 +25,7 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, An
     Args:
         q: (batch, queries, heads, head_dim).
         k: (batch, keys, heads_k, head_dim).
-        v: like k.
+        v: like k, with a head_dim of its own.
         options: flash_attn_func's.
     """
     groups = q.shape[2] // k.shape[2]  # expanded here: before torch 2.5 its attention takes no grouped heads

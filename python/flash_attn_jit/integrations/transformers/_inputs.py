@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ..._dtypes import HALVES
 from ...errors import Refusal, UnsupportedError
@@ -53,16 +52,3 @@ def _dtype_of(module: torch.nn.Module, *tensors: torch.Tensor) -> torch.dtype:
             return tensor.dtype
     linear = next((layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)), None)
     return tensors[0].dtype if linear is None else linear.weight.dtype
-
-
-def with_one_head_dim(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """With zeros behind the shorter ones, which change no score and no sum, and the scale that was meant."""
-    head_dim, value_dim = query.shape[3], value.shape[3]
-    if scaling is None:
-        scaling = head_dim**-0.5
-    if value_dim < head_dim:
-        return query, key, F.pad(value, (0, head_dim - value_dim)), scaling
-    more = (0, value_dim - head_dim)
-    return F.pad(query, more), F.pad(key, more), value, scaling

@@ -36,7 +36,7 @@ def register() -> CallCounts:
     all of them in calls that need no gradient.
 
     What these kernels cannot take runs in xformers' own operators, if any, and is counted with the reason: dtypes other
-    than float16 and bfloat16, bfloat16 on GPUs that multiply it (sm_80 and newer), a value head dim other than query's,
+    than float16 and bfloat16, bfloat16 on GPUs that multiply it (sm_80 and newer),
     head dims above 512, above 256 with gradients, an output_dtype, gradients through padded, gappy or paged keys (which
     xformers has not either). So are calls that name an operator with ``op=``.
 

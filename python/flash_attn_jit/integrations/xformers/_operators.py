@@ -53,8 +53,8 @@ def _read(inp: Any, grouped: bool) -> _Call:
         return _Call(q, k, v, options) if keys == k.shape[1] else _Call(q, k[:, :keys], v[:, :keys], options)
     q = _without_batch(q)
     if options.block_table is not None:
-        pages = (-1, bias.page_size, k.shape[2], k.shape[3])
-        return _Call(q, k.reshape(pages), v.reshape(pages), options)
+        k, v = (x.reshape(-1, bias.page_size, *x.shape[2:]) for x in (k, v))
+        return _Call(q, k, v, options)
     k, v = _without_batch(k), _without_batch(v)
     if options.seqused_k is not None and biases.first_key(bias):
         k, v = k[biases.first_key(bias) :], v[biases.first_key(bias) :]
@@ -62,13 +62,13 @@ def _read(inp: Any, grouped: bool) -> _Call:
 
 
 def _laid_out(out: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """What is made of q, of the query's shape."""
+    """What is made of q, of the query's shape but for the head dim."""
     if query.dim() == 4:
         if out.dim() == 4:
             return out
         if query.shape[0] == 1:
             return out[None]
-    return out.view_as(query)
+    return out.view(*query.shape[:-1], out.shape[-1])
 
 
 def requires_gradient(inp: Any) -> bool:
@@ -87,8 +87,8 @@ def needs_gradient(inp: Any) -> bool:
 
 
 def differentiable(inp: Any, needs_gradient: bool) -> torch.Tensor:
-    """out of inputs that are not refused, of query's shape; with gradients of all that may have one, tensors of
-    biases too."""
+    """out of inputs that are not refused, of query's shape with value's head dim; with gradients of all that may have
+    one, tensors of biases too."""
     q, k, v, options = _read(inp, grouped=not needs_gradient)
     out, _ = attention(q, k, v, options, False)
     calls.count()
@@ -189,9 +189,9 @@ class BwOp(_Operator, AttentionBwOpBase):  # type: ignore[misc]
     def apply(cls, ctx: Any, inp: Any, grad: torch.Tensor) -> Any:
         """The gradients, of the inputs' shapes."""
         call = _read(inp, grouped=False)
-        q, k, _, options = call
+        q, k, v, options = call
         call = call._replace(options=options._replace(dropout_seed=ctx.rng_state))
-        dout, out = (tensor.reshape(q.shape) for tensor in (grad.to(q.dtype), ctx.out))
+        dout, out = (x.reshape(*q.shape[:-1], v.shape[-1]) for x in (grad.to(q.dtype), ctx.out))
         lse = ctx.lse if options.cu_seqlens_q is None else ctx.lse[0]
         lse = lse[..., : q.shape[-3]]  # other operators' may be padded
         # See _shaped_lse(): that of parts.
