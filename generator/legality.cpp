@@ -1,5 +1,6 @@
 #include "generator/legality.h"
 
+#include <algorithm>
 #include <array>
 #include <charconv>
 
@@ -105,6 +106,9 @@ std::string accepted_head_dims() { return "1 to " + std::to_string(kMostHeadDim)
 void require_head_dims(std::int64_t head_dim, std::int64_t head_dim_v) {
   if (const auto reason = check_head_dim(head_dim)) throw UnsupportedError(*reason);
   if (const auto reason = check_head_dim(head_dim_v, "v's head_dim")) throw UnsupportedError(*reason);
+  if (head_dim != head_dim_v && std::max(head_dim, head_dim_v) > kMostNarrowHeadDim)
+    throw UnsupportedError({"v's head_dim", "is " + std::to_string(head_dim_v) + ", q's " + std::to_string(head_dim),
+                            "q's, or both 1 to " + std::to_string(kMostNarrowHeadDim)});
 }
 
 void require_head_dim_of_gradients(std::int64_t head_dim) {

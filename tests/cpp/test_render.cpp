@@ -57,6 +57,8 @@ TEST_CASE("the source is self-contained and has a template once, and every templ
   KernelSpec users;
   users.features.set(Feature::kUserScore);
   users.functions = 1;
+  users.head_dim = 64;
+  users.tile = default_tiles(users).front();
   const std::string of_user = render(users, embedded_templates(), "#include \"user_reads.cuh\"\n").source;
   const std::string peak = render_tensor_peak(embedded_templates()).source;
   for (const auto& [file, text] : embedded_templates()) {

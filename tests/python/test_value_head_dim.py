@@ -147,8 +147,8 @@ def test_flops_are_those_of_both_head_dims():
     [
         ((1, 9, 2, 24), ValueError, r"v has shape \(1, 9, 2, 24\); accepted: \(1, 8, 2, 24\), k's"),
         ((1, 8, 1, 24), ValueError, r"v has shape \(1, 8, 1, 24\); accepted: \(1, 8, 2, 24\), k's"),
-        ((1, 8, 2, 257), flash_attn_jit.UnsupportedError, "v's head_dim is 257; accepted: 1 to 256"),
-        ((1, 8, 2, 0), flash_attn_jit.UnsupportedError, "v's head_dim is 0; accepted: 1 to 256"),
+        ((1, 8, 2, 257), flash_attn_jit.UnsupportedError, "v's head_dim is 257, q's 16; accepted: q's, or both"),
+        ((1, 8, 2, 0), flash_attn_jit.UnsupportedError, "v's head_dim is 0; accepted: 1 to 512"),
     ],
 )
 def test_bad_values(v_shape, error, message):
