@@ -87,8 +87,8 @@ def route_sdpa() -> SdpaRouter:
 
     Falls back, with the reason counted: a dropout_p of 1, a dtype other than float16 and bfloat16 (after autocast),
     bfloat16 on GPUs that multiply it (sm_80 and newer), CPU tensors without the interpreter, GPUs older than sm_75,
-    nested, sparse and subclassed tensors, shapes that would be broadcast, value head dims other than query's, head dims
-    over 512, over 256 where an input needs a gradient, a last dimension that is not contiguous, forward-mode
+    nested, sparse and subclassed tensors, shapes that would be broadcast, head dims over 512, over 256 where an input
+    needs a gradient or value's is another than query's, a last dimension that is not contiguous, forward-mode
     differentiation and ``torch.func.grad``. Also left to PyTorch, but not counted: calls under ``torch.vmap``, of
     jagged nested tensors, on the meta device and on devices that are neither the CPU nor CUDA.
 

@@ -202,7 +202,7 @@ def test_every_family_is_among_the_cases():
     ):
         assert any(has(case) for case in found)
     small = cases.small_cases()
-    assert len(small) == 22
+    assert len(small) == 23
     assert all(sum(case.used if isinstance(case, CacheCase) else case.seqlens_q) < 200 for case in small)
 
 

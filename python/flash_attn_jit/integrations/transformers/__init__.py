@@ -26,8 +26,8 @@ def register(name: str = "turing") -> str:
     Runs here: padding on either side and holes in it; windows; softcap; sinks; dropout; position bias; chunks, images'
     tokens and other masks that are made for all pairs; caches that grow, slide or are static; packed sequences, by
     ``position_ids`` that begin anew or by ``cu_seq_lens_q``; checkpoints; continuous batching (of transformers 5);
-    ``torch.compile(fullgraph=True)``; value head dims other than the keys'. A query that sees no
-    key, as one of padding, has out 0.
+    ``torch.compile(fullgraph=True)``; value head dims other than the keys', both to 256. A query that sees no key, as
+    one of padding, has out 0.
 
     What goes beside it: a padding mask costs no copy and no wait. Waits for the device, once in a forward pass, are
     made for packed sequences (to learn whether there are some in a training pass without an ``attention_mask``, or a
@@ -42,8 +42,9 @@ def register(name: str = "turing") -> str:
     made with such a name, and ``ContinuousBatchingManager.switch_to_cb_friendly_attn``, which refuses all names but its
     own. Other implementations run as before.
 
-    ``calls`` counts what ran here, and in PyTorch with the reason: head dims over 512, over 256 with gradients, which
-    are an error with softcap, sinks or packed sequences. Calls in compiled graphs are not counted.
+    ``calls`` counts what ran here, and in PyTorch with the reason: head dims over 512, over 256 with gradients or
+    where value's is another than query's, which are an error with softcap, sinks or packed sequences. Calls in compiled
+    graphs are not counted.
 
     Args:
         name: without "flash": transformers takes such names for packages and kernels that it has to load.

@@ -36,9 +36,9 @@ def register() -> CallCounts:
     all of them in calls that need no gradient.
 
     What these kernels cannot take runs in xformers' own operators, if any, and is counted with the reason: dtypes other
-    than float16 and bfloat16, bfloat16 on GPUs that multiply it (sm_80 and newer),
-    head dims above 512, above 256 with gradients, an output_dtype, gradients through padded, gappy or paged keys (which
-    xformers has not either). So are calls that name an operator with ``op=``.
+    than float16 and bfloat16, bfloat16 on GPUs that multiply it (sm_80 and newer), head dims
+    above 512, above 256 with gradients or where value's is another than query's, an output_dtype, gradients through
+    padded, gappy or paged keys (which xformers has not either). So are calls that name an operator with ``op=``.
 
     Beyond xformers: tensors of biases have gradients of any shape that broadcasts, in LowerTriangularMaskWithTensorBias
     too, and where query, key and value need none; 5 dimensions have a backward pass; a query that sees no key gives 0.

@@ -31,7 +31,8 @@ def refusal(inp: Any) -> str | None:
     head_dim = query.shape[-1]
     if not 1 <= head_dim <= MOST_HEAD_DIM:
         return f"query has head_dim {head_dim}"
-    if value.shape[-1] != head_dim and not max(value.shape[-1], head_dim) <= MOST_HEAD_DIM_OF_GRADIENTS:
+    head_dims = {head_dim, value.shape[-1]}
+    if len(head_dims) > 1 and not (min(head_dims) >= 1 and max(head_dims) <= MOST_HEAD_DIM_OF_GRADIENTS):
         return f"value has head_dim {value.shape[-1]} and query {head_dim}"
     refused = refusal_where_others_are_better(query)
     if refused is not None:
