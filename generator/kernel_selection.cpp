@@ -53,7 +53,7 @@ void append_tiles(KernelSpec spec, const ArchLimits& arch, std::vector<KernelSpe
 }
 
 // Of the kernels of a pass one at least has to have each head dim.
-void require_head_dims(const KernelSelection& selection) {
+void require_head_dims_of_pack(const KernelSelection& selection) {
   for (const int head_dim : selection.head_dims)
     for (const KernelKind kind : selection.kinds)
       if (const auto reason = check_head_dim(kind, head_dim);
@@ -75,7 +75,7 @@ KernelSelection default_pack() {
 }
 
 std::vector<KernelSpec> select_kernels(const KernelSelection& selection, const ArchLimits& arch) {
-  require_head_dims(selection);
+  require_head_dims_of_pack(selection);
   std::vector<KernelSpec> problems{KernelSpec{}};
   cross(problems, selection.kinds, &KernelSpec::kind);
   cross(problems, selection.dtypes, &KernelSpec::dtype);
