@@ -237,9 +237,10 @@ def check_gradients(
         assert got.shape == exact.shape and got.dtype == dtype
         if not exact.numel():
             continue
-        # P, dS and the gradients are rounded to fp16, 11 bits; a gradient sums some of them. bfloat16 has 8.
+        # P, dS and the gradients are rounded to fp16, 11 bits; a gradient sums some of them. bfloat16 has 8, and of out
+        # as it was rounded to them delta is made.
         largest = exact.abs().max().item()
-        bound = 4 * 2**-11 * largest + (1e-4 if dtype is torch.float16 else 2**-9 * largest)
+        bound = 4 * 2**-11 * largest + 1e-4 + (0 if dtype is torch.float16 else 2**-7 * largest)
         assert (got.double() - exact).abs().max().item() <= bound
 
 

@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 Mod = Callable[..., Any] | None
@@ -35,8 +36,11 @@ def eager(
     if block_mask is None:
         block_mask = flex._create_empty_block_mask(*inputs[:2])
     options = flex._apply_kernel_options(*inputs, True, None, None)
-    out, lse, *_ = flex.flex_attention_hop(*inputs, score_mod or flex._identity, block_mask.as_tuple(), scale, options)
-    out.backward(dout.double())
+    try:
+        out, lse, *_ = flex.flex_attention_hop(*inputs, score_mod or flex._identity, block_mask.as_tuple(), scale, options)
+        out.backward(dout.double())
+    except torch.OutOfMemoryError:
+        pytest.skip("eager flex_attention takes all memory for this function")
     return Results(out.detach(), lse.detach(), *gradients_of(inputs))
 
 
