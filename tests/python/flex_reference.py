@@ -37,7 +37,9 @@ def eager(
         block_mask = flex._create_empty_block_mask(*inputs[:2])
     options = flex._apply_kernel_options(*inputs, True, None, None)
     try:
-        out, lse, *_ = flex.flex_attention_hop(*inputs, score_mod or flex._identity, block_mask.as_tuple(), scale, options)
+        out, lse, *_ = flex.flex_attention_hop(
+            *inputs, score_mod or flex._identity, block_mask.as_tuple(), scale, options
+        )
         out.backward(dout.double())
     except torch.OutOfMemoryError:
         pytest.skip("eager flex_attention takes all memory for this function")
