@@ -14,6 +14,7 @@ namespace {
 
 constexpr double kLeastSeconds = 0.5;  // with less nothing is found
 
+constexpr const char* kLeavesUsers = "autotune() leaves calls with a score_mod or a block_mask at the default tiles";
 constexpr const char* kLeavesBFloat16 =
     "autotune() leaves bfloat16 calls as they are, with default tiles: it tunes float16";
 
@@ -109,6 +110,7 @@ void Autotuner::leave(const Key& key, const AttentionCase& attention, const std:
 
 void Autotuner::meet(Device& device, const ForwardRequest& request, StreamHandle stream) {
   if (request.options.dtype == DType::kBFloat16) return warn_once(kLeavesBFloat16);
+  if (request.options.user != nullptr) return warn_once(kLeavesUsers);
   const LaunchPlan plan = plan_forward(request, device.plan_target());
   if (!family_of(plan.spec.kind).is_tuned) return;
   if (plan.spec.kind == KernelKind::kForward && plan.spec.features.forward_only())
@@ -120,6 +122,7 @@ void Autotuner::meet(Device& device, const ForwardRequest& request, StreamHandle
 
 void Autotuner::meet(Device& device, const BackwardRequest& request, StreamHandle stream) {
   if (request.options.dtype == DType::kBFloat16) return warn_once(kLeavesBFloat16);
+  if (request.options.user != nullptr) return warn_once(kLeavesUsers);
   if (has_own_values(request.q, request.v)) return;
   const PlanTarget target = device.plan_target();
   const AttentionCase sizes = sizes_of(request.q, request.k, request.options);
