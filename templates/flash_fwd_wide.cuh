@@ -417,7 +417,7 @@ class FlashFwdWide {
     const BlockInfo<Traits> block(params_, reread_block_in_grid());
     const int thread = reread_thread_in_block(), lane = thread % 32;
     const Place place(thread / 32);
-    block_barrier();  // the last factors have been read, and the slots' memory is free
+    // Behind the last iteration's barrier nobody reads factors or slots.
     const int own_row = place.own_row() + lane_row(lane);
     float own = finish_row<Variant::kMayHideRows>(params_, block, block.m_begin + own_row, softmax_.row_max[0],
                                                   softmax_.total(0), lane_column(lane) == 0);

@@ -88,8 +88,11 @@ std::vector<ForwardCase> forward_cases() {
   for (const TileConfig& tile : tiles_of(c.head_dim))
     if (tile.block_m == 64 && tile.block_n == 16 && tile.register_dims < 32) c.tile = tile;
   const ForwardCase other = ForwardCase::parse("hdim64 full rowgaps sq70 sk150 m64n16w4q64l2b4k7");
-  return {c, other, ForwardCase::parse("hdim64 full bf16 sq70 sk150 m64n16w4q64l2b8k8"),
+  return {c,
+          other,
+          ForwardCase::parse("hdim64 full bf16 sq70 sk150 m64n16w4q64l2b8k8"),
           ForwardCase::parse("hdim40 full sq70 sk50 m64n16w2q40l2b4k7"),
+          ForwardCase::parse("hdim320 full sq70 sk50 m64n8w8q80l4b4k8"),
           ForwardCase::parse("hdim96 sq3 gqa2 sk300 splits1 m16n16w4q64l0b0k0")};
 }
 
