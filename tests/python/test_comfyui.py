@@ -170,7 +170,7 @@ def test_options(options: dict[str, Any]) -> None:
 LEFT_TO_COMFYUI: dict[str, tuple[Any, dict[str, Any], str]] = {
     "float32": (inputs(dtype=torch.float32), {}, "query has dtype torch.float32"),
     "float64": (inputs(True, dtype=torch.float64), {"skip_reshape": True}, "query has dtype torch.float64"),
-    "head dim": ([torch.zeros(1, 3, 300 * HEADS, dtype=torch.float16)] * 3, {}, "query has head_dim 300"),
+    "head dim": ([torch.zeros(1, 3, 520 * HEADS, dtype=torch.float16)] * 3, {}, "query has head_dim 520"),
     "bfloat16 mask": (inputs(), {"mask": _numbers.bfloat16()}, "attn_mask has dtype torch.bfloat16"),
     "keyword": (inputs(), {"sinks": None, "is_causal": False}, "is_causal, sinks is not known here"),
 }

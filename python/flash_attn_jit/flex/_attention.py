@@ -82,7 +82,10 @@ def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-_outside_of_graphs: Callable[[_Function], _Function] = torch.compiler.disable
+def _outside_of_graphs(function: _Function) -> _Function:
+    """What torch.compiler.disable() does, which imports the compiler."""
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
 
 
 @_outside_of_graphs
