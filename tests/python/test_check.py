@@ -324,7 +324,7 @@ echo "{\\"kernel\\": \\"a $3\\", \\"seconds\\": $seconds}"
     (tmp_path / "few_keys").touch()
     assert prediction.predict(PROBLEM, BACKWARD, "t4", 60) == {"ms": 2.0, "kernels": ["a bwd_all_keys"]}
     first, *_ = (tmp_path / "asked").read_text().splitlines()
-    assert first.startswith("model --kind fwd --head-dim 64 --gpu t4 --json --causal --dtype fp16 --gqa 1 --batch 4 --heads 16")
+    assert first.startswith("model --kind fwd --head-dim 64 --gpu t4 --json --causal --dtype fp16 --gqa 1 --batch 4")
 
 
 @pytest.mark.parametrize("answer", ["echo no such card >&2; exit 2", "echo {}", "echo nonsense", "sleep 60"])
