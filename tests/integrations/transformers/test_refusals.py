@@ -50,8 +50,9 @@ def test_bfloat16(autocast):
 
 
 def test_float16_under_autocast_to_bfloat16():
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UnsupportedError, match="under autocast to torch"):
-        turing_attention(torch.nn.Module(), *_heads())
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = turing_attention(torch.nn.Module(), *_heads())
+    assert out.dtype in (torch.float16, torch.bfloat16) and out.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["head_mask", "indices", "block_indices", "sinks", "cache"])
