@@ -32,11 +32,11 @@ class TileChooser {
   virtual bool takes_decode(const KernelSpec& spec, const Problem& problem) const = 0;
 };
 
-// Whether a block of `tile` has the rows that its family asks for: all of a sequence, or any number.
 // Whether a block's rows lie in one block of the problem's block mask, and that mask's columns are whole tiles. True
 // without one.
 bool fits_mask_blocks(const KernelSpec& spec, const TileConfig& tile, const Problem& problem);
 
+// Whether a block of `tile` has the rows that its family asks for: all of a sequence, or any number.
 bool has_rows(const KernelSpec& spec, const TileConfig& tile, std::int64_t seqlen_k);
 
 // Whether one of the default tiles for `spec` has them.
