@@ -30,13 +30,8 @@ struct FloatBias {
   static __device__ __forceinline__ unsigned load(const char* at) {
     return static_cast<unsigned>(load_global_i32(reinterpret_cast<const int*>(at)));
   }
-  // Finite numbers beyond kMostBias, of either sign, count as that: in units of the smallest scale they stay finite, as
-  // nothing but -inf hides.
   static __device__ __forceinline__ float apply(float score, unsigned bits, float unit) {
-    constexpr unsigned kSign = 0x80000000u;
-    const float magnitude = float_of_bits(bits & ~kSign);
-    const bool is_beyond = magnitude > kMostBias && magnitude < infinity();
-    return fma_rounded(float_of_bits(is_beyond ? (bits & kSign) | bits_of_float(kMostBias) : bits), unit, score);
+    return fma_rounded(bounded_bias(float_of_bits(bits)), unit, score);
   }
 };
 

@@ -20,6 +20,16 @@
 #include "attention_params.cuh"
 #include "primitives.cuh"
 
+// Finite numbers beyond kMostBias, of either sign, count as that: in units of the smallest scale they stay finite, as
+// nothing but -inf hides.
+__device__ __forceinline__ float bounded_bias(float bias) {
+  constexpr unsigned kSign = 0x80000000u;
+  const unsigned bits = bits_of_float(bias);
+  const float magnitude = float_of_bits(bits & ~kSign);
+  const bool is_beyond = magnitude > kMostBias && magnitude < infinity();
+  return float_of_bits(is_beyond ? (bits & kSign) | bits_of_float(kMostBias) : bits);
+}
+
 // The hooks, as they are where a feature does nothing.
 struct ScoreFeature {
   // Whether the feature has score() and gradient(). One of a kernel's features may: only the last score is kept.

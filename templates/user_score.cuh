@@ -49,11 +49,9 @@ class UserScoreFeature : public ScoreFeature {
   }
 
  private:
-  // Finite numbers beyond kMostBias count as that, as those of an attn_bias do: nothing but -inf hides.
   static __device__ __forceinline__ float bounded(float s) {
-    if constexpr (!kIsLarge) return s;
-    const float magnitude = max_ignoring_nan(s, -s);
-    return magnitude > kMostBias && magnitude < infinity() ? (s < 0.0f ? -kMostBias : kMostBias) : s;
+    if constexpr (kIsLarge) return bounded_bias(s);
+    return s;
   }
 
   const UserParams* user_;

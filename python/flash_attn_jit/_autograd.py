@@ -79,7 +79,7 @@ def _gradients(ctx: Any, form: Form, dout: _Gradient, dlse: _Gradient, was_plain
         return (None,) * (count + len(_WITH_GRADIENT))
     # torch.func.grad() always comes with grad mode on; it is refused where it is differentiated again.
     if torch.is_grad_enabled() and not (torch.compiler.is_compiling() or _is_transformed()):
-        _refuse_second_derivative()
+        refuse_second_derivative()
     saved, options = ctx.saved_tensors, ctx.options
     inputs, out, softmax_lse = saved[:count], saved[count], saved[count + 1]
     tensors = saved[count + 2 :]
@@ -100,7 +100,7 @@ def _gradients(ctx: Any, form: Form, dout: _Gradient, dlse: _Gradient, was_plain
     return tuple(gradient if needed else None for gradient, needed in zip(gradients, wanted))
 
 
-def _refuse_second_derivative(*_: Any) -> None:
+def refuse_second_derivative(*_: Any) -> None:
     raise NotImplementedError(
         "create_graph=True asks for gradients of gradients, which are not built yet; accepted: create_graph=False; the "
         "function that torch.func.vjp() gives, and jacrev() with a chunk_size, inside torch.no_grad()"
@@ -144,9 +144,9 @@ def _register_derivative(form: Form) -> None:
         pass
 
     ops.register_derivative(form.forward, backward, setup_context)
-    ops.register_derivative(form.backward, _refuse_second_derivative)
+    ops.register_derivative(form.backward, refuse_second_derivative)
     form.transformed_forward = _for_transforms(form.forward, setup_context, backward)
-    form.transformed_backward = _for_transforms(form.backward, save_nothing, _refuse_second_derivative)
+    form.transformed_backward = _for_transforms(form.backward, save_nothing, refuse_second_derivative)
 
 
 for _form in (SEPARATE, KVPACKED, QKVPACKED):

@@ -8,7 +8,7 @@ takes, and torch.compile sees one operator either way. _autograd.py registers th
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,9 @@ from ._torch_internals import (
     profiler_is_on,
     transforms_are_active,
 )
+
+if TYPE_CHECKING:
+    from .flex._attention import UserFunctions
 
 _core.connect_torch(torch)
 _core.connect_options(Options)
@@ -68,11 +71,12 @@ def compute(
     options: Options,
     into: torch.Tensor | None = None,
     wants_lse: bool = True,
+    user: "UserFunctions | None" = None,
 ) -> tuple[torch.Tensor, Any]:
     """(out, softmax_lse), past the operator; out is `into`, where that is given, softmax_lse None, where it is not
     wanted."""
     out, softmax_lse = _allocate(q, v, options, into, wants_lse)
-    _core.forward(q, k, v, out, softmax_lse, options)
+    _core.forward(q, k, v, out, softmax_lse, options, None, user)
     if options.cu_seqlens_q is not None and not options.max_seqlen_q:
         # No block runs. Where there are rows for all that, none of them sees a key.
         out.zero_()
@@ -90,6 +94,7 @@ def compute_gradients(
     dlse: torch.Tensor | None,
     wanted: Sequence[bool],
     options: Options,
+    user: "UserFunctions | None" = None,
 ) -> _Gradients:
     """The gradients of `inputs`, of attn_bias and of s_aux, past the operator, where out has the gradient `dout` and
     softmax_lse has `dlse`; None for those that are not wanted."""
@@ -103,7 +108,7 @@ def compute_gradients(
     if dlse is not None:
         dlse = dlse.contiguous()
     peaks = torch.empty_like(softmax_lse) if q.dtype is torch.bfloat16 else None
-    _core.backward(dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv, sums, delta, peaks, options)
+    _core.backward(dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv, sums, delta, peaks, options, user=user)
     if options.cu_seqlens_q is not None:  # see compute()
         if dq is not None and not options.max_seqlen_q:
             dq.zero_()

@@ -225,7 +225,7 @@ double bias_of(const PairTensor& bias, const SequenceRows& sequence, std::int64_
     case PairType::kFloat16:
       return from_fp16(static_cast<const std::uint16_t*>(bias.data)[at]);
     case PairType::kBFloat16:
-      return from_bf16(static_cast<const std::uint16_t*>(bias.data)[at]);
+      return Bf16Format::value_of(static_cast<const std::uint16_t*>(bias.data)[at]);
     case PairType::kFloat32:
       return static_cast<const float*>(bias.data)[at];
     case PairType::kBool:

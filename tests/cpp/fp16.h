@@ -9,49 +9,46 @@
 
 namespace flash_attn_jit::testing {
 
-inline double from_fp16(std::uint16_t bits) {
-  const double sign = bits & 0x8000 ? -1 : 1;
-  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-  if (exponent == 31) return mantissa ? std::numeric_limits<double>::quiet_NaN() : sign * INFINITY;
-  return exponent ? sign * std::ldexp(1024 + mantissa, exponent - 25) : sign * std::ldexp(mantissa, -24);
-}
+// 16 bits: a sign, an exponent, a mantissa.
+template <int kMantissaBits>
+struct HalfFormat {
+  static constexpr int kExponentBits = 15 - kMantissaBits, kMostExponent = (1 << kExponentBits) - 1;
+  static constexpr int kLeastExponent = 2 - (1 << (kExponentBits - 1));  // of a normal number
+  static constexpr int kOne = 1 << kMantissaBits;                        // steps in a power of two
 
-// Rounds to nearest even.
-inline std::uint16_t to_fp16(double value) {
-  const std::uint16_t sign = std::signbit(value) ? 0x8000 : 0;
-  const double magnitude = std::fabs(value);
-  if (std::isnan(value)) return 0x7fff;
-  if (magnitude >= 65520) return sign | 0x7c00;
-  const int exponent = magnitude < std::ldexp(1, -14) ? -14 : std::ilogb(magnitude);
-  const int steps = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));  // 1024 to 2048 if normal
-  return static_cast<std::uint16_t>(sign + ((exponent + 14) << 10) + steps);
-}
+  static double value_of(std::uint16_t bits) {
+    const double sign = bits & 0x8000 ? -1 : 1;
+    const int exponent = bits >> kMantissaBits & kMostExponent, mantissa = bits & (kOne - 1);
+    if (exponent == kMostExponent) return mantissa ? std::numeric_limits<double>::quiet_NaN() : sign * INFINITY;
+    return exponent ? sign * std::ldexp(kOne + mantissa, exponent - 1 + kLeastExponent - kMantissaBits)
+                    : sign * std::ldexp(mantissa, kLeastExponent - kMantissaBits);
+  }
 
+  // Rounds to nearest even.
+  static std::uint16_t bits_of(double value) {
+    const std::uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+    const double magnitude = std::fabs(value);
+    if (std::isnan(value)) return 0x7fff;
+    const int exponent = magnitude < std::ldexp(1, kLeastExponent) ? kLeastExponent : std::ilogb(magnitude);
+    if (exponent > 1 - kLeastExponent) return sign | kMostExponent << kMantissaBits;
+    // kOne to 2 kOne if it is normal; what rounds up to the latter has the next exponent, which may be infinity's.
+    const int steps = static_cast<int>(std::nearbyint(std::ldexp(magnitude, kMantissaBits - exponent)));
+    return static_cast<std::uint16_t>(sign + ((exponent - kLeastExponent) << kMantissaBits) + steps);
+  }
+};
+
+using Fp16Format = HalfFormat<10>;
+using Bf16Format = HalfFormat<7>;
+
+inline double from_fp16(std::uint16_t bits) { return Fp16Format::value_of(bits); }
+inline std::uint16_t to_fp16(double value) { return Fp16Format::bits_of(value); }
 inline double rounded_to_fp16(double value) { return from_fp16(to_fp16(value)); }
 
-inline double from_bf16(std::uint16_t bits) {
-  const double sign = bits & 0x8000 ? -1 : 1;
-  const int exponent = bits >> 7 & 255, mantissa = bits & 127;
-  if (exponent == 255) return mantissa ? std::numeric_limits<double>::quiet_NaN() : sign * INFINITY;
-  return exponent ? sign * std::ldexp(128 + mantissa, exponent - 134) : sign * std::ldexp(mantissa, -133);
-}
-
-// Rounds to nearest even.
-inline std::uint16_t to_bf16(double value) {
-  const std::uint16_t sign = std::signbit(value) ? 0x8000 : 0;
-  const double magnitude = std::fabs(value);
-  if (std::isnan(value)) return 0x7fff;
-  if (magnitude >= std::ldexp(511, 119)) return sign | 0x7f80;
-  const int exponent = magnitude < std::ldexp(1, -126) ? -126 : std::ilogb(magnitude);
-  const int steps = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 7 - exponent)));  // 128 to 256 if normal
-  return static_cast<std::uint16_t>(sign + ((exponent + 126) << 7) + steps);
-}
-
 inline double from_stored(DType dtype, std::uint16_t bits) {
-  return dtype == DType::kFloat16 ? from_fp16(bits) : from_bf16(bits);
+  return dtype == DType::kFloat16 ? from_fp16(bits) : Bf16Format::value_of(bits);
 }
 inline std::uint16_t to_stored(DType dtype, double value) {
-  return dtype == DType::kFloat16 ? to_fp16(value) : to_bf16(value);
+  return dtype == DType::kFloat16 ? to_fp16(value) : Bf16Format::bits_of(value);
 }
 inline double rounded_to(DType dtype, double value) { return from_stored(dtype, to_stored(dtype, value)); }
 

@@ -377,6 +377,7 @@ def test_autocast() -> None:
     assert torch.equal(out, flex_attention(q.half(), k.half(), v.half(), softcap))
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_compiled_model_breaks_its_graph_around_the_call() -> None:
     q, k, v, _ = inputs(1, 2, 2, 70, 70, 64)
 
@@ -404,8 +405,8 @@ def test_kernels_are_kept_by_what_functions_compute() -> None:
         ({"query": "nothing"}, "query is a str"),
         ({"query": torch.zeros(2, 100, 64, dtype=HALF)}, r"query has 3 dimensions, shape \(2, 100, 64\)"),
         (
-            {"key": torch.zeros(1, 1, 90, 64, dtype=HALF)},
-            "query has 2 heads; accepted: key's, 1; or with enable_gqa=True",
+            {"key": torch.zeros(1, 1, 90, 64, dtype=HALF), "value": torch.zeros(1, 1, 90, 64, dtype=HALF)},
+            "key has 1 heads and query 2; accepted: query's, or enable_gqa=True",
         ),
         ({"block_mask": "causal"}, "block_mask is a str; accepted: None, or a BlockMask"),
         ({"block_mask": block_mask_of(causal, None, None, 100, 91)}, "block_mask was made for 100 queries and 91 keys"),
@@ -416,9 +417,18 @@ def test_kernels_are_kept_by_what_functions_compute() -> None:
             "block_mask has blocks of 16 queries",
         ),
         ({"scale": "none"}, "scale is a str"),
-        ({"scale": 1e30}, "softmax_scale is 1e"),
+        ({"key": torch.zeros(1, 2, 90, 32, dtype=HALF)}, "key has head_dim 32 and query 64; accepted: query's"),
+        (
+            {"value": torch.zeros(1, 2, 91, 64, dtype=HALF)},
+            r"value has shape \(1, 2, 91, 64\) and key \(1, 2, 90, 64\); accepted: key's",
+        ),
+        ({"value": torch.zeros(1, 2, 90, 64)}, "value has dtype torch.float32; accepted: torch.float16 or"),
+        ({"query": torch.zeros(1, 2, 64, 100, dtype=HALF).mT}, "query has strides"),
+        ({"key": torch.zeros(1, 2, 90, 64, dtype=HALF).to_sparse()}, "key is of layout torch.sparse_coo"),
+        ({"query": torch.zeros(1, 2, 100, 64, dtype=HALF, device="meta")}, "key is on device cpu and query on meta"),
+        ({"scale": 1e30}, r"^scale is 1e\+30; accepted: a number from"),
         ({"return_lse": "yes"}, "return_lse is 'yes'"),
-        ({"query": torch.zeros(1, dtype=HALF).expand(1, 2, 2**24, 64)}, r"query has shape \(1, 2, 16777216, 64\)"),
+        ({"query": torch.zeros(64, dtype=HALF).expand(1, 2, 2**24, 64)}, r"query has shape \(1, 2, 16777216, 64\)"),
     ],
 )
 def test_bad_inputs(change: dict[str, Any], message: str) -> None:
@@ -451,6 +461,23 @@ def test_second_derivatives_and_transforms() -> None:
         torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match=r"torch\.func"):
         torch.func.vmap(lambda x: flex_attention(x, x, x, softcap))(torch.zeros(2, 1, 1, 20, 64, dtype=HALF))
+
+
+def test_tensors_that_are_negated_when_they_are_read() -> None:
+    def negated(tensor: torch.Tensor) -> torch.Tensor:
+        return torch._neg_view(-tensor)  # what .imag of a conjugate is
+
+    def results(f: Any) -> tuple[torch.Tensor, ...]:
+        q, k, v, dout = (f(tensor) for tensor in tensors)
+        table = f(bias)
+        leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+        out = flex_attention(*leaves, lambda score, b, h, q_idx, kv_idx: score + table[kv_idx])
+        return (out, *torch.autograd.grad(out, leaves, dout))
+
+    tensors = inputs(1, 1, 1, 20, 30, 64)
+    bias = torch.linspace(-1, 1, 30)
+    for plain, other in zip(results(torch.clone), results(negated)):
+        assert torch.equal(plain, other)
 
 
 def test_a_backward_pass_reads_the_blocks_of_keys() -> None:

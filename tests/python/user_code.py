@@ -68,7 +68,7 @@ void evaluate_sum(const UserTensors& tensors, int count, const int* places, cons
 
 template <class Score, class Mask>
 constexpr int facts() {
-  return Score::kIsIdentity | Score::kIsAdditive << 1 | Score::kHasDerivative << 2 | Mask::kIsTrivial << 3;
+  return Score::kIsAdditive | Score::kHasDerivative << 1 | Mask::kIsTrivial << 2;
 }
 """
 
@@ -120,8 +120,7 @@ class CompiledFunction:
     def __init__(self, library: ctypes.CDLL, number: int, traced: Traced):
         self._library, self._number, self.traced = library, number, traced
         facts = (ctypes.c_int * (number + 1)).in_dll(library, "all_facts")[number]
-        self.is_identity, self.is_additive = bool(facts & 1), bool(facts & 2)
-        self.has_derivative, self.is_trivial = bool(facts & 4), bool(facts & 8)
+        self.is_additive, self.has_derivative, self.is_trivial = bool(facts & 1), bool(facts & 2), bool(facts & 4)
 
     def __call__(self, score: torch.Tensor, places: torch.Tensor) -> Evaluated:
         """`score`: (n,) float32; `places`: (n, 4), b, h, q and k."""

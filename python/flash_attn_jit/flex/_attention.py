@@ -3,15 +3,16 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import Function
 
-from .. import _core
-from .._arguments import number, reject_nested, reject_what_is_no_tensor, truth
-from .._autograd import cast_for_autocast
+from .. import _core, ops
+from .._arguments import number, reject_what_is_no_tensor, truth
+from .._autograd import cast_for_autocast, refuse_second_derivative
 from .._options import Options
+from .._sdpa import find_refusal, refusal_of
 from .._torch_internals import transforms_are_active
 from ..errors import Refusal, UnsupportedError
 from ._block_mask import BlockLists, read_block_mask
@@ -20,7 +21,6 @@ from ._trace import trace
 
 _NAMES = ("query", "key", "value")
 _Gradient = torch.Tensor | None
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class UserFunctions(NamedTuple):
@@ -42,11 +42,8 @@ class _FlexAttention(Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, user: UserFunctions, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        batch, seqlen_q, num_heads, _ = q.shape
         options = Options(softmax_scale=scale, has_backward=any(ctx.needs_input_grad[:3]))
-        out = torch.empty(batch, seqlen_q, num_heads, v.shape[-1], dtype=q.dtype, device=q.device)
-        softmax_lse = torch.empty(batch, num_heads, seqlen_q, dtype=torch.float32, device=q.device)
-        _core.forward(q, k, v, out, softmax_lse, options, user=user)
+        out, softmax_lse = ops.compute(q, k, v, options, user=user)
         ctx.save_for_backward(q, k, v, out, softmax_lse, *user.tensors)
         ctx.user, ctx.options = user._replace(tensors=()), options
         ctx.set_materialize_grads(False)
@@ -55,40 +52,21 @@ class _FlexAttention(Function):
     @staticmethod
     def backward(ctx: Any, dout: _Gradient, dlse: _Gradient) -> tuple[_Gradient, ...]:
         if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "create_graph=True asks for gradients of gradients, which are not built yet; accepted: "
-                "create_graph=False"
-            )
+            refuse_second_derivative()
         if dout is None and dlse is None:
             return (None,) * 5
         q, k, v, out, softmax_lse, *tensors = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        user = ctx.user._replace(tensors=tuple(tensors))
-        wants_q, wants_k, wants_v = ctx.needs_input_grad[:3]
-        dq = _empty_like(q) if wants_q else None
-        dk, dv = (_empty_like(k), _empty_like(v)) if wants_k or wants_v else (None, None)
-        delta = torch.empty_like(softmax_lse)
-        dlse = None if dlse is None else dlse.contiguous()
-        peaks = torch.empty_like(softmax_lse) if q.dtype is torch.bfloat16 else None
-        _core.backward(dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv, None, delta, peaks, ctx.options, user=user)
-        return dq, dk if wants_k else None, dv if wants_v else None, None, None
+        dout = torch.zeros_like(out) if dout is None else dout.resolve_neg()
+        wanted, user = ctx.needs_input_grad[:3], ctx.user._replace(tensors=tuple(tensors))
+        gradients = ops.compute_gradients(
+            ops.SEPARATE, dout, (q, k, v), out, softmax_lse, dlse, wanted, ctx.options, user
+        )
+        return (*gradients[:3], None, None)
 
 
 _apply: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _FlexAttention.apply
 
 
-def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-def _outside_of_graphs(function: _Function) -> _Function:
-    """What torch.compiler.disable() does, which imports the compiler."""
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return function
-
-
-@_outside_of_graphs
 def flex_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -137,47 +115,74 @@ def flex_attention(
         CompileError, MissingKernelError, DriverError, InterpreterError, ConfigError: RuntimeErrors, see
             ``flash_attn_jit.errors``.
     """
-    query, key, value = _read_tensors(query, key, value, enable_gqa)
+    arguments = (query, key, value, score_mod, block_mask, scale, enable_gqa, return_lse)
+    if torch.compiler.is_compiling():
+        from ._outside_of_graphs import call_outside_of_graphs  # imports the compiler, which is there
+
+        return call_outside_of_graphs(*arguments)
+    return call(*arguments)
+
+
+def call(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score_mod: Callable[..., Any] | None,
+    block_mask: Any,
+    scale: float | None,
+    enable_gqa: bool,
+    return_lse: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """flex_attention() where no compiler looks on."""
+    _check_kinds(query, key, value)
     lists = read_block_mask(block_mask, query, key)
     key, value = _with_batch(query, lists, key, value)
-    traced = trace(score_mod, None if lists is None else block_mask.mask_mod, query.device)
-    has_score = score_mod is not None
-    _check_places(query, key)
-    if not has_score and lists is None:
-        user = UserFunctions(0, False, False, (), None)
-    else:
-        user = UserFunctions(_number_of(traced.code), has_score, traced.only_adds, traced.tensors, lists)
+    _check_tensors(query, key, value, truth("enable_gqa", enable_gqa))
+    user = UserFunctions(0, False, False, (), None)
+    if score_mod is not None or lists is not None:
+        traced = trace(score_mod, None if lists is None else block_mask.mask_mod, query.device)
+        user = UserFunctions(_number_of(traced.code), score_mod is not None, traced.only_adds, traced.tensors, lists)
     if lists is not None and lists.q_num_blocks is None:
         _refuse_gradient_without_queries(query, key, value)
     scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else number("scale", scale)
-    out, lse = _apply(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), user, scale)
+    out, lse = _attend(query, key, value, user, scale)
     out = out.transpose(1, 2)
     if not truth("return_lse", return_lse):
         return out
     return out, lse.masked_fill(lse == math.inf, -math.inf)
 
 
-def _read_tensors(query: Any, key: Any, value: Any, enable_gqa: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    tensors = (query, key, value)
-    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
-        reject_what_is_no_tensor(**dict(zip(_NAMES, tensors)))
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, user: UserFunctions, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # Kernels read a tensor as it lies in memory.
+    q, k, v = (cast_for_autocast(tensor).resolve_neg().transpose(1, 2) for tensor in (query, key, value))
+    try:
+        return _apply(q, k, v, user, scale)
+    except ValueError as error:
+        refusal = refusal_of(error)
+        if refusal is None:
+            raise
+        raise refusal.exception() from None
+
+
+def _check_kinds(query: Any, key: Any, value: Any) -> None:
+    tensors = dict(zip(_NAMES, (query, key, value)))
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        reject_what_is_no_tensor(**tensors)
     if transforms_are_active():
         raise NotImplementedError("flex_attention is not built yet inside of the transforms of torch.func")
-    reject_nested(_NAMES, tensors)
-    for name, tensor in zip(_NAMES, tensors):
-        if tensor.dim() != 4:
+    for name, tensor in tensors.items():
+        if not tensor.is_nested and tensor.dim() != 4:
             came = f"has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}"
             raise Refusal(name, came, "4, (batch, num_heads, seqlen, head_dim)").exception()
-    heads, heads_k = query.shape[1], key.shape[1]
-    if not truth("enable_gqa", enable_gqa) and heads != heads_k:
-        accepted = f"key's, {heads_k}; or with enable_gqa=True a multiple of it"
-        raise Refusal("query", f"has {heads} heads", accepted).exception()
-    return cast_for_autocast(query), cast_for_autocast(key), cast_for_autocast(value)
 
 
-def _check_places(query: torch.Tensor, key: torch.Tensor) -> None:
-    """What is traced counts on it."""
-    for name, tensor in (("query", query), ("key", key)):
+def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: bool) -> None:
+    refusal = find_refusal(query, key, value, None, 0.0, False, enable_gqa)
+    if refusal:
+        raise refusal.exception()
+    for name, tensor in (("query", query), ("key", key)):  # what is traced counts on it
         if max(tensor.shape[:3]) > MOST_PLACE:
             came = f"has shape {tuple(tensor.shape)}"
             accepted = f"at most {MOST_PLACE} sequences, heads and rows, whose places a function can tell apart"

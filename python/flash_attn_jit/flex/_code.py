@@ -60,7 +60,6 @@ def score_code(x: Expressions, root: Node | None) -> str:
     derivative = derivative_of(x, root)
     is_one = derivative.is_constant and derivative.value == 1
     constants = {
-        "kIsIdentity": root is score,
         "kIsAdditive": addend is not None,
         "kIsLarge": may_be_large(root),
         "kHasDerivative": addend is None and not is_one,

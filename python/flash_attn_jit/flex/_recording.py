@@ -116,13 +116,14 @@ class Tensors:
         self.known: list[Entry] = []  # what the code knows of each
 
     def number_of(self, recorder: Recorder, tensor: torch.Tensor) -> int:
-        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        read = tensor.resolve_neg()  # as it lies in memory
+        key = (read.data_ptr(), read.dtype, read.shape, read.stride())
         number = self._numbers.get(key)
         if number is None:
             _check_captured(recorder, tensor)
             number = self._numbers[key] = len(self.tensors)
-            self.tensors.append(tensor)
-            self.known.append(_known_of(tensor))
+            self.tensors.append(read)
+            self.known.append(_known_of(read))
         return number
 
 
