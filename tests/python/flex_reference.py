@@ -46,6 +46,18 @@ def eager(
     return Results(out.detach(), lse.detach(), *gradients_of(inputs))
 
 
+def _of_pairs(function: Callable[..., Any], places: Sequence[torch.Tensor], *scores: torch.Tensor) -> torch.Tensor:
+    """What a function of one pair makes of all, the way that eager flex_attention asks it."""
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    for varied in reversed(range(4)):
+        dims = (0 if place == varied else None for place in range(4))
+        function = torch.vmap(function, in_dims=(*(0 for _ in scores), *dims))
+    with TransformGetItemToIndex():
+        result: torch.Tensor = function(*scores, *places)
+    return result
+
+
 def emulated(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, score_mod: Mod, mask_mod: Mod, scale: float
 ) -> Results:
@@ -54,12 +66,12 @@ def emulated(
     q, k, v, dout, dtype = q.float(), k.float(), v.float(), dout.float(), q.dtype
     keys, values = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     product = (q @ keys.mT).requires_grad_()
-    places = torch.meshgrid(*(torch.arange(size, device=q.device) for size in product.shape), indexing="ij")
+    places = [torch.arange(size, device=q.device) for size in product.shape]
     scores = product * scale
     if score_mod is not None:
-        scores = score_mod(scores, *places)
+        scores = _of_pairs(score_mod, places, scores)
     if mask_mod is not None:
-        scores = torch.where(mask_mod(*places), scores, -torch.inf)
+        scores = torch.where(_of_pairs(mask_mod, places), scores, -torch.inf)
     with torch.no_grad():
         row_max = scores.amax(-1, keepdim=True)
         row_max = torch.where(row_max == -torch.inf, 0.0, row_max)

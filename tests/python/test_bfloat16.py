@@ -11,6 +11,7 @@ from attention_reference import (
     attention,
     check_attention,
     check_gradients,
+    delta_errors,
     exact_gradients,
     exact_varlen_gradients,
     leaves,
@@ -51,7 +52,8 @@ def test_gradients(sizes, causal):
     q, k, v = qkv(*sizes)
     dout = normal(*q.shape, seed=4).to(BFLOAT16)
     expected = exact_gradients(q, k, v, dout, causal=causal)
-    check_gradients(gradients_of(q, k, v, dout, causal=causal), expected, BFLOAT16)
+    of_delta = delta_errors(q, k, v, dout, causal=causal)
+    check_gradients(gradients_of(q, k, v, dout, causal=causal), expected, BFLOAT16, of_delta)
 
 
 def test_packed_sequences():

@@ -9,6 +9,7 @@ from attention_reference import (
     check_attention,
     check_gradients,
     check_varlen_attention,
+    delta_errors,
     exact_gradients,
     exact_varlen_gradients,
     head_dims,
@@ -53,7 +54,8 @@ def test_head_dims(head_dim, causal):
     check_attention(out, lse, q, k, v, causal=causal)
     dout = dout_of(q)
     expected = exact_gradients(q, k, v, dout, causal=causal)
-    check_gradients(gradients_of(q, k, v, dout, causal=causal), expected, BFLOAT16)
+    of_delta = delta_errors(q, k, v, dout, causal=causal)
+    check_gradients(gradients_of(q, k, v, dout, causal=causal), expected, BFLOAT16, of_delta)
 
 
 @pytest.mark.parametrize("seqlens", [(1, 1), (64, 64), (100, 90), (129, 257), (1000, 1000)], ids=str)
@@ -62,7 +64,8 @@ def test_lengths(head_dim, seqlens):
     q, k, v = qkv(2, *seqlens, 4, 2, head_dim)
     check_attention(flash_attn_func(q, k, v), None, q, k, v)
     dout = dout_of(q)
-    check_gradients(gradients_of(q, k, v, dout), exact_gradients(q, k, v, dout), BFLOAT16)
+    of_delta = delta_errors(q, k, v, dout)
+    check_gradients(gradients_of(q, k, v, dout), exact_gradients(q, k, v, dout), BFLOAT16, of_delta)
 
 
 def test_packed_sequences():
