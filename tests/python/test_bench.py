@@ -13,11 +13,13 @@ from attention_reference import attention, check_attention, exact_gradients
 from conftest import find_nvrtc, needs_enable_gqa, run_module, run_program
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import flash_attn_jit
 from flash_attn_jit.bench import (
     __main__ as bench,
     accuracy,
     backends,
     decode,
+    flex,
     host_cost,
     integration_cost,
     memory,
@@ -407,6 +409,37 @@ def test_the_command_for_decode(monkeypatch, tmp_path, capsys):
     rows = json.loads((tmp_path / "bench-decode.json").read_text())["rows"]
     assert [row["queries"] for row in rows] == [1] * 4 + [3] * 4
     assert all(row["copied_bytes_per_second"] > 0 for row in rows)
+
+
+def test_rows_of_functions_of_a_user(on_cpu, monkeypatch):
+    """Of which each gives what is built in."""
+    monkeypatch.setattr(flex, "_WINDOW", 9)
+    monkeypatch.setattr(timing, "_burst_ms", lambda calls, count: [call() for call in calls] and 2.0)
+    rows = list(flex.run(Problem(1, 2, 2, 16, 150, False), [FORWARD, BACKWARD], 2, 0.1))
+    names = ["alibi", "softcap", "causal", "window"]
+    assert [(row["backend"], row["pass"]) for row in rows] == [(n, p) for n in names for p in (FORWARD, BACKWARD)]
+    assert all(row["ms_users"] == row["ms_built_in"] == 2.0 and row["times_as_long"] == 1.0 for row in rows)
+
+
+def test_functions_of_a_user_that_give_something_else_are_not_timed(on_cpu, monkeypatch):
+    theirs = flex._pairs
+
+    def pairs(*arguments):
+        for pair in theirs(*arguments):
+            yield pair._replace(users=lambda q, k, v: flash_attn_jit.flash_attn_func(q, k, v, softmax_scale=0.1))
+
+    monkeypatch.setattr(flex, "_pairs", pairs)
+    with pytest.raises(SystemExit, match="alibi as functions of a user is WRONG"):
+        list(flex.run(Problem(1, 2, 2, 16, 150, False), [FORWARD], 2, 0.1))
+
+
+def test_the_command_for_functions_of_a_user(on_cpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(flex, "_WINDOW", 9)
+    monkeypatch.setattr(bench, "_can_measure", lambda _: True)
+    monkeypatch.setattr(timing, "_burst_ms", lambda calls, count: [call() for call in calls] and 2.0)
+    monkeypatch.chdir(tmp_path)
+    bench.main(["--flex", "--batch", "1", "--heads", "2", "--head-dims", "16", "--seqlens", "40", "--passes", "fwd"])
+    assert len(json.loads((tmp_path / "bench-flex.json").read_text())["rows"]) == 4
 
 
 def test_needed_bytes_are_those_of_the_tensors():

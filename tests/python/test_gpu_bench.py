@@ -87,6 +87,14 @@ def test_the_command_for_decode(tmp_path):
             assert row["share_of_copies"] > 0 and row["calls_of_a_launch"] > 1
 
 
+def test_the_command_for_functions_of_a_user(tmp_path):
+    sizes = ("--batch", 1, "--heads", 4, "--head-dims", 64, "--seqlens", 2500)
+    done = run_module("bench", "--flex", *sizes, "--rounds", 2, "--burst-ms", 5, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "bench-flex.json").read_text())["rows"]
+    assert len(rows) == 8 and all(row["times_as_long"] > 0 for row in rows)
+
+
 def test_input_sets_pass_the_cache_and_leave_room():
     small, large = (DecodeProblem(1, 8, 8, 64, 1, keys) for keys in (1024, 65536))
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size

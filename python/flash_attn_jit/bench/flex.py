@@ -10,10 +10,11 @@ import torch
 
 from .. import flash_attn_func, flex_attention
 from . import timing
-from .problem import BACKWARD, FORWARD, Problem
+from .problem import BACKWARD, FORWARD, Inputs, Problem
 
 _WINDOW = 1024
 _SOFTCAP = 30.0
+_MOST_ERROR = 2**-7  # of the greatest number: a few roundings of P to float16, and of out to bfloat16
 
 _Call = Callable[..., Any]
 
@@ -33,7 +34,7 @@ def _flex(score_mod: Any, block_mask: Any, q: torch.Tensor, k: torch.Tensor, v: 
     return transposed
 
 
-def _pairs(problem: Problem, device: str) -> Iterator[Pair]:
+def _pairs(problem: Problem, device: torch.device) -> Iterator[Pair]:
     from torch.nn.attention.flex_attention import create_block_mask
 
     slopes = torch.tensor([2.0 ** (-8 * (i + 1) / problem.num_heads) for i in range(problem.num_heads)], device=device)
@@ -54,6 +55,14 @@ def _pairs(problem: Problem, device: str) -> Iterator[Pair]:
     yield Pair("window", partial(flash_attn_func, window_size=(_WINDOW, _WINDOW)), partial(_flex, None, window))
 
 
+def _check(pair: Pair, inputs: Inputs) -> None:
+    """That both are the same; the times of others are worth nothing."""
+    built_in, users = (call(*(x.detach() for x in inputs.qkv)).float() for call in (pair.built_in, pair.users))
+    error, most = (built_in - users).abs().max().item(), built_in.abs().max().item()
+    if not error <= _MOST_ERROR * most:
+        raise SystemExit(f"{pair.name} as functions of a user is WRONG: {error:.3e} off what is built in.")
+
+
 def _calls(call: _Call, problem: Problem, which: str) -> list[Callable[[], object]]:
     inputs = problem.inputs(0, BACKWARD)
     if which == FORWARD:
@@ -65,8 +74,9 @@ def _calls(call: _Call, problem: Problem, which: str) -> list[Callable[[], objec
 def run(problem: Problem, passes: Sequence[str], rounds: int, burst_ms: float) -> Iterator[dict[str, Any]]:
     """A row for each pass and kind of attention: milliseconds of a user's functions, and how many times as long as what
     is built in they take."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for pair in _pairs(problem, device):
+    inputs = problem.inputs(0, FORWARD)
+    for pair in _pairs(problem, inputs.qkv[0].device):
+        _check(pair, inputs)
         for which in passes:
             ways = {"built_in": pair.built_in, "users": pair.users}
             candidates = [
