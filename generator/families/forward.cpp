@@ -133,7 +133,7 @@ constexpr std::array kLargeFullBFloat16 = {
     TileRow{64, kElsewhere},
     TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 1, 5}}},
     TileRow{112, kElsewhere},
-    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {1, 2, 5}}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 2, 6}}},
 };
 constexpr std::array kLargeCausalBFloat16 = {
     TileRow{32, kElsewhere},
