@@ -469,13 +469,14 @@ def test_target_is_set_before_it_is_read(tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "cost.json").read_text())
     assert record["machine"]["target"] == "compute_75"
-    rows, of_integrations = record["rows"][:12], record["rows"][12:]
-    modes = [(row["pass"], row["grad_mode"], row["inputs_need_gradients"]) for row in rows]
-    assert [row["backend"] for row in rows] == ["flash_attn_jit", "sdpa"] * 6
-    assert modes[::2] == modes[1::2]
-    of_calls = [("fwd", "off", False), ("fwd", "on", False), ("fwd", "on", True), ("both", "on", True)]
-    assert modes[::2] == [*of_calls, ("fwd", "off", False), ("fwd", "off", False)]
-    assert [row["mode"] for row in rows[8::2]] == ["grad off, a cache", "grad off, a cache, appending"]
+    calls, caches, of_integrations = record["rows"][:12], record["rows"][12:16], record["rows"][16:]
+    assert [row["backend"] for row in calls] == ["flash_attn_jit", "sdpa", "flex_attention"] * 4
+    modes = [(row["pass"], row["grad_mode"], row["inputs_need_gradients"]) for row in calls]
+    assert modes[::3] == modes[1::3] == modes[2::3]
+    assert modes[::3] == [("fwd", "off", False), ("fwd", "on", False), ("fwd", "on", True), ("both", "on", True)]
+    assert [row["backend"] for row in caches] == ["flash_attn_jit", "sdpa"] * 2
+    assert [row["mode"] for row in caches[::2]] == ["grad off, a cache", "grad off, a cache, appending"]
+    rows = calls + caches
     assert all(row["us_median"] > 0 for row in rows)
     measured = {row["backend"]: row for row in of_integrations if row["backend"] != "flash_attn_jit"}
     assert list(measured) == list(integration_cost.INTEGRATIONS)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 
-from .. import flash_attn_func, flash_attn_with_kvcache
+from .. import flash_attn_func, flash_attn_with_kvcache, flex_attention
 from .backends import OURS
 from .integration_cost import INTEGRATIONS, Inputs
 from .problem import BOTH, FORWARD
@@ -84,14 +84,22 @@ def _calls(mode: Mode, device: str) -> dict[str, Callable[[], object]]:
     sq, sk, sv = (x.detach().transpose(1, 2).requires_grad_(needed) for x in (q, k, v))
     sdout = dout.transpose(1, 2)
     attend = cast(Callable[..., torch.Tensor], flash_attn_func)
+    flex = cast(Callable[..., torch.Tensor], flex_attention)
+    slopes = torch.randn(8, device=device)
+
+    def alibi(score: torch.Tensor, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return score + slopes[h] * (kv_idx - q_idx)
+
     if mode.which == FORWARD:
         return {
             OURS: lambda: attend(q, k, v),
             "sdpa": lambda: F.scaled_dot_product_attention(sq, sk, sv),
+            "flex_attention": lambda: flex(sq, sk, sv, alibi),
         }
     return {
         OURS: lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), dout),
         "sdpa": lambda: torch.autograd.grad(F.scaled_dot_product_attention(sq, sk, sv), (sq, sk, sv), sdout),
+        "flex_attention": lambda: torch.autograd.grad(flex(sq, sk, sv, alibi), (sq, sk, sv), sdout),
     }
 
 
@@ -145,7 +153,8 @@ def _integration_rows(rounds: int, device: str) -> list[dict[str, Any]]:
 
 def run(rounds: int) -> list[dict[str, Any]]:
     """Microseconds a call: forward with grad mode off and on, forward of inputs that need gradients, and forward and
-    backward of them; a token over a cache; and through each integration whose library is installed."""
+    backward of them, the same through flex_attention with a function of the user; a token over a cache; and through
+    each integration whose library is installed."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for mode in _MODES:
