@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_reference import attention, exact_gradients, normal
-from conftest import run_module
+from conftest import needs_torch, run_module
 
 import flash_attn_jit
 from flash_attn_jit._reference import Scores, exact_attention, summed_bias
@@ -73,11 +73,25 @@ def test_a_query_without_keys_has_no_output():
     assert (found["out"].value[:3] == 0).all() and all(exact.value.isfinite().all() for exact in found.values())
 
 
-@pytest.mark.parametrize(("name", "kernel"), [("few keys", "bwd_all_keys"), ("full", "bwd_dq")])
-def test_every_way_of_the_backward_pass_is_checked(name, kernel):
-    case = next(case for case in cases.cases() if case.name == name and case.head_dim == 64)
-    cases._run(case, cases._inputs(case, "cpu"), "cpu")
+@pytest.mark.parametrize(
+    ("name", "head_dim", "kernel"),
+    [("few keys", 64, "bwd_all_keys"), ("full", 64, "bwd_dq"), ("full", 512, "fwd_wide")],
+)
+def test_every_way_is_checked(name, head_dim, kernel):
+    case = next(case for case in cases.cases() if case.name == name and case.head_dim == head_dim)
+    assert cases.check(case, "cpu")["right"]
     assert kernel in flash_attn_jit.interpreter_report().kernel
+
+
+def test_functions_of_a_user_are_checked():
+    needs_torch("2.5", "there is flex_attention, and create_block_mask()")
+    case = next(case for case in cases.small_cases() if getattr(case, "of_user", False))
+    inputs = cases._inputs(case, "cpu")
+    results = cases._run(case, inputs, "cpu")
+    assert "userscore" in flash_attn_jit.interpreter_report().kernel
+    assert cases.compare(case, results, inputs)["right"]
+    for change in ({"softcap": 0.0}, {"causal": False}):
+        assert not cases.compare(replace(case, **change), results, inputs)["right"]
 
 
 CASE = cases.Case("causal", head_dim=32, causal=True).small()
@@ -197,12 +211,13 @@ def test_every_family_is_among_the_cases():
         lambda case: case.dtype is torch.bfloat16,
         *(lambda case, mask=mask: case.mask == mask for mask in cases._MASKS),
         lambda case: case.head_dim % 8,
-        lambda case: case.head_dim > 128,
+        lambda case: 128 < case.head_dim <= 256,
+        lambda case: case.head_dim > 256,
         lambda case: case.head_dim_v,
     ):
         assert any(has(case) for case in found)
     small = cases.small_cases()
-    assert len(small) == 23
+    assert len(small) >= 23 and {case.name for case in small} >= {case.name for case in found if case.head_dim == 128}
     assert all(sum(case.used if isinstance(case, CacheCase) else case.seqlens_q) < 200 for case in small)
 
 

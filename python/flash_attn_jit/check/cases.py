@@ -1,15 +1,18 @@
-"""Problems of every family of kernels, compared with float64: masks, features, varlen, classes of head dims, caches."""
+"""Problems of every family of kernels, compared with float64: masks, features, varlen, classes of head dims, caches,
+functions of a user."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from .. import flash_attn_func, flash_attn_varlen_func
+from .. import flash_attn_func, flash_attn_varlen_func, flex_attention
 from .._dtypes import takes
 from .._reference import Exact, Scores, exact_attention, summed_bias
 from .._s_dmask import kept_share
+from .._sdpa import MOST_HEAD_DIM_OF_GRADIENTS
 from . import cache
 from .cache import CacheCase
 
@@ -35,6 +38,11 @@ class Case:
     dropout: float = 0.0
     aligned: bool = True
     dtype: torch.dtype = torch.float16
+    of_user: bool = False  # softcap and causal are said by functions of a user, to flex_attention
+
+    @property
+    def has_gradients(self) -> bool:
+        return self.head_dim <= MOST_HEAD_DIM_OF_GRADIENTS
 
     @property
     def is_varlen(self) -> bool:
@@ -85,6 +93,7 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "bool mask of keys": {"mask": "keys", "seqlens_k": (400,)},
     "float16 bias, softcap": {"mask": "bias", "softcap": 20.0, "seqlens_k": (400,)},
     "float32 mask, causal, grouped heads": {"mask": "pairs", "causal": True, "heads_k": 2},
+    "functions of a user: softcap, causal": {"of_user": True, "softcap": 20.0, "causal": True, "heads_k": 2},
 }
 # Its numbers, and which of (batch, heads, queries, keys) it has; the others are broadcast. Some queries see no key.
 _MASKS: dict[str, tuple[torch.dtype, str]] = {
@@ -93,7 +102,7 @@ _MASKS: dict[str, tuple[torch.dtype, str]] = {
     "brain": (torch.bfloat16, "hqk"),
     "pairs": (torch.float32, "bqk"),
 }
-_OTHER_HEAD_DIMS = (32, 96, 80, 256, 40, 112, 160, 192, 33, 8, 224)
+_OTHER_HEAD_DIMS = (32, 96, 80, 256, 512, 40, 112, 160, 192, 33, 8, 224)
 
 
 _CACHES: dict[str, dict[str, Any]] = {
@@ -107,6 +116,8 @@ def cases() -> list[Case | CacheCase]:
     found: list[Case | CacheCase] = []
     found += [Case(name, head_dim, **options) for name, options in _FEATURES.items() for head_dim in (64, 128)]
     found = [case for case in found if isinstance(case, CacheCase) or takes(case.dtype)]
+    if find_spec("torch.nn.attention.flex_attention") is None:  # before torch 2.5
+        found = [case for case in found if isinstance(case, CacheCase) or not case.of_user]
     found += [CacheCase(name, head_dim, **options) for name, options in _CACHES.items() for head_dim in (64, 128)]
     found.append(Case("v of 128 head dims, causal", 192, head_dim_v=128, causal=True))
     return found + [
@@ -174,8 +185,27 @@ def _sinks(case: Case, device: str) -> torch.Tensor | None:
     return torch.arange(float(case.heads), device=device) - 1 if case.sinks else None
 
 
+def _run_of_user(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def softcapped(score: torch.Tensor, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return case.softcap * torch.tanh(score / case.softcap)
+
+    def causal(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return q_idx >= kv_idx
+
+    lengths = case.seqlens_q[0], case.seqlens_k[0]
+    block_mask = create_block_mask(causal, None, None, *lengths, device=q.device.type) if case.causal else None
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out: Any = flex_attention(q, k, v, softcapped, block_mask, enable_gqa=case.heads != case.heads_k)
+    transposed: torch.Tensor = out.transpose(1, 2)
+    return transposed
+
+
 def _run(case: Case, inputs: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
-    q, k, v = (inputs[name].detach().requires_grad_() for name in "qkv")
+    q, k, v = (inputs[name].detach().requires_grad_(case.has_gradients) for name in "qkv")
+    if case.of_user:
+        return _with_gradients(_run_of_user(case, q, k, v), {"dq": q, "dk": k, "dv": v}, inputs["dout"])
     bias = _mask(case, device)
     wanted = {"dq": q, "dk": k, "dv": v}
     if bias is not None and bias.is_floating_point():
@@ -198,8 +228,13 @@ def _run(case: Case, inputs: dict[str, torch.Tensor], device: str) -> dict[str, 
         out, _, s_dmask = flash_attn_varlen_func(q, k, v, *starts, max(case.seqlens_q), max(case.seqlens_k), **options)
     else:
         out, _, s_dmask = flash_attn_func(q, k, v, **options)
-    gradients = torch.autograd.grad(out, tuple(wanted.values()), inputs["dout"])
-    return {"out": out.detach(), **dict(zip(wanted, gradients)), **({_S_DMASK: s_dmask} if case.dropout else {})}
+    results = _with_gradients(out, wanted, inputs["dout"]) if case.has_gradients else {"out": out}
+    return {**results, **({_S_DMASK: s_dmask} if case.dropout else {})}
+
+
+def _with_gradients(out: torch.Tensor, wanted: dict[str, torch.Tensor], dout: torch.Tensor) -> dict[str, torch.Tensor]:
+    gradients = torch.autograd.grad(out, tuple(wanted.values()), dout)
+    return {"out": out.detach(), **dict(zip(wanted, gradients))}
 
 
 def _sequences(case: Case) -> Iterator[tuple[Any, Any]]:
@@ -239,6 +274,8 @@ def compare(case: Case, results: dict[str, torch.Tensor], inputs: dict[str, torc
         if case.sinks:
             of_sinks.append(exact.pop("ds_aux"))
         for name, each in exact.items():
+            if name not in results:
+                continue
             worst[name].append(_worst(results[name][rows_k if name in ("dk", "dv") else rows_q], each))
     if mask is not None and "dbias" in results:
         worst["dbias"].append(_worst(results["dbias"], summed_bias(of_bias, mask)))
