@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import operator
 import random
 import re
 from pathlib import Path
@@ -731,6 +732,60 @@ def test_questions_about_values_are_refused_with_advice() -> None:
     refused(module_math, NotImplementedError, "module math", "torch.exp", line_of(module_math, "math.exp"))
     refused(to_int, NotImplementedError, "x.long()", line_of(to_int, "int(q_idx)"))
     refused(item, NotImplementedError, "item()", line_of(item, "h.item"))
+
+
+UNARY = [operator.neg, operator.pos, operator.abs, operator.invert, bool, int, float, complex, round, math.floor]
+UNARY += [math.ceil, math.trunc, operator.index, reversed, list, "{:.2f}".format, lambda x: x(), range]
+BINARY = [*"add sub mul truediv floordiv mod pow matmul and_ or_ xor lshift rshift eq ne lt le gt ge".split()]
+BINARY += ["iadd", "isub", "imul", "itruediv", "imatmul", "iand", "contains"]
+OPERATIONS: list[Any] = [*((f, 1) for f in UNARY), *((getattr(operator, name), 2) for name in BINARY), (divmod, 2)]
+
+
+@pytest.mark.parametrize("first", ["score", "place", "number"])
+@pytest.mark.parametrize("second", ["score", "place", "number", "tensor"])
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: getattr(operation[0], "__name__", "format"))
+def test_whatever_python_asks_of_values_is_traced_or_refused(operation: Any, second: str, first: str) -> None:
+    """Never answered as Python answers for any object."""
+    call, operands = operation
+
+    def function(score, b, h, q_idx, kv_idx):
+        given = {"score": score, "place": h, "number": 3, "tensor": TENSORS["slopes"]}
+        result = call(*(given[first], given[second])[:operands])
+        return result if first == "number" and operands == 1 else torch.where(q_idx > 0, result, 0)
+
+    try:
+        trace(function, None, CPU)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        if "number" in (first, second if operands == 2 else first) and "score_mod" not in str(error):
+            return  # Python's own, of numbers alone
+        assert "; accepted: " in str(error), error
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: getattr(operation[0], "__name__", "format"))
+def test_whatever_python_asks_of_tensors_that_are_not_indexed_is_refused(operation: Any) -> None:
+    call, operands = operation
+    of_batch = TENSORS["of_batch"]
+    allowed = (reversed, list)  # go through elements by their numbers
+
+    for other in ("score", "number"):
+
+        def function(score, b, h, q_idx, kv_idx, other=other):
+            result = call(*(of_batch[b], score if other == "score" else 3)[:operands])
+            return score + sum(result) if call in allowed else torch.where(q_idx > 0, result, 0)
+
+        if call in allowed:
+            trace(function, None, CPU)
+        else:
+            refused(function, NotImplementedError, "of_batch", "1 dimension is not indexed")
+
+
+def test_random_numbers_are_refused() -> None:
+    refused(lambda score, b, h, q, k: score + torch.rand(()), NotImplementedError, "torch.rand, which is random")
+    refused(lambda score, b, h, q, k: score + torch.randn(9)[h], NotImplementedError, "torch.randn, which is random")
+    refused(lambda score, b, h, q, k: score + torch.empty(9).uniform_()[h], NotImplementedError, "uniform_")
+    refused(lambda score, b, h, q, k: score + torch.rand_like(score), NotImplementedError, "torch.rand_like")
+    slopes = TENSORS["slopes"]
+    refused(lambda score, b, h, q, k: score + torch.nn.functional.dropout(slopes)[h], NotImplementedError, "is random")
 
 
 def test_types_are_torchs() -> None:

@@ -1,5 +1,6 @@
 """A user's function, run once on values that write down what is done to them."""
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -240,6 +241,9 @@ class Part:
             raise self.recorder.refusal(what, f"{-size} to {size - 1}", error=IndexError)
         return index
 
+    def __len__(self) -> int:
+        return next(size for dim, size in enumerate(self.tensor.shape) if dim not in self.indices)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _dispatch(_any_recorder(args, kwargs), func, args, kwargs or {})
@@ -248,6 +252,8 @@ class Part:
         if name.startswith("__"):
             raise AttributeError(name)
         raise part_refusal(self)
+
+    __hash__ = object.__hash__
 
 
 def part_refusal(part: Part) -> Exception:
@@ -355,6 +361,39 @@ def operator_refusal(recorder: Recorder, name: str) -> Exception:
     return recorder.refusal(f"uses {name}, which is no operator of score functions", OPERATORS)
 
 
+_BINARY = "add sub mul truediv floordiv mod pow matmul divmod and or xor lshift rshift".split()
+_ONE = "neg pos abs invert bool int float index round trunc floor ceil format call".split()
+_OF_PARTS = [
+    *(f"__{side}{name}__" for name in _BINARY for side in ("", "r")),
+    *(f"__{name}__" for name in (*_ONE, "eq", "ne", "lt", "le", "gt", "ge", "contains")),
+]
+# What Python has and no value does: its own answer would name no line, or be an object's that is never equal.
+_OF_NO_VALUE = {
+    "__matmul__": "@",
+    "__rmatmul__": "@",
+    "__divmod__": "divmod()",
+    "__rdivmod__": "divmod()",
+    "__round__": "round()",
+    "__trunc__": "math.trunc()",
+    "__format__": "format()",
+    "__setitem__": "[...] =",
+    "__call__": "a call of a value",
+}
+
+
+def _refuse(kind: type, name: str, refusal: Callable[[Any], Exception]) -> None:
+    def refuse(self: Any, *_: Any) -> NoReturn:
+        raise refusal(self)
+
+    setattr(kind, name, refuse)
+
+
+for _name in _OF_PARTS:
+    _refuse(Part, _name, part_refusal)
+for _name, _shown in _OF_NO_VALUE.items():
+    _refuse(Value, _name, functools.partial(lambda shown, self: operator_refusal(self.recorder, shown), _shown))
+
+
 def _any_recorder(args: Any, kwargs: Any) -> Recorder:
     for each in (*args, *(kwargs or {}).values()):
         if isinstance(each, (Value, Part)):
@@ -410,6 +449,14 @@ def _name_of_function(func: Any) -> str:
 _FACTORIES = {"tensor", "scalar_tensor", "full", "zeros", "ones", "as_tensor"}
 
 
+@functools.lru_cache(maxsize=1024)
+def _is_random(name: str) -> bool:
+    """Whether torch draws from a generator in an operator of that name."""
+    packet = getattr(torch.ops.aten, name, None) if name and not name.startswith("__") else None
+    overloads = packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else ()
+    return any(torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags for overload in overloads)
+
+
 class Recording(TorchFunctionMode):
     """Brings what torch does to values to the recorder."""
 
@@ -421,7 +468,11 @@ class Recording(TorchFunctionMode):
         kwargs = kwargs or {}
         if has_value(args) or (kwargs and has_value(kwargs.values())):
             return _dispatch(self._recorder, func, args, kwargs)
-        if getattr(func, "__name__", "") in _FACTORIES and not any(isinstance(each, torch.Tensor) for each in args):
+        name = getattr(func, "__name__", "")
+        if _is_random(name):
+            what = f"uses {_name_of_function(func)}, which is random: its number would be one for all pairs"
+            raise self._recorder.refusal(what, "tensors that are captured, made before")
+        if name in _FACTORIES and not any(isinstance(each, torch.Tensor) for each in args):
             return self._number(func, args, kwargs)
         result = func(*args, **kwargs)
         recorder = self._recorder
