@@ -25,8 +25,9 @@ struct PairTensorParams {
   int query_stride, key_stride;
 };
 
-// See bounded_bias(): in units of the least scale still finite. A row whose lse is below kLeastLse sees nothing but what
-// a mask put out of the way with such a number: float32 has no digits left for its scores, and it has no gradients.
+// See bounded_bias(): in units of the least scale still finite. A row whose lse is below kLeastLse sees nothing but
+// what a mask put out of the way with such a number: float32 has no digits left for its scores, and it has no
+// gradients.
 constexpr float kMostBias = 1e15f, kLeastLse = -1e6f;
 
 // ---- of all kernels ----

@@ -734,11 +734,11 @@ def test_questions_about_values_are_refused_with_advice() -> None:
     refused(item, NotImplementedError, "item()", line_of(item, "h.item"))
 
 
-UNARY = [operator.neg, operator.pos, operator.abs, operator.invert, bool, int, float, complex, round, math.floor]
-UNARY += [math.ceil, math.trunc, operator.index, reversed, list, "{:.2f}".format, lambda x: x(), range]
-BINARY = [*"add sub mul truediv floordiv mod pow matmul and_ or_ xor lshift rshift eq ne lt le gt ge".split()]
-BINARY += ["iadd", "isub", "imul", "itruediv", "imatmul", "iand", "contains"]
-OPERATIONS: list[Any] = [*((f, 1) for f in UNARY), *((getattr(operator, name), 2) for name in BINARY), (divmod, 2)]
+OF_ONE = [operator.neg, operator.pos, operator.abs, operator.invert, bool, int, float, complex, round, math.floor]
+OF_ONE += [math.ceil, math.trunc, operator.index, reversed, list, "{:.2f}".format, lambda x: x(), range]
+OF_TWO = [*"add sub mul truediv floordiv mod pow matmul and_ or_ xor lshift rshift eq ne lt le gt ge".split()]
+OF_TWO += ["iadd", "isub", "imul", "itruediv", "imatmul", "iand", "contains"]
+OPERATIONS: list[Any] = [*((f, 1) for f in OF_ONE), *((getattr(operator, name), 2) for name in OF_TWO), (divmod, 2)]
 
 
 @pytest.mark.parametrize("first", ["score", "place", "number"])
