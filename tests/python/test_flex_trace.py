@@ -109,7 +109,9 @@ torch.max(score, -score); torch.clamp(score, -1, 1); score.clamp(min=0.5); score
 torch.clamp_min(score, 0.1); score.clamp_max(1); torch.clamp(score, slopes[h] - 1, slopes[h] + 1); torch.floor(score)
 torch.ceil(score); torch.round(score); torch.trunc(score); torch.frac(score); torch.sign(score); torch.sgn(score)
 score % 1.5; score % -1.5; torch.remainder(score, 0.7); torch.fmod(score, 0.7); torch.fmod(score, -0.7)
-torch.fmod(score, slopes[h].abs() + 1); torch.div(score, 0.5, rounding_mode="floor")
+torch.fmod(score, slopes[h].abs() + 1); torch.fmod(-2.75 - h, score.abs() + 1.5); torch.add(score, 1.5, alpha=2)
+torch.sub(score, 1.5, alpha=2); score.type(torch.float32) * 2
+torch.div(score, 0.5, rounding_mode="floor")
 torch.div(score, 0.5, rounding_mode="trunc"); torch.div(score, 3); torch.where(score > 0, score, 0.25 * score)
 torch.where(score >= 0.3, 1.0, 2.0); torch.where(q_idx >= kv_idx, score, -1e4)
 score.masked_fill(q_idx < kv_idx, -float("inf")); score.where(q_idx > kv_idx, 0)
@@ -797,6 +799,9 @@ def test_types_are_torchs() -> None:
     refused(lambda score, b, h, q, k: torch.clamp(q > k, True), TypeError, "clamp of bools")
     refused(lambda score, b, h, q, k: h**b, NotImplementedError, "integers to a power", "x.float() ** y")
     refused(lambda score, b, h, q, k: score + "1", NotImplementedError, "a str")
+    refused(lambda score, b, h, q, k: score.type("torch.IntTensor"), NotImplementedError, "torch.IntTensor", "x.to(")
+    gelu = torch.nn.functional.gelu
+    refused(lambda score, b, h, q, k: gelu(score, approximate="fast"), NotImplementedError, "'fast'", "'tanh'")
 
 
 def test_indices_are_refused_by_name() -> None:
@@ -830,13 +835,21 @@ def test_captured_tensors_are_refused_by_name() -> None:
     refused(WithWeights(), NotImplementedError, "captures self.weights, ", *advice)
     refused(lambda score, b, h, q, k: score + (bias * 2)[h], NotImplementedError, "a tensor of shape (6,)", *advice)
     refused(lambda score, b, h, q, k: score + bias.sum(), NotImplementedError, *advice)
+    # Whatever is read before it, in the same memory.
+    refused(lambda score, b, h, q, k: score + bias.detach()[h] + bias[h], NotImplementedError, "captures bias, ")
+    in_dict: dict[str, Any] = {"x": bias}
+    in_list: list[Any] = [0, bias]
+    rows = torch.randn(2, HEADS, requires_grad=True)
+    refused(lambda score, b, h, q, k: score + in_dict["x"][h], NotImplementedError, "captures in_dict['x'], ", *advice)
+    refused(lambda score, b, h, q, k: score + in_list[1][h], NotImplementedError, "captures in_list[1], ", *advice)
+    refused(lambda score, b, h, q, k: score + rows[0][h], NotImplementedError, "captures rows, ", "rows.detach()")
     with torch.no_grad():
         trace(learned, None, CPU)
     trace(lambda score, b, h, q, k: score + bias.detach()[h], None, CPU)
 
     double, empty, many = torch.zeros(3, dtype=torch.float64), torch.zeros(0), torch.zeros(1, 1, 1, 1, 1)
     elsewhere = torch.zeros(3, device="meta")
-    refused(lambda score, b, h, q, k: score + double[h], ValueError, "double", "torch.float64", "float32")
+    refused(lambda score, b, h, q, k: score + double[h], ValueError, "double", "torch.float64", "double.float()")
     refused(lambda score, b, h, q, k: score + empty[h], ValueError, "empty", "no elements")
     refused(lambda score, b, h, q, k: score + elsewhere[h], ValueError, "elsewhere", "meta", "cpu")
     refused(lambda score, b, h, q, k: score + many[b, h, q, k, k], NotImplementedError, "many", "5 dimensions", "4")

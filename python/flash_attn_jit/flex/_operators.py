@@ -133,10 +133,15 @@ def _refuse_bool(name: str, *operands: Any) -> None:
 # ---- arithmetic ----
 
 
+def _times_alpha(other: Any, alpha: Any) -> Any:
+    if type(other) in _NUMBERS and type(alpha) in _NUMBERS:
+        return other * alpha
+    return other if type(alpha) in _NUMBERS and alpha == 1 else _mul(other, alpha)
+
+
 @_handles("add", "__add__", "__radd__")
 def _add(input: Any, other: Any, *, alpha: Any = 1) -> Value:
-    if alpha != 1:
-        other = _binary("mul", other, alpha)
+    other = _times_alpha(other, alpha)
     # Of bools torch's + is "or".
     return _binary("or" if _promoted(_recorder(input, other), input, other) == BOOL else "add", input, other)
 
@@ -144,8 +149,7 @@ def _add(input: Any, other: Any, *, alpha: Any = 1) -> Value:
 @_handles("sub", "subtract", "__sub__")
 def _sub(input: Any, other: Any, *, alpha: Any = 1) -> Value:
     _refuse_bool("-", input, other)
-    if alpha != 1:
-        other = _mul(other, alpha)
+    other = _times_alpha(other, alpha)
     return _binary("sub", input, other)
 
 
@@ -538,6 +542,8 @@ def _silu(input: Any, inplace: bool = False) -> Value:
 @_handles("gelu")
 def _gelu(input: Any, approximate: str = "none") -> Value:
     x = _float(input)
+    if approximate not in ("none", "tanh"):
+        raise x.recorder.refusal(f"uses gelu with approximate={approximate!r}", "'none', 'tanh'")
     if approximate == "tanh":
         inner = _mul(_add(x, _mul(_pow(x, 3), 0.044715)), math.sqrt(2 / math.pi))
         return _mul(_mul(x, 0.5), _add(_tanh(inner), 1.0))
@@ -583,7 +589,7 @@ def _kind_of_dtype(recorder: Recorder, dtype: torch.dtype) -> str:
     return kind
 
 
-@_handles("to", "type")
+@_handles("to")
 def _to(input: Any, *targets: Any, dtype: Any = None, **_: Any) -> Value:
     value = _value(input)
     for each in (*targets, dtype):
@@ -592,6 +598,14 @@ def _to(input: Any, *targets: Any, dtype: Any = None, **_: Any) -> Value:
         if isinstance(each, Value):
             return _converted(value, each.kind)
     return value
+
+
+@_handles("type")
+def _type(input: Any, dtype: Any = None) -> Value:
+    value = _value(input)
+    if not isinstance(dtype, torch.dtype):
+        raise value.recorder.refusal(f"converts to type({dtype!r})", "a torch.dtype: x.to(torch.float32)")
+    return _converted(value, _kind_of_dtype(value.recorder, dtype))
 
 
 @_handles("type_as")

@@ -118,7 +118,7 @@ class Tensors:
 
     def number_of(self, recorder: Recorder, tensor: torch.Tensor) -> int:
         read = tensor.resolve_neg()  # as it lies in memory
-        key = (read.data_ptr(), read.dtype, read.shape, read.stride())
+        key = (read.data_ptr(), read.dtype, read.shape, read.stride(), tensor.requires_grad)
         number = self._numbers.get(key)
         if number is None:
             _check_captured(recorder, tensor)
@@ -142,7 +142,7 @@ def _check_captured(recorder: Recorder, tensor: torch.Tensor) -> None:
     if found is not None:
         name = name_of(tensor)
         what, accepted, advice, error = found
-        raise recorder.refusal(f"captures {name}, {what}", accepted.format(name=name), advice, error)
+        raise recorder.refusal(f"captures {name}, {what}", accepted.format(name=name), advice.format(name=name), error)
 
 
 def _problem_of(recorder: Recorder, tensor: torch.Tensor) -> tuple[str, str, str, type[Exception]] | None:
@@ -152,7 +152,8 @@ def _problem_of(recorder: Recorder, tensor: torch.Tensor) -> tuple[str, str, str
         return "which requires a gradient", "{name}.detach()", advice, NotImplementedError
     if tensor.dtype not in STORED_NAMES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in STORED_NAMES)
-        return f"whose dtype is {tensor.dtype}", names, "", ValueError
+        advice = "Convert it before: {name}.float()" if tensor.is_floating_point() else ""
+        return f"whose dtype is {tensor.dtype}", names, advice, ValueError
     if tensor.layout is not torch.strided or tensor.is_nested:
         return f"whose layout is {tensor.layout}", "strided tensors", "", ValueError
     if tensor.device != recorder.device:
@@ -169,23 +170,34 @@ def _problem_of(recorder: Recorder, tensor: torch.Tensor) -> tuple[str, str, str
 
 
 def name_of(tensor: torch.Tensor) -> str:
-    """The user's name of a tensor, or what it is."""
+    """The user's name of a tensor, or of what it is a view of, or what it is."""
+    views = [tensor] if tensor._base is None else [tensor, tensor._base]
     frame = _user_frame()
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] != "flash_attn_jit":
-        names = frame.f_code.co_names
-        for name, value in frame.f_locals.items():
-            if value is tensor:
-                return str(name)
-        for name in names:
-            if frame.f_globals.get(name) is tensor:
-                return str(name)
-        for owner, value in frame.f_locals.items():
-            if not isinstance(value, (Value, Part, torch.Tensor)):
-                for name in names:
-                    if getattr(value, name, None) is tensor:
-                        return f"{owner}.{name}"
+        for each in views:
+            name = _name_in(frame, each)
+            if name is not None:
+                return name
         frame = frame.f_back
     return f"a tensor of shape {tuple(tensor.shape)}"
+
+
+def _name_in(frame: Any, tensor: torch.Tensor) -> str | None:
+    names = frame.f_code.co_names
+    known = {**{name: frame.f_globals[name] for name in names if name in frame.f_globals}, **frame.f_locals}
+    for name, value in known.items():
+        if value is tensor:
+            return str(name)
+    for owner, value in known.items():
+        if isinstance(value, (dict, list, tuple)):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                if item is tensor:
+                    return f"{owner}[{key!r}]"
+        elif not isinstance(value, (Value, Part, torch.Tensor)):
+            for name in names:
+                if getattr(value, name, None) is tensor:
+                    return f"{owner}.{name}"
+    return None
 
 
 class Part:
