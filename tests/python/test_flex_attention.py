@@ -454,7 +454,7 @@ def test_bad_inputs(change: dict[str, Any], message: str) -> None:
 
 def test_a_block_mask_above_head_dim_256() -> None:
     q, k, v, _ = inputs(1, 1, 1, 128, 128, 320)
-    with pytest.raises(UnsupportedError, match="block_mask"):
+    with pytest.raises(UnsupportedError, match="query has head_dim 320, and there is a block_mask; accepted: 1 to 256"):
         flex_attention(q, k, v, block_mask=block_mask_of(causal, None, None, 128, 128))
 
 

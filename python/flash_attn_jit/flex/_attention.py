@@ -12,7 +12,7 @@ from .. import _core, ops
 from .._arguments import number, reject_what_is_no_tensor, truth
 from .._autograd import cast_for_autocast, refuse_second_derivative
 from .._options import Options
-from .._sdpa import find_refusal, refusal_of
+from .._sdpa import MOST_HEAD_DIM, MOST_HEAD_DIM_OF_GRADIENTS, find_refusal, refusal_of
 from .._torch_internals import transforms_are_active
 from ..errors import Refusal, UnsupportedError
 from ._block_mask import BlockLists, read_block_mask
@@ -83,14 +83,15 @@ def flex_attention(
     ``score_mod(score, b, h, q_idx, kv_idx)`` and the block mask's ``mask_mod(b, h, q_idx, kv_idx)`` are called once a
     call, with stand-ins for their arguments, and become part of the kernel: it is compiled at the first call of a
     function that computes something new, whatever its name. Python numbers that they use are constants of the kernel;
-    tensors that they capture are read by it, on the device. ``flash_attn_jit.flex.OPERATORS`` lists what they may use.
+    tensors that they capture are read by it, on the device, at most 8 of them; an index beyond a tensor's ends is the
+    nearest that there is. ``flash_attn_jit.flex.OPERATORS`` lists what they may use.
     Under torch.compile the call is a graph break.
 
     Args:
         query: (batch, num_heads, seqlen_q, head_dim), of the dtypes of flash_attn_func. Only the last dimension must be
             contiguous.
-        key: (batch, num_heads_k, seqlen_k, head_dim); or with a batch of 1, for all.
-        value: (batch, num_heads_k, seqlen_k, head_dim of value); or with a batch of 1, for all.
+        key: (batch, num_heads_k, seqlen_k, head_dim); or with a batch of 1, for all, where block_mask has query's.
+        value: (batch, num_heads_k, seqlen_k, head_dim of value); or with a batch of 1, as key.
         score_mod: returns the score that takes the place of `score`, in float32; -inf hides the pair. Its derivative is
             made by rule. A tensor that it captures has no gradient: one that needs it is refused (flash_attn_func's
             ``attn_bias`` has one).
@@ -136,6 +137,8 @@ def call(
     """flex_attention() where no compiler looks on."""
     _check_kinds(query, key, value)
     lists = read_block_mask(block_mask, query, key)
+    if lists is not None:
+        _check_block_mask_head_dim(query, value)
     key, value = _with_batch(query, lists, key, value)
     _check_tensors(query, key, value, truth("enable_gqa", enable_gqa))
     user = UserFunctions(0, False, False, (), None)
@@ -186,6 +189,14 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
         if max(tensor.shape[:3]) > MOST_PLACE:
             came = f"has shape {tuple(tensor.shape)}"
             accepted = f"at most {MOST_PLACE} sequences, heads and rows, whose places a function can tell apart"
+            raise Refusal(name, came, accepted, error=UnsupportedError).exception()
+
+
+def _check_block_mask_head_dim(query: torch.Tensor, value: torch.Tensor) -> None:
+    for name, tensor in (("query", query), ("value", value)):
+        if MOST_HEAD_DIM_OF_GRADIENTS < tensor.shape[-1] <= MOST_HEAD_DIM:
+            came = f"has head_dim {tensor.shape[-1]}, and there is a block_mask"
+            accepted = f"1 to {MOST_HEAD_DIM_OF_GRADIENTS} with one; 1 to {MOST_HEAD_DIM} with a score_mod alone"
             raise Refusal(name, came, accepted, error=UnsupportedError).exception()
 
 
