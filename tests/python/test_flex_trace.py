@@ -781,6 +781,16 @@ def test_whatever_python_asks_of_tensors_that_are_not_indexed_is_refused(operati
             refused(function, NotImplementedError, "of_batch", "1 dimension is not indexed")
 
 
+def test_numbers_of_numpy_are_pythons() -> None:
+    numpy = pytest.importorskip("numpy")
+    relative = TENSORS["relative"]
+    of_python = trace(lambda score, b, h, q, k: 2.5 * score + relative[3, k] * 4, None, CPU)
+    of_numpy = trace(
+        lambda score, b, h, q, k: score * numpy.float32(2.5) + relative[numpy.int64(3), k] * numpy.int8(4), None, CPU
+    )
+    assert of_python.code == of_numpy.code
+
+
 def test_random_numbers_are_refused() -> None:
     refused(lambda score, b, h, q, k: score + torch.rand(()), NotImplementedError, "torch.rand, which is random")
     refused(lambda score, b, h, q, k: score + torch.randn(9)[h], NotImplementedError, "torch.randn, which is random")

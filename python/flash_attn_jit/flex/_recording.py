@@ -3,6 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable
+from numbers import Number
 from typing import Any, NoReturn
 
 import torch
@@ -70,7 +71,7 @@ class Recorder:
     def taken(self, operand: Any) -> Any:
         """A value of a tensor, or one that has to be indexed first; all else as it is."""
         if not isinstance(operand, torch.Tensor):
-            return operand
+            return operand.item() if isinstance(operand, Number) and hasattr(operand, "item") else operand  # numpy's
         if operand.dim() == 0 and (id(operand) in self.made_here or self._is_number(operand)):
             return self.constant_of(operand)
         return Part(self, operand).whole_or_self()
