@@ -130,7 +130,10 @@ class RegisterStagedStream {
   __device__ __forceinline__ void prefetch(InFlight& chunks, SharedAddress /*slot*/) const {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass)
-      if (participates(pass)) load_pass(chunks[pass], pass);
+      if (participates(pass))
+        load_pass(chunks[pass], pass);
+      else if constexpr (kConverts<Traits>)
+        chunks[pass] = Vec16{};
   }
 
   // The tile's first `rows` rows; the others are zero.
@@ -153,10 +156,11 @@ class RegisterStagedStream {
   template <class Order, class... Factor>
   static __device__ __forceinline__ void commit_pass(const InFlight& chunks, SharedAddress slot, int pass,
                                                      Factor... factor) {
-    if (!participates(pass)) return;
     Vec16 chunk = chunks[pass];
-    to_elements<Traits>(chunk, factor...);
-    store_shared_16B(slot + stored_row<Order>(pass) * row_pitch(kDims) + chunk_dim(pass) * kElementBytes, chunk);
+    to_elements<Traits>(chunk,
+                        factor...);  // of every thread: a branch around it would end what ptxas schedules at once
+    if (participates(pass))
+      store_shared_16B(slot + stored_row<Order>(pass) * row_pitch(kDims) + chunk_dim(pass) * kElementBytes, chunk);
   }
 
  private:
