@@ -103,12 +103,18 @@ TileTable one_feature(const KernelSpec& spec) {
 
 // Where K and V are converted on their way: a search over schedules with the model alone.
 constexpr std::array kLargeFullBFloat16 = {
+    TileRow{32, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {2, 8, 8}}},
     TileRow{48, kElsewhere},
     TileRow{64, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 64, .schedule = {3, 7, 8}}},
+    TileRow{72, kElsewhere},
+    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 7, 8}}},
 };
 constexpr std::array kLargeCausalBFloat16 = {
+    TileRow{32, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {2, 8, 8}}},
     TileRow{48, kElsewhere},
     TileRow{64, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
+    TileRow{72, kElsewhere},
+    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 7, 8}}},
 };
 
 TileTable converting(const KernelSpec& spec) {

@@ -130,16 +130,21 @@ constexpr std::array kLargeDropout = {
 // Where K and V are converted on their way: a search over schedules with the model alone.
 constexpr std::array kLargeFullBFloat16 = {
     TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {2, 4, 7}}},
+    TileRow{40, kElsewhere},
+    TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {0, 1, 8}}},
     TileRow{64, kElsewhere},
     TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 1, 5}}},
-    TileRow{112, kElsewhere},
+    TileRow{104, kElsewhere},
+    TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 3, 8}}},
     TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 2, 6}}},
 };
 constexpr std::array kLargeCausalBFloat16 = {
     TileRow{32, kElsewhere},
     TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {3, 5, 8}}},
-    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 1, 5}}},
-    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 3, 3}}},
+    TileRow{72, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 1, 5}}},
+    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 3, 8}}},
+    TileRow{88, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 3, 3}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 5, 8}}},
 };
 
 TileTable one_feature(const KernelSpec& spec) {
