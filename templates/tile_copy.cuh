@@ -157,8 +157,8 @@ class RegisterStagedStream {
   static __device__ __forceinline__ void commit_pass(const InFlight& chunks, SharedAddress slot, int pass,
                                                      Factor... factor) {
     Vec16 chunk = chunks[pass];
-    to_elements<Traits>(chunk,
-                        factor...);  // of every thread: a branch around it would end what ptxas schedules at once
+    // By every thread: a branch around it would end what ptxas schedules at once.
+    to_elements<Traits>(chunk, factor...);
     if (participates(pass))
       store_shared_16B(slot + stored_row<Order>(pass) * row_pitch(kDims) + chunk_dim(pass) * kElementBytes, chunk);
   }
