@@ -25,6 +25,9 @@ inline bool is_plain(const KernelSpec& spec) {
   return spec.features.empty() && spec.mask != Mask::kWindow && spec.access == GlobalAccess::kVector16B;
 }
 
+// Of those, the ones that convert tensors on their way.
+inline bool is_plain_bfloat16(const KernelSpec& spec) { return spec.dtype == DType::kBFloat16 && is_plain(spec); }
+
 // Whether half the rows a block are for it: because such kernels are fast, or because a block mask wants them.
 inline bool takes_medium(const KernelSpec& spec) {
   return is_plain(spec) || (spec.has(Feature::kBlockMask) && spec.access == GlobalAccess::kVector16B);

@@ -124,10 +124,13 @@ class FlashBwd {
   using Fetched = typename Variant::template Fetched<kFetchedKeys, kNeighbours>[kFetchedQueries];
 
   // Does dS take P as dV does? No matter: where P is above 1 its row has dP = delta. But ptxas schedules as if it were:
-  // head dim 64 reaches 0.933 of a T4's peak so, and 0.883 otherwise; 128, causal, 0.738 so, and 0.797 otherwise.
+  // head dim 64 reaches 0.933 of a T4's peak so, and 0.883 otherwise; 128, causal, 0.738 so, and 0.797 otherwise. Where
+  // tiles are converted it is the other way round: 64, causal, reaches 0.754 so and 0.892 otherwise, 128 without a mask
+  // 0.745 so and 0.715 otherwise, with the causal one 0.732 and 0.751.
   // With numbers from memory it is too large where float32 has no digits left for a score: see kLeastLse. What
   // softmax_lse's gradient adds to delta is multiplied by a P above 1, by as much as log_sum_exp() took from lse.
-  static constexpr bool kSaturatesForDs = kMTiles == 2 || Variant::kMayHideRows;
+  static constexpr bool kSaturatesForDs =
+      (kConverts<Traits> ? kMTiles == 1 && !Traits::kIsCausal : kMTiles == 2) || Variant::kMayHideRows;
 
   // Tiles that a block mask lists, or all of a range.
   static constexpr bool kHasBlockMask = Traits::kHasBlockMask;

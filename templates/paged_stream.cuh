@@ -39,10 +39,6 @@ class PagedStream {
   static __device__ __forceinline__ void commit(const InFlight& chunks, SharedAddress slot) {
     RegisterStagedStream<Traits, kRows, kDims, kThreads>::template commit<Order>(chunks, slot);
   }
-  template <class Order>
-  static __device__ __forceinline__ void commit_pass(const InFlight& chunks, SharedAddress slot, int pass) {
-    RegisterStagedStream<Traits, kRows, kDims, kThreads>::template commit_pass<Order>(chunks, slot, pass);
-  }
 
  private:
   static __device__ __forceinline__ int chunk(int pass) { return thread_in_block() + pass * kThreads; }

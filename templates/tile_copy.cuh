@@ -149,18 +149,13 @@ class RegisterStagedStream {
   template <class Order, class... Factor>
   static __device__ __forceinline__ void commit(const InFlight& chunks, SharedAddress slot, Factor... factor) {
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) commit_pass<Order>(chunks, slot, pass, factor...);
-  }
-
-  // One of kPasses parts of that.
-  template <class Order, class... Factor>
-  static __device__ __forceinline__ void commit_pass(const InFlight& chunks, SharedAddress slot, int pass,
-                                                     Factor... factor) {
-    Vec16 chunk = chunks[pass];
-    // By every thread: a branch around it would end what ptxas schedules at once.
-    to_elements<Traits>(chunk, factor...);
-    if (participates(pass))
-      store_shared_16B(slot + stored_row<Order>(pass) * row_pitch(kDims) + chunk_dim(pass) * kElementBytes, chunk);
+    for (int pass = 0; pass < kPasses; ++pass) {
+      Vec16 chunk = chunks[pass];
+      // By every thread: a branch around it would end what ptxas schedules at once.
+      to_elements<Traits>(chunk, factor...);
+      if (participates(pass))
+        store_shared_16B(slot + stored_row<Order>(pass) * row_pitch(kDims) + chunk_dim(pass) * kElementBytes, chunk);
+    }
   }
 
  private:

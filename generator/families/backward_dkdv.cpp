@@ -139,19 +139,50 @@ TileTable full_feature(const FeatureSet& features) {
   return only_if(features.only(Feature::kVarlen), kLargeFullVarlen);
 }
 
-// Where Q and dO are converted on their way: a search over schedules with the model alone. At 128, causal, a kernel
-// spills 4 bytes.
+// Where Q and dO are converted on their way: a search over schedules with the model of a T4. Up to 32 bytes spill, at
+// 224 60.
 constexpr std::array kLargeFullBFloat16 = {
-    TileRow{112, kElsewhere},
-    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {4, 6, 8}}},
+    TileRow{16, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {2, 4, 8}}},
+    TileRow{24, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 32, .schedule = {3, 4, 8}}},
+    TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {2, 4, 8}}},
+    TileRow{40, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 48, .schedule = {3, 6, 8}}},
+    TileRow{48, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 48, .schedule = {0, 6, 8}}},
+    TileRow{56, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
+    TileRow{72, kElsewhere},
+    TileRow{80, {.block_m = 128, .block_n = 24, .warps = 8, .register_dims = 80, .schedule = {2, 6, 8}}},
+    TileRow{88, kElsewhere},
+    TileRow{96, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 96, .schedule = {3, 4, 8}}},
+    TileRow{104, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 112, .schedule = {1, 5, 8}}},
+    TileRow{112, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 112, .schedule = {2, 5, 8}}},
+    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {3, 8, 8}}},
+    TileRow{160, {.block_m = 128, .block_n = 24, .warps = 8, .register_dims = 160, .schedule = {0, 8, 8}}},
+    TileRow{192, kElsewhere},
+    TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 160, .schedule = {2, 8, 8}}},
 };
 constexpr std::array kLargeCausalBFloat16 = {
-    TileRow{48, kElsewhere},
-    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {3, 6, 8}}},
+    TileRow{16, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {0, 6, 8}}},
+    TileRow{24, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 32, .schedule = {3, 4, 8}}},
+    TileRow{32, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {0, 6, 8}}},
+    TileRow{40, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {0, 8, 8}}},
+    TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {3, 7, 8}}},
+    TileRow{56, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 5, 8}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
+    TileRow{80, {.block_m = 128, .block_n = 24, .warps = 8, .register_dims = 80, .schedule = {0, 3, 8}}},
+    TileRow{112, kElsewhere},
+    TileRow{120, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {3, 6, 8}}},
+    TileRow{128, kElsewhere},
+    TileRow{160, {.block_m = 128, .block_n = 24, .warps = 8, .register_dims = 160, .schedule = {0, 8, 8}}},
+    TileRow{192, kElsewhere},
+    TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 160, .schedule = {2, 8, 8}}},
+};
+// With a mask and without.
+constexpr std::array kMediumBFloat16 = {
+    TileRow{32, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {0, 8, 8}}},
+    TileRow{48, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 48, .schedule = {2, 4, 8}}},
 };
 
 TileTable converting(const KernelSpec& spec) {
-  return only_if(spec.dtype == DType::kBFloat16 && is_plain(spec),
+  return only_if(is_plain_bfloat16(spec),
                  spec.mask == Mask::kNone ? TileTable(kLargeFullBFloat16) : kLargeCausalBFloat16);
 }
 
@@ -165,7 +196,7 @@ TileTables tiles(const KernelSpec& spec) {
                         only_if(window || spec.features.need_positions(), kLargePositions),
                         only_if(!spec.features.empty(), kLargeFeatures),
                         spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
-          TileTableList{only_if(takes_medium(spec), kMedium),
+          TileTableList{only_if(is_plain_bfloat16(spec), kMediumBFloat16), only_if(takes_medium(spec), kMedium),
                         only_if(takes_medium(spec) && spec.mask == Mask::kNone, kMediumFull)},
           TileTableList{kSmallGradients}};
 }

@@ -101,24 +101,47 @@ TileTable one_feature(const KernelSpec& spec) {
   return only_if(spec.mask == Mask::kNone && spec.features.read_numbers(), kLargeFullBias);
 }
 
-// Where K and V are converted on their way: a search over schedules with the model alone.
+// Where K and V are converted on their way: a search over schedules with the model of a T4. Up to 8 bytes spill, at 80
+// 56.
 constexpr std::array kLargeFullBFloat16 = {
+    TileRow{24, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {1, 8, 8}}},
     TileRow{32, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {2, 8, 8}}},
-    TileRow{48, kElsewhere},
-    TileRow{64, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 64, .schedule = {3, 7, 8}}},
+    TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {0, 4, 8}}},
+    TileRow{64, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 64, .schedule = {0, 5, 8}}},
     TileRow{72, kElsewhere},
-    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 7, 8}}},
+    TileRow{80, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 80, .schedule = {0, 4, 8}}},
+    TileRow{88, kElsewhere},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {2, 8, 8}}},
+    TileRow{104, kElsewhere},
+    TileRow{112, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 112, .schedule = {1, 4, 8}}},
+    TileRow{128, kElsewhere},
+    TileRow{160, {.block_m = 128, .block_n = 24, .warps = 8, .register_dims = 160, .schedule = {2, 4, 8}}},
+    TileRow{192, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 192, .schedule = {3, 4, 8}}},
 };
 constexpr std::array kLargeCausalBFloat16 = {
-    TileRow{32, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {2, 8, 8}}},
+    TileRow{16, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 32, .schedule = {2, 8, 8}}},
+    TileRow{24, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {0, 6, 8}}},
+    TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {3, 8, 8}}},
+    TileRow{40, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {0, 4, 8}}},
     TileRow{48, kElsewhere},
-    TileRow{64, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 64, .schedule = {0, 6, 8}}},
-    TileRow{72, kElsewhere},
-    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 7, 8}}},
+    TileRow{64, {.block_m = 256, .block_n = 24, .warps = 8, .register_dims = 64, .schedule = {1, 3, 8}}},
+    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {1, 4, 8}}},
+    TileRow{88, kElsewhere},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {2, 4, 8}}},
+    TileRow{104, kElsewhere},
+    TileRow{112, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 112, .schedule = {0, 4, 8}}},
+    TileRow{128, kElsewhere},
+    TileRow{160, {.block_m = 128, .block_n = 24, .warps = 8, .register_dims = 160, .schedule = {2, 4, 8}}},
+    TileRow{192, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 192, .schedule = {3, 4, 8}}},
+};
+constexpr std::array kMediumBFloat16 = {
+    TileRow{48, {.block_m = 128, .block_n = 24, .warps = 4, .register_dims = 48, .schedule = {3, 8, 8}}},
+    TileRow{64, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 64, .schedule = {3, 8, 8}}},
+    TileRow{80, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 80, .schedule = {1, 7, 8}}},
 };
 
 TileTable converting(const KernelSpec& spec) {
-  return only_if(spec.dtype == DType::kBFloat16 && is_plain(spec),
+  return only_if(is_plain_bfloat16(spec),
                  spec.mask == Mask::kNone ? TileTable(kLargeFullBFloat16) : kLargeCausalBFloat16);
 }
 
@@ -131,7 +154,8 @@ TileTables tiles(const KernelSpec& spec) {
           only_if(scores, kLargeScores), only_if(window, kLargeWindow),
           only_if(spec.has(Feature::kVarlen), kLargeVarlen),
           spec.mask == Mask::kNone ? TileTable(kLargeFull) : kLargeCausal},
-      TileTableList{only_if(takes_medium(spec), kMedium)}, TileTableList{kSmall, kSmallGradients}};
+      TileTableList{only_if(is_plain_bfloat16(spec), kMediumBFloat16), only_if(takes_medium(spec), kMedium)},
+      TileTableList{kSmall, kSmallGradients}};
 }
 
 constexpr GradientLayout kLayout = {.makes_dv = false, .statistics_bytes = 0};

@@ -127,24 +127,50 @@ constexpr std::array kLargeDropout = {
     TileRow{128, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 128, .schedule = {0, 8, 8}}},
 };
 
-// Where K and V are converted on their way: a search over schedules with the model alone.
+// Where K and V are converted on their way: a search over schedules with the model of a T4, at 128 times beside it.
 constexpr std::array kLargeFullBFloat16 = {
-    TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {2, 4, 7}}},
-    TileRow{40, kElsewhere},
-    TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {0, 1, 8}}},
-    TileRow{64, kElsewhere},
-    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 1, 5}}},
-    TileRow{104, kElsewhere},
-    TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 3, 8}}},
-    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 2, 6}}},
+    TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {2, 4, 8}}},
+    TileRow{40, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 40, .schedule = {2, 4, 8}}},
+    TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 32, .schedule = {0, 3, 8}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {0, 2, 8}}},
+    TileRow{72, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 48, .schedule = {2, 5, 8}}},
+    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 7, 8}}},
+    TileRow{88, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 1, 8}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {0, 1, 8}}},
+    TileRow{104, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 6, 8}}},
+    TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 112, .schedule = {0, 2, 8}}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 2, 8}}},
+    TileRow{160, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 160, .schedule = {2, 8, 8}}},
+    TileRow{192, kElsewhere},
+    TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 224, .schedule = {2, 8, 8}}},
 };
 constexpr std::array kLargeCausalBFloat16 = {
+    TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {2, 6, 8}}},
+    TileRow{40, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 40, .schedule = {0, 3, 8}}},
+    TileRow{48, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 48, .schedule = {2, 5, 8}}},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {2, 3, 8}}},
+    TileRow{72, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 1, 8}}},
+    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 3, 8}}},
+    TileRow{88, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 1, 8}}},
+    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 96, .schedule = {0, 1, 8}}},
+    TileRow{104, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 4, 8}}},
+    TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 3, 8}}},
+    TileRow{120, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {2, 8, 8}}},
+    TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 2, 8}}},
+    TileRow{160, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 160, .schedule = {2, 4, 8}}},
+    TileRow{192, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 176, .schedule = {2, 8, 8}}},
+    TileRow{224, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 192, .schedule = {0, 1, 8}}},
+    TileRow{256, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 160, .schedule = {2, 8, 8}}},
+};
+// The same for half the rows a block, with a mask and without.
+constexpr std::array kMediumBFloat16 = {
     TileRow{32, kElsewhere},
-    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {3, 5, 8}}},
-    TileRow{72, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 1, 5}}},
-    TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 3, 8}}},
-    TileRow{88, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 3, 3}}},
-    TileRow{96, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {2, 5, 8}}},
+    TileRow{48, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 48, .schedule = {0, 1, 8}}},
+    TileRow{64, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 64, .schedule = {0, 2, 8}}},
+    TileRow{80, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 80, .schedule = {2, 4, 8}}},
+    TileRow{96, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 96, .schedule = {2, 4, 8}}},
+    TileRow{112, kElsewhere},
+    TileRow{128, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 128, .schedule = {0, 1, 8}}},
 };
 
 TileTable one_feature(const KernelSpec& spec) {
@@ -187,12 +213,12 @@ TileTables tiles(const KernelSpec& spec) {
   if (spec.access == GlobalAccess::kElement2B) return {TileTableList{kLargeElement}, TileTableList{kSmall}};
   const bool masked = spec.mask != Mask::kNone, window = spec.mask == Mask::kWindow,
              positions = spec.features.need_positions();
-  const bool converts = spec.dtype == DType::kBFloat16 && is_plain(spec);
-  return {TileTableList{only_if(converts, masked ? TileTable(kLargeCausalBFloat16) : kLargeFullBFloat16),
+  return {TileTableList{only_if(is_plain_bfloat16(spec), masked ? TileTable(kLargeCausalBFloat16) : kLargeFullBFloat16),
                         one_feature(spec), only_if(positions && window, kLargeWindowPositions),
                         only_if(positions, masked ? TileTable(kLargeMaskedPositions) : kLargePositions),
                         only_if(window, kLargeWindow), masked ? TileTable(kLargeCausal) : kLargeFull},
-          TileTableList{only_if(spec.has(Feature::kBlockMask), kMediumBlockMask), only_if(takes_medium(spec), kMedium)},
+          TileTableList{only_if(spec.has(Feature::kBlockMask), kMediumBlockMask),
+                        only_if(is_plain_bfloat16(spec), kMediumBFloat16), only_if(takes_medium(spec), kMedium)},
           TileTableList{kSmall}};
 }
 
