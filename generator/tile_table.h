@@ -35,6 +35,11 @@ inline bool takes_medium(const KernelSpec& spec) {
 
 inline TileTable only_if(bool applies, TileTable table) { return applies ? table : TileTable{}; }
 
+// That of the spec's mask, where it is one of plain bfloat16.
+inline TileTable plain_bfloat16(const KernelSpec& spec, TileTable full, TileTable causal) {
+  return only_if(is_plain_bfloat16(spec), spec.mask == Mask::kNone ? full : causal);
+}
+
 // Looked in one after the other; some may be empty. They are read at every launch, so nothing is allocated.
 using TileTableList = std::array<TileTable, 7>;
 

@@ -181,15 +181,12 @@ constexpr std::array kMediumBFloat16 = {
     TileRow{48, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 48, .schedule = {2, 4, 8}}},
 };
 
-TileTable converting(const KernelSpec& spec) {
-  return only_if(is_plain_bfloat16(spec),
-                 spec.mask == Mask::kNone ? TileTable(kLargeFullBFloat16) : kLargeCausalBFloat16);
-}
-
 TileTables tiles(const KernelSpec& spec) {
   const bool window = spec.mask == Mask::kWindow, crowded = spec.features.change_scores() || spec.group_size > 1;
   const bool roomy = spec.mask == Mask::kNone && spec.group_size == 1;
-  return {TileTableList{spec.access == GlobalAccess::kElement2B ? TileTable(kElementGradients) : converting(spec),
+  return {TileTableList{spec.access == GlobalAccess::kElement2B
+                            ? TileTable(kElementGradients)
+                            : plain_bfloat16(spec, kLargeFullBFloat16, kLargeCausalBFloat16),
                         only_if(window, crowded ? TileTable(kLargeCrowdedWindow) : kLargeWindow),
                         only_if(roomy, full_feature(spec.features)),
                         only_if(roomy && spec.features.read_pairs(), kLargeFullPairs),

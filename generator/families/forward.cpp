@@ -127,7 +127,8 @@ constexpr std::array kLargeDropout = {
     TileRow{128, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 128, .schedule = {0, 8, 8}}},
 };
 
-// Where K and V are converted on their way: a search over schedules with the model of a T4, at 128 times beside it.
+// Where K and V are converted on their way: a search over schedules with the model of a T4, at 128 times beside it. Up
+// to 12 bytes spill.
 constexpr std::array kLargeFullBFloat16 = {
     TileRow{32, {.block_m = 128, .block_n = 32, .warps = 4, .register_dims = 32, .schedule = {2, 4, 8}}},
     TileRow{40, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 40, .schedule = {2, 4, 8}}},
@@ -213,8 +214,8 @@ TileTables tiles(const KernelSpec& spec) {
   if (spec.access == GlobalAccess::kElement2B) return {TileTableList{kLargeElement}, TileTableList{kSmall}};
   const bool masked = spec.mask != Mask::kNone, window = spec.mask == Mask::kWindow,
              positions = spec.features.need_positions();
-  return {TileTableList{only_if(is_plain_bfloat16(spec), masked ? TileTable(kLargeCausalBFloat16) : kLargeFullBFloat16),
-                        one_feature(spec), only_if(positions && window, kLargeWindowPositions),
+  return {TileTableList{plain_bfloat16(spec, kLargeFullBFloat16, kLargeCausalBFloat16), one_feature(spec),
+                        only_if(positions && window, kLargeWindowPositions),
                         only_if(positions, masked ? TileTable(kLargeMaskedPositions) : kLargePositions),
                         only_if(window, kLargeWindow), masked ? TileTable(kLargeCausal) : kLargeFull},
           TileTableList{only_if(spec.has(Feature::kBlockMask), kMediumBlockMask),
