@@ -4,6 +4,16 @@
 
 namespace flash_attn_jit {
 
+TileTable of_features(std::span<const FeatureRow> rows, const KernelSpec& spec, bool in_groups) {
+  const FeatureSet features = spec.features.of_main_loop();
+  const int head_dim = spec.greatest_head_dim();
+  const auto row = std::ranges::find_if(rows, [&](const FeatureRow& each) {
+    return each.features == features && each.mask == spec.mask && each.in_groups == in_groups &&
+           head_dim <= each.tile.max_head_dim && head_dim > each.tile.max_head_dim - 8;
+  });
+  return row == rows.end() ? TileTable{} : TileTable(&row->tile, 1);
+}
+
 std::optional<TileConfig> find_tile(const TileTableList& tables, const KernelSpec& spec, int dims) {
   const int head_dim = spec.greatest_head_dim();
   for (const TileTable rows : tables) {

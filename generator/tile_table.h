@@ -40,8 +40,28 @@ inline TileTable plain_bfloat16(const KernelSpec& spec, TileTable full, TileTabl
   return only_if(is_plain_bfloat16(spec), spec.mask == Mask::kNone ? full : causal);
 }
 
+// A row for a head dim, its mask and features.
+struct FeatureRow {
+  FeatureSet features;
+  Mask mask;
+  bool in_groups;  // whether a kernel adds up the gradients of several query heads
+  TileRow tile;    // for head dims that are computed as max_head_dim: the 8 up to it
+};
+
+inline constexpr bool kAlone = false, kInGroups = true;
+
+// The row's tile as a table, if one of `rows` is for the spec. `in_groups` is that of the kernel.
+TileTable of_features(std::span<const FeatureRow> rows, const KernelSpec& spec, bool in_groups);
+
+// The same where tensors of bfloat16 are converted on their way.
+inline TileTable bfloat16_of_features(std::span<const FeatureRow> rows, const KernelSpec& spec,
+                                      bool in_groups = kAlone) {
+  const bool applies = spec.dtype == DType::kBFloat16 && spec.access == GlobalAccess::kVector16B;
+  return applies ? of_features(rows, spec, in_groups) : TileTable{};
+}
+
 // Looked in one after the other; some may be empty. They are read at every launch, so nothing is allocated.
-using TileTableList = std::array<TileTable, 7>;
+using TileTableList = std::array<TileTable, 8>;
 
 // Tables of a family, from those for large problems to those for problems that do not fill the device.
 using TileTables = std::array<TileTableList, 3>;

@@ -125,12 +125,18 @@ class FlashBwd {
 
   // Does dS take P as dV does? No matter: where P is above 1 its row has dP = delta. But ptxas schedules as if it were:
   // head dim 64 reaches 0.933 of a T4's peak so, and 0.883 otherwise; 128, causal, 0.738 so, and 0.797 otherwise. Where
-  // tiles are converted it is the other way round: 64, causal, reaches 0.754 so and 0.892 otherwise, 128 without a mask
-  // 0.745 so and 0.715 otherwise, with the causal one 0.732 and 0.751.
+  // tiles are converted it is the other way round (64, causal, reaches 0.754 so and 0.892 otherwise, 128, causal, 0.764
+  // and 0.722), but for causal kernels of few dims: 112 reaches 0.723 so and 0.755 otherwise.
   // With numbers from memory it is too large where float32 has no digits left for a score: see kLeastLse. What
   // softmax_lse's gradient adds to delta is multiplied by a P above 1, by as much as log_sum_exp() took from lse.
   static constexpr bool kSaturatesForDs =
-      (kConverts<Traits> ? kMTiles == 1 && !Traits::kIsCausal : kMTiles == 2) || Variant::kMayHideRows;
+      (kConverts<Traits> ? kMTiles == 1 && (!Traits::kIsCausal || kDTiles > 14) : kMTiles == 2) ||
+      Variant::kMayHideRows;
+
+  // Where tiles are converted, are statistics committed between them? That too is ptxas's matter: with schedules of
+  // their own head dim 128 reaches 0.759 of a T4's peak so and 0.745 otherwise, causal 0.764 and 0.751, 112, causal,
+  // 0.755 and 0.720. Above 128 and below 112 it is as often the other way round.
+  static constexpr bool kCommitsStatisticsBetween = kConverts<Traits> && kDTiles >= 14 && Tile::kOutputSplits == 1;
 
   // Tiles that a block mask lists, or all of a range.
   static constexpr bool kHasBlockMask = Traits::kHasBlockMask;
@@ -360,11 +366,16 @@ class FlashBwd {
 
   __device__ __forceinline__ void commit(const InFlight& in, SharedAddress slot) const {
     SStream::template commit<Columns>(in.s_columns, slot);
+    if constexpr (kCommitsStatisticsBetween) commit_statistics(in, slot);
     DpStream::template commit<Columns>(in.dp_columns, slot + Tile::kSTileBytes,
                                        Side::kColumnsAreQueries ? scale_.factor() : 1.0f);
+    if constexpr (!kCommitsStatisticsBetween) commit_statistics(in, slot);
+    block_barrier();
+  }
+
+  __device__ __forceinline__ void commit_statistics(const InFlight& in, SharedAddress slot) const {
     if (Side::kColumnsAreQueries && has_column())
       store_statistics(slot + Tile::kTileBytes, thread_in_block(), scaled_lse(in.lse), scaled_delta(in.delta));
-    block_barrier();
   }
 
   static __device__ __forceinline__ SharedAddress next_slot(SharedAddress slot) {

@@ -154,7 +154,8 @@ constexpr std::array kLargeFullBFloat16 = {
     TileRow{96, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 96, .schedule = {3, 4, 8}}},
     TileRow{104, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 112, .schedule = {1, 5, 8}}},
     TileRow{112, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 112, .schedule = {2, 5, 8}}},
-    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {3, 8, 8}}},
+    TileRow{120, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {0, 7, 8}}},
+    TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {1, 7, 8}}},
     TileRow{160, {.block_m = 128, .block_n = 24, .warps = 8, .register_dims = 160, .schedule = {0, 8, 8}}},
     TileRow{192, kElsewhere},
     TileRow{224, {.block_m = 128, .block_n = 8, .warps = 8, .register_dims = 160, .schedule = {2, 8, 8}}},
@@ -181,10 +182,48 @@ constexpr std::array kMediumBFloat16 = {
     TileRow{48, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 48, .schedule = {2, 4, 8}}},
 };
 
+// The same with features, or where a group's gradients are added up.
+constexpr std::array kBFloat16Features = {
+    FeatureRow{{Feature::kAlibi}, Mask::kNone, kAlone, of_64(128, 16, {3, 8, 8})},
+    FeatureRow{{Feature::kBias16}, Mask::kNone, kAlone, of_64(256, 32, {2, 6, 8})},
+    FeatureRow{{Feature::kBoolMask}, Mask::kNone, kAlone, of_64(256, 32, {1, 8, 8})},
+    FeatureRow{{Feature::kBoolMask, Feature::kOneRow}, Mask::kNone, kAlone, of_64(256, 32, {1, 6, 8})},
+    FeatureRow{{Feature::kVarlen}, Mask::kNone, kAlone, of_64(256, 32, {0, 4, 8})},
+    FeatureRow{{Feature::kBias16}, Mask::kCausal, kAlone, of_64(256, 32, {2, 8, 8})},
+    FeatureRow{{Feature::kBoolMask}, Mask::kCausal, kAlone, of_64(128, 16, {2, 8, 8})},
+    FeatureRow{{Feature::kBoolMask, Feature::kOneRow}, Mask::kCausal, kAlone, of_64(256, 32, {0, 8, 8})},
+    FeatureRow{{Feature::kSoftcap}, Mask::kCausal, kAlone, of_64(256, 32, {0, 4, 8})},
+    FeatureRow{{Feature::kVarlen}, Mask::kCausal, kAlone, of_64(256, 32, {1, 6, 8})},
+    FeatureRow{{}, Mask::kWindow, kAlone, of_64(256, 32, {1, 6, 8})},
+    FeatureRow{{}, Mask::kNone, kInGroups, of_64(256, 32, {1, 6, 8})},
+    FeatureRow{{Feature::kVarlen}, Mask::kNone, kInGroups, of_64(256, 32, {2, 4, 8})},
+    FeatureRow{{}, Mask::kCausal, kInGroups, of_64(256, 32, {3, 8, 8})},
+    FeatureRow{{Feature::kVarlen}, Mask::kCausal, kInGroups, of_64(256, 32, {2, 6, 8})},
+    FeatureRow{{Feature::kAlibi}, Mask::kNone, kAlone, of_128(16, {0, 8, 8})},
+    FeatureRow{{Feature::kBias16}, Mask::kNone, kAlone, of_128(16, {2, 4, 8})},
+    FeatureRow{{Feature::kBoolMask}, Mask::kNone, kAlone, of_128(16, {2, 8, 8})},
+    FeatureRow{{Feature::kBoolMask, Feature::kOneRow}, Mask::kNone, kAlone, of_128(16, {2, 6, 8})},
+    FeatureRow{{Feature::kDropout}, Mask::kNone, kAlone, of_128(16, {2, 4, 8})},
+    FeatureRow{{Feature::kSoftcap}, Mask::kNone, kAlone, of_128(16, {1, 8, 8})},
+    FeatureRow{{Feature::kVarlen}, Mask::kNone, kAlone, of_128(16, {0, 6, 8})},
+    FeatureRow{{Feature::kAlibi}, Mask::kCausal, kAlone, of_128(16, {0, 4, 8})},
+    FeatureRow{{Feature::kBias16}, Mask::kCausal, kAlone, of_128(16, {1, 4, 8})},
+    FeatureRow{{Feature::kBoolMask}, Mask::kCausal, kAlone, of_128(16, {1, 8, 8})},
+    FeatureRow{{Feature::kBoolMask, Feature::kOneRow}, Mask::kCausal, kAlone, of_128(16, {0, 8, 8})},
+    FeatureRow{{Feature::kSoftcap}, Mask::kCausal, kAlone, of_128(16, {1, 8, 8})},
+    FeatureRow{{Feature::kVarlen}, Mask::kCausal, kAlone, of_128(16, {2, 6, 8})},
+    FeatureRow{{}, Mask::kWindow, kAlone, of_128(16, {0, 8, 8})},
+    FeatureRow{{}, Mask::kNone, kInGroups, of_128(16, {1, 6, 8})},
+    FeatureRow{{}, Mask::kCausal, kInGroups, of_128(16, {1, 6, 8})},
+    FeatureRow{{Feature::kVarlen}, Mask::kCausal, kInGroups, of_128(16, {0, 8, 8})},
+    FeatureRow{{}, Mask::kWindow, kInGroups, of_128(16, {1, 6, 8})},
+};
+
 TileTables tiles(const KernelSpec& spec) {
   const bool window = spec.mask == Mask::kWindow, crowded = spec.features.change_scores() || spec.group_size > 1;
   const bool roomy = spec.mask == Mask::kNone && spec.group_size == 1;
-  return {TileTableList{spec.access == GlobalAccess::kElement2B
+  return {TileTableList{bfloat16_of_features(kBFloat16Features, spec, spec.group_size > 1),
+                        spec.access == GlobalAccess::kElement2B
                             ? TileTable(kElementGradients)
                             : plain_bfloat16(spec, kLargeFullBFloat16, kLargeCausalBFloat16),
                         only_if(window, crowded ? TileTable(kLargeCrowdedWindow) : kLargeWindow),

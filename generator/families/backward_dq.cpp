@@ -140,9 +140,36 @@ constexpr std::array kMediumBFloat16 = {
     TileRow{80, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 80, .schedule = {1, 7, 8}}},
 };
 
+// The same with features.
+constexpr std::array kBFloat16Features = {
+    FeatureRow{{Feature::kAlibi}, Mask::kNone, kAlone, of_64(256, 24, {1, 3, 8})},
+    FeatureRow{{Feature::kBias16}, Mask::kNone, kAlone, of_64(128, 16, {3, 7, 8})},
+    FeatureRow{{Feature::kBoolMask}, Mask::kNone, kAlone, of_64(128, 16, {3, 7, 8})},
+    FeatureRow{{Feature::kVarlen}, Mask::kNone, kAlone, of_64(256, 24, {0, 3, 8})},
+    FeatureRow{{Feature::kAlibi}, Mask::kCausal, kAlone, of_64(256, 24, {1, 5, 8})},
+    FeatureRow{{Feature::kBias16}, Mask::kCausal, kAlone, of_64(128, 16, {0, 7, 8})},
+    FeatureRow{{Feature::kVarlen}, Mask::kCausal, kAlone, of_64(256, 24, {1, 3, 8})},
+    FeatureRow{{Feature::kAlibi}, Mask::kNone, kAlone, of_128(16, {2, 4, 8})},
+    FeatureRow{{Feature::kBias16}, Mask::kNone, kAlone, of_128(16, {3, 4, 8})},
+    FeatureRow{{Feature::kBoolMask}, Mask::kNone, kAlone, of_128(16, {3, 5, 8})},
+    FeatureRow{{Feature::kBoolMask, Feature::kOneRow}, Mask::kNone, kAlone, of_128(16, {1, 4, 8})},
+    FeatureRow{{Feature::kDropout}, Mask::kNone, kAlone, of_128(16, {0, 4, 8})},
+    FeatureRow{{Feature::kSoftcap}, Mask::kNone, kAlone, of_128(16, {0, 4, 8})},
+    FeatureRow{{Feature::kVarlen}, Mask::kNone, kAlone, of_128(16, {1, 4, 8})},
+    FeatureRow{{Feature::kAlibi}, Mask::kCausal, kAlone, of_128(16, {0, 4, 8})},
+    FeatureRow{{Feature::kBias16}, Mask::kCausal, kAlone, of_128(16, {2, 4, 8})},
+    FeatureRow{{Feature::kBoolMask}, Mask::kCausal, kAlone, of_128(16, {3, 5, 8})},
+    FeatureRow{{Feature::kBoolMask, Feature::kOneRow}, Mask::kCausal, kAlone, of_128(16, {1, 4, 8})},
+    FeatureRow{{Feature::kDropout}, Mask::kCausal, kAlone, of_128(16, {0, 4, 8})},
+    FeatureRow{{Feature::kSoftcap}, Mask::kCausal, kAlone, of_128(16, {0, 4, 8})},
+    FeatureRow{{Feature::kVarlen}, Mask::kCausal, kAlone, of_128(16, {0, 4, 8})},
+    FeatureRow{{}, Mask::kWindow, kAlone, of_128(16, {0, 6, 8})},
+};
+
 TileTables tiles(const KernelSpec& spec) {
   const bool scores = spec.features.change_scores(), window = spec.mask == Mask::kWindow;
   return {TileTableList{
+              bfloat16_of_features(kBFloat16Features, spec),
               spec.access == GlobalAccess::kElement2B ? TileTable(kElementGradients)
                                                       : plain_bfloat16(spec, kLargeFullBFloat16, kLargeCausalBFloat16),
               one_feature(spec),

@@ -37,6 +37,14 @@ inline constexpr std::array kElementGradients = {
     TileRow{128, {.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {0, 8, 8}}},
 };
 
+// Of many rows with dims in registers.
+constexpr TileRow of_64(int rows, int columns, LoopSchedule schedule) {
+  return {64, {.block_m = rows, .block_n = columns, .warps = rows / 32, .register_dims = 64, .schedule = schedule}};
+}
+constexpr TileRow of_128(int columns, LoopSchedule schedule) {
+  return {128, {.block_m = 128, .block_n = columns, .warps = 8, .register_dims = 128, .schedule = schedule}};
+}
+
 inline constexpr std::array kSmallGradients = {
     TileRow{96, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 80, .schedule = {0, 8, 8}}},
     TileRow{128, {.block_m = 64, .block_n = 16, .warps = 4, .register_dims = 112, .schedule = {0, 8, 8}}},

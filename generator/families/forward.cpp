@@ -174,6 +174,35 @@ constexpr std::array kMediumBFloat16 = {
     TileRow{128, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 128, .schedule = {0, 1, 8}}},
 };
 
+// The same with features.
+constexpr TileRow of_64(int rows, int columns, LoopSchedule schedule) {
+  return {64, {.block_m = rows, .block_n = columns, .warps = rows / 32, .register_dims = 64, .schedule = schedule}};
+}
+constexpr TileRow of_128(LoopSchedule schedule) {
+  return {128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = schedule}};
+}
+constexpr std::array kBFloat16Features = {
+    FeatureRow{{Feature::kBias16}, Mask::kNone, kAlone, of_64(256, 32, {0, 4, 8})},
+    FeatureRow{{Feature::kBoolMask}, Mask::kNone, kAlone, of_64(256, 32, {0, 7, 8})},
+    FeatureRow{{Feature::kBoolMask, Feature::kOneRow}, Mask::kNone, kAlone, of_64(256, 32, {0, 8, 8})},
+    FeatureRow{{Feature::kSoftcap}, Mask::kNone, kAlone, of_64(256, 32, {0, 1, 8})},
+    FeatureRow{{Feature::kVarlen}, Mask::kNone, kAlone, of_64(256, 32, {0, 4, 8})},
+    FeatureRow{{Feature::kAlibi}, Mask::kCausal, kAlone, of_64(256, 32, {0, 4, 8})},
+    FeatureRow{{Feature::kBias16}, Mask::kCausal, kAlone, of_64(256, 32, {0, 4, 8})},
+    FeatureRow{{Feature::kBoolMask}, Mask::kCausal, kAlone, of_64(256, 32, {0, 1, 8})},
+    FeatureRow{{Feature::kBoolMask, Feature::kOneRow}, Mask::kCausal, kAlone, of_64(256, 32, {0, 8, 8})},
+    FeatureRow{{Feature::kSoftcap}, Mask::kCausal, kAlone, of_64(256, 32, {0, 1, 8})},
+    FeatureRow{{Feature::kVarlen}, Mask::kCausal, kAlone, of_64(256, 32, {0, 5, 8})},
+    FeatureRow{{Feature::kBoolMask}, Mask::kNone, kAlone, of_128({0, 7, 8})},
+    FeatureRow{{Feature::kVarlen}, Mask::kNone, kAlone, of_128({0, 1, 8})},
+    FeatureRow{{Feature::kAlibi}, Mask::kCausal, kAlone, of_128({0, 2, 8})},
+    FeatureRow{{Feature::kBias16}, Mask::kCausal, kAlone, of_128({0, 4, 8})},
+    FeatureRow{{Feature::kBoolMask, Feature::kOneRow}, Mask::kCausal, kAlone, of_128({0, 4, 8})},
+    FeatureRow{{Feature::kDropout}, Mask::kCausal, kAlone, of_128({0, 8, 8})},
+    FeatureRow{{Feature::kSoftcap}, Mask::kCausal, kAlone, of_128({0, 1, 8})},
+    FeatureRow{{}, Mask::kWindow, kAlone, of_128({0, 2, 8})},
+};
+
 TileTable one_feature(const KernelSpec& spec) {
   const bool full = spec.mask == Mask::kNone;
   if (spec.features.only(Feature::kSoftcap) && spec.mask != Mask::kWindow)
@@ -214,7 +243,8 @@ TileTables tiles(const KernelSpec& spec) {
   if (spec.access == GlobalAccess::kElement2B) return {TileTableList{kLargeElement}, TileTableList{kSmall}};
   const bool masked = spec.mask != Mask::kNone, window = spec.mask == Mask::kWindow,
              positions = spec.features.need_positions();
-  return {TileTableList{plain_bfloat16(spec, kLargeFullBFloat16, kLargeCausalBFloat16), one_feature(spec),
+  return {TileTableList{bfloat16_of_features(kBFloat16Features, spec),
+                        plain_bfloat16(spec, kLargeFullBFloat16, kLargeCausalBFloat16), one_feature(spec),
                         only_if(positions && window, kLargeWindowPositions),
                         only_if(positions, masked ? TileTable(kLargeMaskedPositions) : kLargePositions),
                         only_if(window, kLargeWindow), masked ? TileTable(kLargeCausal) : kLargeFull},
