@@ -78,6 +78,76 @@ double predicted_cycles(KernelSpec spec, const TileConfig& tile, const ProblemSi
   return predict(spec, size, costs, card).cycles;
 }
 
+// Alone, or with what it says something of.
+FeatureSet with_what_it_needs(Feature feature) {
+  return feature == Feature::kUnpaired || feature == Feature::kOneRow ? FeatureSet{Feature::kBoolMask, feature}
+                                                                      : FeatureSet{feature};
+}
+
+std::vector<FeatureSet> feature_sets() {
+  std::vector<FeatureSet> sets = {{}};
+  for (const FeatureInfo& info : kFeatures)
+    if (!info.is_users) sets.push_back(with_what_it_needs(info.feature));
+  return sets;
+}
+
+bool has_kernels(const KernelFamily& family, const KernelSpec& spec) {
+  return family.has_head_dim(spec.head_dim) && (family.results.out || !spec.features.forward_only()) &&
+         !(family.warps_share_rows && spec.has(Feature::kDropout));
+}
+
+TEST_CASE("with every dtype, mask, feature and group the default tiles are legal on a T4") {
+  const ArchLimits t4 = arch_limits(75);
+  int tiles = 0;
+  for (const KernelKind kind : kKernelKinds)
+    for (const DType dtype : kDTypes)
+      for (const Mask mask : kAllMasks)
+        for (const FeatureSet& features : feature_sets())
+          for (const int group_size : {1, 2})
+            for (int head_dim = 8; head_dim <= 512; head_dim += 8) {
+              KernelSpec spec;
+              spec.kind = kind;
+              spec.dtype = dtype;
+              spec.mask = mask;
+              spec.features = features;
+              spec.group_size = group_size;
+              spec.head_dim = head_dim;
+              spec = normalized(spec);
+              if (!has_kernels(family_of(kind), spec)) continue;
+              for (const TileConfig& tile : default_tiles(spec)) {
+                ++tiles;
+                spec.tile = tile;
+                CAPTURE(spec.text());
+                CHECK(check(spec, t4).value_or("legal") == "legal");
+              }
+            }
+  CHECK(tiles > 0);
+}
+
+TEST_CASE("where bfloat16 has tiles of its own they are for as many dims, that mask, those features and groups") {
+  const auto tile_of = [](int head_dim, DType dtype, Mask mask, FeatureSet features, int group_size) {
+    KernelSpec spec;
+    spec.kind = KernelKind::kBackwardDkDv;
+    spec.dtype = dtype;
+    spec.mask = mask;
+    spec.features = features;
+    spec.group_size = group_size;
+    spec.head_dim = head_dim;
+    return default_tiles(spec).front();
+  };
+  const FeatureSet varlen = {Feature::kVarlen}, other = {Feature::kVarlen, Feature::kAlibi};
+  const TileConfig own = tile_of(128, DType::kBFloat16, Mask::kCausal, varlen, 1);
+  CHECK(own == TileConfig{.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {2, 6, 8}});
+  CHECK(own != tile_of(128, DType::kFloat16, Mask::kCausal, varlen, 1));
+  CHECK(own != tile_of(128, DType::kBFloat16, Mask::kNone, varlen, 1));
+  CHECK(own != tile_of(128, DType::kBFloat16, Mask::kCausal, varlen, 4));
+  for (const int head_dim : {120, 136})
+    CHECK(tile_of(head_dim, DType::kBFloat16, Mask::kCausal, varlen, 1) ==
+          tile_of(head_dim, DType::kFloat16, Mask::kCausal, varlen, 1));
+  CHECK(tile_of(128, DType::kBFloat16, Mask::kCausal, other, 1) ==
+        tile_of(128, DType::kFloat16, Mask::kCausal, other, 1));
+}
+
 TEST_CASE("every default tile has a cost of its own") {
   for (const KernelKind kind : kKernelKinds)
     for (const Mask mask : kAllMasks)
