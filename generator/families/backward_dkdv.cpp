@@ -182,7 +182,8 @@ constexpr std::array kMediumBFloat16 = {
     TileRow{48, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 48, .schedule = {2, 4, 8}}},
 };
 
-// The same with features, or where a group's gradients are added up.
+// The same with features, or where a group's gradients are added up. Up to 28 bytes spill, with a window at 64 108, and
+// where something is read for every pair up to 208.
 constexpr std::array kBFloat16Features = {
     FeatureRow{{Feature::kAlibi}, Mask::kNone, kAlone, of_64(128, 16, {3, 8, 8})},
     FeatureRow{{Feature::kBias16}, Mask::kNone, kAlone, of_64(256, 32, {2, 6, 8})},

@@ -140,7 +140,7 @@ constexpr std::array kMediumBFloat16 = {
     TileRow{80, {.block_m = 128, .block_n = 16, .warps = 4, .register_dims = 80, .schedule = {1, 7, 8}}},
 };
 
-// The same with features.
+// The same with features. With ALiBi 8 bytes spill at 64.
 constexpr std::array kBFloat16Features = {
     FeatureRow{{Feature::kAlibi}, Mask::kNone, kAlone, of_64(256, 24, {1, 3, 8})},
     FeatureRow{{Feature::kBias16}, Mask::kNone, kAlone, of_64(128, 16, {3, 7, 8})},

@@ -174,7 +174,7 @@ constexpr std::array kMediumBFloat16 = {
     TileRow{128, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 128, .schedule = {0, 1, 8}}},
 };
 
-// The same with features.
+// The same with features. At 128 up to 92 bytes spill.
 constexpr TileRow of_64(int rows, int columns, LoopSchedule schedule) {
   return {64, {.block_m = rows, .block_n = columns, .warps = rows / 32, .register_dims = 64, .schedule = schedule}};
 }
