@@ -28,20 +28,24 @@ auto arithmetic_class(int d) {
 std::vector<TileConfig> table_rows(int d) {
   std::vector<TileConfig> rows;
   for (const KernelKind kind : kKernelKinds)
-    for (const Mask mask : kAllMasks)
-      for (const FeatureSet features : all_feature_sets()) {
-        if (!features.finishing_rows().empty()) continue;  // tiles are the same with those
-        KernelSpec spec;
-        spec.kind = kind;
-        spec.head_dim = d;
-        spec.mask = mask;
-        spec.features = features;
-        spec.access = d % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
-        for (TileConfig tile : default_tiles(spec)) {
-          tile.register_dims = 0;  // follows the head dim
-          rows.push_back(tile);
-        }
-      }
+    for (const DType dtype : kDTypes)
+      for (const Mask mask : kAllMasks)
+        for (const FeatureSet features : all_feature_sets())
+          for (const int group_size : {1, 2}) {
+            if (!features.finishing_rows().empty()) continue;  // tiles are the same with those
+            KernelSpec spec;
+            spec.kind = kind;
+            spec.dtype = dtype;
+            spec.head_dim = d;
+            spec.mask = mask;
+            spec.features = features;
+            spec.group_size = group_size;
+            spec.access = d % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
+            for (TileConfig tile : default_tiles(spec)) {
+              tile.register_dims = 0;  // follows the head dim
+              rows.push_back(tile);
+            }
+          }
   return rows;
 }
 
@@ -100,6 +104,7 @@ const std::vector<int> kValueDims = {0, 24, 33, 128, 200};
 const std::vector<std::optional<double>> kSinks = {std::nullopt, 0.5, 20, -INFINITY};
 const std::vector<std::int64_t> kSequenceChoices = {0, 5};
 const std::vector<int> kGroupSizes = {1, 2, 4, 7};
+constexpr int kGroupChoice = 1;  // the first of more than one head
 const std::vector<int> kLengths = {0, 1, 63, 64, 65, 127, 129, 257};
 const std::vector<Layout> kLayouts = {Layout::kContiguous, Layout::kTransposed, Layout::kRowGaps, Layout::kOddStrides,
                                       Layout::kMisaligned};
@@ -254,12 +259,17 @@ std::vector<Choice> choices_of_tiles(int head_dim) {
       for (int sequences = 0; sequences < size[kSequences]; ++sequences)
         for (const int layout : {0, kAlignedLayouts}) {
           if (!has_turn(adjustment, head_dim + visible + sequences + layout)) continue;
-          Choice fixed = only(head_dim);
-          fixed[kVisible] = visible;
-          fixed[kAdjustment] = adjustment;
-          fixed[kSequences] = sequences;
-          fixed[kLayout] = layout;
-          choices.push_back(fixed);
+          for (int dtype = 0; dtype < size[kDTypeChoice]; ++dtype)
+            for (const int group : {0, kGroupChoice}) {
+              Choice fixed = only(head_dim);
+              fixed[kVisible] = visible;
+              fixed[kAdjustment] = adjustment;
+              fixed[kSequences] = sequences;
+              fixed[kLayout] = layout;
+              fixed[kDTypeChoice] = dtype;
+              fixed[kGroup] = group;
+              choices.push_back(fixed);
+            }
         }
   return choices;
 }

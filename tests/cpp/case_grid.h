@@ -49,8 +49,8 @@ ForwardCase make_case(const Choice& choice);
 // Every factor open (-1) but the head dim, an index of head_dims(), which is v's too; -1 leaves both open.
 Choice only(int head_dim);
 
-// The same with every combination of what else default tiles depend on: mask, features, kind of access. Kinds of
-// attn_bias and dropout take turns.
+// The same with every combination of what else default tiles depend on: mask, features, kind of access, dtype, whether
+// heads share keys. Kinds of attn_bias and dropout take turns.
 std::vector<Choice> choices_of_tiles(int head_dim);
 
 // Every head dim and mask with every length of queries, every length of keys, and every fourth pair of the two, so that
