@@ -4,7 +4,8 @@
 
 namespace flash_attn_jit {
 
-TileTable of_features(std::span<const FeatureRow> rows, const KernelSpec& spec, bool in_groups) {
+TileTable bfloat16_of_features(std::span<const FeatureRow> rows, const KernelSpec& spec, bool in_groups) {
+  if (spec.dtype != DType::kBFloat16 || spec.access != GlobalAccess::kVector16B) return {};
   const FeatureSet features = spec.features.of_main_loop();
   const int head_dim = spec.greatest_head_dim();
   const auto row = std::ranges::find_if(rows, [&](const FeatureRow& each) {

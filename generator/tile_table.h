@@ -50,15 +50,9 @@ struct FeatureRow {
 
 inline constexpr bool kAlone = false, kInGroups = true;
 
-// The row's tile as a table, if one of `rows` is for the spec. `in_groups` is that of the kernel.
-TileTable of_features(std::span<const FeatureRow> rows, const KernelSpec& spec, bool in_groups);
-
-// The same where tensors of bfloat16 are converted on their way.
-inline TileTable bfloat16_of_features(std::span<const FeatureRow> rows, const KernelSpec& spec,
-                                      bool in_groups = kAlone) {
-  const bool applies = spec.dtype == DType::kBFloat16 && spec.access == GlobalAccess::kVector16B;
-  return applies ? of_features(rows, spec, in_groups) : TileTable{};
-}
+// The tile of the row for the spec as a table, where its tensors are of bfloat16 and there is such a row.
+// `in_groups` is that of the kernel.
+TileTable bfloat16_of_features(std::span<const FeatureRow> rows, const KernelSpec& spec, bool in_groups = kAlone);
 
 // Looked in one after the other; some may be empty. They are read at every launch, so nothing is allocated.
 using TileTableList = std::array<TileTable, 8>;

@@ -130,13 +130,13 @@ class FlashBwd {
   // With numbers from memory it is too large where float32 has no digits left for a score: see kLeastLse. What
   // softmax_lse's gradient adds to delta is multiplied by a P above 1, by as much as log_sum_exp() took from lse.
   static constexpr bool kSaturatesForDs =
-      (kConverts<Traits> ? kMTiles == 1 && (!Traits::kIsCausal || kDTiles > 14) : kMTiles == 2) ||
+      (kConverts<Traits> ? kMTiles == 1 && (!Traits::kIsCausal || Tile::kDims > 112) : kMTiles == 2) ||
       Variant::kMayHideRows;
 
   // Where tiles are converted, are statistics committed between them? That too is ptxas's matter: with schedules of
   // their own head dim 128 reaches 0.759 of a T4's peak so and 0.745 otherwise, causal 0.764 and 0.751, 112, causal,
   // 0.755 and 0.720. Above 128 and below 112 it is as often the other way round.
-  static constexpr bool kCommitsStatisticsBetween = kConverts<Traits> && kDTiles >= 14 && Tile::kOutputSplits == 1;
+  static constexpr bool kCommitsStatisticsBetween = kConverts<Traits> && Tile::kDims >= 112 && Tile::kOutputSplits == 1;
 
   // Tiles that a block mask lists, or all of a range.
   static constexpr bool kHasBlockMask = Traits::kHasBlockMask;

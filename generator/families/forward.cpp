@@ -174,25 +174,26 @@ constexpr std::array kMediumBFloat16 = {
     TileRow{128, {.block_m = 128, .block_n = 32, .warps = 8, .register_dims = 128, .schedule = {0, 1, 8}}},
 };
 
-// The same with features. At 128 up to 92 bytes spill.
-constexpr TileRow of_64(int rows, int columns, LoopSchedule schedule) {
-  return {64, {.block_m = rows, .block_n = columns, .warps = rows / 32, .register_dims = 64, .schedule = schedule}};
+constexpr TileRow of_64(LoopSchedule schedule) {
+  return {64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = schedule}};
 }
 constexpr TileRow of_128(LoopSchedule schedule) {
   return {128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = schedule}};
 }
+
+// The same with features. At 128 up to 92 bytes spill.
 constexpr std::array kBFloat16Features = {
-    FeatureRow{{Feature::kBias16}, Mask::kNone, kAlone, of_64(256, 32, {0, 4, 8})},
-    FeatureRow{{Feature::kBoolMask}, Mask::kNone, kAlone, of_64(256, 32, {0, 7, 8})},
-    FeatureRow{{Feature::kBoolMask, Feature::kOneRow}, Mask::kNone, kAlone, of_64(256, 32, {0, 8, 8})},
-    FeatureRow{{Feature::kSoftcap}, Mask::kNone, kAlone, of_64(256, 32, {0, 1, 8})},
-    FeatureRow{{Feature::kVarlen}, Mask::kNone, kAlone, of_64(256, 32, {0, 4, 8})},
-    FeatureRow{{Feature::kAlibi}, Mask::kCausal, kAlone, of_64(256, 32, {0, 4, 8})},
-    FeatureRow{{Feature::kBias16}, Mask::kCausal, kAlone, of_64(256, 32, {0, 4, 8})},
-    FeatureRow{{Feature::kBoolMask}, Mask::kCausal, kAlone, of_64(256, 32, {0, 1, 8})},
-    FeatureRow{{Feature::kBoolMask, Feature::kOneRow}, Mask::kCausal, kAlone, of_64(256, 32, {0, 8, 8})},
-    FeatureRow{{Feature::kSoftcap}, Mask::kCausal, kAlone, of_64(256, 32, {0, 1, 8})},
-    FeatureRow{{Feature::kVarlen}, Mask::kCausal, kAlone, of_64(256, 32, {0, 5, 8})},
+    FeatureRow{{Feature::kBias16}, Mask::kNone, kAlone, of_64({0, 4, 8})},
+    FeatureRow{{Feature::kBoolMask}, Mask::kNone, kAlone, of_64({0, 7, 8})},
+    FeatureRow{{Feature::kBoolMask, Feature::kOneRow}, Mask::kNone, kAlone, of_64({0, 8, 8})},
+    FeatureRow{{Feature::kSoftcap}, Mask::kNone, kAlone, of_64({0, 1, 8})},
+    FeatureRow{{Feature::kVarlen}, Mask::kNone, kAlone, of_64({0, 4, 8})},
+    FeatureRow{{Feature::kAlibi}, Mask::kCausal, kAlone, of_64({0, 4, 8})},
+    FeatureRow{{Feature::kBias16}, Mask::kCausal, kAlone, of_64({0, 4, 8})},
+    FeatureRow{{Feature::kBoolMask}, Mask::kCausal, kAlone, of_64({0, 1, 8})},
+    FeatureRow{{Feature::kBoolMask, Feature::kOneRow}, Mask::kCausal, kAlone, of_64({0, 8, 8})},
+    FeatureRow{{Feature::kSoftcap}, Mask::kCausal, kAlone, of_64({0, 1, 8})},
+    FeatureRow{{Feature::kVarlen}, Mask::kCausal, kAlone, of_64({0, 5, 8})},
     FeatureRow{{Feature::kBoolMask}, Mask::kNone, kAlone, of_128({0, 7, 8})},
     FeatureRow{{Feature::kVarlen}, Mask::kNone, kAlone, of_128({0, 1, 8})},
     FeatureRow{{Feature::kAlibi}, Mask::kCausal, kAlone, of_128({0, 2, 8})},
