@@ -15,12 +15,11 @@ int padded(const KernelSpec& spec, int head_dim) {
   return std::max(16, (head_dim + step - 1) / step * step);
 }
 
-// Of an operand's dims: whole steps of 16, or all.
+}  // namespace
+
 int register_dims(const KernelSpec& spec, int dims) {
   return spec.tile.register_dims < dims ? spec.tile.register_dims / 16 * 16 : dims;
 }
-
-}  // namespace
 
 int kernel_dims(const KernelSpec& spec) { return padded(spec, spec.head_dim); }
 int kernel_value_dims(const KernelSpec& spec) { return padded(spec, spec.value_head_dim()); }

@@ -38,6 +38,10 @@ int row_pitch(int dims);
 int staging_dims(int dims);
 int shared_row_bytes(const KernelSpec& spec, int dims);
 
+// Of an operand's dims those that registers hold: whole steps of 16, or all. A tile's register_dims bounds them, and is
+// more than an operand has where v has more head dims.
+int register_dims(const KernelSpec& spec, int dims);
+
 // Registers of a thread: those of one operand's rows, and those that every kernel takes.
 int row_registers(const KernelSpec& spec, int dims);
 inline constexpr int kFragmentAndAddressRegisters = 24;

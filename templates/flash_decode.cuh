@@ -41,7 +41,7 @@ struct FlashDecodeTile {
   // of the lane's rows, as the lanes read them. Then, in their place, 64 dims of O of every warp but those of the first
   // key group, which put them together; as the lanes have them, too. Behind both those warps' row_max and row_sum.
   static constexpr int kKeyChunks = (Traits::kHeadDim + 31) / 32;
-  static constexpr int kRegisterChunks = (Traits::kRegisterDims + 31) / 32;
+  static constexpr int kRegisterChunks = (kRegisterDimsOf<Traits, Traits::kHeadDim> + 31) / 32;
   static constexpr int kSharedChunks = kKeyChunks - kRegisterChunks;
   static constexpr int kChunkOfLanes = 32 * kChunkBytes;
   static constexpr int kQueryBytes = kRowGroups * kSharedChunks * 2 * kMTiles * kChunkOfLanes;

@@ -52,21 +52,22 @@ std::optional<std::string> check_tile(const KernelSpec& spec) {
   return check_register_dims(spec);
 }
 
-int chunks_of_queries(int dims) { return (dims + 31) / 32; }
+int chunks(int dims) { return (dims + 31) / 32; }
+int register_chunks(const KernelSpec& spec) { return chunks(register_dims(spec, kernel_dims(spec))); }
 
 // The queries that registers do not hold; in their place, later, O of the warps that others put together, and behind
 // both those warps' row_max and row_sum.
 int shared_bytes(const KernelSpec& spec) {
   const TileConfig& tile = spec.tile;
-  const int shared_chunks = chunks_of_queries(spec.head_dim) - chunks_of_queries(tile.register_dims);
+  const int shared_chunks = chunks(spec.head_dim) - register_chunks(spec);
   const int rows = rows_of_warp(spec), merged_rows = tile.warps * rows - tile.block_m;
   return std::max(tile.block_m * shared_chunks * 64, merged_rows * kMergedDims * 4) + merged_rows * 8;
 }
 
 int registers(const KernelSpec& spec) {
-  const int key_chunks = chunks_of_queries(spec.head_dim), value_chunks = (spec.value_head_dim() + 63) / 64;
+  const int key_chunks = chunks(spec.head_dim), value_chunks = (spec.value_head_dim() + 63) / 64;
   const int steps = spec.tile.block_n / 8, m_tiles = row_tiles_of_warp(spec);
-  const int acc_o = 32 * value_chunks * m_tiles, queries = 8 * chunks_of_queries(spec.tile.register_dims) * m_tiles;
+  const int acc_o = 32 * value_chunks * m_tiles, queries = 8 * register_chunks(spec) * m_tiles;
   const int tile = steps * 4 * (key_chunks + 2 * value_chunks), scores = 4 * steps * m_tiles;
   // What the operands of products under way hold twice, ptxas finds room for or spills.
   return std::min(acc_o + queries + tile + scores + kFragmentAndAddressRegisters, 255);

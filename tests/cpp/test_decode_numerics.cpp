@@ -34,8 +34,8 @@ KernelSpec decode_spec(const ForwardCase& c) {
 
 constexpr int kTurns = 4;
 
-// Every default tile of every head dim with every mask and kind of access, and a quarter of its tile space, another for
-// the next head dim; features, lengths, layouts and inputs pair by pair, splits in turn.
+// Every default tile of every head dim with every mask, kind of access and class of v's head dims, and a quarter of its
+// tile space, another for the next head dim; features, lengths, layouts and inputs pair by pair, splits in turn.
 std::vector<ForwardCase> decode_cases() {
   std::vector<ForwardCase> cases;
   PairwiseChoices choices;
@@ -54,9 +54,11 @@ std::vector<ForwardCase> decode_cases() {
         if (seen.emplace(spec.mask, spec.access, tile).second) add(fixed, tile);
     }
     const std::vector<TileConfig> space = tile_space(decode_spec(make_case(choices.draw(only(i)))), arch_limits(75));
-    Choice values = only(i);
-    values[kValues] = 1 + i % (sizes()[kValues] - 1);
-    add(values, default_tiles(decode_spec(make_case(choices.draw(values)))).front());
+    for (Choice values = only(i); values[kValues] < sizes()[kValues]; ++values[kValues]) {
+      const KernelSpec spec = decode_spec(make_case(choices.draw(values)));
+      for (const TileConfig& tile : default_tiles(spec))
+        if (seen.emplace(spec.mask, spec.access, tile).second) add(values, tile);
+    }
     for (std::size_t t = static_cast<std::size_t>(i % kTurns); t < space.size(); t += kTurns) add(only(i), space[t]);
   }
   return cases;
@@ -81,6 +83,15 @@ KernelSpec some_spec(std::mt19937& random) {
 
 TEST_CASE("decode: every tile, head dim, mask and feature, with one split and more") {
   check_all_decode(pick(decode_cases(), share_of_grid()));
+}
+
+TEST_CASE("decode: of one query, where v has more head dims than q, no more is read than it has") {
+  check_all_decode(listed<ForwardCase>({
+      "hdim64 hdimv128 sq1 sk20 gqa4 splits2 m16n16w4q128l0b0k0",
+      "hdim32 hdimv128 sq1 sk20 gqa4 splits1 m16n16w4q128l0b0k0",
+      "hdim96 hdimv192 sq1 sk20 gqa4",
+      "hdim64 hdimv192 sq8 sk20 gqa4",
+  }));
 }
 
 TEST_CASE("decode: a sink counts once, however many splits there are and whatever they see") {
