@@ -133,10 +133,21 @@ class FlashBwd {
       (kConverts<Traits> ? kMTiles == 1 && (!Traits::kIsCausal || Tile::kDims > 112) : kMTiles == 2) ||
       Variant::kMayHideRows;
 
-  // Where tiles are converted, are statistics committed between them? That too is ptxas's matter: with schedules of
-  // their own head dim 128 reaches 0.759 of a T4's peak so and 0.745 otherwise, causal 0.764 and 0.751, 112, causal,
-  // 0.755 and 0.720. Above 128 and below 112 it is as often the other way round.
-  static constexpr bool kCommitsStatisticsBetween = kConverts<Traits> && Tile::kDims >= 112 && Tile::kOutputSplits == 1;
+  // Where tiles of many dims are converted, are statistics committed between them, and does ptxas know that gradients
+  // are scaled alike in all of a block? Those too are its matter. Head dim 128 reaches 0.759 of a T4's peak with the
+  // former and 0.745 without, with groups of 4 heads 0.746 with both and 0.722 with the former alone; causal 0.771 with
+  // the latter alone and 0.764 with both, with such groups 0.759 with the former alone and 0.726 with both.
+  static constexpr bool kConvertsManyDims = kConverts<Traits> && Tile::kDims >= 112 && Tile::kOutputSplits == 1;
+  static constexpr bool kHasGroups = Traits::kGroupSize > 1;
+  static constexpr bool kCommitsStatisticsBetween =
+      kConvertsManyDims && !(Traits::kIsCausal && !kHasGroups && Tile::kDims > 120);
+  static constexpr bool kTellsThatScaleIsUniform =
+      kConvertsManyDims && !(Traits::kIsCausal && kHasGroups) && Tile::kDims > 112;
+
+  // How tiles are converted: with 32 rows a warp head dim 64 reaches 0.903 so and 0.895 otherwise.
+  static constexpr bool kConvertsOtherwise = Side::kColumnsAreQueries && kMTiles == 2;
+  static constexpr Conversion kSConversion = kConvertsOtherwise ? Conversion::kPermuting : Conversion::kPlain;
+  static constexpr Conversion kDpConversion = kConvertsOtherwise ? Conversion::kLastWordFirst : Conversion::kPlain;
 
   // Tiles that a block mask lists, or all of a range.
   static constexpr bool kHasBlockMask = Traits::kHasBlockMask;
@@ -238,6 +249,7 @@ class FlashBwd {
         peak = max_ignoring_nan(
             peak, load_peak(params_, sequence_.statistics_offset(head_ * Side::kQueryHeads + i, query), true));
     scale_ = GradientScale<Traits>(greatest_in_block<Traits::kNWarps>(peak));
+    if constexpr (kTellsThatScaleIsUniform) scale_.take_from_first_lane();
   }
 
   // That of the warp's rows, where these are queries. Found twice: keeping it would take a register from the main loop.
@@ -365,10 +377,10 @@ class FlashBwd {
   }
 
   __device__ __forceinline__ void commit(const InFlight& in, SharedAddress slot) const {
-    SStream::template commit<Columns>(in.s_columns, slot);
+    SStream::template commit<Columns, kSConversion>(in.s_columns, slot);
     if constexpr (kCommitsStatisticsBetween) commit_statistics(in, slot);
-    DpStream::template commit<Columns>(in.dp_columns, slot + Tile::kSTileBytes,
-                                       Side::kColumnsAreQueries ? scale_.factor() : 1.0f);
+    DpStream::template commit<Columns, kDpConversion>(in.dp_columns, slot + Tile::kSTileBytes,
+                                                      Side::kColumnsAreQueries ? scale_.factor() : 1.0f);
     if constexpr (!kCommitsStatisticsBetween) commit_statistics(in, slot);
     block_barrier();
   }

@@ -33,6 +33,11 @@ class GradientScale {
                             << kMantissaBits);
   }
 
+  // Where it is the same in all of a warp's lanes, from here on ptxas knows.
+  __device__ __forceinline__ void take_from_first_lane() {
+    if constexpr (kConverts<Traits>) factor_ = float_of_bits(shuffle(bits_of_float(factor_), 0));
+  }
+
   __device__ __forceinline__ float factor() const {
     if constexpr (kConverts<Traits>) return factor_;
     return 1.0f;

@@ -7,17 +7,27 @@
 //   to_elements<Traits>(unsigned) -> unsigned      a pair that was loaded, as elements
 //   to_elements<Traits>(unsigned, factor)          the same, each multiplied by a float
 //
-// Where the two are one type, nothing is converted, and nothing multiplied.
+// Where the two are one type, nothing is converted, and nothing multiplied. A Conversion says how it is done and not
+// what comes out: ptxas schedules a main loop by that.
 #pragma once
 
 #include "primitives.cuh"
+
+enum class Conversion {
+  kPlain,
+  kPermuting,     // the low half moves up as bytes do (PRMT), which is the ALU's work and never the FMA units'
+  kLastWordFirst  // of a chunk
+};
 
 // The upper half of a float: its range with 8 binary digits. As a float16, which has 11 digits, a number of at least
 // 2^-14 stays what it is up to 65504, and beyond becomes that; a smaller one is cut off to a multiple of 2^-24.
 struct Bf16 {
   using Bits = unsigned short;
 
-  static __device__ __forceinline__ float low(unsigned pair) { return float_of_bits(pair << 16); }
+  template <Conversion kHow = Conversion::kPlain>
+  static __device__ __forceinline__ float low(unsigned pair) {
+    return float_of_bits(kHow == Conversion::kPermuting ? low_halves(0u, pair) : pair << 16);
+  }
   static __device__ __forceinline__ float high(unsigned pair) { return float_of_bits(pair & 0xffff0000u); }
   static __device__ __forceinline__ unsigned pack(float lo, float hi) { return high_halves(rounded(lo), rounded(hi)); }
 
@@ -37,23 +47,28 @@ constexpr bool kIsSame<One, One> = true;
 template <class Traits>
 constexpr bool kConverts = !kIsSame<typename Traits::Stored, typename Traits::Element>;
 
-template <class Traits>
+template <class Traits, Conversion kHow = Conversion::kPlain>
 __device__ __forceinline__ unsigned to_elements(unsigned pair) {
+  using Stored = typename Traits::Stored;
   if constexpr (kConverts<Traits>)
-    return Traits::Element::pack_toward_zero(Traits::Stored::low(pair), Traits::Stored::high(pair));
+    return Traits::Element::pack_toward_zero(Stored::template low<kHow>(pair), Stored::high(pair));
   return pair;
 }
-template <class Traits>
+template <class Traits, Conversion kHow = Conversion::kPlain>
 __device__ __forceinline__ unsigned to_elements(unsigned pair, float factor) {
+  using Stored = typename Traits::Stored;
   if constexpr (kConverts<Traits>)
-    return Traits::Element::pack_toward_zero(Traits::Stored::low(pair) * factor, Traits::Stored::high(pair) * factor);
+    return Traits::Element::pack_toward_zero(Stored::template low<kHow>(pair) * factor, Stored::high(pair) * factor);
   return pair;
 }
 
 // Of 8 dims. `factor` is nothing, or a float.
-template <class Traits, class... Factor>
+template <class Traits, Conversion kHow = Conversion::kPlain, class... Factor>
 __device__ __forceinline__ void to_elements(Vec16& chunk, Factor... factor) {
   if constexpr (kConverts<Traits>)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) chunk.word[i] = to_elements<Traits>(chunk.word[i], factor...);
+    for (int i = 0; i < 4; ++i) {
+      unsigned& word = chunk.word[kHow == Conversion::kLastWordFirst ? 3 - i : i];
+      word = to_elements<Traits, kHow>(word, factor...);
+    }
 }

@@ -145,14 +145,14 @@ class RegisterStagedStream {
     }
   }
 
-  // `Order`: where rows are stored, see lane_order.cuh. `factor`: of to_elements().
-  template <class Order, class... Factor>
+  // `Order`: where rows are stored, see lane_order.cuh. `kHow` and `factor`: of to_elements().
+  template <class Order, Conversion kHow = Conversion::kPlain, class... Factor>
   static __device__ __forceinline__ void commit(const InFlight& chunks, SharedAddress slot, Factor... factor) {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       Vec16 chunk = chunks[pass];
       // By every thread: a branch around it would end what ptxas schedules at once.
-      to_elements<Traits>(chunk, factor...);
+      to_elements<Traits, kHow>(chunk, factor...);
       if (participates(pass))
         store_shared_16B(slot + stored_row<Order>(pass) * row_pitch(kDims) + chunk_dim(pass) * kElementBytes, chunk);
     }

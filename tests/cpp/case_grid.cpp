@@ -24,15 +24,22 @@ auto arithmetic_class(int d) {
   return std::tuple(d % 8 == 0, d % 2 == 0, d > 128, rest);
 }
 
+// Tiles are the same with what finishes a row.
+std::vector<FeatureSet> feature_sets_of_tiles() {
+  std::vector<FeatureSet> sets = all_feature_sets();
+  std::erase_if(sets, [](const FeatureSet& features) { return !features.finishing_rows().empty(); });
+  return sets;
+}
+
 // The rows of the default tables that a head dim is served by, whatever the kind and the options.
 std::vector<TileConfig> table_rows(int d) {
+  static const std::vector<FeatureSet> feature_sets = feature_sets_of_tiles();
   std::vector<TileConfig> rows;
   for (const KernelKind kind : kKernelKinds)
     for (const DType dtype : kDTypes)
       for (const Mask mask : kAllMasks)
-        for (const FeatureSet features : all_feature_sets())
+        for (const FeatureSet& features : feature_sets)
           for (const int group_size : {1, 2}) {
-            if (!features.finishing_rows().empty()) continue;  // tiles are the same with those
             KernelSpec spec;
             spec.kind = kind;
             spec.dtype = dtype;
@@ -49,7 +56,8 @@ std::vector<TileConfig> table_rows(int d) {
   return rows;
 }
 
-// The greatest head dim of every table row, then the least of each arithmetic class that is still missing.
+// The greatest head dim of every table row, then the least of each arithmetic class that is still missing. Tables tell
+// apart what kernels compute with, dims in steps of 8 (tests/cpp/test_default_tiles.cpp), and kinds of access.
 std::vector<int> choose_head_dims() {
   std::set<std::vector<TileConfig>> rows;
   std::set<decltype(arithmetic_class(1))> classes;
@@ -59,7 +67,7 @@ std::vector<int> choose_head_dims() {
     classes.insert(arithmetic_class(d));
   };
   for (int d = kMostNarrowHeadDim; d >= 1; --d)
-    if (rows.insert(table_rows(d)).second) add(d);
+    if ((d % 8 == 0 || d % 8 == 7) && rows.insert(table_rows(d)).second) add(d);
   for (int d = 1; d <= kMostNarrowHeadDim; ++d)
     if (!classes.count(arithmetic_class(d))) add(d);
   std::sort(dims.begin(), dims.end());

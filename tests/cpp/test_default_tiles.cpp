@@ -96,9 +96,9 @@ bool has_kernels(const KernelFamily& family, const KernelSpec& spec) {
          !(family.warps_share_rows && spec.has(Feature::kDropout));
 }
 
-TEST_CASE("with every dtype, mask, feature and group the default tiles are legal on a T4") {
-  const ArchLimits t4 = arch_limits(75);
-  int tiles = 0;
+// With every head dim that kernels tell apart.
+template <class Body>
+void for_every_spec(Body body) {
   for (const KernelKind kind : kKernelKinds)
     for (const DType dtype : kDTypes)
       for (const Mask mask : kAllMasks)
@@ -113,15 +113,35 @@ TEST_CASE("with every dtype, mask, feature and group the default tiles are legal
               spec.group_size = group_size;
               spec.head_dim = head_dim;
               spec = normalized(spec);
-              if (!has_kernels(family_of(kind), spec)) continue;
-              for (const TileConfig& tile : default_tiles(spec)) {
-                ++tiles;
-                spec.tile = tile;
-                CAPTURE(spec.text());
-                CHECK(check(spec, t4).value_or("legal") == "legal");
-              }
+              if (has_kernels(family_of(kind), spec)) body(spec);
             }
+}
+
+TEST_CASE("with every dtype, mask, feature and group the default tiles are legal on a T4") {
+  const ArchLimits t4 = arch_limits(75);
+  int tiles = 0;
+  for_every_spec([&](KernelSpec spec) {
+    for (const TileConfig& tile : default_tiles(spec)) {
+      ++tiles;
+      spec.tile = tile;
+      CAPTURE(spec.text());
+      CHECK(check(spec, t4).value_or("legal") == "legal");
+    }
+  });
   CHECK(tiles > 0);
+}
+
+TEST_CASE("head dims that kernels pad to as many, and access alike, have the same default tiles") {
+  for_every_spec([](KernelSpec spec) {
+    spec.access = GlobalAccess::kElement2B;
+    spec.head_dim -= 1;
+    const std::vector<TileConfig> tiles = default_tiles(spec);
+    for (int fewer = 1; fewer < 7; ++fewer) {
+      spec.head_dim -= 1;
+      CAPTURE(spec.text());
+      CHECK(default_tiles(spec) == tiles);
+    }
+  });
 }
 
 TEST_CASE("where bfloat16 has tiles of its own they are for as many dims, that mask, those features and groups") {
@@ -136,16 +156,15 @@ TEST_CASE("where bfloat16 has tiles of its own they are for as many dims, that m
     return default_tiles(spec).front();
   };
   const FeatureSet varlen = {Feature::kVarlen}, other = {Feature::kVarlen, Feature::kAlibi};
-  const TileConfig own = tile_of(128, DType::kBFloat16, Mask::kCausal, varlen, 1);
-  CHECK(own == TileConfig{.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {2, 6, 8}});
-  CHECK(own != tile_of(128, DType::kFloat16, Mask::kCausal, varlen, 1));
-  CHECK(own != tile_of(128, DType::kBFloat16, Mask::kNone, varlen, 1));
-  CHECK(own != tile_of(128, DType::kBFloat16, Mask::kCausal, varlen, 4));
+  const TileConfig own = tile_of(128, DType::kBFloat16, Mask::kNone, varlen, 1);
+  CHECK(own == TileConfig{.block_m = 128, .block_n = 16, .warps = 8, .register_dims = 128, .schedule = {0, 6, 8}});
+  CHECK(own != tile_of(128, DType::kFloat16, Mask::kNone, varlen, 1));
+  CHECK(own != tile_of(128, DType::kBFloat16, Mask::kCausal, varlen, 1));
+  CHECK(own != tile_of(128, DType::kBFloat16, Mask::kNone, varlen, 4));
   for (const int head_dim : {120, 136})
-    CHECK(tile_of(head_dim, DType::kBFloat16, Mask::kCausal, varlen, 1) ==
-          tile_of(head_dim, DType::kFloat16, Mask::kCausal, varlen, 1));
-  CHECK(tile_of(128, DType::kBFloat16, Mask::kCausal, other, 1) ==
-        tile_of(128, DType::kFloat16, Mask::kCausal, other, 1));
+    CHECK(tile_of(head_dim, DType::kBFloat16, Mask::kNone, varlen, 1) ==
+          tile_of(head_dim, DType::kFloat16, Mask::kNone, varlen, 1));
+  CHECK(tile_of(128, DType::kBFloat16, Mask::kNone, other, 1) == tile_of(128, DType::kFloat16, Mask::kNone, other, 1));
 }
 
 TEST_CASE("every default tile has a cost of its own") {
