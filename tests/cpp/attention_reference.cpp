@@ -34,17 +34,6 @@ std::array<std::int64_t, 4> strides_of(const std::array<std::int64_t, 4>& shape,
   return {};
 }
 
-// One head's matrix, widened.
-template <class Number>
-std::vector<Number> matrix(WatchedTensor& tensor, std::int64_t b, std::int64_t h) {
-  std::vector<Number> values;
-  const auto [batch, seqlen, heads, dim] = tensor.shape();
-  values.reserve(seqlen * dim);
-  for (std::int64_t s = 0; s < seqlen; ++s)
-    for (std::int64_t d = 0; d < dim; ++d) values.push_back(static_cast<Number>(tensor.value(b, s, h, d)));
-  return values;
-}
-
 template <class Number>
 Number dot(const Number* x, const Number* y, std::int64_t n) {
   Number sum = 0;
@@ -79,10 +68,10 @@ class Attention {
     for (const SequenceRows& sequence : sequences_of(problem_))
       for (std::int64_t h = 0; h < shape_[2]; ++h) {
         if (h % group == 0) {
-          k_ = matrix<Number>(*problem_.k, sequence.b, h / group);
-          v_ = matrix<Number>(*problem_.v, sequence.b, h / group);
+          k_ = problem_.k->template rows<Number>(sequence.b, sequence.k_begin, sequence.seqlen_k, h / group);
+          v_ = problem_.v->template rows<Number>(sequence.b, sequence.k_begin, sequence.seqlen_k, h / group);
         }
-        q_ = matrix<Number>(*problem_.q, sequence.b, h);
+        q_ = problem_.q->template rows<Number>(sequence.b, sequence.q_begin, sequence.seqlen_q, h);
         for (std::int64_t i = 0; i < sequence.seqlen_q; ++i) row(sequence, h, i);
       }
     return std::move(result_);
@@ -99,9 +88,9 @@ class Attention {
     bool has_nan = false;
     for (std::int64_t j = 0; j < sequence.seqlen_k; ++j) {
       if (!sees(problem_.options, sequence, h, i, j)) continue;
-      const Number dot_product = dot(&q_[query * dim], &k_[(sequence.k_begin + j) * dim], dim);
+      const Number dot_product = dot(&q_[i * dim], &k_[j * dim], dim);
       const Number scaled = dot_product * static_cast<Number>(problem_.options.softmax_scale);
-      keys.push_back(sequence.k_begin + j);
+      keys.push_back(j);
       scores.push_back(adjusted(problem_.options, sequence, h, i, j, scaled).value);
       has_nan |= std::isnan(scores.back());
       maximum = std::max(maximum, scores.back());
@@ -118,8 +107,7 @@ class Attention {
     for (std::size_t n = 0; n < keys.size(); ++n) {
       const Number each = std::exp(scores[n] - maximum);
       sum += each;
-      const auto share =
-          static_cast<Number>(kept_share(problem_.options, sequence, shape_[2], h, i, keys[n] - sequence.k_begin));
+      const auto share = static_cast<Number>(kept_share(problem_.options, sequence, shape_[2], h, i, keys[n]));
       const Number rounded = share * rounding_.probability(each);
       for (std::int64_t d = 0; d < value_dim_; ++d) acc[d] += rounded * v_[keys[n] * value_dim_ + d];
     }

@@ -31,6 +31,15 @@ class WatchedTensor {
   }
   double value(std::int64_t b, std::int64_t s, std::int64_t h, std::int64_t d);
   void set(std::int64_t b, std::int64_t s, std::int64_t h, std::int64_t d, double value);  // rounded
+  // A head's rows [begin, begin + count), widened.
+  template <class Number>
+  std::vector<Number> rows(std::int64_t b, std::int64_t begin, std::int64_t count, std::int64_t h) {
+    std::vector<Number> values;
+    values.reserve(count * shape_[3]);
+    for (std::int64_t s = begin; s < begin + count; ++s)
+      for (std::int64_t d = 0; d < shape_[3]; ++d) values.push_back(static_cast<Number>(value(b, s, h, d)));
+    return values;
+  }
   const std::array<std::int64_t, 4>& shape() const { return shape_; }
   DType dtype() const { return dtype_; }
 

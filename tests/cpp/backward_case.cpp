@@ -12,15 +12,6 @@
 namespace flash_attn_jit::testing {
 namespace {
 
-// One head's matrix, widened; head `h` of (batch, seqlen, heads, dim).
-std::vector<double> matrix(WatchedTensor& tensor, std::int64_t b, std::int64_t h) {
-  const auto [batch, seqlen, heads, dim] = tensor.shape();
-  std::vector<double> values;
-  for (std::int64_t s = 0; s < seqlen; ++s)
-    for (std::int64_t d = 0; d < dim; ++d) values.push_back(tensor.value(b, s, h, d));
-  return values;
-}
-
 // 0 to n - 1 in the order that sums are made in: what lies `step` apart, then what is beside that.
 template <class Visit>
 void visit_apart(std::int64_t n, std::int64_t step, Visit visit) {
@@ -110,8 +101,8 @@ class Backward {
     if (has_bias_gradient(problem_.options)) dbias_.assign(elements_of(problem_.options.bias->shape), 0);
     for (const SequenceRows& sequence : sequences_of(problem_))
       for (std::int64_t hk = 0; hk < heads_k; ++hk) {
-        k_ = matrix(t_.forward.k, sequence.b, hk);
-        v_ = matrix(t_.forward.v, sequence.b, hk);
+        k_ = t_.forward.k.rows<double>(sequence.b, sequence.k_begin, sequence.seqlen_k, hk);
+        v_ = t_.forward.v.rows<double>(sequence.b, sequence.k_begin, sequence.seqlen_k, hk);
         dk_.assign(sequence.seqlen_k * dim, 0);
         dv_.assign(sequence.seqlen_k * value_dim_, 0);
         for (std::int64_t h = hk * group; h < (hk + 1) * group; ++h) {
@@ -138,14 +129,16 @@ class Backward {
 
   void query_head(const SequenceRows& sequence, std::int64_t h) {
     const std::int64_t dim = shape_[3];
-    const std::vector<double> q = matrix(t_.forward.q, sequence.b, h), out = matrix(t_.forward.out, sequence.b, h),
-                              dout = matrix(t_.dout, sequence.b, h);
+    const auto queries = [&](WatchedTensor& tensor) {
+      return tensor.rows<double>(sequence.b, sequence.q_begin, sequence.seqlen_q, h);
+    };
+    const std::vector<double> q = queries(t_.forward.q), out = queries(t_.forward.out), dout = queries(t_.dout);
     dq_.assign(sequence.seqlen_q * dim, 0);
     visit_apart(sequence.seqlen_q, sum_step_, [&](std::int64_t i) {
       const std::int64_t query = sequence.q_begin + i;
       const float lse = t_.forward.lse[(sequence.b * shape_[2] + h) * shape_[1] + query];
       const float dlse = t_.dlse.empty() ? 0 : t_.dlse[(sequence.b * shape_[2] + h) * shape_[1] + query];
-      row(sequence, h, i, {&q[query * dim], &out[query * value_dim_], &dout[query * value_dim_], lse, dlse});
+      row(sequence, h, i, {&q[i * dim], &out[i * value_dim_], &dout[i * value_dim_], lse, dlse});
     });
   }
 
@@ -164,7 +157,7 @@ class Backward {
     Number maximum = sink;
     for (std::int64_t j = 0; j < sequence.seqlen_k; ++j)
       if (sees(problem_.options, sequence, h, i, j)) {
-        const double *k = &k_[(sequence.k_begin + j) * dim], *v = &v_[(sequence.k_begin + j) * value_dim_];
+        const double *k = &k_[j * dim], *v = &v_[j * value_dim_];
         keys.push_back(j);
         s.push_back(adjusted(problem_.options, sequence, h, i, j, dot<Number>(query.q, k, dim, sum_step_) * scale));
         shares.push_back(static_cast<Number>(kept_share(problem_.options, sequence, shape_[2], h, i, j)));
@@ -194,7 +187,7 @@ class Backward {
       const std::int64_t j = keys[n];
       if (!dbias_.empty()) dbias_[bias_element(*problem_.options.bias, sequence, h, i, j)] += p * (dp[n] - delta);
       for (std::int64_t d = 0; d < dim; ++d) {
-        dq_[i * dim + d] += ds * static_cast<Number>(k_[(sequence.k_begin + j) * dim + d]);
+        dq_[i * dim + d] += ds * static_cast<Number>(k_[j * dim + d]);
         dk_[j * dim + d] += ds * static_cast<Number>(query.q[d]);
       }
       for (std::int64_t d = 0; d < value_dim_; ++d)
