@@ -125,8 +125,8 @@ class FlashBwd {
 
   // Does dS take P as dV does? No matter: where P is above 1 its row has dP = delta. But ptxas schedules as if it were:
   // head dim 64 reaches 0.933 of a T4's peak so, and 0.883 otherwise; 128, causal, 0.738 so, and 0.797 otherwise. Where
-  // tiles are converted it is the other way round (64, causal, reaches 0.754 so and 0.892 otherwise, 128, causal, 0.764
-  // and 0.722), but for causal kernels of few dims: 112 reaches 0.723 so and 0.755 otherwise.
+  // tiles are converted it is the other way round (64, causal, reaches 0.753 so and 0.891 otherwise, 128 0.759 and
+  // 0.754), but for causal kernels of few dims: 112 reaches 0.721 so and 0.755 otherwise.
   // With numbers from memory it is too large where float32 has no digits left for a score: see kLeastLse. What
   // softmax_lse's gradient adds to delta is multiplied by a P above 1, by as much as log_sum_exp() took from lse.
   static constexpr bool kSaturatesForDs =

@@ -33,9 +33,9 @@ class GradientScale {
                             << kMantissaBits);
   }
 
-  // Where it is the same in all of a warp's lanes, from here on ptxas knows.
+  // It is the same in all of a warp's lanes, and from here on ptxas knows.
   __device__ __forceinline__ void take_from_first_lane() {
-    if constexpr (kConverts<Traits>) factor_ = float_of_bits(shuffle(bits_of_float(factor_), 0));
+    factor_ = float_of_bits(shuffle(bits_of_float(factor_), 0));
   }
 
   __device__ __forceinline__ float factor() const {
