@@ -9,6 +9,7 @@
 #include <tuple>
 #include <utility>
 
+#include "every_spec.h"
 #include "generator/legality.h"
 #include "generator/tile_chooser.h"
 #include "runtime/system/sanitizers.h"
@@ -35,24 +36,13 @@ std::vector<FeatureSet> feature_sets_of_tiles() {
 std::vector<TileConfig> table_rows(int d) {
   static const std::vector<FeatureSet> feature_sets = feature_sets_of_tiles();
   std::vector<TileConfig> rows;
-  for (const KernelKind kind : kKernelKinds)
-    for (const DType dtype : kDTypes)
-      for (const Mask mask : kAllMasks)
-        for (const FeatureSet& features : feature_sets)
-          for (const int group_size : {1, 2}) {
-            KernelSpec spec;
-            spec.kind = kind;
-            spec.dtype = dtype;
-            spec.head_dim = d;
-            spec.mask = mask;
-            spec.features = features;
-            spec.group_size = group_size;
-            spec.access = d % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
-            for (TileConfig tile : default_tiles(spec)) {
-              tile.register_dims = 0;  // follows the head dim
-              rows.push_back(tile);
-            }
-          }
+  for_every_spec(d, feature_sets, [&](KernelSpec spec) {
+    spec.access = d % 8 == 0 ? GlobalAccess::kVector16B : GlobalAccess::kElement2B;
+    for (TileConfig tile : default_tiles(spec)) {
+      tile.register_dims = 0;  // follows the head dim
+      rows.push_back(tile);
+    }
+  });
   return rows;
 }
 

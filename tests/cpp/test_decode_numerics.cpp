@@ -34,8 +34,9 @@ KernelSpec decode_spec(const ForwardCase& c) {
 
 constexpr int kTurns = 4;
 
-// Every default tile of every head dim with every mask, kind of access and class of v's head dims, and a quarter of its
-// tile space, another for the next head dim; features, lengths, layouts and inputs pair by pair, splits in turn.
+// Every default tile of every head dim with every mask and kind of access, and with fewer and more of v's head dims, as
+// drawn; a quarter of its tile space, another for the next head dim; features, lengths, layouts and inputs pair by
+// pair, splits in turn.
 std::vector<ForwardCase> decode_cases() {
   std::vector<ForwardCase> cases;
   PairwiseChoices choices;
@@ -47,18 +48,16 @@ std::vector<ForwardCase> decode_cases() {
     cases.push_back(c);
   };
   for (int i = 0; i < static_cast<int>(head_dims().size()); ++i) {
-    std::set<std::tuple<Mask, GlobalAccess, TileConfig>> seen;
-    for (const Choice& fixed : choices_of_tiles(i)) {
+    std::set<std::tuple<bool, bool, Mask, GlobalAccess, TileConfig>> seen;
+    const auto add_default_tiles = [&](const Choice& fixed) {
       const KernelSpec spec = decode_spec(make_case(choices.draw(fixed)));
+      const int dims = spec.head_dim, values = spec.value_head_dim();
       for (const TileConfig& tile : default_tiles(spec))
-        if (seen.emplace(spec.mask, spec.access, tile).second) add(fixed, tile);
-    }
+        if (seen.emplace(values<dims, values> dims, spec.mask, spec.access, tile).second) add(fixed, tile);
+    };
+    for (const Choice& fixed : choices_of_tiles(i)) add_default_tiles(fixed);
     const std::vector<TileConfig> space = tile_space(decode_spec(make_case(choices.draw(only(i)))), arch_limits(75));
-    for (Choice values = only(i); values[kValues] < sizes()[kValues]; ++values[kValues]) {
-      const KernelSpec spec = decode_spec(make_case(choices.draw(values)));
-      for (const TileConfig& tile : default_tiles(spec))
-        if (seen.emplace(spec.mask, spec.access, tile).second) add(values, tile);
-    }
+    for (Choice values = only(i); values[kValues] < sizes()[kValues]; ++values[kValues]) add_default_tiles(values);
     for (std::size_t t = static_cast<std::size_t>(i % kTurns); t < space.size(); t += kTurns) add(only(i), space[t]);
   }
   return cases;

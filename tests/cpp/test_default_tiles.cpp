@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "every_spec.h"
 #include "generator/errors.h"
 #include "generator/families/families.h"
 #include "generator/tile_chooser.h"
@@ -98,29 +99,19 @@ bool has_kernels(const KernelFamily& family, const KernelSpec& spec) {
 
 // With every head dim that kernels tell apart.
 template <class Body>
-void for_every_spec(Body body) {
-  for (const KernelKind kind : kKernelKinds)
-    for (const DType dtype : kDTypes)
-      for (const Mask mask : kAllMasks)
-        for (const FeatureSet& features : feature_sets())
-          for (const int group_size : {1, 2})
-            for (int head_dim = 8; head_dim <= 512; head_dim += 8) {
-              KernelSpec spec;
-              spec.kind = kind;
-              spec.dtype = dtype;
-              spec.mask = mask;
-              spec.features = features;
-              spec.group_size = group_size;
-              spec.head_dim = head_dim;
-              spec = normalized(spec);
-              if (has_kernels(family_of(kind), spec)) body(spec);
-            }
+void for_every_kernel(Body body) {
+  const std::vector<FeatureSet> sets = feature_sets();
+  for (int head_dim = 8; head_dim <= 512; head_dim += 8)
+    testing::for_every_spec(head_dim, sets, [&](const KernelSpec& each) {
+      const KernelSpec spec = normalized(each);
+      if (has_kernels(family_of(spec.kind), spec)) body(spec);
+    });
 }
 
 TEST_CASE("with every dtype, mask, feature and group the default tiles are legal on a T4") {
   const ArchLimits t4 = arch_limits(75);
   int tiles = 0;
-  for_every_spec([&](KernelSpec spec) {
+  for_every_kernel([&](KernelSpec spec) {
     for (const TileConfig& tile : default_tiles(spec)) {
       ++tiles;
       spec.tile = tile;
@@ -132,7 +123,7 @@ TEST_CASE("with every dtype, mask, feature and group the default tiles are legal
 }
 
 TEST_CASE("head dims that kernels pad to as many, and access alike, have the same default tiles") {
-  for_every_spec([](KernelSpec spec) {
+  for_every_kernel([](KernelSpec spec) {
     spec.access = GlobalAccess::kElement2B;
     spec.head_dim -= 1;
     const std::vector<TileConfig> tiles = default_tiles(spec);
