@@ -100,7 +100,7 @@ FLASH_ATTN_JIT_EXPORT int run_sum(int which, const UserTensors* tensors, int cou
 _FLAGS = [
     *"-std=c++17 -DFLASH_ATTN_JIT_HOST -w -fPIC -shared -fno-exceptions -fno-rtti -Og -ffp-contract=off".split(),
     "-fsanitize=shift,integer-divide-by-zero,unreachable,return,signed-integer-overflow,bounds,float-cast-overflow",
-    "-fsanitize=bool,enum,pointer-overflow",
+    "-fsanitize=bool,enum",
     "-nodefaultlibs",
 ]
 
