@@ -77,7 +77,6 @@ struct Warp {
   int block, partition;
   std::int64_t ready = 0;  // not before this cycle
   std::size_t at = 0;      // in the stream
-  int turn = 0;
   bool waits_at_barrier = false;
   std::array<int, kScoreboards> held{};
 
@@ -288,10 +287,9 @@ class Multiprocessor {
       return;
     }
     warp.at = 0;
-    // Each warp is counted once when it has warmed up, and once when it has done its turns.
-    ++warp.turn;
-    if (warp.turn == run_.warm_up && ++warmed_up_ == running_) measured_from_ = now_;
-    if (warp.turn == run_.warm_up + run_.turns && ++done_ == running_) ended_at_ = now_;
+    ++turns_;
+    if (turns_ == run_.warm_up * running_) measured_from_ = now_;
+    if (turns_ == (run_.warm_up + run_.turns) * running_) ended_at_ = now_;
   }
 
   // To the next cycle, or, where nothing could go, to the next at which something may.
@@ -332,7 +330,8 @@ class Multiprocessor {
 
   LoopRun run_;
   int blocks_to_run_ = 0;  // 0: it goes round
-  int started_ = 0, finished_ = 0, running_ = 0, warmed_up_ = 0, done_ = 0;
+  int started_ = 0, finished_ = 0, running_ = 0;
+  int turns_ = 0;  // of all warps together: the youngest go first, and may starve others for thousands of turns
   std::unordered_map<int, int> alive_;  // block -> warps that have not ended
   std::map<std::pair<int, int>, std::vector<Warp*>> arrived_;
   std::priority_queue<Release, std::vector<Release>, std::greater<>> releases_;

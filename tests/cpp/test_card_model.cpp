@@ -101,7 +101,9 @@ TEST_CASE("agrees with the figures of an independent model") {
     check_near(loop->usage.issue, facts["issue"]);
     for (const Pipe pipe : {Pipe::kTensor, Pipe::kFma, Pipe::kAlu, Pipe::kXu, Pipe::kFp16})
       check_near(share(loop->usage, pipe), facts["pipes"].value(std::string(to_text(pipe)), 0.0));
-    CHECK(loop->usage.cycles == doctest::Approx(facts["cycles"].get<double>()).epsilon(0.01));
+    // Where blocks share the multiprocessor, that one's turn ends with the last warp's.
+    const double tolerance = facts["blocks"].get<int>() > 1 ? 0.02 : 0.01;
+    CHECK(loop->usage.cycles == doctest::Approx(facts["cycles"].get<double>()).epsilon(tolerance));
     if (facts.contains("lowest")) {
       check_near(loop->lowest, facts["lowest"]);
       check_near(loop->highest, facts["highest"]);
@@ -145,6 +147,18 @@ TEST_CASE("pipes: what streams of one instruction cost") {
   // 32 lanes of 16 bytes at 64 a cycle, of the multiprocessor's one unit.
   CHECK(cycles("LDSM", Pipe::kMemory, 16) == doctest::Approx(16 * 8).epsilon(0.02));
   CHECK(cycles("SHFL", Pipe::kMemory) == doctest::Approx(16 * 2).epsilon(0.02));
+}
+
+TEST_CASE("where blocks starve one another a turn takes what all of them together need for one") {
+  const MultiprocessorModel model;
+  constexpr int kCount = 64, kBlocks = 12;
+  std::vector<Instruction> code = repeated("MUFU", Pipe::kXu, kCount);
+  for (const bool with_barrier : {false, true}) {
+    if (with_barrier) code.push_back(instruction("BAR", Pipe::kControl, kCount * kInstructionBytes));
+    const Usage usage = play_loop(model, stream(code), {.blocks = kBlocks, .warps = 4});
+    CHECK(usage.cycles == doctest::Approx(kBlocks * kCount * model.xu_interval).epsilon(0.02));
+    CHECK(share(usage, Pipe::kXu) == doctest::Approx(1.0).epsilon(0.02));
+  }
 }
 
 TEST_CASE("a loop that does not fit the instruction cache is slower for each instruction") {

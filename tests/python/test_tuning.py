@@ -166,7 +166,7 @@ def tuned(t4: Path, cache: Path, arguments: str, **changes: str) -> list[dict[st
 
 
 def test_what_is_found_is_returned_kept_and_known(tmp_path, t4):
-    arguments = "head_dims=16, seqlens=[500, 512], heads=4, batch=2, kinds='fwd', budget_seconds=5"
+    arguments = "head_dims=16, seqlens=[500, 512], heads=4, batch=2, kinds='fwd', budget_seconds=3"
     first = tuned(t4, tmp_path, arguments)
     assert len(first) == 1  # both lengths are of one class
     problem = first[0]
@@ -187,8 +187,8 @@ def test_what_is_found_is_returned_kept_and_known(tmp_path, t4):
 
 
 def test_decode_is_tuned_where_it_is_asked_for_and_reported(tmp_path, t4):
-    sizes = "head_dims=16, seqlens=4000, heads=8, gqa=4, batch=2, causal=True, budget_seconds=6"
-    problems = tuned(t4, tmp_path, sizes + ", kinds='decode'")
+    sizes = "head_dims=16, seqlens=4000, heads=8, gqa=4, batch=2, causal=True"
+    problems = tuned(t4, tmp_path, sizes + ", kinds='decode', budget_seconds=4")
     kernel = "decode hdim16 fp16 causal gqa4 vec16"
     assert [problem["problem_class"] for problem in problems] == [f"{kernel} q4 k4096 bh16", f"{kernel} q16 k4096 bh16"]
     assert [(problem["seqlen_q"], problem["seqlen_k"]) for problem in problems] == [(1, 4000), (16, 4000)]
@@ -197,7 +197,7 @@ def test_decode_is_tuned_where_it_is_asked_for_and_reported(tmp_path, t4):
         assert problem["newly_measured"] >= 1 and problem["winner"] and problem["winner_seconds"], problem["rule"]
         compiled = [c for c in problem["record"]["candidates"] if c["outcome"] in ("measured", "pruned")]
         assert all(c["predicted_seconds"] > 0 and c["limited_by"] for c in compiled)  # the model reads its code
-    assert [problem["kernel"].split()[0] for problem in tuned(t4, tmp_path, sizes)] == ["fwd"]
+    assert [problem["kernel"].split()[0] for problem in tuned(t4, tmp_path, sizes + ", budget_seconds=1")] == ["fwd"]
 
     database, page = tmp_path / "database.json", tmp_path / "page.html"
     assert run_program("tune", "--export", database, FLASH_ATTN_JIT_CACHE_DIR=tmp_path).returncode == 0
@@ -222,7 +222,7 @@ int nvmlDeviceGetEnforcedPowerLimit(void*, unsigned* milliwatts) { *milliwatts =
 
 
 def test_the_report_tells_another_power_limit(tmp_path, t4):
-    record = tuned(t4, tmp_path / "cache", "head_dims=16, seqlens=64, heads=1, budget_seconds=3")[0]["record"]
+    record = tuned(t4, tmp_path / "cache", "head_dims=16, seqlens=64, heads=1, kinds='fwd', budget_seconds=2")[0]["record"]
     machine = tmp_path / "machine"
     machine.mkdir()
     (machine / "nvml.cpp").write_text(NVML)
@@ -281,7 +281,7 @@ def test_the_process_that_measures_checks_kernels(tmp_path, t4):
     """The true one, on a GPU whose kernels do nothing: it finds them wrong."""
     code = (
         "import flash_attn_jit\n"
-        "(problem,) = flash_attn_jit.tune(head_dims=16, seqlens=64, heads=1, budget_seconds=12)\n"
+        "(problem,) = flash_attn_jit.tune(head_dims=16, seqlens=64, heads=1, kinds='fwd', budget_seconds=6)\n"
         "print(problem.winner, problem.rule)\n"
     )
     done = run_python(code, LD_LIBRARY_PATH=t4, FLASH_ATTN_JIT_CACHE_DIR=tmp_path)
