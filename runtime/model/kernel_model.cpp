@@ -12,9 +12,8 @@ namespace {
 // Between the starts of resident blocks, in turns of the loop: in which phase to one another they settle is luck.
 constexpr std::array kOffsets = {.17, .31, .47, .63, .81};
 
-// Iterations of the two runs from which a block's cost is told apart from an iteration's, and blocks of each run for
-// every block that is resident.
-constexpr int kFewIterations = 3, kMoreIterations = 9, kBlocksEach = 3;
+// Iterations of the run that tells what a block costs beside them, and its blocks for every block that is resident.
+constexpr int kFewIterations = 3, kBlocksEach = 3;
 
 Stream repeated(const Stream& before, const Stream& loop, int times, const Stream& after) {
   Stream stream = before;
@@ -53,13 +52,13 @@ KernelModel::KernelModel(const CompiledKernel& kernel, int useful_mma, const Car
   if (resident_ < 1) throw MachineCodeError("a block of the kernel does not fit on a Turing multiprocessor");
 }
 
-Usage KernelModel::settled(const MultiprocessorModel& model, const Stream& loop, double* lowest,
+Usage KernelModel::settled(const MultiprocessorModel& model, const Stream& loop, int blocks, double* lowest,
                            double* highest) const {
   constexpr auto kTensor = static_cast<std::size_t>(Pipe::kTensor);
-  std::vector<Usage> runs = {play_loop(model, loop, {resident_, warps_})};
-  if (resident_ > 1)
+  std::vector<Usage> runs = {play_loop(model, loop, {blocks, warps_})};
+  if (blocks > 1)
     for (const double offset : kOffsets)
-      runs.push_back(play_loop(model, loop, {resident_, warps_},
+      runs.push_back(play_loop(model, loop, {blocks, warps_},
                                {.offset = static_cast<std::int64_t>(runs.front().cycles * offset)}));
   double cycles = 0;
   for (const Usage& run : runs) cycles += run.cycles;
@@ -88,9 +87,9 @@ std::optional<LoopPrediction> KernelModel::loop(bool profile) const {
   // Products of padded dims are work, but not useful.
   const double share = std::min(1.0, static_cast<double>(useful_mma_) / prediction.tensor_instructions);
   constexpr auto kTensor = static_cast<std::size_t>(Pipe::kTensor);
-  prediction.usage = settled(model_, stream, &prediction.lowest, &prediction.highest);
+  prediction.usage = settled(model_, stream, resident_, &prediction.lowest, &prediction.highest);
   prediction.useful = prediction.usage.busy[kTensor] * share;
-  prediction.under_stress = settled(model_.stressed(), stream, nullptr, nullptr).busy[kTensor] * share;
+  prediction.under_stress = settled(model_.stressed(), stream, resident_).busy[kTensor] * share;
   prediction.limit = limit_of(prediction.usage);
   if (profile) play_loop(model_, stream, {resident_, warps_}, {}, &prediction.waits);
   return prediction;
@@ -102,19 +101,16 @@ BlockCost KernelModel::cost(int blocks) const {
   if (loops.empty()) return {play_blocks(model_, path_through(code_), resident, kBlocksEach * blocks).cycles, 0, 0};
   const Stream loop = stream_of(code_, loops.front());
   const Stream before = path_to(code_, loops.front()), after = path_from(code_, loops.front());
-  const auto cycles = [&](int iterations) {
-    return play_blocks(model_, repeated(before, loop, iterations, after), resident, kBlocksEach * blocks).cycles;
-  };
+  const Stream whole = repeated(before, loop, kFewIterations, after);
   BlockCost cost;
-  const double few = cycles(kFewIterations), more = cycles(kMoreIterations);
-  cost.iteration = (more - few) / (kMoreIterations - kFewIterations);
-  cost.block = few - kFewIterations * cost.iteration;
+  cost.iteration = settled(model_, loop, blocks).cycles / blocks;
+  cost.block = play_blocks(model_, whole, resident, kBlocksEach * blocks).cycles - kFewIterations * cost.iteration;
   // The loop for tiles that the mask cuts stands first in the code.
   cost.masked_iteration = cost.iteration;
   for (const CodeLoop& other : loops)
     if (other.last < loops.front().first)
       cost.masked_iteration =
-          std::max(cost.masked_iteration, play_loop(model_, stream_of(code_, other), resident).cycles / blocks);
+          std::max(cost.masked_iteration, settled(model_, stream_of(code_, other), blocks).cycles / blocks);
   return cost;
 }
 

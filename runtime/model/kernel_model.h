@@ -44,7 +44,8 @@ class KernelModel {
   std::vector<BlockCost> costs() const;
 
  private:
-  Usage settled(const MultiprocessorModel& model, const Stream& loop, double* lowest, double* highest) const;
+  Usage settled(const MultiprocessorModel& model, const Stream& loop, int blocks, double* lowest = nullptr,
+                double* highest = nullptr) const;
   BlockCost cost(int blocks) const;
 
   MachineCode code_;

@@ -124,6 +124,32 @@ TEST_CASE("agrees with the figures of whole blocks") {
   CHECK(compared >= 2);
 }
 
+TEST_CASE("blocks that share a multiprocessor take what their costs say, however many iterations they have") {
+  int compared = 0;
+  for (const auto& [facts, kernel] : kernels_with_figures()) {
+    const KernelModel model(kernel, facts["useful_mma"], find_card("t4"));
+    const int blocks = model.blocks_per_multiprocessor();
+    if (blocks == 1) continue;
+    CAPTURE(facts["file"]);
+    const MachineCode code = read_machine_code(kernel.image, kernel.entry);
+    const CodeLoop loop = tensor_loops(code).front();
+    const Stream turn = stream_of(code, loop), after = path_from(code, loop);
+    const BlockCost cost = model.costs().back();
+    for (const int iterations : {6, 24, 60}) {
+      CAPTURE(iterations);
+      Stream whole = path_to(code, loop);
+      for (int i = 0; i < iterations; ++i) whole.insert(whole.end(), turn.begin(), turn.end());
+      whole.insert(whole.end(), after.begin(), after.end());
+      const ResidentBlocks resident{blocks, (kernel.threads + 31) / 32};
+      const double cycles = play_blocks(multiprocessor_of(find_card("t4")), whole, resident, 4 * blocks).cycles;
+      const double tolerance = iterations < 10 ? 0.04 : 0.01;
+      CHECK(cost.block + iterations * cost.iteration == doctest::Approx(cycles).epsilon(tolerance));
+    }
+    ++compared;
+  }
+  CHECK(compared >= 2);
+}
+
 TEST_CASE("a GeForce RTX 20 takes twice as long for a tensor instruction") {
   const std::vector<Instruction> code = repeated("HMMA", Pipe::kTensor, 64);
   for (const auto& [word, cycles] : {std::pair("t4", 8.0), {"rtx2080ti", 16.0}}) {

@@ -222,7 +222,8 @@ int nvmlDeviceGetEnforcedPowerLimit(void*, unsigned* milliwatts) { *milliwatts =
 
 
 def test_the_report_tells_another_power_limit(tmp_path, t4):
-    record = tuned(t4, tmp_path / "cache", "head_dims=16, seqlens=64, heads=1, kinds='fwd', budget_seconds=2")[0]["record"]
+    (problem,) = tuned(t4, tmp_path / "cache", "head_dims=16, seqlens=64, heads=1, kinds='fwd', budget_seconds=2")
+    record = problem["record"]
     machine = tmp_path / "machine"
     machine.mkdir()
     (machine / "nvml.cpp").write_text(NVML)
