@@ -86,13 +86,15 @@ constexpr std::array kMediumBlockMask = {
 
 // Where a feature gains so much from other schedules that it has rows of its own.
 constexpr std::array kLargeFullSoftcap = {
-    TileRow{64, kElsewhere},
+    TileRow{56, kElsewhere},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {0, 3, 3}}},
     TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 1, 1}}},
     TileRow{112, kElsewhere},
     TileRow{128, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 1, 5}}},
 };
 constexpr std::array kLargeCausalSoftcap = {
-    TileRow{64, kElsewhere},
+    TileRow{56, kElsewhere},
+    TileRow{64, {.block_m = 256, .block_n = 32, .warps = 8, .register_dims = 64, .schedule = {0, 3, 3}}},
     TileRow{80, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 80, .schedule = {0, 2, 2}}},
     TileRow{96, kElsewhere},
     TileRow{112, {.block_m = 256, .block_n = 16, .warps = 8, .register_dims = 64, .schedule = {0, 2, 2}}},
