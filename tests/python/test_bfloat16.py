@@ -148,6 +148,19 @@ def test_gradients_of_any_size_are_the_same(sizes):
             assert torch.equal(got, before * 2.0**exponent), (name, exponent)
 
 
+@pytest.mark.parametrize("exponent", [-16, 18])
+@pytest.mark.parametrize("keys", [90, 230])  # one kernel, and three
+def test_gradients_whatever_the_scale(exponent, keys):
+    """What softmax_scale has too much or too little, q and k have too little or too much."""
+    q, k, v = qkv(1, 70, keys, 2, 1, 64)
+    dout = normal(*q.shape, seed=4).to(BFLOAT16)
+    of_q = 2.0 ** ((-3 - exponent) // 2)
+    of_k = 2.0 ** (-3 - exponent) / of_q
+    inputs = leaves(q * of_q, k * of_k, v)
+    dq, dk, dv = torch.autograd.grad(flash_attn_func(*inputs, softmax_scale=2.0**exponent), inputs, dout)
+    check_gradients((dq * of_q, dk * of_k, dv), exact_gradients(q, k, v, dout), BFLOAT16, delta_errors(q, k, v, dout))
+
+
 def test_a_dout_of_zeros():
     q, k, v = qkv(1, 60, 90, 2, 1, 64)
     assert not any(x.any() for x in gradients_of(q, k, v, torch.zeros_like(q)))
