@@ -331,7 +331,7 @@ class Multiprocessor {
   LoopRun run_;
   int blocks_to_run_ = 0;  // 0: it goes round
   int started_ = 0, finished_ = 0, running_ = 0;
-  int turns_ = 0;  // of all warps together: the youngest go first, and may starve others for thousands of turns
+  int turns_ = 0;                       // of all warps together
   std::unordered_map<int, int> alive_;  // block -> warps that have not ended
   std::map<std::pair<int, int>, std::vector<Warp*>> arrived_;
   std::priority_queue<Release, std::vector<Release>, std::greater<>> releases_;

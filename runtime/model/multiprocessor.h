@@ -33,8 +33,8 @@ struct Usage {
   double cycles = 0;                  // a turn, or a block
 };
 
-// The warps of all blocks go round `loop`: what as many turns as they have, `turns` times, take after `warm_up` times
-// as many, whichever of them make them. `offset` cycles lie between the starts of two blocks.
+// The warps of all blocks go round `loop`, `turns` times in the mean after `warm_up` times: those of the youngest block
+// go first, and may starve others for thousands of turns. `offset` cycles lie between the starts of two blocks.
 struct LoopRun {
   int turns = 8, warm_up = 3;
   std::int64_t offset = 0;

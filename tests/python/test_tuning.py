@@ -222,7 +222,7 @@ int nvmlDeviceGetEnforcedPowerLimit(void*, unsigned* milliwatts) { *milliwatts =
 
 
 def test_the_report_tells_another_power_limit(tmp_path, t4):
-    (problem,) = tuned(t4, tmp_path / "cache", "head_dims=16, seqlens=64, heads=1, kinds='fwd', budget_seconds=2")
+    (problem,) = tuned(t4, tmp_path / "cache", "head_dims=16, seqlens=64, heads=1, budget_seconds=2")
     record = problem["record"]
     machine = tmp_path / "machine"
     machine.mkdir()
@@ -282,7 +282,7 @@ def test_the_process_that_measures_checks_kernels(tmp_path, t4):
     """The true one, on a GPU whose kernels do nothing: it finds them wrong."""
     code = (
         "import flash_attn_jit\n"
-        "(problem,) = flash_attn_jit.tune(head_dims=16, seqlens=64, heads=1, kinds='fwd', budget_seconds=6)\n"
+        "(problem,) = flash_attn_jit.tune(head_dims=16, seqlens=64, heads=1, budget_seconds=6)\n"
         "print(problem.winner, problem.rule)\n"
     )
     done = run_python(code, LD_LIBRARY_PATH=t4, FLASH_ATTN_JIT_CACHE_DIR=tmp_path)
